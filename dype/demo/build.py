@@ -1,0 +1,125 @@
+"""The demo pipeline's parts, untrained: FLUX's own classes and head layout at toy size."""
+
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+from dype.demo.scenes import COLOURS, LIGHTS, SHAPES
+
+MAX_TOKENS = 16
+LATENT_CHANNELS = 8
+TEXT_WIDTH = 128
+
+
+def vocabulary() -> list[str]:
+    """Every word that a caption can hold, sorted."""
+    words = {word for light in LIGHTS for word in light.replace(",", " ").split()}
+    return sorted({"a", "on", "leaves", ",", *words, *COLOURS, *SHAPES})
+
+
+def tokenizer(start: str | None) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: `start` words <eos>, padded; unknown words are <unk>."""
+    words = ["<pad>", "<unk>", "<bos>", *vocabulary(), "<eos>"]
+    ids = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [(word, ids[word]) for word in ("<bos>", "<eos>")]
+    template = f"{start} $A <eos>" if start else "$A <eos>"
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=MAX_TOKENS,
+    )
+
+
+def vae() -> AutoencoderKL:
+    """FLUX's autoencoder class, factor 8. No attention: 1024 px would be out of its range."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=1024,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+
+
+def transformer() -> FluxTransformer2DModel:
+    """FLUX's transformer class with its head layout: 128 dimensions, axes 16 / 56 / 56."""
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=1,
+        num_single_layers=4,
+        attention_head_dim=128,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        guidance_embeds=False,
+        axes_dims_rope=(16, 56, 56),
+    )
+
+
+def text_encoders() -> dict:
+    """The keys text_encoder, tokenizer (CLIP) and text_encoder_2, tokenizer_2 (T5)."""
+    clip, t5 = tokenizer("<bos>"), tokenizer(None)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            projection_dim=TEXT_WIDTH,
+            max_position_embeddings=MAX_TOKENS,
+            pad_token_id=clip.pad_token_id,
+            bos_token_id=clip.bos_token_id,
+            eos_token_id=clip.eos_token_id,
+        )
+    )
+    text_encoder_2 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5),
+            d_model=TEXT_WIDTH,
+            d_kv=TEXT_WIDTH // 4,
+            d_ff=2 * TEXT_WIDTH,
+            num_layers=1,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=t5.pad_token_id,
+            eos_token_id=t5.eos_token_id,
+            dropout_rate=0.0,
+        )
+    )
+    return dict(
+        text_encoder=text_encoder, tokenizer=clip, text_encoder_2=text_encoder_2, tokenizer_2=t5
+    )
+
+
+def scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """FLUX's dynamic shift at the demo's scale: mu 1.15 at 256 px, 3.23 at 512, 11.55 at 1024."""
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        shift=3.0,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=16,
+        max_image_seq_len=256,
+    )

@@ -1,0 +1,85 @@
+"""Does a picture show what its caption says? An analytic check, validated on rendered truth.
+
+The picture is averaged down to a grid of 64 x 64 cells whatever its size, every cell is named by
+the nearest palette colour in chromaticity (leaves and light change brightness alone, nearly), and
+the cells are compared with the scene's outlines.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from dype.demo.scenes import COLOURS, SHAPES, Scene, outline
+
+CELLS = 64
+AREA = (0.04, 0.40)  # of the object, share of the picture (truth: 0.09 to 0.36)
+CONNECTED = 0.9  # share of the object's colour that its largest piece must hold
+CENTRED = 0.15  # largest distance of the centroid from the middle, per axis
+GROUNDED = 0.85  # share of the rest that must have the ground's colour
+
+
+class Verdict(NamedTuple):
+    layout: bool  # one connected object of the asked colour near the centre of the asked ground
+    shape: str  # the shape that overlaps best
+    overlap: float  # intersection over union with that shape
+    reason: str  # why the layout is wrong, or ""
+
+
+def colour_cells(picture: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] -> int [CELLS, CELLS], indices into COLOURS."""
+    small = Image.fromarray(picture).resize((CELLS, CELLS), Image.Resampling.BOX)
+    rgb = np.asarray(small, float) + 1e-6
+    palette = np.array(list(COLOURS.values()), float)
+    chroma = rgb / rgb.sum(-1, keepdims=True)
+    known = palette / palette.sum(-1, keepdims=True)
+    return np.linalg.norm(chroma[:, :, None] - known, axis=-1).argmin(-1)
+
+
+@lru_cache
+def templates() -> np.ndarray:
+    """Every shape at plausible places and sizes, float32 [shape, variant, CELLS * CELLS]."""
+    places = np.linspace(0.36, 0.64, 10)
+    found = []
+    for shape in SHAPES:
+        variants = [
+            outline(Scene(shape, "", "", "", 0, x, y, radius, 0), CELLS)
+            for radius in np.linspace(0.2, 0.38, 10)
+            for x in places
+            for y in places
+        ]
+        found.append([np.asarray(v, np.float32).ravel() / 255 for v in variants])
+    return np.array(found, np.float32)
+
+
+def best_shape(mask: np.ndarray) -> tuple[str, float]:
+    """The shape with the largest intersection over union with a boolean [CELLS, CELLS] mask."""
+    shapes = templates()
+    common = shapes @ mask.ravel().astype(np.float32)
+    overlap = (common / (shapes.sum(-1) + mask.sum() - common)).max(-1)
+    return SHAPES[overlap.argmax()], float(overlap.max())
+
+
+def check(picture: np.ndarray, colour: str, ground: str) -> Verdict:
+    """Judge a square picture against the colours that its caption asked for."""
+    cells = colour_cells(picture)
+    names = list(COLOURS)
+    wanted = cells == names.index(colour)
+    pieces, count = ndimage.label(wanted)
+    if count == 0:
+        return Verdict(False, "", 0.0, f"no {colour}")
+    sizes = ndimage.sum_labels(wanted, pieces, range(1, count + 1))
+    mask = pieces == 1 + sizes.argmax()
+    centroid = (np.argwhere(mask).mean(0) + 0.5) / CELLS
+    reason = ""
+    if not AREA[0] <= mask.mean() <= AREA[1]:
+        reason = f"object covers {mask.mean():.0%}"
+    elif mask.sum() < CONNECTED * wanted.sum():
+        reason = "more than one object"
+    elif abs(centroid - 0.5).max() > CENTRED:
+        reason = "object off centre"
+    elif (cells[~wanted] == names.index(ground)).mean() < GROUNDED:
+        reason = "ground of another colour"
+    return Verdict(not reason, *best_shape(mask), reason)

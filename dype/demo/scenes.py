@@ -1,0 +1,138 @@
+"""Procedural scenes in resolution-free coordinates: the training data and the ground truth.
+
+One large object of one colour stands on a ground of another. Both are covered with dead leaves,
+overlapping disks whose radii follow an r^-3 law, so that the texture has no scale of its own, as
+natural images have none (Lee, Mumford and Huang 2001). A larger rendering of the same scene shows
+the same leaves, with finer ones on top: the smallest radius is `FINEST` pixels at every size, and
+every octave of radii covers the coarser ones alike, so that one pixel looks like any other's.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "red": (186, 42, 34),
+    "yellow": (196, 166, 36),
+    "green": (50, 136, 46),
+    "teal": (28, 144, 148),
+    "blue": (46, 72, 188),
+    "purple": (134, 56, 170),
+}
+SHAPES = ("disk", "square", "triangle", "ring", "cross")
+LIGHTS = {"": None, ", lit from above": 1.0, ", lit from below": -1.0}
+
+FINEST = 4.0  # smallest leaf radius, pixels
+LARGEST = 1 / 8  # largest leaf radius, in units of the picture's side
+COVERAGE = 0.7  # summed leaf area per octave of radius, in units of the picture's area
+CONTRAST = 0.28  # leaves are up to this much lighter or darker than their colour (log units)
+TINT = 12  # and up to this far from it in each channel (8-bit units)
+GRADIENT = 0.2  # relative change of brightness from the middle to the lit edge
+SUPERSAMPLING = 2
+
+TRIPLES = tuple(t for t in product(SHAPES, COLOURS, COLOURS) if t[1] != t[2])
+HELD_OUT = tuple(
+    TRIPLES[i] for i in np.random.default_rng(2510_20766).choice(len(TRIPLES), 40, replace=False)
+)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows; lengths in units of its side, origin at the top left."""
+
+    shape: str
+    colour: str
+    ground: str
+    light: str  # a key of LIGHTS
+    strength: float  # of the light: +1 from above, -1 from below
+    x: float  # centre of the object
+    y: float
+    radius: float  # half of the object's width
+    seed: int  # of the leaves
+
+    @property
+    def caption(self) -> str:
+        return f"a {self.colour} {self.shape} on {self.ground} leaves{self.light}"
+
+
+def sample_scene(rng: np.random.Generator, triples=TRIPLES) -> Scene:
+    """Draw a scene whose (shape, colour, ground) is one of `triples`."""
+    shape, colour, ground = triples[rng.integers(len(triples))]
+    light = list(LIGHTS)[rng.integers(len(LIGHTS))]
+    strength = LIGHTS[light] if light else rng.uniform(-1, 1)
+    x, y = rng.uniform(0.42, 0.58, 2)
+    radius, seed = rng.uniform(0.24, 0.34), int(rng.integers(2**31))
+    return Scene(shape, colour, ground, light, strength, x, y, radius, seed)
+
+
+def outline(scene: Scene, size: int) -> Image.Image:
+    """The object's mask, [size, size] in 8-bit grey, not antialiased."""
+    mask = Image.new("L", (size, size))
+    draw = ImageDraw.Draw(mask)
+    x, y, r = scene.x * size, scene.y * size, scene.radius * size
+
+    def box(dx, dy=None):
+        dy = dx if dy is None else dy
+        return (x - dx, y - dy, x + dx, y + dy)
+
+    if scene.shape in ("disk", "ring"):
+        draw.ellipse(box(r), fill=255)
+        if scene.shape == "ring":
+            draw.ellipse(box(0.5 * r), fill=0)
+    elif scene.shape == "square":
+        draw.rectangle(box(0.88 * r), fill=255)
+    elif scene.shape == "triangle":
+        draw.polygon([(x, y - r), (x - r, y + 0.8 * r), (x + r, y + 0.8 * r)], fill=255)
+    elif scene.shape == "cross":
+        draw.rectangle(box(r, 0.34 * r), fill=255)
+        draw.rectangle(box(0.34 * r, r), fill=255)
+    else:
+        raise ValueError(f"unknown shape {scene.shape!r}, expected one of {', '.join(SHAPES)}")
+    return mask
+
+
+def leaves(seed: int, finest: float) -> list[tuple[float, float, float, float, np.ndarray]]:
+    """Leaves of radius `finest` and above, deepest first, as (depth, x, y, radius, jitter).
+
+    Each octave of radii has a random stream of its own and lies on the coarser ones, so that a
+    smaller `finest` only adds leaves. `jitter` is log brightness in [-1, 1] followed by three tints in [-1, 1].
+    """
+    found = []
+    for octave in range(int(np.ceil(np.log2(LARGEST / finest)))):
+        rng = np.random.default_rng([seed, octave])
+        largest = LARGEST / 2**octave
+        mean_square = largest**2 * np.log(2) / 1.5  # of r under r^-3 on [largest / 2, largest]
+        side = 1 + 2 * LARGEST  # leaves may reach in from outside
+        count = rng.poisson(COVERAGE * side**2 / (np.pi * mean_square))
+        r = largest / np.sqrt(1 + 3 * rng.random(count))
+        xy = rng.uniform(-LARGEST, 1 + LARGEST, (count, 2))
+        depth, jitter = octave + rng.random(count), rng.uniform(-1, 1, (count, 4))
+        keep = r >= finest
+        found += zip(depth[keep], *xy[keep].T, r[keep], jitter[keep], strict=True)
+    return sorted(found, key=lambda leaf: leaf[0])
+
+
+def texture(colour: str, seed: int, size: int, finest: float) -> Image.Image:
+    """Dead leaves around one colour, [size, size] RGB, not antialiased."""
+    base = np.array(COLOURS[colour], float)
+    picture = Image.new("RGB", (size, size), tuple(COLOURS[colour]))
+    draw = ImageDraw.Draw(picture)
+    for _, x, y, r, jitter in leaves(seed, finest):
+        rgb = base * np.exp(CONTRAST * jitter[0]) + TINT * jitter[1:]
+        box = ((x - r) * size, (y - r) * size, (x + r) * size, (y + r) * size)
+        draw.ellipse(box, fill=tuple(int(c) for c in rgb.clip(0, 255)))
+    return picture
+
+
+def render(scene: Scene, size: int) -> np.ndarray:
+    """The scene as a picture, uint8 [size, size, 3]."""
+    fine, finest = size * SUPERSAMPLING, FINEST / size
+    picture = texture(scene.ground, 2 * scene.seed, fine, finest)
+    inside = texture(scene.colour, 2 * scene.seed + 1, fine, finest)
+    picture.paste(inside, mask=outline(scene, fine))
+    pixels = np.asarray(picture.reduce(SUPERSAMPLING), np.float32)
+    height = (np.arange(size, dtype=np.float32) + 0.5) / size  # 0 at the top
+    light = 1 + GRADIENT * scene.strength * (1 - 2 * height)
+    return (pixels * light[:, None, None]).clip(0, 255).astype(np.uint8)

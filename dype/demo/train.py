@@ -1,0 +1,273 @@
+"""Train the demo model: `python -m dype.demo.train`, about two hours on two CPU cores.
+
+Two stages: the autoencoder on rendered scenes, then the transformer and the text encoders on its
+latents. Each stage writes checkpoints under `--work` and goes on from the last one when started
+again; at the end the pipeline is saved under `--out` in the diffusers folder format.
+"""
+
+import argparse
+import math
+from functools import partial
+from multiprocessing import Pool
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline
+from tqdm import tqdm
+
+from dype.demo import build
+from dype.demo.scenes import HELD_OUT, TRIPLES, render, sample_scene
+
+BASE = 256  # px, the only size that the transformer ever sees
+SEED = 0
+SEEN = tuple(t for t in TRIPLES if t not in HELD_OUT)
+POOL = {256: 1500, 512: 160, 1024: 40}  # pictures per size for the autoencoder, equal in pixels
+LATENTS = 6_000  # cached scenes for the transformer
+SHIFT = math.exp(1.15)  # training times follow the sampler's schedule, mu = 1.15
+CAPTION_DROPOUT = 0.1
+EMA = 0.999
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def rendered(count: int, size: int, seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng([SEED, seed])
+    scenes = [sample_scene(rng, SEEN) for _ in range(count)]
+    return [render(scene, size) for scene in tqdm(scenes, f"rendering {size} px")]
+
+
+def to_tensor(pictures: np.ndarray, device) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> float [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
+    """Linear warm-up, then half a cosine to zero, as a factor of the peak."""
+    return min((step + 1) / warmup, 1) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def save(path: Path, **state) -> None:
+    """Write a checkpoint so that a killed run leaves the old one or the new one, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def run(name: str, modules: dict, loss_at, optimizer, steps: int, args) -> None:
+    """The loop of both stages: `loss_at(step)` -> scalar; every draw depends on the step alone.
+
+    The modules end with the moving average of their weights.
+    """
+    path = args.work / f"{name}.pt"
+    params = [p for m in modules.values() for p in m.parameters()]
+    average = [p.detach().clone() for p in params]
+    first, smooth, rate = 0, None, optimizer.param_groups[0]["lr"]
+    if path.exists():
+        state = torch.load(path, map_location=args.device)
+        first, smooth, average = state["step"], state["loss"], state["average"]
+        optimizer.load_state_dict(state["optimizer"])
+        for key, module in modules.items():
+            module.load_state_dict(state[key])
+    progress = tqdm(range(first, steps), name, initial=first, total=steps)
+    for step in progress:
+        torch.manual_seed(SEED + step)
+        optimizer.param_groups[0]["lr"] = rate * learning_rate(step, steps)
+        loss = loss_at(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        pace = 1 - min(EMA, step / (step + 10))
+        torch._foreach_lerp_(average, [p.detach() for p in params], pace)
+        smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
+        progress.set_postfix(loss=f"{smooth:.4f}")
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            states = {key: module.state_dict() for key, module in modules.items()}
+            saved = optimizer.state_dict()
+            save(path, step=step + 1, loss=smooth, average=average, optimizer=saved, **states)
+    for param, mean in zip(params, average, strict=True):
+        param.data.copy_(mean)
+
+
+def adam(params, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, rate, betas=(0.9, 0.98), weight_decay=0.01)
+
+
+def autocast(device):
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
+def well_conditioned(vae: torch.nn.Module) -> torch.nn.Module:
+    """Orthogonal convolutions, and residual branches that start at zero.
+
+    The default initialisation shrinks the signal at every level: its loss after 250 steps is twice
+    this one's (docs/log.md).
+    """
+    for name, weight in vae.named_parameters():
+        if weight.ndim == 4:
+            torch.nn.init.orthogonal_(weight)
+            if "conv2" in name:
+                torch.nn.init.zeros_(weight)
+    torch.nn.init.constant_(vae.encoder.conv_out.bias[build.LATENT_CHANNELS :], -6.0)  # log var
+    return vae
+
+
+def train_vae(args) -> torch.nn.Module:
+    """L1 reconstruction with a light KL term, of small crops and every fourth step of large ones.
+
+    Small crops train faster per pixel; large ones keep GroupNorm's statistics those of pictures.
+    """
+    torch.manual_seed(SEED)
+    vae = well_conditioned(build.vae()).train()
+    vae = vae.to(args.device, memory_format=torch.channels_last)
+    path = args.work / "vae.pt"
+    done = path.exists() and torch.load(path, map_location="cpu")["step"] >= args.vae_steps
+    pool = {} if done else {size: rendered(n, size, size) for size, n in POOL.items()}
+
+    def loss_at(step):
+        rng = np.random.default_rng([SEED, 1, step])
+        crop, count = (BASE, 2) if step % 4 == 3 else (64, 16)
+        crops = []
+        for size in rng.choice(list(POOL), count, p=(0.5, 0.25, 0.25)):
+            picture = pool[size][rng.integers(POOL[size])]
+            y, x = rng.integers(size - crop + 1, size=2)
+            crops.append(picture[y : y + crop, x : x + crop])
+        x = to_tensor(np.stack(crops), args.device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        with autocast(args.device):
+            latents = vae.encode(x).latent_dist
+            out = vae.decode(latents.sample()).sample
+        return F.l1_loss(out.float(), x) + 1e-4 * latents.kl().mean() / latents.mean[0].numel()
+
+    run("vae", {"vae": vae}, loss_at, adam(vae.parameters(), 2e-3), args.vae_steps, args)
+    return vae.eval().requires_grad_(False)
+
+
+def cached_latents(vae, args) -> tuple[torch.Tensor, list[str]]:
+    """Latents [N, C, 32, 32] of N rendered scenes with unit deviation, and their captions."""
+    path = args.work / "latents.pt"
+    if not path.exists():
+        rng = np.random.default_rng([SEED, BASE])
+        scenes = [sample_scene(rng, SEEN) for _ in range(LATENTS)]
+        latents = []
+        with Pool() as pool:
+            for start in tqdm(range(0, LATENTS, 32), "latents"):
+                pictures = pool.map(partial(render, size=BASE), scenes[start : start + 32])
+                x = to_tensor(np.stack(pictures), args.device)
+                x = x.contiguous(memory_format=torch.channels_last)
+                with torch.no_grad(), autocast(args.device):
+                    latents.append(vae.encode(x).latent_dist.mode().half().cpu())
+        save(path, latents=torch.cat(latents), captions=[scene.caption for scene in scenes])
+    state = torch.load(path)
+    latents = state["latents"].float()
+    return latents, state["captions"]
+
+
+def normalise(vae, latents: torch.Tensor) -> torch.Tensor:
+    """Give every latent channel unit deviation, within the autoencoder's own convolutions.
+
+    Exact, since the padding of the decoder's first convolution is zero. The means stay, but for
+    the common one in `shift_factor`: moving a mean would change what the padding stands for.
+    """
+    deviation, channels = latents.std((0, 2, 3)), build.LATENT_CHANNELS
+    latents = latents / deviation[:, None, None]
+    deviation = deviation.to(vae.device)
+    encoder, decoder = vae.encoder.conv_out, vae.decoder.conv_in
+    encoder.weight.data[:channels] /= deviation[:, None, None, None]
+    encoder.bias.data[:channels] /= deviation
+    encoder.bias.data[channels:] -= 2 * deviation.log()  # these are log variances
+    decoder.weight.data *= deviation[:, None, None]
+    shift = latents.mean().item()
+    vae.register_to_config(shift_factor=shift)
+    return latents - shift
+
+
+def zero_modulation(transformer: torch.nn.Module) -> torch.nn.Module:
+    """adaLN-zero (Peebles and Xie 2023): every block starts as the identity, the output at 0."""
+    for name, weight in transformer.named_parameters():
+        if ".norm" in name and ".linear." in name or name.startswith(("norm_out", "proj_out")):
+            torch.nn.init.zeros_(weight)
+    return transformer
+
+
+def train_transformer(vae, args) -> FluxPipeline:
+    """Flow matching on cached latents: the target is noise - latent (Eq. 1)."""
+    torch.manual_seed(SEED)
+    latents, captions = cached_latents(vae, args)
+    latents = normalise(vae, latents).to(args.device)
+    text = build.text_encoders()
+    pipe = FluxPipeline(
+        scheduler=build.scheduler(),
+        vae=vae,
+        transformer=zero_modulation(build.transformer()),
+        **text,
+    ).to(args.device)
+    modules = {k: getattr(pipe, k) for k in ("transformer", "text_encoder", "text_encoder_2")}
+    for module in modules.values():
+        module.train()
+    params = [p for module in modules.values() for p in module.parameters()]
+    tokens = [
+        tokenizer(["", *captions], padding="max_length", return_tensors="pt").input_ids
+        for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
+    ]
+    clip_ids, t5_ids = (ids.to(args.device) for ids in tokens)
+    height = width = latents.shape[-1]
+    img_ids = pipe._prepare_latent_image_ids(1, height // 2, width // 2, args.device, torch.float32)
+    txt_ids = torch.zeros(build.MAX_TOKENS, 3, device=args.device)
+
+    def loss_at(step):
+        rng = np.random.default_rng([SEED, 2, step])
+        chosen = rng.choice(len(latents), args.batch, replace=False)
+        kept = rng.random(args.batch) >= CAPTION_DROPOUT
+        rows = torch.from_numpy(np.where(kept, chosen + 1, 0)).to(args.device)
+        u = (rng.permutation(args.batch) + rng.random(args.batch)) / args.batch  # stratified
+        odds = np.exp([NormalDist().inv_cdf(v) for v in u])  # logit-normal
+        sigma = torch.from_numpy(SHIFT * odds / (1 + SHIFT * odds)).float().to(args.device)
+        x = latents[torch.from_numpy(chosen).to(args.device)]
+        x = pipe._pack_latents(x, *x.shape)
+        noise = torch.randn_like(x)
+        noisy = torch.lerp(x, noise, sigma[:, None, None])
+        with autocast(args.device):
+            out = pipe.transformer(
+                hidden_states=noisy,
+                timestep=sigma,
+                pooled_projections=pipe.text_encoder(clip_ids[rows]).pooler_output,
+                encoder_hidden_states=pipe.text_encoder_2(t5_ids[rows])[0],
+                img_ids=img_ids,
+                txt_ids=txt_ids,
+            ).sample
+        return F.mse_loss(out.float(), noise - x)
+
+    run("transformer", modules, loss_at, adam(params, args.rate), args.steps, args)
+    for module in modules.values():
+        module.eval()
+    return pipe
+
+
+def export(pipe: FluxPipeline, folder: Path) -> None:
+    """Save the pipeline: transformer and autoencoder in float16, the small text encoders as is."""
+    pipe.transformer.half()
+    pipe.vae.half().to(memory_format=torch.contiguous_format)
+    pipe.save_pretrained(folder)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the finished pipeline")
+    parser.add_argument("--work", type=Path, default=Path("outputs/demo_training"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--vae_steps", type=int, default=3200)
+    parser.add_argument("--steps", type=int, default=6000, help="of the transformer")
+    parser.add_argument("--batch", type=int, default=16, help="of the transformer")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate, likewise")
+    args = parser.parse_args(argv)
+    pipe = train_transformer(train_vae(args), args)
+    export(pipe, args.out)
+
+
+if __name__ == "__main__":
+    main()

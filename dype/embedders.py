@@ -1,0 +1,187 @@
+"""Rotary embedders that follow the noise level, one per tensor format of the transformers.
+
+Each has `set_timestep` and `set_grid`, and `before`, which the transformer's forward pre-hook calls
+with the arguments of every denoiser call to read both from them.
+"""
+
+import inspect
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from dype import rope
+from dype.config import DyPEConfig
+
+
+class FluxDyPE(torch.nn.Module):
+    """FLUX's format: (cos, sin), float32 [S, D], each value repeated for its pair.
+
+    Stands in for diffusers' `FluxPosEmbed`, called with ids [S, 3] = (kind, row, column). Tokens of
+    kind 0 are the text's, all at the origin, and the picture's; other kinds are reference pictures
+    and get the stock encoding. No parameters, no buffers. Under a compiler one graph serves every
+    noise level, since sigma is a 0-dim tensor; another grid is another graph.
+
+    stock: the embedder that it replaces. trained_tokens: L, the same for rows and columns.
+    """
+
+    def __init__(self, stock: torch.nn.Module, config: DyPEConfig, trained_tokens: float):
+        super().__init__()
+        self.kept = (stock,)  # a tuple, so that it is not a submodule
+        self.config = config
+        self.theta = float(stock.theta)
+        self.axes_dim = tuple(stock.axes_dim)
+        self.trained_tokens = trained_tokens
+        self.sigma = torch.ones((), dtype=torch.float64)
+        self.seen = (None, 0)  # the ids that were read last, their version, what was read
+        self.set_grid(1, 1)
+
+    def set_timestep(self, sigma: float | torch.Tensor) -> None:
+        """Set the noise level: in [0, 1], 1 is pure noise; a float or a 0-dim tensor."""
+        if not isinstance(sigma, torch.Tensor):
+            self.sigma.fill_(sigma)
+            return
+        device = float64_device(sigma.device)
+        if device != self.sigma.device or self.sigma.is_inference():
+            with torch.inference_mode(False):
+                self.sigma = torch.ones((), dtype=torch.float64, device=device)
+        self.sigma.copy_(sigma)
+
+    def set_grid(self, height_tokens: int, width_tokens: int) -> None:
+        """Set the size of the picture being drawn, in tokens."""
+        self.grid, self.layout = (int(height_tokens), int(width_tokens)), None
+
+    def set_layout(self, before: int, after: int) -> None:
+        """Say that the ids to come are `before` of text, the grid row by row, `after` of references.
+
+        Rows and columns are then written by one broadcast, and the grid's ids are not looked at.
+        """
+        self.layout = (before, after)
+
+    def before(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Read noise level and grid from a denoiser call and return it with exact `img_ids`.
+
+        The ids are copied to the host once per picture: FLUX's pipelines hand the same tensor to
+        every step. All samples of a batch share the noise level and the ids.
+        """
+        kwargs = by_name(module, args, kwargs)
+        self.set_timestep(kwargs["timestep"].flatten()[0])
+        ids = kwargs["img_ids"]
+        version = 0 if ids.is_inference() else ids._version
+        if self.seen[0] is not ids or self.seen[1] != version:
+            self.seen = (ids, version, *read_ids(ids))
+        _, _, exact, grid, after = self.seen
+        self.set_grid(*grid)
+        if after is not None:
+            self.set_layout(kwargs["txt_ids"].shape[-2], after)
+        return (), kwargs | {"img_ids": exact}
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        device = float64_device(ids.device)
+        inv_freq, m = rope.frequencies(
+            self.axes_dim[1],
+            self.theta,
+            self.trained_tokens,
+            self.grid,
+            self.sigma.to(device),
+            self.config,
+        )
+        layout = self.layout or find_layout(ids, self.grid)
+        if layout is None or len(ids) != layout[0] + self.grid[0] * self.grid[1] + layout[1]:
+            table = self.rotate(ids, inv_freq, m)  # a shard under context parallelism, or odd ids
+        else:
+            table = self.fill(ids, layout, inv_freq, m)
+        return table[0], table[1]
+
+    def rotate(self, ids: torch.Tensor, inv_freq: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        """cos and sin of any ids, token by token: float32 [2, S, D]."""
+        at = ids.to(inv_freq.device, torch.float64)
+        drawn = at[:, :1] == 0
+        parts = []
+        for axis, dim in enumerate(self.axes_dim):
+            f = rope.stock_frequencies(dim, self.theta, at.device).expand(len(at), -1)
+            scale = torch.ones_like(at[:, :1])
+            if axis > 0:
+                f = torch.where(drawn, inv_freq[axis - 1], f)
+                scale = torch.where(drawn, m[axis - 1], scale)
+            parts.append(cos_sin(at[:, axis : axis + 1] * f, scale))
+        return torch.cat(parts, -1).to(ids.device)
+
+    def fill(self, ids, layout, inv_freq: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        """The same for a known layout, with trigonometry for single rows and columns alone."""
+        (height, width), (before, after), first = self.grid, layout, self.axes_dim[0]
+        steps = torch.arange(max(height, width), dtype=torch.float64, device=m.device)
+        tables = cos_sin(steps[:, None] * inv_freq[:, None], m[:, None, None]).to(ids.device)
+        rows, columns = tables[:, 0, :height], tables[:, 1, :width]
+        start = columns.new_zeros(2, width, first)
+        start[0] = 1  # every token of the grid is at 0 on the first axis
+        second = first + self.axes_dim[1]
+        columns = torch.cat([start, F.pad(columns, (self.axes_dim[1], 0))], -1)
+        table = columns.new_empty(2, len(ids), columns.shape[-1])
+        end = before + height * width
+        picture = table[:, before:end].view(2, height, width, -1)
+        picture.copy_(columns[:, None])
+        picture[..., first:second].copy_(rows[:, :, None])
+        table[:, :before] = self.rotate(ids[:before], inv_freq, m)
+        if after:
+            table[:, end:] = self.rotate(ids[end:], inv_freq, m)
+        return table
+
+
+def find_layout(ids: torch.Tensor, grid: tuple[int, int]) -> tuple[int, int] | None:
+    """Tokens before and after the grid, if `ids` hold it row by row and looking costs no sync."""
+    if torch.compiler.is_compiling() or ids.device.type != "cpu":
+        return None
+    size = grid[0] * grid[1]
+    before = int((ids[:, 0] == 0).sum()) - size
+    if before < 0 or not torch.equal(ids[before : before + size].float(), grid_ids(0, *grid)):
+        return None
+    return before, len(ids) - before - size
+
+
+def by_name(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
+    """The arguments of a call of `module`, all by name."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def read_ids(ids: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], int | None]:
+    """What FLUX's img_ids [S, 3] say: exact float32 ids, the picture's grid, tokens after it.
+
+    In bfloat16 rows beyond 256 collide, but the length of the first row, until the row changes, is
+    still right; each kind's grid is counted again from that. Where the ids are not a grid they are
+    taken as they stand, and the tokens after the picture are None.
+    """
+    given = ids if ids.ndim == 2 else ids[0]  # [B, S, 3] is deprecated in diffusers
+    host = given.float().cpu()
+    kinds = host[:, 0]
+    starts = [0, *((kinds[1:] != kinds[:-1]).nonzero().flatten() + 1).tolist(), len(host)]
+    exact, grid, after = [], None, None
+    for start, end in pairwise(starts):
+        part, kind = host[start:end], int(kinds[start])
+        changes = (part[:, 1] != part[0, 1]).nonzero()
+        width = int(changes[0]) if len(changes) else len(part)
+        counted = grid_ids(kind, len(part) // width, width)
+        regular = counted.shape == part.shape and torch.equal(counted.to(ids.dtype).float(), part)
+        exact.append(counted if regular else part)
+        if kind == 0 and grid is None:
+            grid = (len(part) // width, width)
+            after = len(host) - end if regular and start == 0 else None
+    return torch.cat(exact).to(ids.device), grid or (1, 1), after
+
+
+def grid_ids(kind: int, height: int, width: int) -> torch.Tensor:
+    """Positions (kind, row, column) row by row, float32 [height * width, 3]."""
+    axes = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.full_like(axes[0], kind), *axes], -1).flatten(0, 1).float()
+
+
+def cos_sin(angle: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """float64 angles [..., n] -> float32 [2, ..., 2n]: scaled cos and sin, repeated for the pair."""
+    both = torch.stack([angle.cos(), angle.sin()]) * scale
+    return both.repeat_interleave(2, dim=-1).float()
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where tables for `device` are computed: there, or on the CPU where it has no float64."""
+    return torch.device("cpu") if device.type in ("mps", "npu") else device

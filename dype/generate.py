@@ -1,0 +1,83 @@
+"""Draw pictures with a pipeline that is loaded and has DyPE applied."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dype.models import TOKEN
+
+
+def noise_schedule(scheduler, height: int, width: int, steps: int) -> tuple[float | None, list]:
+    """The mu (None: a static shift) and the sigmas, ending in 0, that a FLUX pipeline will use."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    config = scheduler.config
+    scheduler = type(scheduler).from_config(config)
+    mu = None
+    if config.get("use_dynamic_shifting"):
+        tokens = (height // TOKEN) * (width // TOKEN)
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        mu = calculate_shift(tokens, *(config[name] for name in names))
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    return mu, scheduler.sigmas.tolist()
+
+
+def draw(
+    pipe,
+    prompt: str,
+    *,
+    height: int,
+    width: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    max_sequence_length: int = 512,
+    negative_prompt: str | None = None,
+    true_cfg: float = 1.0,
+) -> Image.Image:
+    """One picture of `height` x `width` px. The noise is drawn on the CPU: a seed means the same
+    start on every device."""
+    common = dict(
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        true_cfg_scale=true_cfg,
+        max_sequence_length=max_sequence_length,
+        generator=torch.Generator("cpu").manual_seed(seed),
+    )
+    home, vae_device = pipe.transformer.device, pipe.vae.device
+    text_device = pipe.text_encoder_2.device
+    if hasattr(pipe.transformer, "_hf_hook") or text_device == home == vae_device:
+        return pipe(prompt, negative_prompt=negative_prompt, **common).images[0]
+
+    embeds = {}
+    for prefix, text in (("", prompt), ("negative_", negative_prompt)):
+        if text is not None:
+            sequence, pooled, _ = pipe.encode_prompt(
+                text, None, device=text_device, max_sequence_length=max_sequence_length
+            )
+            embeds[f"{prefix}prompt_embeds"] = sequence.to(home)
+            embeds[f"{prefix}pooled_prompt_embeds"] = pooled.to(home)
+    with set_aside(pipe, "text_encoder", "text_encoder_2", "vae"):
+        packed = pipe(**embeds, **common, output_type="latent").images
+    latents = pipe._unpack_latents(packed, height, width, pipe.vae_scale_factor).to(vae_device)
+    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
+    return pipe.image_processor.postprocess(decoded)[0]
+
+
+@contextmanager
+def set_aside(pipe, *names: str):
+    """Parts on other devices, out of the pipeline's sight: it takes its device from its parts."""
+    parts = {name: getattr(pipe, name) for name in names}
+    try:
+        for name in names:
+            setattr(pipe, name, None)
+        yield
+    finally:
+        for name, part in parts.items():
+            setattr(pipe, name, part)

@@ -1,0 +1,114 @@
+"""Put DyPE into a stock diffusers pipeline, and take it out again."""
+
+import torch
+
+from dype.config import DyPEConfig
+from dype.models import TOKEN, Family, base_resolution, family_of
+
+
+def apply_dype(target, config: DyPEConfig | None = None) -> None:
+    """Give a pipeline, or a bare transformer or controlnet, position encodings that follow sigma.
+
+    The rotary embedder of the transformer (and of the pipeline's controlnets) is replaced, and a
+    forward pre-hook hands it the noise level and the grid at every denoiser call. Weights,
+    state_dict keys and `forward` stay as they are; any resolution may be drawn afterwards. A second
+    call replaces the first. Works before or after offloading, LoRA and `torch.compile`; apply it
+    before `enable_parallelism`.
+
+    Given a pipeline, the schedule shift is set in the configuration of its scheduler too (see
+    `set_shift`). A scheduler or transformer that several pipelines share is changed for all of
+    them; a scheduler that is put in later has its own shift.
+
+    Raises TypeError if the transformer's class is not supported, ValueError if `base_shift` is set
+    where the schedule is capped.
+    """
+    config = config or DyPEConfig()
+    modules = denoisers(target)
+    families = [family_of(module) for module in modules]
+    if getattr(target, "scheduler", None) is not None:
+        wanted = shift_settings(target.scheduler, config, families[0])
+    remove_dype(target)
+    for module, family in zip(modules, families, strict=True):
+        trained = (config.base_resolution or base_resolution(module)) / TOKEN
+        stock = getattr(module, family.attribute)
+        embedder = family.embedder(stock, config, trained)
+        setattr(module, family.attribute, embedder)
+        embedder.hook = module.register_forward_pre_hook(before_denoiser, with_kwargs=True)
+    if getattr(target, "scheduler", None) is not None:
+        set_shift(target.scheduler, wanted)
+
+
+def remove_dype(target) -> None:
+    """Put back the embedders that `apply_dype` replaced, and the schedule shift if still ours.
+
+    Does nothing where DyPE is not applied. Raises TypeError as `apply_dype` does.
+    """
+    for module in denoisers(target):
+        attribute = family_of(module).attribute
+        embedder = getattr(module, attribute)
+        if hasattr(embedder, "stock"):
+            embedder.hook.remove()
+            setattr(module, attribute, embedder.stock)
+    if getattr(target, "scheduler", None) is not None:
+        restore_shift(target.scheduler)
+
+
+@torch.compiler.disable
+def before_denoiser(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The pre-hook. Looks its embedder up on the module, so that a deep copy drives its own."""
+    return getattr(module, family_of(module).attribute).before(module, args, kwargs)
+
+
+def denoisers(target) -> list[torch.nn.Module]:
+    """The transformer and the controlnets of a pipeline, or the one module given, uncompiled."""
+    if isinstance(target, torch.nn.Module):
+        found = [target]
+    else:
+        controlnet = getattr(target, "controlnet", None)
+        nets = getattr(controlnet, "nets", [] if controlnet is None else [controlnet])
+        found = [getattr(target, "transformer", None), *nets]
+    return [getattr(module, "_orig_mod", module) for module in found]
+
+
+def shift_settings(scheduler, config: DyPEConfig, family: Family) -> dict:
+    """What to change in the scheduler's configuration.
+
+    "cap" makes mu = max_shift at every size, as the authors' pipeline does (the paper does not say
+    so); "model" leaves the rule, with its two numbers replaced where the config gives them. A
+    static schedule has nothing to change.
+    """
+    if not scheduler.config.get("use_dynamic_shifting", False):
+        return {}
+    if (config.shift or family.shift) == "model":
+        wanted = {"base_shift": config.base_shift, "max_shift": config.max_shift}
+        return {name: value for name, value in wanted.items() if value is not None}
+    if config.base_shift is not None:
+        raise ValueError(
+            f"base_shift is {config.base_shift}, but the schedule is capped: mu is max_shift at "
+            "every size; expected shift='model' with it"
+        )
+    cap = config.max_shift
+    cap = scheduler.config.get("max_shift", 1.15) if cap is None else cap
+    return {"base_shift": cap, "max_shift": cap}
+
+
+def set_shift(scheduler, wanted: dict) -> None:
+    """Change the scheduler's configuration and note on it what was there and what is ours."""
+    before = {name: scheduler.config.get(name) for name in wanted}
+    scheduler.register_to_config(**wanted)
+    scheduler.dype_shift = (before, wanted)
+
+
+def restore_shift(scheduler) -> None:
+    """Undo `set_shift`, except for values that somebody else has changed since."""
+    if not hasattr(scheduler, "dype_shift"):
+        return
+    before, ours = scheduler.dype_shift
+    config = dict(scheduler.config)
+    for name, value in ours.items():
+        if config.get(name) == value:
+            config[name] = before[name]
+            if before[name] is None:
+                del config[name]
+    scheduler._internal_dict = type(scheduler.config)(config)
+    del scheduler.dype_shift

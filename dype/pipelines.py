@@ -1,0 +1,170 @@
+"""Model name or folder -> a ready diffusers pipeline."""
+
+from pathlib import Path
+
+import torch
+
+from dype.models import resolve_model
+from dype.patch import set_shift, shift_settings
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+OFFLOADS = ("auto", "none", "model", "group", "sequential")
+TILED_FROM = 2048 * 2048  # px: above it an untiled decoder does not fit common cards
+ACTIVATIONS = 1024  # bytes per pixel of the picture, an estimate: 16 GiB at 4096 x 4096
+
+
+class Unavailable(Exception):
+    """What the machine or the network lacks, as one sentence with the next thing to try."""
+
+
+def default_device() -> str:
+    """The accelerator, where there is one."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def load_pipeline(
+    name: str = "flux-krea",
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    text_encoder_device: str | None = None,
+    vae_device: str | None = None,
+    offload: str = "auto",
+    loras: list[tuple[str, float]] = (),
+    pixels: int = 4096 * 4096,
+):
+    """Load a FLUX pipeline with stock diffusers and put it where it fits.
+
+    name: of `models.MODELS`, a diffusers folder or a hub id. dtype: one of `DTYPES`; None: the
+    model's own. offload: one of `OFFLOADS`; "auto" takes the fastest that fits the device's memory.
+    loras: (path or hub id, scale) pairs. pixels: of the largest picture to be drawn, for "auto".
+    Raises `Unavailable` with the reason and what to try.
+    """
+    from diffusers import DiffusionPipeline
+
+    model = resolve_model(name)
+    if device is None:
+        device = default_device()
+        refuse_hopeless(name, model, device)
+    local = Path(model.repo).is_dir()
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            model.repo,
+            revision=revision,
+            dtype=DTYPES[dtype or model.dtype],
+            local_files_only=local,
+        )
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise Unavailable(explain(name, model.repo, local, error)) from error
+    load_loras(pipe, loras)
+    apart = {"vae": vae_device}
+    apart |= dict.fromkeys(("text_encoder", "text_encoder_2"), text_encoder_device)
+    place(pipe, device, offload, {name: d for name, d in apart.items() if d}, pixels)
+    return pipe
+
+
+def refuse_hopeless(name: str, model, device: str) -> None:
+    """FLUX's 12 billion parameters on a processor: an hour per step at 4096 x 4096, if they fit."""
+    if device == "cpu" and model.repo.startswith("black-forest-labs/"):
+        raise Unavailable(
+            f"{name} has 12 billion parameters and no GPU was found; use a machine with one, "
+            "try --model demo, or insist with --device cpu"
+        )
+
+
+def explain(name: str, repo: str, local: bool, error: Exception) -> str:
+    """One sentence for a checkpoint that could not be loaded."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    reason = " ".join(str(error).split())[:200]
+    if local:
+        return f"cannot load the pipeline in {repo}: {reason}"
+    if "GatedRepoError" in kinds or "gated" in reason.lower():
+        return (
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then run "
+            "`hf auth login`"
+        )
+    if "RepositoryNotFoundError" in kinds:
+        return f"{repo} is not on the hub, nor a folder here, or is private: check --model {name}"
+    if "RevisionNotFoundError" in kinds:
+        return f"{repo} has no such revision: check --revision"
+    return (
+        f"cannot load {repo} ({reason}); check the network, or give a downloaded folder with "
+        "--model FOLDER"
+    )
+
+
+def load_loras(pipe, loras: list[tuple[str, float]]) -> None:
+    """Load adapters and set their scales. Raises `Unavailable`."""
+    names = [f"lora_{i}" for i in range(len(loras))]
+    for name, (path, _) in zip(names, loras, strict=True):
+        try:
+            pipe.load_lora_weights(path, adapter_name=name)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            if "PEFT" in reason:
+                reason = "it needs the peft package, pip install peft"
+            raise Unavailable(f"cannot load the LoRA {path}: {reason}") from error
+    if names:
+        pipe.set_adapters(names, [scale for _, scale in loras])
+
+
+def place(pipe, device: str, offload: str, apart: dict[str, str], pixels: int) -> None:
+    """Put the pipeline on its device, whole or in turns; `apart` names parts with a place of
+    their own, which leaves no other offloading."""
+    if offload == "auto":
+        offload = "none" if apart else choose_offload(pipe, device, pixels)
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "group":
+        stream = torch.device(device).type == "cuda"
+        pipe.enable_group_offload(
+            torch.device(device), offload_type="leaf_level", use_stream=stream
+        )
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        for name, part in pipe.components.items():
+            if isinstance(part, torch.nn.Module):
+                part.to(apart.get(name, device))
+
+
+def choose_offload(pipe, device: str, pixels: int) -> str:
+    """The fastest way that fits: everything resident, one model at a time, or layer by layer."""
+    if torch.device(device).type != "cuda":
+        return "none"
+    free, _ = torch.cuda.mem_get_info(torch.device(device))
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    sizes = [sum(p.numel() * p.element_size() for p in part.parameters()) for part in parts]
+    room = free - ACTIVATIONS * pixels
+    return "none" if sum(sizes) < room else "model" if max(sizes) < room else "group"
+
+
+def set_tiling(vae, mode: str, tile_size: int | None, pixels: int) -> bool:
+    """Decode in tiles: always, never, or ("auto") above `TILED_FROM` pixels; returns whether.
+
+    tile_size: px of a tile's side; None: the autoencoder's own.
+    """
+    tiled = pixels > TILED_FROM if mode == "auto" else mode == "on"
+    if tiled:
+        vae.enable_tiling()
+        if tile_size:
+            vae.tile_sample_min_size, vae.tile_latent_min_size = tile_size, tile_size // 8
+    else:
+        vae.disable_tiling()
+    return tiled
+
+
+def local_scheduler(model, config):
+    """The scheduler of a folder, or as the table has it, with the shift that DyPE would set."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if Path(model.repo).is_dir():
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
+            model.repo, subfolder="scheduler", local_files_only=True
+        )
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler(**model.schedule)
+    set_shift(scheduler, shift_settings(scheduler, config, model.family))
+    return scheduler

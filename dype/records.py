@@ -1,0 +1,106 @@
+"""What a run writes: a PNG that carries its own settings, and the same settings as JSON."""
+
+import io
+import json
+import os
+import platform
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+KEY = "dype"  # the PNG's text chunk
+
+
+def method_name(method: str, dype: bool) -> str:
+    """`yarn`, or `dy_yarn` where it follows the noise level; never `dy_base`."""
+    return f"dy_{method}" if dype and method != "base" else method
+
+
+def file_name(seed: int, method: str, dype: bool, height: int, width: int, prompt: int = 0) -> str:
+    """The authors' scheme, height first; `prompt` counts from 0 and shows from the second on."""
+    more = f"_prompt_{prompt + 1}" if prompt else ""
+    return f"seed_{seed}_method_{method_name(method, dype)}_res_{height}x{width}{more}.png"
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder and write to it, or raise OSError in plain words."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error.strerror}; try --output_dir") from error
+
+
+def free_path(path: Path) -> Path:
+    """`path`, or where it is taken the same name with _2, _3, ... before the suffix."""
+    count, free = 1, path
+    while free.exists() or free.with_suffix(".json").exists():
+        count += 1
+        free = path.with_stem(f"{path.stem}_{count}")
+    return free
+
+
+def machine(pipe, seconds: float) -> dict:
+    """What drew the picture, how long it took and how much memory that needed, in bytes."""
+    device = pipe.transformer.device
+    packages = ("torch", "diffusers", "transformers", "accelerate")
+    on_cuda = device.type == "cuda"
+    return {
+        "seconds": round(seconds, 3),
+        "peak_memory": torch.cuda.max_memory_allocated(device) if on_cuda else peak_memory(),
+        "device": torch.cuda.get_device_name(device) if on_cuda else str(device),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+    }
+
+
+def peak_memory() -> int | None:
+    """The largest resident size of this process so far, bytes; None where there is no such count."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def save(image: Image.Image, path: Path, record: dict) -> None:
+    """Write PATH.png and PATH.json, each whole or not at all. Raises OSError, leaving neither."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(KEY, text)
+    picture = io.BytesIO()
+    image.save(picture, "png", pnginfo=info)
+    contents = {path: picture.getvalue(), path.with_suffix(".json"): text.encode() + b"\n"}
+    parts = {target: target.with_name(f".{target.name}.{os.getpid()}.part") for target in contents}
+    try:
+        for target, part in parts.items():
+            with part.open("wb") as file:
+                file.write(contents[target])
+                file.flush()
+                os.fsync(file.fileno())
+        for target, part in parts.items():
+            part.replace(target)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {path}: {error.strerror}; free some space, or try another --output_dir"
+        ) from error
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict:
+    """The record in a PNG. Raises ValueError if it has none, OSError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(KEY)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not a picture") from error
+    if text is None:
+        raise ValueError(f"{path} carries no settings of this program")
+    return json.loads(text)
