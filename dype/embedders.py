@@ -36,6 +36,10 @@ class FluxDyPE(torch.nn.Module):
         self.seen = (None, 0)  # the ids that were read last, their version, what was read
         self.set_grid(1, 1)
 
+    @property
+    def stock(self) -> torch.nn.Module:
+        return self.kept[0]
+
     def set_timestep(self, sigma: float | torch.Tensor) -> None:
         """Set the noise level: in [0, 1], 1 is pure noise; a float or a 0-dim tensor."""
         if not isinstance(sigma, torch.Tensor):

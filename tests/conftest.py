@@ -1,0 +1,104 @@
+"""Tiny random pipelines of the real diffusers classes, offline."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FluxTransformer2DModel as Transformer
+
+from dype.demo import build
+
+LATENT_CHANNELS = 4
+
+
+def tiny_transformer(**changes) -> Transformer:
+    torch.manual_seed(0)
+    settings = {
+        "patch_size": 1,
+        "in_channels": 4 * LATENT_CHANNELS,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": build.TEXT_WIDTH,
+        "pooled_projection_dim": build.TEXT_WIDTH,
+        "guidance_embeds": False,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    return Transformer(**settings | changes).eval()
+
+
+def tiny_vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        shift_factor=0.1159,
+        scaling_factor=0.3611,
+    ).eval()
+
+
+def tiny_components(**changes) -> dict:
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        shift=3.0,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=16,
+        max_image_seq_len=256,
+    )
+    torch.manual_seed(0)
+    return {
+        "scheduler": scheduler,
+        "vae": tiny_vae(),
+        "transformer": tiny_transformer(**changes),
+        **build.text_encoders(),
+    }
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe() -> FluxPipeline:
+    return quiet(FluxPipeline(**tiny_components()))
+
+
+def latents(pipe, height=256, width=192, steps=3, seed=0, **more) -> torch.Tensor:
+    """Draw with a tiny pipeline; packed latents."""
+    settings = {
+        "prompt": "a red ring on teal leaves",
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "max_sequence_length": 16,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(seed),
+    }
+    return pipe(**settings | more).images
+
+
+class Spy:
+    """What the embedder of a transformer sees: noise level, grid, layout at every call."""
+
+    def __init__(self, transformer):
+        self.calls = []
+        transformer.pos_embed.register_forward_hook(self.note)
+
+    def note(self, embedder, args, output):
+        self.calls.append((float(embedder.sigma), embedder.grid, embedder.layout))
+
+    @property
+    def sigmas(self) -> list[float]:
+        return [call[0] for call in self.calls]

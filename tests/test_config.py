@@ -1,0 +1,71 @@
+"""DyPEConfig and the presets."""
+
+import math
+
+import pytest
+
+from dype import DyPEConfig
+from dype.config import preset
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("method", "yarm"),
+        ("dype", 1),
+        ("dype_scale", -0.1),
+        ("dype_scale", 8.1),
+        ("dype_scale", math.nan),
+        ("dype_scale", "2"),
+        ("dype_exponent", -1),
+        ("dype_exponent", 1001),
+        ("dype_start_sigma", 0),
+        ("dype_start_sigma", 1.01),
+        ("alpha", 0),
+        ("beta", 0.5),
+        ("base_resolution", 0),
+        ("base_resolution", 1000),
+        ("base_resolution", True),
+        ("anisotropic", None),
+        ("shift", "stock"),
+        ("max_shift", math.inf),
+    ],
+)
+def test_out_of_range(name, value):
+    """The field, the value and what is accepted are named."""
+    with pytest.raises(ValueError, match=f"^{name} is {value!r}, expected"):
+        DyPEConfig(**{name: value})
+
+
+def test_round_trip():
+    config = DyPEConfig("ntk", dype_scale=0.0, dype_exponent=0.5, base_resolution=256, shift="cap")
+    assert DyPEConfig.from_dict(config.to_dict()) == config
+    assert config.lambda_s == 0  # 0 is a value
+    with pytest.raises(ValueError, match="unknown setting 'dype_scales', expected one of method"):
+        DyPEConfig.from_dict({"dype_scales": 1})
+
+
+@pytest.mark.parametrize(
+    ("size", "method", "exponent"),
+    [
+        ((1024, 1024), "base", None),
+        ((1024, 1536), "base", None),
+        ((1024, 1552), "vision_yarn", 1.0),
+        ((3056, 1024), "vision_yarn", 1.0),
+        ((1024, 3072), "vision_yarn", 2.0),
+        ((4096, 4096), "vision_yarn", 2.0),
+    ],
+)
+def test_auto(size, method, exponent):
+    chosen = preset("auto", *size, 1024)
+    assert chosen["method"] == method
+    assert chosen.get("dype_exponent") == exponent
+    assert chosen.get("dype_scale") == (None if method == "base" else 2.0)
+
+
+def test_other_presets():
+    assert preset("off", 4096, 4096, 1024) == {"method": "base", "dype": False}
+    four_k = DyPEConfig(**preset("4k", 512, 512, 1024))
+    assert four_k == DyPEConfig("vision_yarn", True, 2.0, 2.0, 1.0)
+    with pytest.raises(ValueError, match="preset is '8k', expected one of off, auto, 4k"):
+        preset("8k", 512, 512, 1024)

@@ -1,0 +1,316 @@
+"""apply_dype and remove_dype in real pipelines of tiny size."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import Spy, latents, quiet, tiny_components, tiny_transformer
+from diffusers import (
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxFillPipeline,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+    UNet2DModel,
+)
+from PIL import Image
+from torch._dynamo.testing import CompileCounter
+
+from dype import DyPEConfig, apply_dype, remove_dype
+from dype.embedders import FluxDyPE
+from dype.generate import noise_schedule
+from dype.models import MODELS, base_resolution
+
+CONFIG = DyPEConfig("yarn", base_resolution=64)
+
+
+def scheduled(pipe) -> list[float]:
+    return pipe.scheduler.sigmas[:-1].tolist()
+
+
+def test_remove_restores_bits(pipe):
+    """Latents, configuration, modules and hooks are what they were."""
+    before, config = latents(pipe), dict(pipe.scheduler.config)
+    names = list(pipe.transformer.state_dict())
+    apply_dype(pipe, CONFIG)
+    assert list(pipe.transformer.state_dict()) == names
+    assert not torch.equal(latents(pipe), before)
+    remove_dype(pipe)
+    assert torch.equal(latents(pipe), before)
+    assert dict(pipe.scheduler.config) == config
+    assert not pipe.transformer._forward_pre_hooks
+    remove_dype(pipe)  # nothing left to remove
+
+
+def test_inactive_equals_stock(pipe):
+    """At the base resolution and the model's own schedule every method is the stock pipeline."""
+    before = latents(pipe)
+    for method in ("yarn", "ntk", "vision_yarn"):
+        apply_dype(pipe, DyPEConfig(method, base_resolution=256, shift="model"))
+        assert torch.equal(latents(pipe), before)
+
+
+def test_sigmas_of_the_scheduler(pipe):
+    """The embedder sees the scheduler's sigmas: at the first step, and in a second run."""
+    apply_dype(pipe, CONFIG)
+    spy = Spy(pipe.transformer)
+    for steps in (4, 3):
+        spy.calls.clear()
+        latents(pipe, steps=steps)
+        assert spy.sigmas == pytest.approx(scheduled(pipe), abs=1e-6)
+        assert spy.sigmas[0] == 1
+        assert {call[1] for call in spy.calls} == {(16, 12)}
+
+
+def test_sigmas_at_bfloat16(pipe):
+    pipe.to(torch.bfloat16)
+    apply_dype(pipe, CONFIG)
+    spy = Spy(pipe.transformer)
+    latents(pipe, steps=6)
+    assert spy.sigmas == pytest.approx(scheduled(pipe), abs=2.5e-3)
+
+
+def test_sigmas_with_true_cfg(pipe):
+    """Two denoiser calls per step, the same noise level in both."""
+    apply_dype(pipe, CONFIG)
+    spy = Spy(pipe.transformer)
+    latents(pipe, negative_prompt="a disk", true_cfg_scale=3.0)
+    assert spy.sigmas == pytest.approx([s for s in scheduled(pipe) for _ in (0, 1)], abs=1e-6)
+
+
+def test_sigmas_in_image_to_image(pipe):
+    """strength 0.6 of 5 steps: the last 3 sigmas, the first call included."""
+    apply_dype(pipe, CONFIG)
+    other = quiet(FluxImg2ImgPipeline(**pipe.components))
+    spy = Spy(pipe.transformer)
+    image = Image.new("RGB", (192, 256), "teal")
+    latents(other, image=image, strength=0.6, steps=5)
+    assert spy.sigmas == pytest.approx(scheduled(other)[2:], abs=1e-6)
+
+
+def test_hook_survives_the_end_of_offloading(pipe, monkeypatch):
+    """Pipelines rebuild accelerate's hooks after every call when models are offloaded.
+
+    There is no accelerator here: accelerate's own hook on the CPU stands in for it.
+    """
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    def offload():
+        remove_hook_from_module(pipe.transformer, recurse=True)
+        add_hook_to_module(pipe.transformer, ModelHook())
+
+    offload()
+    monkeypatch.setattr(type(pipe), "maybe_free_model_hooks", lambda self: offload())
+    apply_dype(pipe, CONFIG)
+    spy = Spy(pipe.transformer)
+    for _ in range(2):
+        spy.calls.clear()
+        latents(pipe)
+        assert spy.sigmas == pytest.approx(scheduled(pipe), abs=1e-6)
+
+
+def test_batches_and_sizes_in_turn(pipe):
+    """Batch 2; then two sizes of one token count: as on a fresh pipeline each."""
+    apply_dype(pipe, CONFIG)
+    wide, tall = latents(pipe, 128, 256), latents(pipe, 256, 128)
+    pair = latents(pipe, 128, 256, prompt=["a red ring on teal leaves"] * 2)
+    assert pair.shape[0] == 2
+    fresh = quiet(FluxPipeline(**tiny_components()))
+    apply_dype(fresh, CONFIG)
+    assert torch.equal(latents(fresh, 256, 128), tall)
+    assert torch.equal(latents(fresh, 128, 256), wide)
+
+
+def test_second_apply_replaces_the_first(pipe):
+    stock = pipe.transformer.pos_embed
+    apply_dype(pipe, CONFIG)
+    apply_dype(pipe, DyPEConfig("ntk"))
+    assert pipe.transformer.pos_embed.stock is stock
+    assert len(pipe.transformer._forward_pre_hooks) == 1
+    remove_dype(pipe)
+    assert pipe.transformer.pos_embed is stock
+
+
+def test_deep_copy_drives_its_own(pipe):
+    apply_dype(pipe, CONFIG)
+    other = copy.deepcopy(pipe.transformer)
+    pipe.transformer.pos_embed.set_timestep(0.25)
+    mine = Spy(other)
+    call = {
+        "hidden_states": torch.randn(1, 16, 16),
+        "encoder_hidden_states": torch.randn(1, 4, 128),
+        "pooled_projections": torch.randn(1, 128),
+        "timestep": torch.tensor([0.75]),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(4, 3),
+    }
+    other(**call)
+    assert mine.sigmas == [0.75]
+    assert pipe.transformer.pos_embed.sigma == 0.25
+    remove_dype(other)
+    assert not isinstance(other.pos_embed, FluxDyPE)
+    assert not other._forward_pre_hooks
+    assert len(pipe.transformer._forward_pre_hooks) == 1
+    pickle.loads(pickle.dumps(pipe.transformer))
+
+
+def test_positional_arguments():
+    """A hand-written loop may call the transformer without names."""
+    transformer = tiny_transformer()
+    apply_dype(transformer, CONFIG)
+    spy = Spy(transformer)
+    hidden, text, pooled = torch.randn(1, 8, 16), torch.randn(1, 4, 128), torch.randn(1, 128)
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(4.0))
+    transformer(hidden, text, pooled, torch.tensor([0.5]), ids, torch.zeros(4, 3))
+    assert spy.calls == [(0.5, (2, 4), (4, 0))]
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "compiled first"])
+def test_one_compiled_graph(pipe, how):
+    """fullgraph, one graph for all steps of two runs; also when compiled before apply_dype."""
+    apply_dype(pipe, CONFIG)
+    expected = latents(pipe)
+    remove_dype(pipe)
+    counter = CompileCounter()
+    if how != "compiled first":
+        apply_dype(pipe, CONFIG)
+    if how == "in place":
+        pipe.transformer.compile(fullgraph=True, backend=counter)
+    else:
+        pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend=counter)
+    apply_dype(pipe, CONFIG)
+    for _ in range(2):
+        torch.testing.assert_close(latents(pipe), expected, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_shift(pipe):
+    """Capped: mu = max_shift at every size, static methods too. The model's: its rule."""
+    pipe.scheduler.register_to_config(base_image_seq_len=256, max_image_seq_len=4096)
+    mu = lambda: [noise_schedule(pipe.scheduler, n, n, 4)[0] for n in (512, 1024, 2048, 4096)]  # noqa: E731
+    stock = mu()
+    assert stock[1:] == pytest.approx([1.15, 3.23, 11.55], abs=0.01)
+    for config in (DyPEConfig(), DyPEConfig("base"), DyPEConfig("yarn", dype=False)):
+        apply_dype(pipe, config)
+        assert mu() == [1.15] * 4
+    apply_dype(pipe, DyPEConfig(max_shift=1.5))
+    assert mu() == [1.5] * 4
+    apply_dype(pipe, DyPEConfig(shift="model"))
+    assert mu() == stock
+    apply_dype(pipe, DyPEConfig(shift="model", base_shift=0.0))
+    assert mu()[0] < stock[0]
+    remove_dype(pipe)
+    assert mu() == stock
+    with pytest.raises(ValueError, match="base_shift is 0.3"):
+        apply_dype(pipe, DyPEConfig(base_shift=0.3))
+
+
+def test_shift_leaves_what_others_changed(pipe):
+    apply_dype(pipe)
+    pipe.scheduler.register_to_config(base_shift=0.7)
+    remove_dype(pipe)
+    assert pipe.scheduler.config.base_shift == 0.7
+    pipe.scheduler.register_to_config(use_dynamic_shifting=False)
+    before = dict(pipe.scheduler.config)
+    apply_dype(pipe)  # a static schedule has nothing to cap
+    assert dict(pipe.scheduler.config) == before
+
+
+def test_pipeline_uses_the_capped_schedule(pipe):
+    """The sigmas of a drawing are those that noise_schedule tells beforehand."""
+    apply_dype(pipe, CONFIG)
+    latents(pipe, 512, 512, steps=5)
+    mu, sigmas = noise_schedule(pipe.scheduler, 512, 512, 5)
+    assert mu == 1.15
+    assert pipe.scheduler.sigmas.tolist() == pytest.approx(sigmas, abs=1e-7)
+    assert sigmas[-2] == pytest.approx(0.4412, abs=1e-4)
+
+
+def test_inpainting(pipe):
+    apply_dype(pipe, CONFIG)
+    other = quiet(FluxInpaintPipeline(**pipe.components))
+    spy = Spy(pipe.transformer)
+    picture, mask = Image.new("RGB", (192, 256), "teal"), Image.new("L", (192, 256), 255)
+    latents(other, image=picture, mask_image=mask, strength=0.6, steps=5)
+    assert spy.sigmas == pytest.approx(scheduled(other)[2:], abs=1e-6)
+
+
+def test_fill():
+    parts = tiny_components(in_channels=4 * 4 + 4 * 4 + 256, out_channels=16)
+    other = quiet(FluxFillPipeline(**parts))
+    apply_dype(other, CONFIG)
+    spy = Spy(other.transformer)
+    picture, mask = Image.new("RGB", (192, 256), "teal"), Image.new("L", (192, 256), 255)
+    latents(other, image=picture, mask_image=mask)
+    assert spy.sigmas == pytest.approx(scheduled(other), abs=1e-6)
+    assert spy.calls[0][1:] == ((16, 12), (16, 0))
+
+
+def test_kontext(pipe):
+    """The reference's tokens follow the picture's and are not counted as the picture."""
+    parts = pipe.components
+    other = quiet(FluxKontextPipeline(**parts))
+    apply_dype(other, CONFIG)
+    spy = Spy(other.transformer)
+    picture = Image.new("RGB", (128, 128), "teal")
+    latents(other, image=picture, _auto_resize=False, max_area=256 * 192)
+    (_, grid, (text, after)), *_ = spy.calls
+    assert grid == (16, 12)
+    assert (text, after) == (16, 64)
+
+
+def test_controlnet(pipe):
+    """A controlnet has an embedder of its own, which follows too and is restored too."""
+    controlnet = FluxControlNetModel.from_transformer(
+        pipe.transformer, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2,
+    )  # fmt: skip
+    other = quiet(FluxControlNetPipeline(**pipe.components, controlnet=controlnet))
+    apply_dype(other, CONFIG)
+    spy, its = Spy(other.transformer), Spy(other.controlnet)
+    latents(other, control_image=Image.new("RGB", (192, 256), "teal"))
+    assert spy.sigmas == its.sigmas
+    assert its.calls[0][1] == (16, 12)
+    remove_dype(other)
+    assert not isinstance(other.controlnet.pos_embed, FluxDyPE)
+
+
+def test_unknown_transformer():
+    model = UNet2DModel(
+        sample_size=8, block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=1,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="UNet2DModel is not supported, expected one of Flux"):
+        apply_dype(model)
+
+
+def test_base_resolution_follows_what_was_loaded(tmp_path):
+    transformer = tiny_transformer()
+    assert base_resolution(transformer) == 1024
+    transformer.register_to_config(_name_or_path=f"{MODELS['demo'].repo}/transformer")
+    assert base_resolution(transformer) == 256
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_no_sync_on_cuda(pipe):
+    """Would show that no step but the first of a picture waits for the device."""
+    pipe.to("cuda")
+    apply_dype(pipe, CONFIG)
+    call = {
+        "hidden_states": torch.randn(1, 256, 16, device="cuda"),
+        "encoder_hidden_states": torch.randn(1, 4, 128, device="cuda"),
+        "pooled_projections": torch.randn(1, 128, device="cuda"),
+        "timestep": torch.tensor([0.75], device="cuda"),
+        "img_ids": torch.zeros(256, 3, device="cuda"),
+        "txt_ids": torch.zeros(4, 3, device="cuda"),
+    }
+    pipe.transformer(**call)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pipe.transformer(**call)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,161 @@
+"""The mathematics: golden numbers, an independent transcription, and what section by section of
+docs/method.md claims."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+import torch
+
+from dype import DyPEConfig
+from dype.config import METHOD_SCALES
+from dype.rope import METHODS, axis_frequencies, scale, stock_frequencies
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "rope_reference.npz")
+CASES = json.loads(str(GOLDEN["index"]))
+STRETCHED = [name for name in METHODS if name != "base"]
+FLUX, Z_IMAGE = (56, 10000.0, 64), (48, 256.0, 64)  # dim, theta, trained tokens
+
+
+def cos_sin(axis, tokens, positions, sigma, config, max_scale=None):
+    f, m = axis_frequencies(*axis, tokens, sigma, config, max_scale)
+    angle = torch.outer(torch.as_tensor(positions, dtype=torch.float64), f)
+    both = torch.stack([angle.cos(), angle.sin()]) * m
+    return both.repeat_interleave(2, -1).numpy()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["key"])
+def test_published_code_agrees(case):
+    """Authors' code, both forms, and ComfyUI's: 1e-6 on cos and sin (tests/golden/README.md)."""
+    method = "yarn_power" if case["form"] == "power" else case["method"]
+    config = DyPEConfig(method, dype=bool(case["dype"]) or method == "vision_yarn")
+    if case["kind"] == "axis":
+        axis = case["dim"], case["theta"], case["base_tokens"]
+        ours = cos_sin(axis, case["tokens"], case["positions"], case["sigma"], config)
+    else:
+        rows, (height, width) = np.array(case["rows"]) - case["text_tokens"], case["grid"]
+        at = [np.where(rows < 0, 0, rows // width), np.where(rows < 0, 0, rows % width)]
+        largest = max(scale(64, height), scale(64, width))
+        parts = [
+            cos_sin(FLUX, tokens, positions, case["sigma"], config, largest)
+            for tokens, positions in zip(case["grid"], at, strict=True)
+        ]
+        first = np.broadcast_to(np.array([1.0, 0.0])[:, None, None], (2, len(rows), 16))
+        ours = np.concatenate([first, *parts], -1)
+    theirs = np.stack([GOLDEN[case["key"] + "_cos"], GOLDEN[case["key"] + "_sin"]])
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dype", "static"])
+@pytest.mark.parametrize("method", METHODS)
+def test_transcription_agrees(method, dynamic):
+    """Against plain Python, over axes, scales, noise levels and settings."""
+    for axis in (FLUX, Z_IMAGE, (32, 2000.0, 83)):
+        for tokens in (axis[2] * 5 // 4, axis[2] * 4, axis[2] * 6 + 1):
+            for sigma in (0.0, 0.005, 0.03, 0.105, 0.5, 0.95):
+                for scales in ({}, {"dype_scale": 1.5, "dype_exponent": 0.5}, {"dype_scale": 0.0}):
+                    config = DyPEConfig(method, dynamic, dype_start_sigma=0.9, **scales)
+                    expected, m = reference.frequencies(
+                        method,
+                        *axis,
+                        tokens,
+                        sigma,
+                        7.0,
+                        lambda_s=config.lambda_s,
+                        lambda_t=config.dype_exponent,
+                        t_start=0.9,
+                        dynamic=dynamic,
+                    )
+                    ours, our_m = axis_frequencies(*axis, tokens, sigma, config, 7.0)
+                    np.testing.assert_allclose(ours, expected, rtol=1e-12)
+                    assert our_m.item() == pytest.approx(m, rel=1e-14)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_stretch_is_stock(method):
+    """s <= 1 on every axis: stock, bit for bit, at every noise level."""
+    for tokens in (1, 40, 64):
+        for sigma in (0.0, 0.4, 1.0):
+            f, m = axis_frequencies(*FLUX, tokens, sigma, DyPEConfig(method))
+            assert torch.equal(f, stock_frequencies(56, 10000.0))
+            assert m == 1
+
+
+@pytest.mark.parametrize("method", STRETCHED)
+def test_kappa_one_is_static(method):
+    """kappa(1) = lambda_s = 1 is the static method, bit for bit."""
+    dynamic, m = axis_frequencies(*FLUX, 256, 1.0, DyPEConfig(method, dype_scale=1.0))
+    static, static_m = axis_frequencies(*FLUX, 256, 0.3, DyPEConfig(method, dype=False))
+    assert torch.equal(dynamic, static)
+    assert m == static_m
+
+
+def test_at_the_end_of_sampling():
+    """t = 0: stock bits for pi and ntk; yarn and yarn_paper keep m; power forms stop at 1 turn."""
+    theta = stock_frequencies(56, 10000.0)
+    at_zero = {name: axis_frequencies(*FLUX, 256, 0.0, DyPEConfig(name)) for name in STRETCHED}
+    assert all(f.isfinite().all() for f, _ in at_zero.values())
+    for name in ("pi", "ntk", "yarn", "yarn_paper"):
+        assert torch.equal(at_zero[name][0], theta), name
+    assert at_zero["pi"][1] == at_zero["ntk"][1] == 1
+    assert at_zero["yarn"][1] == at_zero["yarn_paper"][1] == 0.1 * np.log(4) + 1
+    for name in ("yarn_power", "vision_yarn"):
+        assert (at_zero[name][0] == theta).sum() == 8, name
+    assert at_zero["vision_yarn"][1] == 1
+
+
+@pytest.mark.parametrize("axis", [FLUX, Z_IMAGE, (56, 10000.0, 16)])
+@pytest.mark.parametrize("method", ["pi", "ntk", "yarn", "yarn_paper"])
+def test_frequencies_fall_with_the_noise(method, axis):
+    """No pair's frequency rises with t, also where the authors' ramp would turn round."""
+    levels = torch.linspace(0, 1, 401, dtype=torch.float64)
+    config = DyPEConfig(method)
+    f = torch.stack([axis_frequencies(*axis, 4 * axis[2], t, config)[0] for t in levels])
+    assert (f.diff(dim=0) <= 1e-15).all()
+    assert (f[0] > f[-1]).any()
+
+
+def test_last_pair_of_dynamic_ntk():
+    """Pair n-1 is theta_{n-1} / s^kappa (Eq. 15)."""
+    theta = stock_frequencies(56, 10000.0)
+    for sigma in (0.1, 0.5, 1.0):
+        f, _ = axis_frequencies(*FLUX, 256, sigma, DyPEConfig("ntk"))
+        assert f[-1].item() == pytest.approx(theta[-1].item() / 4 ** (2 * sigma**2), rel=1e-14)
+        assert f[0] == theta[0]
+
+
+def test_cutoffs_of_the_authors():
+    """beta and gamma edges at s = 4, t = 1, 0.5 and 0.1047, where theirs is well-formed."""
+    theta = stock_frequencies(56, 10000.0)
+    for sigma, gamma_low, beta_high in ((1.0, 0, 8), (0.5, 2, 13), (0.1047, 12, 22)):
+        f, _ = axis_frequencies(*FLUX, 256, sigma, DyPEConfig("yarn"))
+        ratio = f / theta
+        assert (ratio == 1).nonzero().max() == gamma_low
+        assert (ratio[beta_high:] - 0.25).abs().max() < 1e-12
+        assert ratio[beta_high - 1] > 0.25 + 1e-6
+
+
+def test_scales_of_a_non_square_picture():
+    """Each axis by its own s, or every axis by the largest."""
+    own = axis_frequencies(*FLUX, 128, 0.5, DyPEConfig("ntk"), max_scale=4.0)[0]
+    alone = axis_frequencies(*FLUX, 128, 0.5, DyPEConfig("ntk"))[0]
+    largest = axis_frequencies(*FLUX, 128, 0.5, DyPEConfig("ntk", anisotropic=False), 4.0)[0]
+    assert torch.equal(own, alone)
+    assert torch.equal(largest, axis_frequencies(*FLUX, 256, 0.5, DyPEConfig("ntk"))[0])
+    f, m = axis_frequencies(*FLUX, 64, 0.5, DyPEConfig("vision_yarn"), max_scale=4.0)
+    assert not torch.equal(f, stock_frequencies(56, 10000.0))
+    assert m > 1
+
+
+def test_methods_and_defaults_name_the_same():
+    assert list(METHODS) == list(METHOD_SCALES)
+
+
+def test_sigma_may_be_a_tensor():
+    for sigma in (0.3, torch.tensor(0.3, dtype=torch.float64)):
+        f, m = axis_frequencies(*FLUX, 256, sigma, DyPEConfig("yarn"))
+        assert f.dtype == m.dtype == torch.float64
+        assert (f.shape, m.shape) == ((28,), ())
+    assert torch.equal(f, axis_frequencies(*FLUX, 256, 0.3, DyPEConfig("yarn"))[0])
