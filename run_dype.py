@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dype import apply_dype, cli, generate, load_pipeline, records, rope
-from dype.pipelines import Unavailable, local_scheduler, set_tiling
+from dype.pipelines import UnavailableError, local_scheduler, set_tiling
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         return run(args, settings, paths)
     except cli.UserError as error:
         return failed(2, error)
-    except (Unavailable, OSError) as error:
+    except (UnavailableError, OSError) as error:
         return failed(1, error)
     except torch.OutOfMemoryError:
         return failed(1, "out of memory; try --offload model or group, --tiled_vae on, or a size")

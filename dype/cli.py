@@ -7,9 +7,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from dype import records
 from dype.config import METHOD_SCALES, PRESETS, SHIFTS, DyPEConfig, number, preset
 from dype.models import MODELS, Model, resolve_model
+from dype.patch import shift_of
 from dype.pipelines import DTYPES, OFFLOADS
 
 CONFIG_FLAGS = tuple(field.name for field in fields(DyPEConfig))
@@ -250,6 +253,19 @@ def given_flags(args: argparse.Namespace) -> dict:
                 raise UserError(f"--{name} is {given[name]!r}, expected {wanted}") from None
             if math.isfinite(high):
                 number(f"--{name}", given[name], low, high, multiple=multiple)
+    for name in ("device", "text_encoder_device", "vae_device"):
+        try:
+            torch.device(given.get(name, "cpu"))
+        except RuntimeError:
+            raise UserError(
+                f"--{name} is {given[name]!r}, expected cpu, cuda, cuda:1, mps, ..."
+            ) from None
+    apart = given.keys() & {"text_encoder_device", "vae_device"}
+    if apart and given.get("offload", "none") not in ("auto", "none"):
+        raise UserError(
+            f"--offload is {given['offload']!r}, but --{min(apart)} puts parts in places of their "
+            "own, expected --offload none"
+        )
     if given.pop("no_dype", False):
         if given.get("dype") == "on":
             raise UserError("--no_dype and --dype on contradict each other, expected one of them")
@@ -292,6 +308,7 @@ def merge(given: dict, source: dict) -> Settings:
     if asked.get("method", model.dype["method"]) == model.dype["method"]:
         config |= model.dype  # another method brings its own scale and exponent
     config = DyPEConfig.from_dict(config | asked)
+    shift_of(config, model.family)
 
     if flags["negative_prompt"] is not None and flags["true_cfg"] == 1:
         raise UserError("--negative_prompt is ignored at --true_cfg 1, expected a larger scale")

@@ -56,7 +56,7 @@ class FluxDyPE(torch.nn.Module):
         self.grid, self.layout = (int(height_tokens), int(width_tokens)), None
 
     def set_layout(self, before: int, after: int) -> None:
-        """Say that the ids to come are `before` of text, the grid row by row, `after` of references.
+        """The ids to come are `before` of text, the grid row by row, and `after` of references.
 
         Rows and columns are then written by one broadcast, and the grid's ids are not looked at.
         """
@@ -181,7 +181,7 @@ def grid_ids(kind: int, height: int, width: int) -> torch.Tensor:
 
 
 def cos_sin(angle: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float64 angles [..., n] -> float32 [2, ..., 2n]: scaled cos and sin, repeated for the pair."""
+    """float64 angles [..., n] -> float32 [2, ..., 2n]: scaled cos and sin, each twice."""
     both = torch.stack([angle.cos(), angle.sin()]) * scale
     return both.repeat_interleave(2, dim=-1).float()
 

@@ -24,6 +24,7 @@ def noise_schedule(scheduler, height: int, width: int, steps: int) -> tuple[floa
     return mu, scheduler.sigmas.tolist()
 
 
+@torch.no_grad()
 def draw(
     pipe,
     prompt: str,
@@ -39,20 +40,20 @@ def draw(
 ) -> Image.Image:
     """One picture of `height` x `width` px. The noise is drawn on the CPU: a seed means the same
     start on every device."""
-    common = dict(
-        height=height,
-        width=width,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        true_cfg_scale=true_cfg,
-        max_sequence_length=max_sequence_length,
-        generator=torch.Generator("cpu").manual_seed(seed),
-    )
-    home, vae_device = pipe.transformer.device, pipe.vae.device
-    text_device = pipe.text_encoder_2.device
-    if hasattr(pipe.transformer, "_hf_hook") or text_device == home == vae_device:
+    common = {
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "true_cfg_scale": true_cfg,
+        "max_sequence_length": max_sequence_length,
+        "generator": torch.Generator("cpu").manual_seed(seed),
+    }
+    if together(pipe):
         return pipe(prompt, negative_prompt=negative_prompt, **common).images[0]
 
+    home, vae_device = pipe.transformer.device, pipe.vae.device
+    text_device = pipe.text_encoder_2.device
     embeds = {}
     for prefix, text in (("", prompt), ("negative_", negative_prompt)):
         if text is not None:
@@ -65,9 +66,14 @@ def draw(
         packed = pipe(**embeds, **common, output_type="latent").images
     latents = pipe._unpack_latents(packed, height, width, pipe.vae_scale_factor).to(vae_device)
     latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    with torch.no_grad():
-        decoded = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
+    decoded = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
     return pipe.image_processor.postprocess(decoded)[0]
+
+
+def together(pipe) -> bool:
+    """Whether the pipeline can run as a whole: on one device, or moved there by its hooks."""
+    devices = {part.device for part in (pipe.transformer, pipe.text_encoder_2, pipe.vae)}
+    return len(devices) == 1 or hasattr(pipe.transformer, "_hf_hook")
 
 
 @contextmanager

@@ -79,17 +79,23 @@ def shift_settings(scheduler, config: DyPEConfig, family: Family) -> dict:
     """
     if not scheduler.config.get("use_dynamic_shifting", False):
         return {}
-    if (config.shift or family.shift) == "model":
+    if shift_of(config, family) == "model":
         wanted = {"base_shift": config.base_shift, "max_shift": config.max_shift}
         return {name: value for name, value in wanted.items() if value is not None}
-    if config.base_shift is not None:
-        raise ValueError(
-            f"base_shift is {config.base_shift}, but the schedule is capped: mu is max_shift at "
-            "every size; expected shift='model' with it"
-        )
     cap = config.max_shift
     cap = scheduler.config.get("max_shift", 1.15) if cap is None else cap
     return {"base_shift": cap, "max_shift": cap}
+
+
+def shift_of(config: DyPEConfig, family: Family) -> str:
+    """The config's shift or the family's. Raises ValueError for a `base_shift` without effect."""
+    shift = config.shift or family.shift
+    if shift == "cap" and config.base_shift is not None:
+        raise ValueError(
+            f"base_shift is {config.base_shift}, but the schedule is capped: mu is max_shift at "
+            "every size; expected shift model with it"
+        )
+    return shift
 
 
 def set_shift(scheduler, wanted: dict) -> None:

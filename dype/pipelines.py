@@ -1,10 +1,12 @@
 """Model name or folder -> a ready diffusers pipeline."""
 
+import logging
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from dype.models import resolve_model
+from dype.models import FAMILIES, resolve_model
 from dype.patch import set_shift, shift_settings
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -13,7 +15,7 @@ TILED_FROM = 2048 * 2048  # px: above it an untiled decoder does not fit common 
 ACTIVATIONS = 1024  # bytes per pixel of the picture, an estimate: 16 GiB at 4096 x 4096
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """What the machine or the network lacks, as one sentence with the next thing to try."""
 
 
@@ -40,24 +42,31 @@ def load_pipeline(
     name: of `models.MODELS`, a diffusers folder or a hub id. dtype: one of `DTYPES`; None: the
     model's own. offload: one of `OFFLOADS`; "auto" takes the fastest that fits the device's memory.
     loras: (path or hub id, scale) pairs. pixels: of the largest picture to be drawn, for "auto".
-    Raises `Unavailable` with the reason and what to try.
+    Raises `UnavailableError` with the reason and what to try.
     """
-    from diffusers import DiffusionPipeline
-
     model = resolve_model(name)
     if device is None:
         device = default_device()
         refuse_hopeless(name, model, device)
-    local = Path(model.repo).is_dir()
+    check_device(device, offload)
+    check_files(model.repo, loras)
+    mute()
+    from diffusers import DiffusionPipeline
+
+    place_of = {"revision": revision, "local_files_only": Path(model.repo).is_dir()}
     try:
+        index = DiffusionPipeline.load_config(model.repo, **place_of)
+        transformer = index.get("transformer", [None, "no transformer"])[1]
+        if transformer not in FAMILIES:
+            raise UnavailableError(
+                f"{model.repo} has {transformer}, which is not supported, expected one of "
+                + ", ".join(FAMILIES)
+            )
         pipe = DiffusionPipeline.from_pretrained(
-            model.repo,
-            revision=revision,
-            dtype=DTYPES[dtype or model.dtype],
-            local_files_only=local,
+            model.repo, dtype=DTYPES[dtype or model.dtype], **place_of
         )
-    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
-        raise Unavailable(explain(name, model.repo, local, error)) from error
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
+        raise UnavailableError(explain(name, model.repo, error)) from error
     load_loras(pipe, loras)
     apart = {"vae": vae_device}
     apart |= dict.fromkeys(("text_encoder", "text_encoder_2"), text_encoder_device)
@@ -68,17 +77,61 @@ def load_pipeline(
 def refuse_hopeless(name: str, model, device: str) -> None:
     """FLUX's 12 billion parameters on a processor: an hour per step at 4096 x 4096, if they fit."""
     if device == "cpu" and model.repo.startswith("black-forest-labs/"):
-        raise Unavailable(
+        raise UnavailableError(
             f"{name} has 12 billion parameters and no GPU was found; use a machine with one, "
             "try --model demo, or insist with --device cpu"
         )
 
 
-def explain(name: str, repo: str, local: bool, error: Exception) -> str:
+def check_device(device: str, offload: str) -> None:
+    """Raise `UnavailableError` if this machine has no such device, or none to offload from."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UnavailableError(f"this machine has no device {device}; try --device cpu") from error
+    if torch.device(device).type == "cpu" and offload in ("model", "group", "sequential"):
+        raise UnavailableError(f"--offload {offload} needs a GPU to offload from; leave it out")
+
+
+def check_files(repo: str, loras: list[tuple[str, float]]) -> None:
+    """Raise `UnavailableError` for files plainly missing or broken, before anything loads."""
+    folder = Path(repo).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise UnavailableError(f"{repo} is no diffusers pipeline: it has no model_index.json")
+    elif repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        raise UnavailableError(f"there is no folder {repo}; check --model")
+    for path, _ in loras:
+        if Path(path).is_file():
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise UnavailableError(
+                    f"the LoRA {path} is not a readable safetensors file"
+                ) from error
+        elif not Path(path).is_dir() and (path.count("/") != 1 or path.endswith(".safetensors")):
+            raise UnavailableError(f"there is no LoRA {path}; check --lora")
+
+
+def mute() -> None:
+    """Silence, one message at a time, what libraries say that a user of FLUX can't act on."""
+    notices = {
+        "transformers.utils.import_utils": "requires torchvision",  # FLUX uses no image processor
+        "diffusers.pipelines.pipeline_utils": "connect to the Hub",  # our own error follows
+    }
+    for name, text in notices.items():
+        logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # diffusers shows one for the whole pipeline
+
+
+def explain(name: str, repo: str, error: Exception) -> str:
     """One sentence for a checkpoint that could not be loaded."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     reason = " ".join(str(error).split())[:200]
-    if local:
+    if Path(repo).is_dir():
         return f"cannot load the pipeline in {repo}: {reason}"
     if "GatedRepoError" in kinds or "gated" in reason.lower():
         return (
@@ -96,16 +149,16 @@ def explain(name: str, repo: str, local: bool, error: Exception) -> str:
 
 
 def load_loras(pipe, loras: list[tuple[str, float]]) -> None:
-    """Load adapters and set their scales. Raises `Unavailable`."""
+    """Load adapters and set their scales. Raises `UnavailableError`."""
     names = [f"lora_{i}" for i in range(len(loras))]
     for name, (path, _) in zip(names, loras, strict=True):
         try:
             pipe.load_lora_weights(path, adapter_name=name)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             if "PEFT" in reason:
                 reason = "it needs the peft package, pip install peft"
-            raise Unavailable(f"cannot load the LoRA {path}: {reason}") from error
+            raise UnavailableError(f"cannot load the LoRA {path}: {reason}") from error
     if names:
         pipe.set_adapters(names, [scale for _, scale in loras])
 
@@ -158,6 +211,7 @@ def set_tiling(vae, mode: str, tile_size: int | None, pixels: int) -> bool:
 
 def local_scheduler(model, config):
     """The scheduler of a folder, or as the table has it, with the shift that DyPE would set."""
+    mute()
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     if Path(model.repo).is_dir():

@@ -59,7 +59,7 @@ def machine(pipe, seconds: float) -> dict:
 
 
 def peak_memory() -> int | None:
-    """The largest resident size of this process so far, bytes; None where there is no such count."""
+    """The largest resident size of this process so far, bytes; None where not counted."""
     try:
         import resource
     except ImportError:  # Windows

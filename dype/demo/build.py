@@ -108,9 +108,12 @@ def text_encoders() -> dict:
             dropout_rate=0.0,
         )
     )
-    return dict(
-        text_encoder=text_encoder, tokenizer=clip, text_encoder_2=text_encoder_2, tokenizer_2=t5
-    )
+    return {
+        "text_encoder": text_encoder,
+        "tokenizer": clip,
+        "text_encoder_2": text_encoder_2,
+        "tokenizer_2": t5,
+    }
 
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:

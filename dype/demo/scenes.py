@@ -97,7 +97,7 @@ def leaves(seed: int, finest: float) -> list[tuple[float, float, float, float, n
     """Leaves of radius `finest` and above, deepest first, as (depth, x, y, radius, jitter).
 
     Each octave of radii has a random stream of its own and lies on the coarser ones, so that a
-    smaller `finest` only adds leaves. `jitter` is log brightness in [-1, 1] followed by three tints in [-1, 1].
+    smaller `finest` only adds leaves. `jitter` is log brightness and three tints, in [-1, 1].
     """
     found = []
     for octave in range(int(np.ceil(np.log2(LARGEST / finest)))):

@@ -10,7 +10,6 @@ import math
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -187,7 +186,7 @@ def normalise(vae, latents: torch.Tensor) -> torch.Tensor:
 def zero_modulation(transformer: torch.nn.Module) -> torch.nn.Module:
     """adaLN-zero (Peebles and Xie 2023): every block starts as the identity, the output at 0."""
     for name, weight in transformer.named_parameters():
-        if ".norm" in name and ".linear." in name or name.startswith(("norm_out", "proj_out")):
+        if (".norm" in name and ".linear." in name) or name.startswith(("norm_out", "proj_out")):
             torch.nn.init.zeros_(weight)
     return transformer
 
@@ -223,8 +222,7 @@ def train_transformer(vae, args) -> FluxPipeline:
         kept = rng.random(args.batch) >= CAPTION_DROPOUT
         rows = torch.from_numpy(np.where(kept, chosen + 1, 0)).to(args.device)
         u = (rng.permutation(args.batch) + rng.random(args.batch)) / args.batch  # stratified
-        odds = np.exp([NormalDist().inv_cdf(v) for v in u])  # logit-normal
-        sigma = torch.from_numpy(SHIFT * odds / (1 + SHIFT * odds)).float().to(args.device)
+        sigma = torch.from_numpy(SHIFT * u / (1 + (SHIFT - 1) * u)).float().to(args.device)
         x = latents[torch.from_numpy(chosen).to(args.device)]
         x = pipe._pack_latents(x, *x.shape)
         noise = torch.randn_like(x)
