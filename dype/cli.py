@@ -16,12 +16,21 @@ from dype.patch import shift_of
 from dype.pipelines import DTYPES, OFFLOADS
 
 CONFIG_FLAGS = tuple(field.name for field in fields(DyPEConfig))
-MODEL_FLAGS = ("height", "width", "steps", "guidance", "max_sequence_length", "dtype")
+MODEL_FLAGS = (
+    "height",
+    "width",
+    "steps",
+    "guidance",
+    "true_cfg",
+    "negative_prompt",
+    "max_sequence_length",
+    "dtype",
+)
 CITATION = """\
 @article{issachar2025dype,
-  title   = {DyPE: Dynamic Position Extrapolation for Ultra High Resolution Diffusion},
-  author  = {Issachar, Noam and Yariv, Guy and Benaim, Sagie and Adi, Yossi and Lischinski, Dani
-             and Fattal, Raanan},
+  title   = {{DyPE}: Dynamic Position Extrapolation for Ultra High Resolution Diffusion},
+  author  = {Issachar, Noam and Yariv, Guy and Benaim, Sagie and Adi, Yossi
+             and Lischinski, Dani and Fattal, Raanan},
   journal = {arXiv preprint arXiv:2510.20766},
   year    = {2025}
 }"""
@@ -292,8 +301,8 @@ def merge(given: dict, source: dict) -> Settings:
     name = given.get("model") or source.get("model") or "flux-krea"
     known_model(name)
     model = resolve_model(name)
-    flags = {"model": name, "revision": None, "lora": [], "negative_prompt": None, "true_cfg": 1.0}
-    flags |= {"seed": 42, "tiled_vae": "auto", "tile_size": None}
+    flags = {"model": name, "revision": None, "lora": [], "seed": 42}
+    flags |= {"tiled_vae": "auto", "tile_size": None}
     flags |= {name: getattr(model, name) for name in MODEL_FLAGS}
     flags |= {k: v for k, v in (source | given).items() if k in flags}
 
@@ -310,6 +319,8 @@ def merge(given: dict, source: dict) -> Settings:
     config = DyPEConfig.from_dict(config | asked)
     shift_of(config, model.family)
 
+    if flags["true_cfg"] == 1 and "negative_prompt" not in given:
+        flags["negative_prompt"] = None  # the model's own belongs to its own true_cfg
     if flags["negative_prompt"] is not None and flags["true_cfg"] == 1:
         raise UserError("--negative_prompt is ignored at --true_cfg 1, expected a larger scale")
     if flags["negative_prompt"] is None and flags["true_cfg"] > 1:

@@ -46,6 +46,8 @@ class Model:
     repo: str  # hub id or folder
     steps: int = 28
     guidance: float = 3.5
+    true_cfg: float = 1.0
+    negative_prompt: str | None = None
     max_sequence_length: int = 512
     base_resolution: int = 1024
     dtype: str = "bfloat16"

@@ -28,6 +28,7 @@ LATENTS = 6_000  # cached scenes for the transformer
 SHIFT = math.exp(1.15)  # training times follow the sampler's schedule, mu = 1.15
 CAPTION_DROPOUT = 0.1
 EMA = 0.999
+EVERY = 250  # steps between checkpoints
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -69,7 +70,8 @@ def run(name: str, modules: dict, loss_at, optimizer, steps: int, args) -> None:
         optimizer.load_state_dict(state["optimizer"])
         for key, module in modules.items():
             module.load_state_dict(state[key])
-    progress = tqdm(range(first, steps), name, initial=first, total=steps)
+    last = min(steps, args.stop or steps)
+    progress = tqdm(range(first, last), name, initial=first, total=steps)
     for step in progress:
         torch.manual_seed(SEED + step)
         optimizer.param_groups[0]["lr"] = rate * learning_rate(step, steps)
@@ -82,7 +84,7 @@ def run(name: str, modules: dict, loss_at, optimizer, steps: int, args) -> None:
         torch._foreach_lerp_(average, [p.detach() for p in params], pace)
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
         progress.set_postfix(loss=f"{smooth:.4f}")
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+        if (step + 1) % EVERY == 0 or step + 1 == steps:
             states = {key: module.state_dict() for key, module in modules.items()}
             saved = optimizer.state_dict()
             save(path, step=step + 1, loss=smooth, average=average, optimizer=saved, **states)
@@ -260,6 +262,7 @@ def main(argv=None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vae_steps", type=int, default=3200)
     parser.add_argument("--steps", type=int, default=6000, help="of the transformer")
+    parser.add_argument("--stop", type=int, help="stop there, to go on later (default: the end)")
     parser.add_argument("--batch", type=int, default=16, help="of the transformer")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate, likewise")
     args = parser.parse_args(argv)

@@ -1,0 +1,144 @@
+"""How often the demo model draws what was asked: `python -m dype.demo.evaluate --size 512 pi yarn`.
+
+Each setting draws the same seeded prompts and is judged by `dype.demo.check`, at the schedule of
+the demo (mu capped). A setting is METHOD, METHOD:static or METHOD:SCALE:EXPONENT. Runs in bfloat16
+autocast, several pictures at once. Needs the packages of requirements-dev.txt.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from dype.config import DyPEConfig
+from dype.demo.check import check
+from dype.demo.scenes import HELD_OUT, TRIPLES, render, sample_scene
+from dype.models import MODELS
+from dype.patch import apply_dype
+from dype.pipelines import load_pipeline
+
+DEMO = MODELS["demo"]
+
+
+def setting(text: str) -> DyPEConfig:
+    """METHOD[:static | :SCALE[:EXPONENT]] -> a configuration at the demo's base resolution."""
+    method, *more = text.split(":")
+    config = {"method": method, "base_resolution": DEMO.base_resolution}
+    if more == ["static"]:
+        config["dype"] = False
+    elif more:
+        config |= zip(("dype_scale", "dype_exponent"), map(float, more), strict=False)
+    return DyPEConfig(**config)
+
+
+def share(passed: list[bool]) -> dict:
+    """The share of passes and its Wilson 95 % interval."""
+    n, p, z = len(passed), sum(passed) / len(passed), 1.96
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = max(middle - half, 0.0), min(middle + half, 1.0)
+    return {"share": round(p, 3), "interval": [round(float(low), 3), round(float(high), 3)]}
+
+
+def draw_all(pipe, scenes: list, args, name: str) -> list[np.ndarray]:
+    """One picture per scene; the i-th starts from noise of seed i, whatever the batch."""
+    pictures = []
+    for start in tqdm(range(0, len(scenes), args.batch), name, leave=False):
+        chunk = scenes[start : start + args.batch]
+        seeds = range(start, start + len(chunk))
+        with torch.autocast(pipe.device.type, torch.bfloat16):
+            pictures += pipe(
+                [scene.caption for scene in chunk],
+                negative_prompt=[DEMO.negative_prompt or ""] * len(chunk),
+                true_cfg_scale=args.true_cfg,
+                guidance_scale=DEMO.guidance,
+                height=args.size,
+                width=args.size,
+                num_inference_steps=args.steps,
+                max_sequence_length=DEMO.max_sequence_length,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            ).images
+    return [np.asarray(picture) for picture in pictures]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dype.demo.evaluate",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("settings", nargs="*", default=["base"], help="METHOD[:static|:SCALE:EXP]")
+    parser.add_argument("--size", type=int, default=256, help="px")
+    parser.add_argument("--count", type=int, default=64, help="prompts")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    parser.add_argument("--held_out", action="store_true", help="only triples never trained on")
+    parser.add_argument(
+        "--truth",
+        action="store_true",
+        help="judge rendered scenes put through the autoencoder instead",
+    )
+    parser.add_argument("--steps", type=int, default=DEMO.steps)
+    parser.add_argument("--true_cfg", type=float, default=DEMO.true_cfg)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--strip", type=Path, help="PNG with the first six pictures per setting")
+    args = parser.parse_args(argv)
+
+    rng = np.random.default_rng(args.seed)
+    triples = HELD_OUT if args.held_out else TRIPLES
+    scenes = [sample_scene(rng, triples) for _ in range(args.count)]
+    pipe = load_pipeline("demo")
+    pipe.set_progress_bar_config(disable=True)
+    rows, strips = [], {}
+    for name in ["truth"] if args.truth else args.settings:
+        if args.truth:
+            pictures = [round_trip(pipe.vae, render(scene, args.size)) for scene in scenes]
+        else:
+            apply_dype(pipe, setting(name))
+            pictures = draw_all(pipe, scenes, args, name)
+        verdicts = [check(p, s.colour, s.ground) for p, s in zip(pictures, scenes, strict=True)]
+        layout = share([verdict.layout for verdict in verdicts])
+        shape = share([v.shape == s.shape for v, s in zip(verdicts, scenes, strict=True)])
+        low, high = layout["interval"]
+        print(
+            f"{name:20} {args.size} px  n {args.count}  layout {layout['share']:.2f} "
+            f"[{low:.2f}, {high:.2f}]  shape {shape['share']:.2f}",
+            flush=True,
+        )
+        rows.append({"setting": name, "layout": layout, "shape": shape})
+        strips[name] = pictures[:6]
+    if args.strip:
+        save_strips(strips, args.strip)
+    print(json.dumps({"size": args.size, "count": args.count, "steps": args.steps, "rows": rows}))
+    return 0
+
+
+@torch.no_grad()
+def round_trip(vae, picture: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] through encoder and decoder."""
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
+    out = vae.decode(vae.encode(x).latent_dist.mode()).sample[0].permute(1, 2, 0)
+    return ((out + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+
+
+def save_strips(strips: dict[str, list[np.ndarray]], path: Path, side: int = 224) -> None:
+    """A labelled row per setting, the same seeds in every row, never picked ones."""
+    font, bar = ImageFont.load_default(20), 34
+    sheet = Image.new("RGB", (6 * side, len(strips) * (side + bar)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, pictures) in enumerate(strips.items()):
+        top = row * (side + bar)
+        draw.text((4, top + 5), name, "black", font)
+        for column, picture in enumerate(pictures):
+            small = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(small, (column * side, top + bar))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""The demo model: its scenes, the check that judges it, and the pictures it draws."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import run_dype
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+
+from dype.demo import build, train
+from dype.demo.check import check
+from dype.demo.evaluate import round_trip, setting, share
+from dype.demo.scenes import COLOURS, HELD_OUT, SHAPES, TRIPLES, render, sample_scene
+from dype.generate import noise_schedule
+from dype.models import MODELS
+
+WEIGHTS = Path(MODELS["demo"].repo)
+
+
+def scenes(count, seed=7):
+    rng = np.random.default_rng(seed)
+    return [sample_scene(rng) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return FluxPipeline.from_pretrained(WEIGHTS, local_files_only=True)
+
+
+def test_scenes_are_free_of_resolution():
+    """A larger rendering, averaged down, is the smaller one but for its finest leaves."""
+    for scene in scenes(3):
+        small = render(scene, 128).astype(float)
+        large = render(scene, 256).reshape(128, 2, 128, 2, 3).mean((1, 3))
+        assert np.corrcoef(small.ravel(), large.ravel())[0, 1] > 0.9
+        assert (render(scene, 128) == small).all()
+
+
+def test_held_out_triples():
+    assert len(set(HELD_OUT)) == 40
+    assert not set(HELD_OUT) & set(train.SEEN)
+    assert len(TRIPLES) == len(SHAPES) * len(COLOURS) * (len(COLOURS) - 1)
+
+
+@pytest.mark.parametrize(("size", "count"), [(256, 60), (512, 12)])
+def test_check_passes_the_truth(size, count, demo):
+    """Rendered scenes through the autoencoder: layout and shape, every one."""
+    for scene in scenes(count):
+        verdict = check(round_trip(demo.vae, render(scene, size)), scene.colour, scene.ground)
+        assert verdict.layout, (scene, verdict)
+        assert verdict.shape == scene.shape, (scene, verdict)
+
+
+def test_check_fails_what_is_wrong():
+    """Another colour, another ground, two objects, an object off centre, no object."""
+    scene = scenes(1)[0]
+    picture = render(scene, 256)
+    other = next(c for c in COLOURS if c not in (scene.colour, scene.ground))
+    assert not check(picture, other, scene.ground).layout
+    assert check(picture, scene.colour, other).reason == "ground of another colour"
+    small = np.asarray(Image.fromarray(picture).resize((128, 128)))
+    assert check(np.tile(small, (2, 2, 1)), scene.colour, scene.ground).reason
+    assert check(np.roll(picture, 70, 0), scene.colour, scene.ground).reason
+    assert check(picture[:64, :64], scene.colour, scene.ground).reason
+
+
+def test_autoencoder(demo):
+    """At least 26 dB at 256, 512 and 1024 px, and within 2 dB of each other."""
+    means = {}
+    for size, count in ((256, 8), (512, 3), (1024, 2)):
+        levels = []
+        for scene in scenes(count, seed=99):
+            picture = render(scene, size)
+            error = round_trip(demo.vae, picture).astype(float) - picture
+            levels.append(10 * np.log10(255**2 / (error**2).mean()))
+        means[size] = np.mean(levels)
+    assert min(means.values()) >= 26, means
+    assert max(means.values()) - min(means.values()) <= 2, means
+
+
+def test_it_is_a_flux_pipeline(demo):
+    """FLUX's classes, head layout and schedule at the demo's scale; 24 MB at most."""
+    config = demo.transformer.config
+    assert (config.attention_head_dim, tuple(config.axes_dims_rope)) == (128, (16, 56, 56))
+    assert demo.vae_scale_factor == 8
+    assert not demo.vae.config.mid_block_add_attention
+    mu = [noise_schedule(demo.scheduler, n, n, 4)[0] for n in (256, 512, 1024)]
+    assert mu == pytest.approx([1.15, 3.23, 11.55], abs=0.01)
+    assert sum(p.stat().st_size for p in WEIGHTS.rglob("*") if p.is_file()) < 24e6
+    assert all(p.dtype == torch.float32 for p in demo.transformer.parameters())
+
+
+def test_it_draws_what_was_asked(tmp_path, monkeypatch):
+    """The README's prompt at the base resolution, by the command line."""
+    monkeypatch.chdir(tmp_path)
+    size = ["--height", "256", "--width", "256", "--output", "ring.png"]
+    assert run_dype.main(["--model", "demo", *size]) == 0
+    verdict = check(np.asarray(Image.open("ring.png")), "red", "teal")
+    assert verdict.layout, verdict
+    record = json.loads(Path("ring.json").read_text())
+    assert record["prompt"] == "a red ring on teal leaves"
+    assert record["mu"] == 1.15
+
+
+def test_settings_and_shares():
+    assert setting("pi:1:0.5").dype_exponent == 0.5
+    assert setting("yarn:static").dype is False
+    assert share([True] * 90 + [False] * 10) == {"share": 0.9, "interval": [0.826, 0.945]}
+
+
+def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    """Killed after a checkpoint and started again: the weights of a run in one go."""
+    monkeypatch.setattr(train, "EVERY", 2)
+    monkeypatch.setattr(train, "POOL", {256: 2, 512: 1, 1024: 1})
+    monkeypatch.setattr(train, "LATENTS", 8)
+    base = ["--device", "cpu", "--batch", "2"]
+
+    def trained(name, *stages):
+        work, out = str(tmp_path / name), str(tmp_path / name / "out")
+        for steps in stages:
+            train.main([*base, "--work", work, "--out", out, "--vae_steps", "2", "--stop", steps,
+                        "--steps", "4"])  # fmt: skip
+        return FluxPipeline.from_pretrained(out).transformer.state_dict()
+
+    whole, parts = trained("whole", "4"), trained("parts", "2", "4")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    shutil.rmtree(tmp_path / "whole")
+
+
+def test_vocabulary_is_the_captions():
+    """Every caption is made of known words; others become <unk>."""
+    tokenizer = build.tokenizer(None)
+    unknown = tokenizer.unk_token_id
+    assert all(unknown not in tokenizer(scene.caption).input_ids for scene in scenes(50))
+    assert unknown in tokenizer("a red castle").input_ids
