@@ -6,23 +6,25 @@ from pathlib import Path
 
 import torch
 
-from dype import apply_dype, cli, generate, load_pipeline, records, rope
+from dype import apply_dype, generate, load_pipeline, records, rope
+from dype.flags import UserError, parse
 from dype.pipelines import UnavailableError, local_scheduler, set_tiling
+from dype.settings import CITATION, Settings, resolve
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
     try:
-        args = cli.parse(sys.argv[1:] if argv is None else argv)
+        args = parse(sys.argv[1:] if argv is None else argv)
         if args.cite:
-            print(cli.CITATION)
+            print(CITATION)
             return 0
-        settings = cli.resolve(args)
+        settings = resolve(args)
         if args.dry_run:
             return dry_run(settings)
         paths = output_paths(args, settings)
         return run(args, settings, paths)
-    except cli.UserError as error:
+    except UserError as error:
         return failed(2, error)
     except (UnavailableError, OSError) as error:
         return failed(1, error)
@@ -37,7 +39,7 @@ def failed(code: int, error) -> int:
     return code
 
 
-def run(args, settings: cli.Settings, paths: list[Path]) -> int:
+def run(args, settings: Settings, paths: list[Path]) -> int:
     """Load once, draw every prompt, save each picture as soon as it is drawn."""
     flags, config = settings.flags, settings.config
     size = {"height": flags["height"], "width": flags["width"]}
@@ -75,7 +77,7 @@ def run(args, settings: cli.Settings, paths: list[Path]) -> int:
     return 0
 
 
-def describe_schedule(scheduler, settings: cli.Settings) -> dict:
+def describe_schedule(scheduler, settings: Settings) -> dict:
     """mu, the sigmas and kappa at each denoiser call; the scheduler has the shift set already."""
     size = [settings.flags[name] for name in ("height", "width", "steps")]
     mu, sigmas = generate.noise_schedule(scheduler, *size)
@@ -84,7 +86,7 @@ def describe_schedule(scheduler, settings: cli.Settings) -> dict:
     return {"mu": mu, "sigmas": sigmas, "kappas": kappa.tolist()}
 
 
-def headline(settings: cli.Settings, schedule: dict) -> str:
+def headline(settings: Settings, schedule: dict) -> str:
     """One line that says what is about to be drawn."""
     flags, config = settings.flags, settings.config
     mu = "static shift" if schedule["mu"] is None else f"mu {schedule['mu']:.2f}"
@@ -95,7 +97,7 @@ def headline(settings: cli.Settings, schedule: dict) -> str:
     )
 
 
-def dry_run(settings: cli.Settings) -> int:
+def dry_run(settings: Settings) -> int:
     """Print every resolved setting and the schedule, without loading weights."""
     scheduler = local_scheduler(settings.model, settings.config)
     schedule = describe_schedule(scheduler, settings)
@@ -112,17 +114,17 @@ def dry_run(settings: cli.Settings) -> int:
     return 0
 
 
-def output_paths(args, settings: cli.Settings) -> list[Path]:
+def output_paths(args, settings: Settings) -> list[Path]:
     """Where the pictures go, checked before anything is loaded. Raises UserError, OSError."""
     flags, config = settings.flags, settings.config
     if args.output:
         named = Path(args.output)
         if named.suffix.lower() != ".png":
-            raise cli.UserError(f"--output is {args.output!r}, expected a name ending in .png")
+            raise UserError(f"--output is {args.output!r}, expected a name ending in .png")
         if len(settings.prompts) > 1:
-            raise cli.UserError("--output names one file, expected one prompt or --output_dir")
+            raise UserError("--output names one file, expected one prompt or --output_dir")
         if named.exists() and not args.overwrite:
-            raise cli.UserError(f"--output {named} exists, expected --overwrite or another name")
+            raise UserError(f"--output {named} exists, expected --overwrite or another name")
         paths = [named]
     else:
         size = flags["seed"], config.method, config.dype, flags["height"], flags["width"]

@@ -83,6 +83,9 @@ MODELS = {
 }
 
 
+DEFAULT_MODEL = "flux-krea"
+
+
 def resolve_model(name: str) -> Model:
     """A model of the table by its name, repository or folder; else FLUX.1-dev's defaults."""
     for model in MODELS.values():

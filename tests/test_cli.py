@@ -14,8 +14,9 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 import run_dype
-from dype import cli, records
+from dype import flags, records
 from dype.models import MODELS
+from dype.settings import Settings, resolve
 
 PICTURE = ["--height", "64", "--width", "64", "--steps", "2", "--base_resolution", "32"]
 PICTURE += ["--prompt", "a red ring"]
@@ -247,8 +248,8 @@ def test_tiled_decoding(folder):
     assert (on != off).any()
 
 
-def settings(*argv) -> cli.Settings:
-    return cli.resolve(cli.parse(list(argv)))
+def settings(*argv) -> Settings:
+    return resolve(flags.parse(list(argv)))
 
 
 def test_precedence(folder):
@@ -318,12 +319,12 @@ def test_preset_says_what_it_chose(capsys):
 
 def test_help_shows_every_default(capsys):
     """Every flag is there, in a group, with its default."""
-    parser = cli.parser()
+    parser = flags.parser()
     for group in parser._action_groups[2:]:
         for action in group._group_actions:
             assert "(default: " in action.help, action.option_strings
     with pytest.raises(SystemExit):
-        cli.parse(["--help"])
+        flags.parse(["--help"])
     out = capsys.readouterr().out
     for title in ("what to draw", "model", "position encoding", "noise schedule", "machine"):
         assert f"\n{title}:" in out

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import run_dype
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
+import run_dype
 from dype.demo import build, train
 from dype.demo.check import check
 from dype.demo.evaluate import round_trip, setting, share

@@ -1,0 +1,131 @@
+"""The command line's flags: one table, group by group, each with its default."""
+
+import argparse
+import re
+from typing import NoReturn
+
+from dype.config import METHOD_SCALES, PRESETS, SHIFTS
+from dype.models import DEFAULT_MODEL, MODELS
+from dype.pipelines import DTYPES, OFFLOADS
+
+
+class UserError(Exception):
+    """A mistake in what the user asked for, as one sentence: exit code 2."""
+
+
+def of_model(value) -> str:
+    """A default that models bring along: the default model's, then those that differ."""
+    known = {name: value(model) for name, model in MODELS.items()}
+    usual = known[DEFAULT_MODEL]
+    others = [f"{name} {own}" for name, own in known.items() if own != usual]
+    return "; ".join([f"(default: {usual}", *others]) + ")"
+
+
+SCALES = ", ".join(f"{name} {scale:g}" for name, scale in METHOD_SCALES.items() if scale)
+ON_OFF = {"nargs": "?", "const": "on", "choices": ("on", "off")}
+SWITCH = {"action": "store_true"}
+
+# group -> (names, metavar, help, more of argparse's arguments). Numbers are parsed in cli.py.
+FLAGS = {
+    "what to draw": [
+        ("--prompt", "TEXT", "one or several (default: the authors' dark-fantasy scene; demo: "
+         f"{MODELS['demo'].prompt})", {"nargs": "+"}),
+        ("--prompts_file", "FILE", "prompts, one per line (default: none)", {}),
+        ("--negative_prompt", "TEXT", "needs --true_cfg (default: none)", {}),
+        ("--height", "PX", of_model(lambda m: m.height), {}),
+        ("--width", "PX", of_model(lambda m: m.width), {}),
+        ("--seed", "N", "(default: 42)", {}),
+        ("--steps", "N", of_model(lambda m: m.steps), {}),
+        ("--guidance", "X", "of guidance-distilled models " + of_model(lambda m: m.guidance), {}),
+        ("--true_cfg", "X", "classifier-free guidance by a second denoiser call per step; 1 is off "
+         + of_model(lambda m: m.true_cfg), {}),
+        ("--max_sequence_length", "N", "text tokens "
+         + of_model(lambda m: m.max_sequence_length), {}),
+    ],
+    "model": [
+        ("--model", "NAME", f"{', '.join(MODELS)}, or a diffusers folder or hub id of a FLUX "
+         f"pipeline (default: {DEFAULT_MODEL})", {}),
+        ("--revision", "REV", "branch, tag or commit on the hub (default: the newest)", {}),
+        ("--lora", "PATH[:SCALE]", "adapter file, folder or hub id; repeatable (default: none)",
+         {"action": "append"}),
+    ],
+    "position encoding": [
+        ("--method --dype_method", "NAME", f"{', '.join(METHOD_SCALES)} "
+         + of_model(lambda m: m.dype["method"]), {"choices": METHOD_SCALES}),
+        ("--dype", "on|off", "follow the noise level (default: on)", ON_OFF),
+        ("--no_dype", None, "the static method, as --dype off (default: off)", SWITCH),
+        ("--dype_scale", "X", f"lambda_s, 0 to 8 (default: the method's, {SCALES})", {}),
+        ("--dype_exponent", "X", "lambda_t, 0 to 1000 (default: 2)", {}),
+        ("--dype_start_sigma", "T", "above this noise level the encoding stays as at t = 1 "
+         "(default: 1)", {}),
+        ("--base_resolution", "PX", "side that the model was trained at "
+         + of_model(lambda m: m.base_resolution), {}),
+        ("--isotropic", None, "stretch every axis by the largest scale (default: each by its own)",
+         SWITCH),
+        ("--preset", "NAME", "off; auto: off up to 1.5x the base resolution, above it vision_yarn "
+         "with exponent 1, from 3x on 2; 4k: vision_yarn 2, 2, 1 (default: none)",
+         {"choices": PRESETS}),
+    ],
+    "noise schedule": [
+        ("--shift", "cap|model", "cap: mu = max_shift at every size, as the authors; model: the "
+         "scheduler's own rule (default: cap)", {"choices": SHIFTS}),
+        ("--base_shift", "X", "with --shift model (default: the scheduler's)", {}),
+        ("--max_shift", "X", "(default: the scheduler's)", {}),
+    ],
+    "machine": [
+        ("--dtype", "NAME", f"{', '.join(DTYPES)} " + of_model(lambda m: m.dtype),
+         {"choices": DTYPES}),
+        ("--device", "NAME", "cpu, cuda, cuda:1, mps, ... (default: the accelerator, if any)", {}),
+        ("--text_encoder_device", "NAME", "(default: as --device)", {}),
+        ("--vae_device", "NAME", "(default: as --device)", {}),
+        ("--offload", "HOW", f"{', '.join(OFFLOADS)} (default: auto, the fastest that fits)",
+         {"choices": OFFLOADS}),
+        ("--tiled_vae", "HOW", "auto, on, off (default: auto, on above 2048 x 2048)",
+         {"choices": ("auto", "on", "off")}),
+        ("--tile_size", "PX", "(default: the autoencoder's)", {}),
+    ],
+    "output": [
+        ("--output_dir", "FOLDER", "(default: outputs)", {}),
+        ("--output", "FILE.png", "(default: seed_S_method_M_res_HxW.png in the output folder, with "
+         "_2, _3, ... where that is taken)", {}),
+        ("--overwrite", None, "(default: off)", SWITCH),
+        ("--from", "FILE.png", "every setting of a picture of this program (default: none)",
+         {"dest": "source"}),
+        ("--dry_run", None, "print settings, mu, sigmas and kappas, load no weights "
+         "(default: off)", SWITCH),
+        ("--cite", None, "print the paper's BibTeX (default: off)", SWITCH),
+    ],
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parser() -> Parser:
+    made = Parser(
+        prog="run_dype.py",
+        usage='run_dype.py [--prompt "..."] [--model NAME] [--height PX] [--width PX] [flags]',
+        description="Draw a picture beyond the size that a diffusion transformer was trained at, "
+        "with DyPE (arXiv 2510.20766).",
+        epilog="An explicit flag wins over --preset, that over --from, that over the model's own "
+        "default. Hyphens may stand for the underscores.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=98),
+        allow_abbrev=False,
+    )
+    for title, flags in FLAGS.items():
+        group = made.add_argument_group(title)
+        for names, metavar, text, more in flags:
+            shown = {} if metavar is None else {"metavar": metavar}
+            group.add_argument(*names.split(), help=text, **shown, **more)
+    return made
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Raises UserError. Flags may be spelled with hyphens."""
+
+    def spelled(word):
+        return re.sub(r"^--[a-z0-9_-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)
+
+    return parser().parse_args([spelled(word) for word in argv])

@@ -1,0 +1,194 @@
+"""How flags, presets, records and models' defaults become the settings of a run."""
+
+import argparse
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from dype import records
+from dype.config import DyPEConfig, number, preset
+from dype.flags import UserError
+from dype.models import DEFAULT_MODEL, MODELS, Model, resolve_model
+from dype.patch import shift_of
+
+CONFIG_FLAGS = tuple(field.name for field in fields(DyPEConfig))
+MODEL_FLAGS = (
+    "height",
+    "width",
+    "steps",
+    "guidance",
+    "true_cfg",
+    "negative_prompt",
+    "max_sequence_length",
+    "dtype",
+)
+CITATION = """\
+@article{issachar2025dype,
+  title   = {{DyPE}: Dynamic Position Extrapolation for Ultra High Resolution Diffusion},
+  author  = {Issachar, Noam and Yariv, Guy and Benaim, Sagie and Adi, Yossi
+             and Lischinski, Dani and Fattal, Raanan},
+  journal = {arXiv preprint arXiv:2510.20766},
+  year    = {2025}
+}"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that one run needs, resolved; what is under `flags` goes into the record."""
+
+    model: Model
+    config: DyPEConfig
+    flags: dict
+    prompts: list[str]
+    loras: list[tuple[str, float]]
+
+
+# flag -> (type, smallest, largest, multiple of)
+NUMBERS = {
+    "height": (int, 64, 16384, 16),
+    "width": (int, 64, 16384, 16),
+    "steps": (int, 1, 1000, None),
+    "seed": (int, 0, 2**63 - 1, None),
+    "guidance": (float, 0, 100, None),
+    "true_cfg": (float, 1, 100, None),
+    "max_sequence_length": (int, 1, 512, None),
+    "tile_size": (int, 128, 4096, 64),
+}
+# of DyPEConfig, which knows their ranges
+CONFIG_NUMBERS = {"base_resolution": int} | dict.fromkeys(
+    ("dype_scale", "dype_exponent", "dype_start_sigma", "base_shift", "max_shift"), float
+)
+
+
+def given_flags(args: argparse.Namespace) -> dict:
+    """The flags that were given, as values. Raises UserError."""
+    given = {name: value for name, value in vars(args).items() if value not in (None, False)}
+    kinds = {name: kind for name, (kind, *_) in NUMBERS.items()} | CONFIG_NUMBERS
+    for name, kind in kinds.items():
+        if name in given:
+            try:
+                given[name] = kind(given[name])
+            except ValueError:
+                wanted = "a whole number" if kind is int else "a number"
+                raise UserError(f"--{name} is {given[name]!r}, expected {wanted}") from None
+    for name, (_, low, high, multiple) in NUMBERS.items():
+        number(f"--{name}", given.get(name), low, high, optional=True, multiple=multiple)
+    for name in ("device", "text_encoder_device", "vae_device"):
+        try:
+            torch.device(given.get(name, "cpu"))
+        except RuntimeError:
+            raise UserError(
+                f"--{name} is {given[name]!r}, expected cpu, cuda, cuda:1, mps, ..."
+            ) from None
+    apart = given.keys() & {"text_encoder_device", "vae_device"}
+    if apart and given.get("offload", "none") not in ("auto", "none"):
+        raise UserError(
+            f"--offload is {given['offload']!r}, but --{min(apart)} puts parts in places of their "
+            "own, expected --offload none"
+        )
+    if given.pop("no_dype", False):
+        if given.get("dype") == "on":
+            raise UserError("--no_dype and --dype on contradict each other, expected one of them")
+        given["dype"] = "off"
+    if "dype" in given:
+        given["dype"] = given["dype"] == "on"
+    if given.pop("isotropic", False):
+        given["anisotropic"] = False
+    return given
+
+
+def resolve(args: argparse.Namespace) -> Settings:
+    """Put flags, preset, `--from` and defaults together. Raises UserError, OSError."""
+    try:
+        given = given_flags(args)
+        source = load_source(given["source"]) if "source" in given else {}
+        return merge(given, source)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def merge(given: dict, source: dict) -> Settings:
+    """An explicit flag wins over the preset, that over `source`, that over the model's default."""
+    name = given.get("model") or source.get("model") or DEFAULT_MODEL
+    known_model(name)
+    model = resolve_model(name)
+    flags = {"model": name, "revision": None, "lora": [], "seed": 42}
+    flags |= {"tiled_vae": "auto", "tile_size": None}
+    flags |= {name: getattr(model, name) for name in MODEL_FLAGS}
+    flags |= {k: v for k, v in (source | given).items() if k in flags}
+
+    config = DyPEConfig(base_resolution=model.base_resolution).to_dict()
+    asked = {k: v for k, v in (source | given).items() if k in CONFIG_FLAGS}
+    if "preset" in given:
+        base = asked.get("base_resolution", model.base_resolution)
+        chosen = preset(given["preset"], flags["height"], flags["width"], base)
+        print(f"preset {given['preset']}: " + ", ".join(f"{k} {v}" for k, v in chosen.items()))
+        asked = {k: v for k, v in source.items() if k in asked} | chosen
+        asked |= {k: v for k, v in given.items() if k in CONFIG_FLAGS}
+    if asked.get("method", model.dype["method"]) == model.dype["method"]:
+        config |= model.dype  # another method brings its own scale and exponent
+    config = DyPEConfig.from_dict(config | asked)
+    shift_of(config, model.family)
+
+    if flags["true_cfg"] == 1 and "negative_prompt" not in given:
+        flags["negative_prompt"] = None  # the model's own belongs to its own true_cfg
+    if flags["negative_prompt"] is not None and flags["true_cfg"] == 1:
+        raise UserError("--negative_prompt is ignored at --true_cfg 1, expected a larger scale")
+    if flags["negative_prompt"] is None and flags["true_cfg"] > 1:
+        raise UserError(
+            f"--true_cfg {flags['true_cfg']:g} does nothing without --negative_prompt, expected "
+            'one, or --negative_prompt ""'
+        )
+    if model.guidance == 0 and flags["guidance"]:
+        raise UserError(f"--guidance is {flags['guidance']:g}, but {name} takes none, expected 0")
+    prompts = read_prompts(given) or source.get("prompts") or [model.prompt]
+    return Settings(model, config, flags, prompts, [lora(text) for text in flags["lora"]])
+
+
+def known_model(name: str) -> None:
+    """Refuse what can be neither a model of the table, a folder nor a hub id."""
+    if name in MODELS or Path(name).is_dir() or "/" in name:
+        return
+    raise UserError(
+        f"--model is {name!r}, expected one of {', '.join(MODELS)}, a diffusers folder or a hub id"
+    )
+
+
+def read_prompts(given: dict) -> list[str]:
+    """The prompts of --prompt, then those of --prompts_file. Raises UserError."""
+    prompts = list(given.get("prompt", []))
+    if "prompts_file" in given:
+        path = Path(given["prompts_file"])
+        try:
+            lines = path.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise UserError(f"--prompts_file {path} cannot be read: {reason}") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise UserError(f"--prompts_file {path} is empty, expected one prompt per line")
+    for text in prompts:
+        if not text.strip():
+            raise UserError(f"--prompt is {text!r}, expected some words")
+    return prompts
+
+
+def lora(text: str) -> tuple[str, float]:
+    """PATH[:SCALE] -> (path, scale)."""
+    path, _, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def load_source(name: str) -> dict:
+    """The settings in a picture's record. Raises UserError."""
+    try:
+        record = records.load(Path(name))
+        return record["flags"] | record["config"] | {"prompts": [record["prompt"]]}
+    except OSError as error:
+        raise UserError(f"--from {name} cannot be read: {error.strerror or error}") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"--from {name} carries no complete settings") from error
