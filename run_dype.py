@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
         return failed(2, error)
     except (UnavailableError, OSError) as error:
         return failed(1, error)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not any(word in str(error) for word in ("out of memory", "allocate memory")):
+            raise
         return failed(1, "out of memory; try --offload model or group, --tiled_vae on, or a size")
     except KeyboardInterrupt:
         return failed(130, "interrupted")
@@ -48,10 +50,10 @@ def run(args, settings: Settings, paths: list[Path]) -> int:
         flags["model"],
         revision=flags["revision"],
         dtype=flags["dtype"],
-        device=args.device,
-        text_encoder_device=args.text_encoder_device,
-        vae_device=args.vae_device,
-        offload=args.offload or "auto",
+        device=flags["device"],
+        text_encoder_device=flags["text_encoder_device"],
+        vae_device=flags["vae_device"],
+        offload=flags["offload"],
         loras=settings.loras,
         pixels=pixels,
     )
@@ -61,6 +63,8 @@ def run(args, settings: Settings, paths: list[Path]) -> int:
     print(headline(settings, schedule))
     drawn = ("steps", "guidance", "seed", "max_sequence_length", "negative_prompt", "true_cfg")
     for prompt, path in zip(settings.prompts, paths, strict=True):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         image = generate.draw(pipe, prompt, **size, **{name: flags[name] for name in drawn})
         seconds = time.perf_counter() - start
@@ -83,7 +87,9 @@ def describe_schedule(scheduler, settings: Settings) -> dict:
     mu, sigmas = generate.noise_schedule(scheduler, *size)
     called = torch.tensor(sigmas[:-1], dtype=torch.float64)
     kappa, _ = rope.schedule(called, settings.config)
-    return {"mu": mu, "sigmas": sigmas, "kappas": kappa.tolist()}
+    shift = settings.config.shift or settings.model.family.shift
+    used = {"shift": "static" if mu is None else shift, "lambda_s": settings.config.lambda_s}
+    return used | {"mu": mu, "sigmas": sigmas, "kappas": kappa.tolist()}
 
 
 def headline(settings: Settings, schedule: dict) -> str:
@@ -102,7 +108,8 @@ def dry_run(settings: Settings) -> int:
     scheduler = local_scheduler(settings.model, settings.config)
     schedule = describe_schedule(scheduler, settings)
     print(headline(settings, schedule))
-    for name, value in (settings.flags | settings.config.to_dict()).items():
+    used = {name: schedule[name] for name in ("shift", "lambda_s")}
+    for name, value in (settings.flags | settings.config.to_dict() | used).items():
         print(f"  {name:20} {value}")
     for prompt in settings.prompts:
         print(f"  {'prompt':20} {prompt}")
@@ -123,8 +130,9 @@ def output_paths(args, settings: Settings) -> list[Path]:
             raise UserError(f"--output is {args.output!r}, expected a name ending in .png")
         if len(settings.prompts) > 1:
             raise UserError("--output names one file, expected one prompt or --output_dir")
-        if named.exists() and not args.overwrite:
-            raise UserError(f"--output {named} exists, expected --overwrite or another name")
+        for taken in (named, named.with_suffix(".json")):
+            if taken.exists() and not args.overwrite:
+                raise UserError(f"--output: {taken} exists, expected --overwrite or another name")
         paths = [named]
     else:
         size = flags["seed"], config.method, config.dype, flags["height"], flags["width"]

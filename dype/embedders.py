@@ -32,7 +32,7 @@ class FluxDyPE(torch.nn.Module):
         self.theta = float(stock.theta)
         self.axes_dim = tuple(stock.axes_dim)
         self.trained_tokens = trained_tokens
-        self.sigma = torch.ones((), dtype=torch.float64)
+        self.sigma = noise_level()
         self.seen = (None, 0)  # the ids that were read last, their version, what was read
         self.set_grid(1, 1)
 
@@ -47,8 +47,7 @@ class FluxDyPE(torch.nn.Module):
             return
         device = float64_device(sigma.device)
         if device != self.sigma.device or self.sigma.is_inference():
-            with torch.inference_mode(False):
-                self.sigma = torch.ones((), dtype=torch.float64, device=device)
+            self.sigma = noise_level(device)
         self.sigma.copy_(sigma)
 
     def set_grid(self, height_tokens: int, width_tokens: int) -> None:
@@ -77,7 +76,8 @@ class FluxDyPE(torch.nn.Module):
         _, _, exact, grid, after = self.seen
         self.set_grid(*grid)
         if after is not None:
-            self.set_layout(kwargs["txt_ids"].shape[-2], after)
+            mode_token = bool(getattr(module, "union", False))  # a union controlnet adds one
+            self.set_layout(kwargs["txt_ids"].shape[-2] + mode_token, after)
         return (), kwargs | {"img_ids": exact}
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,6 +130,12 @@ class FluxDyPE(torch.nn.Module):
         if after:
             table[:, end:] = self.rotate(ids[end:], inv_freq, m)
         return table
+
+
+def noise_level(device=None) -> torch.Tensor:
+    """A 0-dim float64 tensor that may be written to in and out of inference mode."""
+    with torch.inference_mode(False):
+        return torch.ones((), dtype=torch.float64, device=device)
 
 
 def find_layout(ids: torch.Tensor, grid: tuple[int, int]) -> tuple[int, int] | None:

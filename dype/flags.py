@@ -29,7 +29,7 @@ SWITCH = {"action": "store_true"}
 FLAGS = {
     "what to draw": [
         ("--prompt", "TEXT", "one or several (default: the authors' dark-fantasy scene; demo: "
-         f"{MODELS['demo'].prompt})", {"nargs": "+"}),
+         f"{MODELS['demo'].prompt})", {"nargs": "+", "action": "extend"}),
         ("--prompts_file", "FILE", "prompts, one per line (default: none)", {}),
         ("--negative_prompt", "TEXT", "needs --true_cfg (default: none)", {}),
         ("--height", "PX", of_model(lambda m: m.height), {}),

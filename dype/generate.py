@@ -49,7 +49,7 @@ def draw(
         "max_sequence_length": max_sequence_length,
         "generator": torch.Generator("cpu").manual_seed(seed),
     }
-    if together(pipe):
+    if not getattr(pipe, "dype_apart", False):  # set by `pipelines.place`
         return pipe(prompt, negative_prompt=negative_prompt, **common).images[0]
 
     home, vae_device = pipe.transformer.device, pipe.vae.device
@@ -68,12 +68,6 @@ def draw(
     latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     decoded = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
     return pipe.image_processor.postprocess(decoded)[0]
-
-
-def together(pipe) -> bool:
-    """Whether the pipeline can run as a whole: on one device, or moved there by its hooks."""
-    devices = {part.device for part in (pipe.transformer, pipe.text_encoder_2, pipe.vae)}
-    return len(devices) == 1 or hasattr(pipe.transformer, "_hf_hook")
 
 
 @contextmanager

@@ -78,6 +78,9 @@ MODELS = {
         height=512,
         width=512,
         prompt="a red ring on teal leaves",
+        steps=20,
+        true_cfg=3.0,
+        negative_prompt="",
         schedule=DYNAMIC | {"base_image_seq_len": 16, "max_image_seq_len": 256},
     ),
 }
@@ -94,6 +97,11 @@ def resolve_model(name: str) -> Model:
     return MODELS[name] if name in MODELS else Model(name)
 
 
+def hub_folder(repo: str) -> str:
+    """The name of a repository's folder in the hub's cache."""
+    return "models--" + repo.replace("/", "--")
+
+
 def family_of(module) -> Family:
     """The family of a transformer or controlnet, by its class. Raises TypeError if unknown."""
     for cls in type(module).__mro__:
@@ -106,8 +114,9 @@ def family_of(module) -> Family:
 
 def base_resolution(module: torch.nn.Module) -> int:
     """Trained size in px of what was loaded: its model's in the table, else its family's."""
-    path = str(module.config.get("_name_or_path") or "")
+    loaded = str(module.config.get("_name_or_path") or "")
+    paths = (loaded, str(Path(loaded).resolve())) if loaded else ()
     for model in MODELS.values():
-        if path and (model.repo in path or model.repo.replace("/", "--") in path):
+        if any(name in path for path in paths for name in (model.repo, hub_folder(model.repo))):
             return model.base_resolution
     return family_of(module).base_resolution

@@ -16,26 +16,28 @@ def apply_dype(target, config: DyPEConfig | None = None) -> None:
     before `enable_parallelism`.
 
     Given a pipeline, the schedule shift is set in the configuration of its scheduler too (see
-    `set_shift`). A scheduler or transformer that several pipelines share is changed for all of
-    them; a scheduler that is put in later has its own shift.
+    `shift_settings`). A scheduler or transformer that several pipelines share is changed for all
+    of them. A scheduler that is put in later has the shift of its own configuration; one made with
+    `from_config(pipe.scheduler.config)`, or saved, carries ours along for good.
 
-    Raises TypeError if the transformer's class is not supported, ValueError if `base_shift` is set
-    where the schedule is capped.
+    Raises TypeError if the transformer's class is not supported, ValueError if a shift is asked for
+    that would have no effect.
     """
     config = config or DyPEConfig()
     modules = denoisers(target)
     families = [family_of(module) for module in modules]
-    if getattr(target, "scheduler", None) is not None:
-        wanted = shift_settings(target.scheduler, config, families[0])
+    scheduler = getattr(target, "scheduler", None)
+    if scheduler is not None:
+        check_shift(scheduler.config, config, families[0])
     remove_dype(target)
+    trained = (config.base_resolution or base_resolution(modules[0])) / TOKEN
     for module, family in zip(modules, families, strict=True):
-        trained = (config.base_resolution or base_resolution(module)) / TOKEN
         stock = getattr(module, family.attribute)
         embedder = family.embedder(stock, config, trained)
         setattr(module, family.attribute, embedder)
         embedder.hook = module.register_forward_pre_hook(before_denoiser, with_kwargs=True)
-    if getattr(target, "scheduler", None) is not None:
-        set_shift(target.scheduler, wanted)
+    if scheduler is not None:
+        set_shift(scheduler, shift_settings(scheduler, config, families[0]))
 
 
 def remove_dype(target) -> None:
@@ -79,7 +81,7 @@ def shift_settings(scheduler, config: DyPEConfig, family: Family) -> dict:
     """
     if not scheduler.config.get("use_dynamic_shifting", False):
         return {}
-    if shift_of(config, family) == "model":
+    if (config.shift or family.shift) == "model":
         wanted = {"base_shift": config.base_shift, "max_shift": config.max_shift}
         return {name: value for name, value in wanted.items() if value is not None}
     cap = config.max_shift
@@ -87,15 +89,19 @@ def shift_settings(scheduler, config: DyPEConfig, family: Family) -> dict:
     return {"base_shift": cap, "max_shift": cap}
 
 
-def shift_of(config: DyPEConfig, family: Family) -> str:
-    """The config's shift or the family's. Raises ValueError for a `base_shift` without effect."""
-    shift = config.shift or family.shift
-    if shift == "cap" and config.base_shift is not None:
+def check_shift(schedule: dict, config: DyPEConfig, family: Family) -> None:
+    """Raise ValueError if the config sets a shift that this schedule would ignore."""
+    asked = [name for name in ("base_shift", "max_shift") if getattr(config, name) is not None]
+    if asked and not schedule.get("use_dynamic_shifting", False):
+        raise ValueError(
+            f"{asked[0]} is {getattr(config, asked[0])}, but this model's schedule is static, "
+            "expected none"
+        )
+    if "base_shift" in asked and (config.shift or family.shift) == "cap":
         raise ValueError(
             f"base_shift is {config.base_shift}, but the schedule is capped: mu is max_shift at "
             "every size; expected shift model with it"
         )
-    return shift
 
 
 def set_shift(scheduler, wanted: dict) -> None:

@@ -4,12 +4,25 @@ import logging
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError as HTTPError
 from safetensors import SafetensorError, safe_open
 
-from dype.models import FAMILIES, resolve_model
-from dype.patch import set_shift, shift_settings
+from dype.models import resolve_model
+from dype.patch import check_shift, set_shift, shift_settings
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+PIPELINES = ("FluxPipeline",)  # those that need nothing but a prompt
+# what libraries raise over a broken checkpoint or connection
+LOADING = (
+    OSError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+)
+LOADING += (HTTPError,)
 OFFLOADS = ("auto", "none", "model", "group", "sequential")
 TILED_FROM = 2048 * 2048  # px: above it an untiled decoder does not fit common cards
 ACTIVATIONS = 1024  # bytes per pixel of the picture, an estimate: 16 GiB at 4096 x 4096
@@ -49,6 +62,8 @@ def load_pipeline(
         device = default_device()
         refuse_hopeless(name, model, device)
     check_device(device, offload)
+    for elsewhere in (text_encoder_device, vae_device):
+        check_device(elsewhere or device, "none")
     check_files(model.repo, loras)
     mute()
     from diffusers import DiffusionPipeline
@@ -56,16 +71,17 @@ def load_pipeline(
     place_of = {"revision": revision, "local_files_only": Path(model.repo).is_dir()}
     try:
         index = DiffusionPipeline.load_config(model.repo, **place_of)
-        transformer = index.get("transformer", [None, "no transformer"])[1]
-        if transformer not in FAMILIES:
+        if index.get("_class_name") not in PIPELINES:
             raise UnavailableError(
-                f"{model.repo} has {transformer}, which is not supported, expected one of "
-                + ", ".join(FAMILIES)
+                f"{model.repo} is a {index.get('_class_name')}, expected {', '.join(PIPELINES)}; "
+                "others may work from Python, with apply_dype"
             )
         pipe = DiffusionPipeline.from_pretrained(
             model.repo, dtype=DTYPES[dtype or model.dtype], **place_of
         )
-    except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except LOADING as error:
         raise UnavailableError(explain(name, model.repo, error)) from error
     load_loras(pipe, loras)
     apart = {"vae": vae_device}
@@ -87,6 +103,8 @@ def check_device(device: str, offload: str) -> None:
     """Raise `UnavailableError` if this machine has no such device, or none to offload from."""
     try:
         torch.empty(1, device=device)
+        if torch.device(device).type == "meta":
+            raise NotImplementedError
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UnavailableError(f"this machine has no device {device}; try --device cpu") from error
     if torch.device(device).type == "cpu" and offload in ("model", "group", "sequential"):
@@ -129,7 +147,10 @@ def mute() -> None:
 
 def explain(name: str, repo: str, error: Exception) -> str:
     """One sentence for a checkpoint that could not be loaded."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
+    kinds, cause = set(), error
+    while cause is not None:  # diffusers hides the hub's error behind one of its own
+        kinds |= {kind.__name__ for kind in type(cause).__mro__}
+        cause = cause.__cause__ or cause.__context__
     reason = " ".join(str(error).split())[:200]
     if Path(repo).is_dir():
         return f"cannot load the pipeline in {repo}: {reason}"
@@ -154,7 +175,9 @@ def load_loras(pipe, loras: list[tuple[str, float]]) -> None:
     for name, (path, _) in zip(names, loras, strict=True):
         try:
             pipe.load_lora_weights(path, adapter_name=name)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            if name not in pipe.get_list_adapters().get("transformer", []):
+                raise ValueError("it has nothing for this transformer")
+        except LOADING as error:
             reason = " ".join(str(error).split())[:200]
             if "PEFT" in reason:
                 reason = "it needs the peft package, pip install peft"
@@ -166,6 +189,7 @@ def load_loras(pipe, loras: list[tuple[str, float]]) -> None:
 def place(pipe, device: str, offload: str, apart: dict[str, str], pixels: int) -> None:
     """Put the pipeline on its device, whole or in turns; `apart` names parts with a place of
     their own, which leaves no other offloading."""
+    pipe.dype_apart = bool(apart)
     if offload == "auto":
         offload = "none" if apart else choose_offload(pipe, device, pixels)
     if offload == "model":
@@ -220,5 +244,6 @@ def local_scheduler(model, config):
         )
     else:
         scheduler = FlowMatchEulerDiscreteScheduler(**model.schedule)
+    check_shift(scheduler.config, config, model.family)
     set_shift(scheduler, shift_settings(scheduler, config, model.family))
     return scheduler

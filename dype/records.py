@@ -4,13 +4,14 @@ import io
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 KEY = "dype"  # the PNG's text chunk
 
@@ -47,15 +48,22 @@ def free_path(path: Path) -> Path:
 
 def machine(pipe, seconds: float) -> dict:
     """What drew the picture, how long it took and how much memory that needed, in bytes."""
-    device = pipe.transformer.device
+    device = pipe._execution_device  # parts may be elsewhere between their turns
     packages = ("torch", "diffusers", "transformers", "accelerate")
     on_cuda = device.type == "cuda"
     return {
         "seconds": round(seconds, 3),
         "peak_memory": torch.cuda.max_memory_allocated(device) if on_cuda else peak_memory(),
+        "commit": commit(pipe.transformer.config.get("_name_or_path") or ""),
         "device": torch.cuda.get_device_name(device) if on_cuda else str(device),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
     }
+
+
+def commit(path: str) -> str | None:
+    """The commit of a model in the hub's cache, from its folder there."""
+    found = re.search(r"snapshots/([0-9a-f]{40})", path)
+    return found and found[1]
 
 
 def peak_memory() -> int | None:
@@ -94,13 +102,13 @@ def save(image: Image.Image, path: Path, record: dict) -> None:
             part.unlink(missing_ok=True)
 
 
-def load(path: Path) -> dict:
+def load(path: str | Path) -> dict:
     """The record in a PNG. Raises ValueError if it has none, OSError if it cannot be read."""
     try:
-        with Image.open(path) as image:
-            text = getattr(image, "text", {}).get(KEY)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a picture") from error
+        with Path(path).open("rb") as file, PngImagePlugin.PngImageFile(file) as image:
+            text = image.text.get(KEY)  # not by Image.open, which refuses large pictures
+    except SyntaxError as error:
+        raise ValueError(f"{path} is not a PNG picture") from error
     if text is None:
         raise ValueError(f"{path} carries no settings of this program")
     return json.loads(text)

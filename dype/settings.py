@@ -10,7 +10,7 @@ from dype import records
 from dype.config import DyPEConfig, number, preset
 from dype.flags import UserError
 from dype.models import DEFAULT_MODEL, MODELS, Model, resolve_model
-from dype.patch import shift_of
+from dype.patch import check_shift
 
 CONFIG_FLAGS = tuple(field.name for field in fields(DyPEConfig))
 MODEL_FLAGS = (
@@ -72,8 +72,6 @@ def given_flags(args: argparse.Namespace) -> dict:
             except ValueError:
                 wanted = "a whole number" if kind is int else "a number"
                 raise UserError(f"--{name} is {given[name]!r}, expected {wanted}") from None
-    for name, (_, low, high, multiple) in NUMBERS.items():
-        number(f"--{name}", given.get(name), low, high, optional=True, multiple=multiple)
     for name in ("device", "text_encoder_device", "vae_device"):
         try:
             torch.device(given.get(name, "cpu"))
@@ -98,6 +96,12 @@ def given_flags(args: argparse.Namespace) -> dict:
     return given
 
 
+def check_numbers(flags: dict) -> None:
+    """Raise ValueError for a number out of its range."""
+    for name, (_, low, high, multiple) in NUMBERS.items():
+        number(f"--{name}", flags[name], low, high, optional=name == "tile_size", multiple=multiple)
+
+
 def resolve(args: argparse.Namespace) -> Settings:
     """Put flags, preset, `--from` and defaults together. Raises UserError, OSError."""
     try:
@@ -110,18 +114,23 @@ def resolve(args: argparse.Namespace) -> Settings:
 
 def merge(given: dict, source: dict) -> Settings:
     """An explicit flag wins over the preset, that over `source`, that over the model's default."""
-    name = given.get("model") or source.get("model") or DEFAULT_MODEL
+    name = given.get("model", source.get("model", DEFAULT_MODEL))
     known_model(name)
     model = resolve_model(name)
+    if source and source["model"] != name:  # what belongs to the other model stays behind
+        bound = (*MODEL_FLAGS, "revision", "base_resolution")
+        source = {k: v for k, v in source.items() if k not in bound}
     flags = {"model": name, "revision": None, "lora": [], "seed": 42}
-    flags |= {"tiled_vae": "auto", "tile_size": None}
+    flags |= {"tiled_vae": "auto", "tile_size": None, "device": None, "offload": "auto"}
+    flags |= {"text_encoder_device": None, "vae_device": None}
     flags |= {name: getattr(model, name) for name in MODEL_FLAGS}
     flags |= {k: v for k, v in (source | given).items() if k in flags}
+    check_numbers(flags)
 
     config = DyPEConfig(base_resolution=model.base_resolution).to_dict()
     asked = {k: v for k, v in (source | given).items() if k in CONFIG_FLAGS}
     if "preset" in given:
-        base = asked.get("base_resolution", model.base_resolution)
+        base = DyPEConfig.from_dict(config | asked).base_resolution
         chosen = preset(given["preset"], flags["height"], flags["width"], base)
         print(f"preset {given['preset']}: " + ", ".join(f"{k} {v}" for k, v in chosen.items()))
         asked = {k: v for k, v in source.items() if k in asked} | chosen
@@ -129,7 +138,7 @@ def merge(given: dict, source: dict) -> Settings:
     if asked.get("method", model.dype["method"]) == model.dype["method"]:
         config |= model.dype  # another method brings its own scale and exponent
     config = DyPEConfig.from_dict(config | asked)
-    shift_of(config, model.family)
+    check_shift(model.schedule, config, model.family)
 
     if flags["true_cfg"] == 1 and "negative_prompt" not in given:
         flags["negative_prompt"] = None  # the model's own belongs to its own true_cfg
@@ -148,7 +157,7 @@ def merge(given: dict, source: dict) -> Settings:
 
 def known_model(name: str) -> None:
     """Refuse what can be neither a model of the table, a folder nor a hub id."""
-    if name in MODELS or Path(name).is_dir() or "/" in name:
+    if name in MODELS or (name and Path(name).is_dir()) or "/" in name:
         return
     raise UserError(
         f"--model is {name!r}, expected one of {', '.join(MODELS)}, a diffusers folder or a hub id"
@@ -175,12 +184,15 @@ def read_prompts(given: dict) -> list[str]:
 
 
 def lora(text: str) -> tuple[str, float]:
-    """PATH[:SCALE] -> (path, scale)."""
+    """PATH[:SCALE] -> (path, scale). Raises UserError."""
     path, _, scale = text.rpartition(":")
-    try:
-        return (path, float(scale)) if path else (text, 1.0)
-    except ValueError:
+    if not path or Path(text).exists():
         return text, 1.0
+    try:
+        number("scale", float(scale), -100, 100)
+    except ValueError:
+        raise UserError(f"--lora is {text!r}, expected PATH or PATH:SCALE") from None
+    return path, float(scale)
 
 
 def load_source(name: str) -> dict:

@@ -150,8 +150,10 @@ def test_a_deep_copy_has_its_own_sigma():
 
 
 def test_noise_level_after_inference_mode():
-    made = embedder()
     with torch.inference_mode():
+        made = embedder()
         made.set_timestep(torch.tensor(0.5))
     made.set_timestep(torch.tensor(0.25))
     assert made.sigma == 0.25
+    made.set_timestep(0.125)
+    assert made.sigma == 0.125

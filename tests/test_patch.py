@@ -20,7 +20,7 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
 from dype import DyPEConfig, apply_dype, remove_dype
-from dype.embedders import FluxDyPE
+from dype.embedders import FluxDyPE, grid_ids
 from dype.generate import noise_schedule
 from dype.models import MODELS, base_resolution
 
@@ -198,6 +198,8 @@ def test_shift(pipe):
         assert mu() == [1.15] * 4
     apply_dype(pipe, DyPEConfig(max_shift=1.5))
     assert mu() == [1.5] * 4
+    apply_dype(pipe)
+    assert mu() == [1.15] * 4
     apply_dype(pipe, DyPEConfig(shift="model"))
     assert mu() == stock
     apply_dype(pipe, DyPEConfig(shift="model", base_shift=0.0))
@@ -215,6 +217,8 @@ def test_shift_leaves_what_others_changed(pipe):
     assert pipe.scheduler.config.base_shift == 0.7
     pipe.scheduler.register_to_config(use_dynamic_shifting=False)
     before = dict(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="max_shift is 1, but this model's schedule is static"):
+        apply_dype(pipe, DyPEConfig(max_shift=1))
     apply_dype(pipe)  # a static schedule has nothing to cap
     assert dict(pipe.scheduler.config) == before
 
@@ -305,7 +309,7 @@ def test_no_sync_on_cuda(pipe):
         "encoder_hidden_states": torch.randn(1, 4, 128, device="cuda"),
         "pooled_projections": torch.randn(1, 128, device="cuda"),
         "timestep": torch.tensor([0.75], device="cuda"),
-        "img_ids": torch.zeros(256, 3, device="cuda"),
+        "img_ids": grid_ids(0, 16, 16).cuda(),
         "txt_ids": torch.zeros(4, 3, device="cuda"),
     }
     pipe.transformer(**call)
