@@ -78,7 +78,7 @@ MODELS = {
         height=512,
         width=512,
         prompt="a red ring on teal leaves",
-        # ranked first on ground truth (docs/log.md); constants made for 64 tokens fail at 16
+        # favoured by ground truth (docs/log.md); YaRN's constants are made for 64 tokens, not 16
         dype={"method": "pi", "dype_scale": 1.0, "dype_exponent": 0.5},
         steps=20,
         true_cfg=3.0,

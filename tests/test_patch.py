@@ -1,6 +1,7 @@
 """apply_dype and remove_dype in real pipelines of tiny size."""
 
 import copy
+import os
 import pickle
 
 import pytest
@@ -318,3 +319,14 @@ def test_no_sync_on_cuda(pipe):
         pipe.transformer(**call)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.weights
+@pytest.mark.skipif("DYPE_FLUX" not in os.environ, reason="needs DYPE_FLUX, a FLUX.1 folder")
+def test_real_weights_inactive_equals_stock():
+    """Would show that at 1024 px DyPE leaves a real FLUX.1's latents as they are, bit for bit."""
+    pipe = FluxPipeline.from_pretrained(os.environ["DYPE_FLUX"], dtype=torch.bfloat16)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    before = latents(pipe, 1024, 1024, steps=2)
+    apply_dype(pipe, DyPEConfig(shift="model"))
+    assert torch.equal(latents(pipe, 1024, 1024, steps=2), before)

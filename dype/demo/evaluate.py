@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=DEMO.steps)
     parser.add_argument("--true_cfg", type=float, default=DEMO.true_cfg)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--strip", type=Path, help="PNG with the first six pictures per setting")
+    parser.add_argument("--strip", type=Path, help="PNG or JPEG of the first six per setting")
     args = parser.parse_args(argv)
 
     rng = np.random.default_rng(args.seed)
@@ -137,7 +137,7 @@ def save_strips(strips: dict[str, list[np.ndarray]], path: Path, side: int = 224
             small = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(small, (column * side, top + bar))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+    sheet.save(path, optimize=True, quality=88)
 
 
 if __name__ == "__main__":
