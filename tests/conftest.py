@@ -6,7 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline
 from diffusers import FluxTransformer2DModel as Transformer
 
 from dype.demo import build
@@ -48,17 +48,9 @@ def tiny_vae() -> AutoencoderKL:
 
 
 def tiny_components(**changes) -> dict:
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True,
-        shift=3.0,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=16,
-        max_image_seq_len=256,
-    )
     torch.manual_seed(0)
     return {
-        "scheduler": scheduler,
+        "scheduler": build.scheduler(),
         "vae": tiny_vae(),
         "transformer": tiny_transformer(**changes),
         **build.text_encoders(),
