@@ -127,17 +127,7 @@ def merge(given: dict, source: dict) -> Settings:
     flags |= {k: v for k, v in (source | given).items() if k in flags}
     check_numbers(flags)
 
-    config = DyPEConfig(base_resolution=model.base_resolution).to_dict()
-    asked = {k: v for k, v in (source | given).items() if k in CONFIG_FLAGS}
-    if "preset" in given:
-        base = DyPEConfig.from_dict(config | asked).base_resolution
-        chosen = preset(given["preset"], flags["height"], flags["width"], base)
-        print(f"preset {given['preset']}: " + ", ".join(f"{k} {v}" for k, v in chosen.items()))
-        asked = {k: v for k, v in source.items() if k in asked} | chosen
-        asked |= {k: v for k, v in given.items() if k in CONFIG_FLAGS}
-    if asked.get("method", model.dype["method"]) == model.dype["method"]:
-        config |= model.dype  # another method brings its own scale and exponent
-    config = DyPEConfig.from_dict(config | asked)
+    config = merge_config(given, source, flags, model)
     check_shift(model.schedule, config, model.family)
 
     if flags["true_cfg"] == 1 and "negative_prompt" not in given:
@@ -153,6 +143,21 @@ def merge(given: dict, source: dict) -> Settings:
         raise UserError(f"--guidance is {flags['guidance']:g}, but {name} takes none, expected 0")
     prompts = read_prompts(given) or source.get("prompts") or [model.prompt]
     return Settings(model, config, flags, prompts, [lora(text) for text in flags["lora"]])
+
+
+def merge_config(given: dict, source: dict, flags: dict, model: Model) -> DyPEConfig:
+    """The position encoding's part of `merge`. A preset is printed with what it chose."""
+    config = DyPEConfig(base_resolution=model.base_resolution).to_dict()
+    saved, asked = ({k: v for k, v in d.items() if k in CONFIG_FLAGS} for d in (source, given))
+    chosen = {}
+    if "preset" in given:
+        trained = DyPEConfig.from_dict(config | saved | asked).base_resolution
+        chosen = preset(given["preset"], flags["height"], flags["width"], trained)
+        print(f"preset {given['preset']}: " + ", ".join(f"{k} {v}" for k, v in chosen.items()))
+    asked = saved | chosen | asked
+    if asked.get("method", model.dype["method"]) == model.dype["method"]:
+        config |= model.dype  # another method brings its own scale and exponent
+    return DyPEConfig.from_dict(config | asked)
 
 
 def known_model(name: str) -> None:
