@@ -1,4 +1,4 @@
-"""Train the demo model: `python -m dype.demo.train`, about two hours on two CPU cores.
+"""Train the demo model: `python -m dype.demo.train`, a bit over two hours on two CPU cores.
 
 Two stages: the autoencoder on rendered scenes, then the transformer and the text encoders on its
 latents. Each stage writes checkpoints under `--work` and goes on from the last one when started
@@ -261,10 +261,10 @@ def main(argv=None) -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/demo_training"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vae_steps", type=int, default=3200)
-    parser.add_argument("--steps", type=int, default=6000, help="of the transformer")
+    parser.add_argument("--steps", type=int, default=12000, help="of the transformer")
     parser.add_argument("--stop", type=int, help="stop there, to go on later (default: the end)")
     parser.add_argument("--batch", type=int, default=16, help="of the transformer")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate, likewise")
+    parser.add_argument("--rate", type=float, default=1.2e-3, help="learning rate, likewise")
     args = parser.parse_args(argv)
     pipe = train_transformer(train_vae(args), args)
     export(pipe, args.out)
