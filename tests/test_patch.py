@@ -169,6 +169,23 @@ def test_positional_arguments():
     assert spy.calls == [(0.5, (2, 4), (4, 0))]
 
 
+def test_exact_ids_reach_the_embedder():
+    """The hook hands on 320 distinct rows where bfloat16 ids have 289: shards need them."""
+    transformer = tiny_transformer().to(torch.bfloat16)
+    apply_dype(transformer, CONFIG)
+    seen = []
+    transformer.pos_embed.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    transformer(
+        hidden_states=torch.randn(1, 640, 16, dtype=torch.bfloat16),
+        encoder_hidden_states=torch.randn(1, 4, 128, dtype=torch.bfloat16),
+        pooled_projections=torch.randn(1, 128, dtype=torch.bfloat16),
+        timestep=torch.tensor([0.5], dtype=torch.bfloat16),
+        img_ids=grid_ids(0, 320, 2).to(torch.bfloat16),
+        txt_ids=torch.zeros(4, 3, dtype=torch.bfloat16),
+    )
+    assert len(seen[0][:, 1].unique()) == 320
+
+
 @pytest.mark.parametrize("how", ["wrapped", "in place", "compiled first"])
 def test_one_compiled_graph(pipe, how):
     """fullgraph, one graph for all steps of two runs; also when compiled before apply_dype."""
