@@ -78,7 +78,7 @@ MODELS = {
         height=512,
         width=512,
         prompt="a red ring on teal leaves",
-        # favoured by ground truth (docs/log.md); YaRN's constants are made for 64 tokens, not 16
+        # one of those that keep the layout at 512 px (docs/log.md); `yarn` does not at 16 tokens
         dype={"method": "pi", "dype_scale": 1.0, "dype_exponent": 0.5},
         steps=20,
         true_cfg=3.0,

@@ -13,7 +13,7 @@ from PIL import Image
 import run_dype
 from dype.demo import build, train
 from dype.demo.check import check
-from dype.demo.evaluate import round_trip, setting, share
+from dype.demo.evaluate import psnr, round_trip, setting, share
 from dype.demo.scenes import COLOURS, HELD_OUT, SHAPES, TRIPLES, render, sample_scene
 from dype.generate import noise_schedule
 from dype.models import MODELS
@@ -75,8 +75,7 @@ def test_autoencoder(demo):
         levels = []
         for scene in scenes(count, seed=99):
             picture = render(scene, size)
-            error = round_trip(demo.vae, picture).astype(float) - picture
-            levels.append(10 * np.log10(255**2 / (error**2).mean()))
+            levels.append(psnr(picture, round_trip(demo.vae, picture)))
         means[size] = np.mean(levels)
     assert min(means.values()) >= 26, means
     assert max(means.values()) - min(means.values()) <= 2, means

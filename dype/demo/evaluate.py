@@ -96,7 +96,10 @@ def main(argv: list[str] | None = None) -> int:
     rows, strips = [], {}
     for name in ["truth"] if args.truth else args.settings:
         if args.truth:
-            pictures = [round_trip(pipe.vae, render(scene, args.size)) for scene in scenes]
+            truth = [render(scene, args.size) for scene in scenes]
+            pictures = [round_trip(pipe.vae, picture) for picture in truth]
+            decibels = [psnr(*pair) for pair in zip(truth, pictures, strict=True)]
+            print(f"round trip {np.mean(decibels):.1f} dB, deviation {np.std(decibels):.1f}")
         else:
             apply_dype(pipe, setting(name))
             pictures = draw_all(pipe, scenes, args, name)
@@ -123,6 +126,11 @@ def round_trip(vae, picture: np.ndarray) -> np.ndarray:
     x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
     out = vae.decode(vae.encode(x).latent_dist.mode()).sample[0].permute(1, 2, 0)
     return ((out + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+
+
+def psnr(picture: np.ndarray, other: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures, dB."""
+    return float(10 * np.log10(255**2 / np.mean((picture.astype(float) - other) ** 2)))
 
 
 def save_strips(strips: dict[str, list[np.ndarray]], path: Path, side: int = 224) -> None:
