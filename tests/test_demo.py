@@ -12,7 +12,7 @@ from PIL import Image
 
 import run_dype
 from dype.demo import build, train
-from dype.demo.check import check
+from dype.demo.check import check, log_spectrum, spectrum_error
 from dype.demo.evaluate import psnr, round_trip, setting, share
 from dype.demo.scenes import COLOURS, HELD_OUT, SHAPES, TRIPLES, render, sample_scene
 from dype.generate import noise_schedule
@@ -46,6 +46,18 @@ def test_held_out_triples():
     assert len(TRIPLES) == len(SHAPES) * len(COLOURS) * (len(COLOURS) - 1)
 
 
+def test_wordings():
+    scene = scenes(1)[0]
+    colour, shape, ground = scene.colour, scene.shape, scene.ground
+    assert [wording.split(",")[0] for wording in train.wordings(scene)] == [
+        f"a {shape} on leaves",
+        f"a {shape} on {ground} leaves",
+        f"a {colour} {shape} on leaves",
+        f"a {colour} {shape} on {ground} leaves",
+    ]
+    assert train.wordings(scene)[3] == scene.caption
+
+
 @pytest.mark.parametrize(("size", "count"), [(256, 60), (512, 12)])
 def test_check_passes_the_truth(size, count, demo):
     """Rendered scenes through the autoencoder: layout and shape, every one."""
@@ -66,6 +78,20 @@ def test_check_fails_what_is_wrong():
     assert check(np.tile(small, (2, 2, 1)), scene.colour, scene.ground).reason
     assert check(np.roll(picture, 70, 0), scene.colour, scene.ground).reason
     assert check(picture[:64, :64], scene.colour, scene.ground).reason
+
+
+def test_spectrum():
+    """White noise is flat, a wave is in its own band, and twice the contrast is ln 4 everywhere."""
+    noise = np.random.default_rng(0).normal(128, 20, (128, 128, 1)).repeat(3, 2)
+    flat = log_spectrum(noise)
+    assert len(flat) == 16  # 4 octaves, from 4 to 64 cycles per picture
+    assert np.ptp(flat[4:]) < 0.5
+    wave = 128 + 50 * np.cos(2 * np.pi * 17 * np.arange(128) / 128)
+    wave = np.broadcast_to(wave[:, None, None], noise.shape)
+    assert log_spectrum(wave).argmax() == 8  # [16, 19) cycles
+    assert spectrum_error([noise], [noise]) == 0
+    doubled = 2 * noise - noise.mean()
+    assert spectrum_error([doubled], [noise]) == pytest.approx(np.log(4))
 
 
 def test_autoencoder(demo):

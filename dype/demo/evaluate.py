@@ -1,13 +1,15 @@
 """How often the demo model draws what was asked: `python -m dype.demo.evaluate --size 512 pi yarn`.
 
 Each setting draws the same seeded prompts and is judged by `dype.demo.check`, at the schedule of
-the demo (mu capped). A setting is METHOD, METHOD:static or METHOD:SCALE:EXPONENT. Runs in bfloat16
-autocast, several pictures at once. Needs the packages of requirements-dev.txt.
+the demo (mu capped). A setting is METHOD, METHOD:static or METHOD:SCALE:EXPONENT. `spectrum` is the
+distance of the log power spectrum from that of the rendered scenes, put through the autoencoder.
+Needs the packages of requirements-dev.txt.
 """
 
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from dype.config import DyPEConfig
-from dype.demo.check import check
+from dype.demo.check import check, spectrum_error
 from dype.demo.scenes import HELD_OUT, TRIPLES, render, sample_scene
 from dype.models import MODELS
 from dype.patch import apply_dype
@@ -51,7 +53,8 @@ def draw_all(pipe, scenes: list, args, name: str) -> list[np.ndarray]:
     for start in tqdm(range(0, len(scenes), args.batch), name, leave=False):
         chunk = scenes[start : start + args.batch]
         seeds = range(start, start + len(chunk))
-        with torch.autocast(pipe.device.type, torch.bfloat16):
+        reduced = args.dtype == "bfloat16"
+        with torch.autocast(pipe.device.type, torch.bfloat16, enabled=reduced):
             pictures += pipe(
                 [scene.caption for scene in chunk],
                 negative_prompt=[DEMO.negative_prompt or ""] * len(chunk),
@@ -80,11 +83,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--truth",
         action="store_true",
-        help="judge rendered scenes put through the autoencoder instead",
+        help="judge the same scenes with other leaves, put through the autoencoder, instead",
     )
     parser.add_argument("--steps", type=int, default=DEMO.steps)
     parser.add_argument("--true_cfg", type=float, default=DEMO.true_cfg)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="autocast or not"
+    )
     parser.add_argument("--strip", type=Path, help="PNG or JPEG of the first six per setting")
     args = parser.parse_args(argv)
 
@@ -94,11 +100,12 @@ def main(argv: list[str] | None = None) -> int:
     pipe = load_pipeline("demo")
     pipe.set_progress_bar_config(disable=True)
     rows, strips = [], {}
+    truth = [round_trip(pipe.vae, render(s, args.size)) for s in tqdm(scenes, "truth", leave=False)]
     for name in ["truth"] if args.truth else args.settings:
         if args.truth:
-            truth = [render(scene, args.size) for scene in scenes]
-            pictures = [round_trip(pipe.vae, picture) for picture in truth]
-            decibels = [psnr(*pair) for pair in zip(truth, pictures, strict=True)]
+            others = [render(replace(scene, seed=scene.seed + 1), args.size) for scene in scenes]
+            pictures = [round_trip(pipe.vae, picture) for picture in others]
+            decibels = [psnr(*pair) for pair in zip(others, pictures, strict=True)]
             print(f"round trip {np.mean(decibels):.1f} dB, deviation {np.std(decibels):.1f}")
         else:
             apply_dype(pipe, setting(name))
@@ -106,17 +113,19 @@ def main(argv: list[str] | None = None) -> int:
         verdicts = [check(p, s.colour, s.ground) for p, s in zip(pictures, scenes, strict=True)]
         layout = share([verdict.layout for verdict in verdicts])
         shape = share([v.shape == s.shape for v, s in zip(verdicts, scenes, strict=True)])
+        error = spectrum_error(pictures, truth)
         low, high = layout["interval"]
         print(
             f"{name:20} {args.size} px  n {args.count}  layout {layout['share']:.2f} "
-            f"[{low:.2f}, {high:.2f}]  shape {shape['share']:.2f}",
+            f"[{low:.2f}, {high:.2f}]  shape {shape['share']:.2f}  spectrum {error:.2f}",
             flush=True,
         )
-        rows.append({"setting": name, "layout": layout, "shape": shape})
+        rows.append({"setting": name, "layout": layout, "shape": shape, "spectrum": error})
         strips[name] = pictures[:6]
     if args.strip:
         save_strips(strips, args.strip)
-    print(json.dumps({"size": args.size, "count": args.count, "steps": args.steps, "rows": rows}))
+    keys = ("size", "count", "seed", "held_out", "steps", "true_cfg", "dtype")
+    print(json.dumps({key: getattr(args, key) for key in keys} | {"rows": rows}))
     return 0
 
 

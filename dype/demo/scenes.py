@@ -62,8 +62,8 @@ def sample_scene(rng: np.random.Generator, triples=TRIPLES) -> Scene:
     shape, colour, ground = triples[rng.integers(len(triples))]
     light = list(LIGHTS)[rng.integers(len(LIGHTS))]
     strength = LIGHTS[light] if light else rng.uniform(-1, 1)
-    x, y = rng.uniform(0.42, 0.58, 2)
-    radius, seed = rng.uniform(0.24, 0.34), int(rng.integers(2**31))
+    x, y = rng.uniform(0.46, 0.54, 2)
+    radius, seed = rng.uniform(0.27, 0.33), int(rng.integers(2**31))
     return Scene(shape, colour, ground, light, strength, x, y, radius, seed)
 
 
