@@ -84,7 +84,7 @@ def run(args, settings: Settings, paths: list[Path]) -> int:
 def describe_schedule(scheduler, settings: Settings) -> dict:
     """mu, the sigmas and kappa at each denoiser call; the scheduler has the shift set already."""
     size = [settings.flags[name] for name in ("height", "width", "steps")]
-    mu, sigmas = generate.noise_schedule(scheduler, *size)
+    mu, sigmas = generate.noise_schedule(scheduler, *size, settings.model.family)
     called = torch.tensor(sigmas[:-1], dtype=torch.float64)
     kappa, _ = rope.schedule(called, settings.config)
     shift = settings.config.shift or settings.model.family.shift

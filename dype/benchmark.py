@@ -1,7 +1,7 @@
 """What DyPE costs: `python -m dype.benchmark`.
 
-The embedder is timed against stock `FluxPosEmbed` and against a plain copy of the bytes that both
-write, all in one run, in turns, and its output is checked. CPU time of one thread, with a warm
+Each family's embedder is timed against the stock one and against a plain copy of the bytes that
+both write, all in one run, in turns, and its output is checked. CPU time of one thread, with a warm
 allocator: the first touch of fresh pages would cost several copies and hide all else.
 """
 
@@ -16,11 +16,13 @@ import time
 
 import torch
 
+from dype.complex_embedders import QwenDyPE, ZImageDyPE
 from dype.config import DyPEConfig
 from dype.embedders import FluxDyPE, grid_ids
 from dype.models import TOKEN
 
 TEXT_TOKENS = 512
+TRAINED = 64  # tokens
 SIZES = (1024, 2048, 4096, 8192)  # px
 
 
@@ -40,22 +42,62 @@ def cpu_time(function) -> float:
     return time.process_time() - start
 
 
-def embedder_costs(size: int, repeats: int, method: str = "yarn") -> dict:
-    """Median CPU milliseconds of one call at `size` x `size` px, by what was called."""
+def flux(side: int, config: DyPEConfig) -> tuple:
     from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
-    stock, side = FluxPosEmbed(10000, [16, 56, 56]), size // TOKEN
-    ours = FluxDyPE(stock, DyPEConfig(method), 1024 / TOKEN)
+    stock = FluxPosEmbed(10000, [16, 56, 56])
+    ids = torch.cat([torch.zeros(TEXT_TOKENS, 3), grid_ids(0, side, side)])
+    ours = FluxDyPE(stock, config, TRAINED)
     ours.set_grid(side, side)
     ours.set_layout(TEXT_TOKENS, 0)
+    return stock, ours, (ids,)
+
+
+def flux2(side: int, config: DyPEConfig) -> tuple:
+    """The call for the picture; the other, for the text, has 512 tokens."""
+    from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed
+
+    stock = Flux2PosEmbed(2000, [32, 32, 32, 32])
+    ours = FluxDyPE(stock, config, TRAINED)
+    ours.set_grid(side, side)
+    ours.set_layout(0, 0)
+    return stock, ours, (torch.nn.functional.pad(grid_ids(0, side, side), (0, 1)).long(),)
+
+
+def z_image(side: int, config: DyPEConfig) -> tuple:
+    from diffusers.models.transformers.transformer_z_image import RopeEmbedder
+
+    stock = RopeEmbedder(256.0, [32, 48, 48], [1536, 512, 512])
+    ours = ZImageDyPE(stock, config, TRAINED)
+    ours.set_grid(side, side)
+    ours.places = TEXT_TOKENS + 2  # as a denoiser call with 512 tokens of text sets it
+    ids = grid_ids(TEXT_TOKENS + 1, side, side).int()
+    return stock, ours, (ids,)
+
+
+def qwen_image(side: int, config: DyPEConfig) -> tuple:
+    from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
+
+    stock = QwenEmbedRope(10000, [16, 56, 56], scale_rope=True)
+    ours = QwenDyPE(stock, config, 83)
+    ours.set_grid(side, side)
+    return stock, ours, ([[(1, side, side)]], torch.device("cpu"), TEXT_TOKENS)
+
+
+FAMILIES = {"flux": flux, "flux2": flux2, "z-image": z_image, "qwen-image": qwen_image}
+
+
+def embedder_costs(family: str, size: int, repeats: int, method: str = "yarn") -> dict:
+    """Median CPU milliseconds of one call at `size` x `size` px, by what was called."""
+    stock, ours, args = FAMILIES[family](size // TOKEN, DyPEConfig(method))
     ours.set_timestep(0.6)
-    ids = torch.cat([torch.zeros(TEXT_TOKENS, 3), grid_ids(0, side, side)])
-    table = torch.stack(ours(ids))
-    check(ours, ids, table)
+    tables = ours(*args)
+    tables = tables if isinstance(tables, tuple) else (tables,)
+    check(ours, args, tables)
     calls = {
-        "copy": lambda: table.clone(),
-        "ours": lambda: ours(ids),
-        "stock": lambda: stock(ids),
+        "copy": lambda: [table.clone() for table in tables],
+        "ours": lambda: ours(*args),
+        "stock": lambda: stock(*args),
     }
     times = {name: [] for name in calls}
     for call in calls.values():
@@ -66,33 +108,50 @@ def embedder_costs(size: int, repeats: int, method: str = "yarn") -> dict:
     return {name: 1000 * statistics.median(values) for name, values in times.items()}
 
 
-def check(embedder: FluxDyPE, ids: torch.Tensor, table: torch.Tensor) -> None:
-    """The timed path must give what the token-by-token path gives."""
-    rows = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:1000]
-    layout, embedder.layout = embedder.layout, None
-    assert torch.equal(table[:, rows], torch.stack(embedder(ids[rows])))
-    embedder.layout = layout
+def check(embedder, args: tuple, tables: tuple) -> None:
+    """The timed path must give what the formula gives, token by token, at 1000 tokens."""
+    if isinstance(embedder, QwenDyPE):
+        places = grid_ids(0, *embedder.grid)
+        places[:, 1:] -= torch.tensor(embedder.grid) - torch.tensor(embedder.grid) // 2
+    else:
+        places = args[0]
+    rows = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))[:1000]
+    inv_freq, m = embedder.frequencies(embedder.grid, places.device)
+    first, *_ = dims = embedder.axes_dim
+    for axis, start in ((1, first), (2, first + dims[1])):
+        angle = places[rows, axis, None].double() * inv_freq[axis - 1]
+        expected = torch.polar(m[axis - 1].expand_as(angle), angle)
+        if len(tables) == 2 and not isinstance(embedder, QwenDyPE):
+            found = torch.complex(
+                *(table[rows, start : start + dims[axis] : 2] for table in tables)
+            )
+        else:
+            found = tables[0][rows, start // 2 : (start + dims[axis]) // 2]
+        exact = 1e-6 if embedder.active(embedder.grid) else 1e-4  # stock's angles may be float32
+        assert (found - expected).abs().max() < exact
 
 
 def embedder(args) -> dict:
-    """Print a table of costs per size; returns it with the ratios that matter."""
+    """Print a table of costs per family and size; returns it with the ratios that matter."""
     torch.set_num_threads(1)
     warm_allocator()
-    print("px      copy ms   ours ms  stock ms   ours/copy  stock/copy  ours/stock")
+    print("family       px    copy ms   ours ms  stock ms   ours/copy  stock/copy  ours/stock")
     rows = {}
-    for size in args.sizes:
-        ms = embedder_costs(size, args.repeats)
-        ratios = {
-            "ours/copy": ms["ours"] / ms["copy"],
-            "stock/copy": ms["stock"] / ms["copy"],
-            "ours/stock": ms["ours"] / ms["stock"],
-        }
-        rows[str(size)] = {name: round(value, 3) for name, value in (ms | ratios).items()}
-        print(
-            f"{size:<6} {ms['copy']:9.2f} {ms['ours']:9.2f} {ms['stock']:9.2f} "
-            + " ".join(f"{value:11.2f}" for value in ratios.values())
-        )
-        gc.collect()
+    for family in args.families:
+        for size in args.sizes:
+            ms = embedder_costs(family, size, args.repeats)
+            ratios = {
+                "ours/copy": ms["ours"] / ms["copy"],
+                "stock/copy": ms["stock"] / ms["copy"],
+                "ours/stock": ms["ours"] / ms["stock"],
+            }
+            kept = {name: round(value, 3) for name, value in (ms | ratios).items()}
+            rows.setdefault(family, {})[str(size)] = kept
+            print(
+                f"{family:11} {size:<6} {ms['copy']:7.2f} {ms['ours']:9.2f} {ms['stock']:9.2f} "
+                + " ".join(f"{value:11.2f}" for value in ratios.values())
+            )
+            gc.collect()
     return rows
 
 
@@ -100,10 +159,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dype.benchmark", description=__doc__)
     parser.add_argument("what", nargs="?", choices=("embedder",), default="embedder")
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="px (default: all)")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[*FAMILIES])
     parser.add_argument("--repeats", type=int, default=9, help="(default: 9)")
     args = parser.parse_args(argv)
     result = {"benchmark": args.what, "device": platform.processor() or platform.machine()}
-    result |= {"torch": torch.__version__, "threads": 1, "sizes": embedder(args)}
+    result |= {"torch": torch.__version__, "threads": 1, "families": embedder(args)}
     print(json.dumps(result))
     return 0
 

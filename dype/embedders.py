@@ -1,10 +1,10 @@
-"""Rotary embedders that follow the noise level, one per tensor format of the transformers.
+"""Rotary embedders that follow the noise level, for the transformers with real tables.
 
 Each has `set_timestep` and `set_grid`, and `before`, which the transformer's forward pre-hook calls
-with the arguments of every denoiser call to read both from them.
+with the arguments of every denoiser call to read both from them. The complex formats are in
+`complex_embedders`.
 """
 
-import inspect
 from itertools import pairwise
 
 import torch
@@ -14,30 +14,26 @@ from dype import rope
 from dype.config import DyPEConfig
 
 
-class FluxDyPE(torch.nn.Module):
-    """FLUX's format: (cos, sin), float32 [S, D], each value repeated for its pair.
+class DyPE:
+    """What every format shares: the noise level, the grid, and the mathematics of its two axes.
 
-    Stands in for diffusers' `FluxPosEmbed`, called with ids [S, 3] = (kind, row, column). Tokens of
-    kind 0 are the text's, all at the origin, and the picture's; other kinds are reference pictures
-    and get the stock encoding. No parameters, no buffers. Under a compiler one graph serves every
-    noise level, since sigma is a 0-dim tensor; another grid is another graph.
-
-    stock: the embedder that it replaces. trained_tokens: L, the same for rows and columns.
+    stock: the embedder that is replaced, kept untouched; trained_tokens: L, the same for rows and
+    columns. No parameters, no buffers. Under a compiler one graph serves every noise level, since
+    sigma is a 0-dim tensor; another grid is another graph.
     """
 
-    def __init__(self, stock: torch.nn.Module, config: DyPEConfig, trained_tokens: float):
+    def __init__(self, stock, config: DyPEConfig, trained_tokens: float):
         super().__init__()
         self.kept = (stock,)  # a tuple, so that it is not a submodule
         self.config = config
         self.theta = float(stock.theta)
-        self.axes_dim = tuple(stock.axes_dim)
+        self.axes_dim = tuple(getattr(stock, "axes_dim", None) or stock.axes_dims)
         self.trained_tokens = trained_tokens
         self.sigma = noise_level()
-        self.seen = (None, 0)  # the ids that were read last, their version, what was read
         self.set_grid(1, 1)
 
     @property
-    def stock(self) -> torch.nn.Module:
+    def stock(self):
         return self.kept[0]
 
     def set_timestep(self, sigma: float | torch.Tensor) -> None:
@@ -52,7 +48,40 @@ class FluxDyPE(torch.nn.Module):
 
     def set_grid(self, height_tokens: int, width_tokens: int) -> None:
         """Set the size of the picture being drawn, in tokens."""
-        self.grid, self.layout = (int(height_tokens), int(width_tokens)), None
+        self.grid = (int(height_tokens), int(width_tokens))
+
+    def active(self, grid: tuple[int, int]) -> bool:
+        """Whether a picture of this size is encoded other than by the stock embedder."""
+        return self.config.method != "base" and max(grid) > self.trained_tokens
+
+    def frequencies(self, grid, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows' and columns' frequencies, float64 [2, n], and their attention scales [2]."""
+        device = float64_device(device)
+        return rope.frequencies(
+            self.axes_dim[1],
+            self.theta,
+            self.trained_tokens,
+            grid,
+            self.sigma.to(device),
+            self.config,
+        )
+
+
+class FluxDyPE(DyPE, torch.nn.Module):
+    """FLUX's format: (cos, sin), float32 [S, D], each value repeated for its pair.
+
+    Stands in for diffusers' `FluxPosEmbed` and its copies, called with ids [S, A] = (kind, row,
+    column, ...). Tokens of kind 0 are the text's, all at the origin, and the picture's; other kinds
+    are reference pictures and get the stock encoding, as every further axis does.
+    """
+
+    def __init__(self, stock: torch.nn.Module, config: DyPEConfig, trained_tokens: float):
+        super().__init__(stock, config, trained_tokens)
+        self.seen = (None, 0)  # the ids that were read last, their version, what was read
+
+    def set_grid(self, height_tokens: int, width_tokens: int) -> None:
+        super().set_grid(height_tokens, width_tokens)
+        self.layout = None
 
     def set_layout(self, before: int, after: int) -> None:
         """The ids to come are `before` of text, the grid row by row, and `after` of references.
@@ -61,35 +90,27 @@ class FluxDyPE(torch.nn.Module):
         """
         self.layout = (before, after)
 
-    def before(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Read noise level and grid from a denoiser call and return it with exact `img_ids`.
+    def before(self, module: torch.nn.Module, call: dict, family) -> dict:
+        """Read noise level and grid from a denoiser call and return it with exact ids.
 
-        The ids are copied to the host once per picture: FLUX's pipelines hand the same tensor to
-        every step. All samples of a batch share the noise level and the ids.
+        The ids are copied to the host once per picture, since the pipelines hand the same tensor to
+        every step (but FLUX.2's with reference pictures, which make a new one each time). All
+        samples of a batch share the noise level and the ids.
         """
-        kwargs = by_name(module, args, kwargs)
-        self.set_timestep(kwargs["timestep"].flatten()[0])
-        ids = kwargs["img_ids"]
+        self.set_timestep(family.sigma(call[family.time].flatten()[0]))
+        ids, texts = call[family.ids], family.texts(module, call)
         version = 0 if ids.is_inference() else ids._version
         if self.seen[0] is not ids or self.seen[1] != version:
-            self.seen = (ids, version, *read_ids(ids))
+            self.seen = (ids, version, *read_ids(ids, texts.within))
         _, _, exact, grid, after = self.seen
         self.set_grid(*grid)
-        if after is not None:
-            mode_token = bool(getattr(module, "union", False))  # a union controlnet adds one
-            self.set_layout(kwargs["txt_ids"].shape[-2] + mode_token, after)
-        return (), kwargs | {"img_ids": exact}
+        # a separate call for as many text tokens as the picture has could not be told from its own
+        if after is not None and texts.apart != grid[0] * grid[1] + after:
+            self.set_layout(texts.before, after)
+        return call | {family.ids: exact}
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        device = float64_device(ids.device)
-        inv_freq, m = rope.frequencies(
-            self.axes_dim[1],
-            self.theta,
-            self.trained_tokens,
-            self.grid,
-            self.sigma.to(device),
-            self.config,
-        )
+        inv_freq, m = self.frequencies(self.grid, ids.device)
         layout = self.layout or find_layout(ids, self.grid)
         if layout is None or len(ids) != layout[0] + self.grid[0] * self.grid[1] + layout[1]:
             table = self.rotate(ids, inv_freq, m)  # a shard under context parallelism, or odd ids
@@ -105,7 +126,7 @@ class FluxDyPE(torch.nn.Module):
         for axis, dim in enumerate(self.axes_dim):
             f = rope.stock_frequencies(dim, self.theta, at.device).expand(len(at), -1)
             scale = torch.ones_like(at[:, :1])
-            if axis > 0:
+            if axis in (1, 2):
                 f = torch.where(drawn, inv_freq[axis - 1], f)
                 scale = torch.where(drawn, m[axis - 1], scale)
             parts.append(cos_sin(at[:, axis : axis + 1] * f, scale))
@@ -113,23 +134,38 @@ class FluxDyPE(torch.nn.Module):
 
     def fill(self, ids, layout, inv_freq: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
         """The same for a known layout, with trigonometry for single rows and columns alone."""
-        (height, width), (before, after), first = self.grid, layout, self.axes_dim[0]
+        (height, width), (before, after) = self.grid, layout
+        first, dim, rest = self.axes_dim[0], self.axes_dim[1], sum(self.axes_dim[3:])
         steps = torch.arange(max(height, width), dtype=torch.float64, device=m.device)
         tables = cos_sin(steps[:, None] * inv_freq[:, None], m[:, None, None]).to(ids.device)
-        rows, columns = tables[:, 0, :height], tables[:, 1, :width]
-        start = columns.new_zeros(2, width, first)
-        start[0] = 1  # every token of the grid is at 0 on the first axis
-        second = first + self.axes_dim[1]
-        columns = torch.cat([start, F.pad(columns, (self.axes_dim[1], 0))], -1)
+        rows = F.pad(tables[:, 0, :height], (first, dim + rest))
+        columns = F.pad(tables[:, 1, :width], (first + dim, rest))
+        columns[0, :, :first] = columns[0, :, first + 2 * dim :] = 1  # at 0 on the other axes
         table = columns.new_empty(2, len(ids), columns.shape[-1])
         end = before + height * width
         picture = table[:, before:end].view(2, height, width, -1)
-        picture.copy_(columns[:, None])
-        picture[..., first:second].copy_(rows[:, :, None])
+        rows, columns = rows[:, :, None], columns[:, None]
+        if torch.compiler.is_compiling():  # which does without `out`
+            picture.copy_(rows + columns)
+        else:
+            torch.add(rows, columns, out=picture)  # one pass, and exact: the other is 0
         table[:, :before] = self.rotate(ids[:before], inv_freq, m)
         if after:
             table[:, end:] = self.rotate(ids[end:], inv_freq, m)
         return table
+
+
+class MatrixDyPE(FluxDyPE):
+    """The format of Black Forest Labs' own `EmbedND`: float32 [B, 1, S, D / 2, 2, 2].
+
+    Called with ids [B, S, A]. Each pair is the rotation matrix ((cos, -sin), (sin, cos)). All
+    samples share the first's ids.
+    """
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        cos, sin = (part[:, ::2] for part in super().forward(ids[0]))
+        turns = torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
+        return turns.expand(len(ids), 1, *turns.shape)
 
 
 def noise_level(device=None) -> torch.Tensor:
@@ -144,26 +180,23 @@ def find_layout(ids: torch.Tensor, grid: tuple[int, int]) -> tuple[int, int] | N
         return None
     size = grid[0] * grid[1]
     before = int((ids[:, 0] == 0).sum()) - size
-    if before < 0 or not torch.equal(ids[before : before + size].float(), grid_ids(0, *grid)):
+    wanted = F.pad(grid_ids(0, *grid), (0, ids.shape[1] - 3))
+    if before < 0 or not torch.equal(ids[before : before + size].float(), wanted):
         return None
     return before, len(ids) - before - size
 
 
-def by_name(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
-    """The arguments of a call of `module`, all by name."""
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return dict(zip(names, args, strict=False)) | kwargs
+def read_ids(ids: torch.Tensor, texts: int = 0) -> tuple[torch.Tensor, tuple, int | None]:
+    """What FLUX's img_ids [S, A] say: exact float32 ids, the picture's grid, tokens after it.
 
-
-def read_ids(ids: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], int | None]:
-    """What FLUX's img_ids [S, 3] say: exact float32 ids, the picture's grid, tokens after it.
+    texts: how many of them, at the beginning, are the text's; those are left out of it all.
 
     In bfloat16 rows beyond 256 collide, but the length of the first row, until the row changes, is
     still right; each kind's grid is counted again from that. Where the ids are not a grid they are
     taken as they stand, and the tokens after the picture are None.
     """
     given = ids if ids.ndim == 2 else ids[0]  # [B, S, 3] is deprecated in diffusers
-    host = given.float().cpu()
+    host = given[texts:].float().cpu()
     kinds = host[:, 0]
     starts = [0, *((kinds[1:] != kinds[:-1]).nonzero().flatten() + 1).tolist(), len(host)]
     exact, grid, after = [], None, None
@@ -172,12 +205,14 @@ def read_ids(ids: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], int | No
         changes = (part[:, 1] != part[0, 1]).nonzero()
         width = int(changes[0]) if len(changes) else len(part)
         counted = grid_ids(kind, len(part) // width, width)
+        counted = F.pad(counted, (0, part.shape[1] - 3))
         regular = counted.shape == part.shape and torch.equal(counted.to(ids.dtype).float(), part)
         exact.append(counted if regular else part)
         if kind == 0 and grid is None:
             grid = (len(part) // width, width)
             after = len(host) - end if regular and start == 0 else None
-    return torch.cat(exact).to(ids.device), grid or (1, 1), after
+    exact = torch.cat([given[:texts].float(), torch.cat(exact).to(ids.device)])
+    return exact.expand(ids.shape), grid or (1, 1), after
 
 
 def grid_ids(kind: int, height: int, width: int) -> torch.Tensor:

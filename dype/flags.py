@@ -25,26 +25,30 @@ SCALES = ", ".join(f"{name} {scale:g}" for name, scale in METHOD_SCALES.items() 
 ON_OFF = {"nargs": "?", "const": "on", "choices": ("on", "off")}
 SWITCH = {"action": "store_true"}
 
-# group -> (names, metavar, help, more of argparse's arguments). Numbers are parsed in cli.py.
+# group -> (names, metavar, help, more of argparse's arguments). Numbers are parsed in settings.py.
 FLAGS = {
     "what to draw": [
         ("--prompt", "TEXT", "one or several (default: the authors' dark-fantasy scene; demo: "
          f"{MODELS['demo'].prompt})", {"nargs": "+", "action": "extend"}),
         ("--prompts_file", "FILE", "prompts, one per line (default: none)", {}),
-        ("--negative_prompt", "TEXT", "needs --true_cfg (default: none)", {}),
+        ("--negative_prompt", "TEXT", "needs --true_cfg, or --guidance where that is one (default: "
+         "none; qwen-image \" \", demo \"\")", {}),
+        ("--magic_suffix", None, "the authors' addition to prompts for qwen-image (default: off)",
+         SWITCH),
         ("--height", "PX", of_model(lambda m: m.height), {}),
         ("--width", "PX", of_model(lambda m: m.width), {}),
         ("--seed", "N", "(default: 42)", {}),
         ("--steps", "N", of_model(lambda m: m.steps), {}),
-        ("--guidance", "X", "of guidance-distilled models " + of_model(lambda m: m.guidance), {}),
+        ("--guidance", "X", "the pipeline's guidance_scale; 0: it takes none "
+         + of_model(lambda m: m.guidance), {}),
         ("--true_cfg", "X", "classifier-free guidance by a second denoiser call per step; 1 is off "
          + of_model(lambda m: m.true_cfg), {}),
         ("--max_sequence_length", "N", "text tokens "
          + of_model(lambda m: m.max_sequence_length), {}),
     ],
     "model": [
-        ("--model", "NAME", f"{', '.join(MODELS)}, or a diffusers folder or hub id of a FLUX "
-         f"pipeline (default: {DEFAULT_MODEL})", {}),
+        ("--model", "NAME", f"{', '.join(MODELS)}, or a diffusers folder or hub id of one of "
+         f"their kinds (default: {DEFAULT_MODEL})", {}),
         ("--revision", "REV", "branch, tag or commit on the hub (default: the newest)", {}),
         ("--lora", "PATH[:SCALE]", "adapter file, folder or hub id; repeatable (default: none)",
          {"action": "append"}),
@@ -68,7 +72,7 @@ FLAGS = {
     ],
     "noise schedule": [
         ("--shift", "cap|model", "cap: mu = max_shift at every size, as the authors; model: the "
-         "scheduler's own rule (default: cap)", {"choices": SHIFTS}),
+         "scheduler's own rule " + of_model(lambda m: m.family.shift), {"choices": SHIFTS}),
         ("--base_shift", "X", "with --shift model (default: the scheduler's)", {}),
         ("--max_shift", "X", "(default: the scheduler's)", {}),
     ],

@@ -1,25 +1,32 @@
 """Draw pictures with a pipeline that is loaded and has DyPE applied."""
 
+import copy
+import inspect
+import math
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from PIL import Image
 
-from dype.models import TOKEN
+from dype.models import FLUX, TOKEN, Family
 
 
-def noise_schedule(scheduler, height: int, width: int, steps: int) -> tuple[float | None, list]:
-    """The mu (None: a static shift) and the sigmas, ending in 0, that a FLUX pipeline will use."""
+def noise_schedule(
+    scheduler, height: int, width: int, steps: int, family: Family = FLUX
+) -> tuple[float | None, list]:
+    """The mu (None: a static shift) and the sigmas, ending in 0, that a pipeline will use."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-    config = scheduler.config
-    scheduler = type(scheduler).from_config(config)
+    config, scheduler = scheduler.config, copy.deepcopy(scheduler)
     mu = None
+    if family.mu and hasattr(scheduler, "dype_shift"):
+        mu = math.log(config.shift)  # the cap, which stands in the configuration as a static shift
     if config.get("use_dynamic_shifting"):
         tokens = (height // TOKEN) * (width // TOKEN)
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        mu = calculate_shift(tokens, *(config[name] for name in names))
+        numbers = [config[name] for name in names]
+        mu = family.mu(tokens, steps) if family.mu else calculate_shift(tokens, *numbers)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return mu, scheduler.sigmas.tolist()
 
@@ -50,7 +57,12 @@ def draw(
         "generator": torch.Generator("cpu").manual_seed(seed),
     }
     if not getattr(pipe, "dype_apart", False):  # set by `pipelines.place`
-        return pipe(prompt, negative_prompt=negative_prompt, **common).images[0]
+        common |= {"prompt": prompt, "negative_prompt": negative_prompt}
+        known = inspect.signature(pipe.__call__).parameters
+        common = {name: value for name, value in common.items() if name in known}
+        if guidance == 0 and known["guidance_scale"].default is None:
+            del common["guidance_scale"]  # Qwen-Image warns of any number
+        return pipe(**common).images[0]
 
     home, vae_device = pipe.transformer.device, pipe.vae.device
     text_device = pipe.text_encoder_2.device

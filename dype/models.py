@@ -1,14 +1,44 @@
 """What is known of each transformer family and of each model that has a name of its own."""
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 
-from dype.embedders import FluxDyPE
+from dype.complex_embedders import QwenDyPE, ZImageDyPE
+from dype.embedders import FluxDyPE, MatrixDyPE
 
 TOKEN = 16  # px per token: the VAE's factor 8 times the 2 x 2 packing
+
+
+class Texts(NamedTuple):
+    """Where a family's text tokens are, in numbers of them."""
+
+    before: int = 0  # in front of the picture's, in what the embedder is called with
+    within: int = 0  # of those, how many are in the call's own ids
+    apart: int = -1  # in a call of the embedder by themselves
+
+
+def joined(module, call: dict) -> Texts:
+    """FLUX.1: the transformer puts `txt_ids` in front of `img_ids`."""
+    mode_token = bool(getattr(module, "union", False))  # a union controlnet adds one
+    return Texts(before=call["txt_ids"].shape[-2] + mode_token)
+
+
+def apart(module, call: dict) -> Texts:
+    """FLUX.2: one call for the pictures, one for the text."""
+    return Texts(apart=call["txt_ids"].shape[-2])
+
+
+def within(module, call: dict) -> Texts:
+    """Krea 2: one tensor of ids for all."""
+    text = call["encoder_hidden_states"].shape[1]
+    return Texts(before=text, within=text)
 
 
 class Family(NamedTuple):
@@ -16,18 +46,79 @@ class Family(NamedTuple):
 
     attribute: str  # where the rotary embedder sits
     embedder: type  # what takes its place
-    base_resolution: int  # px
-    shift: str  # the schedule that the authors used
+    base_resolution: int = 1024  # px
+    shift: str = "model"  # the schedule to draw with, of DyPEConfig
+    time: str = "timestep"  # the argument that holds the noise level ...
+    sigma: Callable = lambda time: time  # ... and how: sigma in [0, 1] from it
+    ids: str = "img_ids"  # the argument with the pictures' ids, where there are any
+    texts: Callable = joined
+    reason: Callable = lambda config: None  # why a configuration can't be had, or None
+    mu: Callable | None = None  # mu(tokens, steps), where the pipeline has a rule of its own
 
 
-FLUX = Family("pos_embed", FluxDyPE, 1024, "cap")
-FAMILIES = {"FluxTransformer2DModel": FLUX, "FluxControlNetModel": FLUX}
+def omni(config: dict) -> str | None:
+    if config.get("siglip_feat_dim") is not None:
+        return "Z-Image-Omni's reference pictures share the drawn one's rows and columns"
+    return None
 
-# The authors' default (their run_dype.py), word for word.
+
+def layered(config: dict) -> str | None:
+    if config.get("use_layer3d_rope"):
+        return "Qwen-Image-Layered has an embedder of its own"
+    return None
+
+
+def flux2_mu(tokens: int, steps: int) -> float:
+    """FLUX.2's rule, which reads nothing from the scheduler."""
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+    return compute_empirical_mu(tokens, steps)
+
+
+FLUX = Family("pos_embed", FluxDyPE, shift="cap")
+FLUX2 = FLUX._replace(texts=apart, mu=flux2_mu)
+KREA2 = FLUX._replace(attribute="rotary_emb", ids="position_ids", texts=within)
+KREA2_TURBO = KREA2._replace(mu=lambda tokens, steps: 1.15)  # the pipeline's, whatever the size
+BRIA = FLUX._replace(sigma=lambda time: time / 1000, shift="model")
+BFL = FLUX._replace(attribute="pe_embedder", embedder=MatrixDyPE, time="timesteps")
+QWEN = Family("pos_embed", QwenDyPE, 1328, reason=layered)
+ZIMAGE = Family("rope_embedder", ZImageDyPE, time="t", sigma=lambda time: 1 - time, reason=omni)
+
+FAMILIES = {
+    "FluxTransformer2DModel": FLUX,
+    "FluxControlNetModel": FLUX,
+    "ChromaTransformer2DModel": FLUX,
+    "Flux2Transformer2DModel": FLUX2,
+    "Krea2Transformer2DModel": KREA2,
+    "BriaTransformer2DModel": BRIA,
+    "BriaFiboTransformer2DModel": BRIA,
+    "Flux": BFL,  # Black Forest Labs' own class, and copies of it in host applications
+    "QwenImageTransformer2DModel": QWEN,
+    "QwenImageControlNetModel": QWEN,
+    "ZImageTransformer2DModel": ZIMAGE,
+    "ZImageControlNetModel": ZIMAGE,
+}
+TEXT_ON_THE_GRID = (
+    "its text counts on along the picture's rows and columns, and where it belongs once those are "
+    "stretched is an open question"
+)
+REFUSED = {
+    "HiDreamImageTransformer2DModel": "its pipeline forces every picture to 1024x1024 pixels",
+    "ErnieImageTransformer2DModel": "its embedder returns angles, so there is no attention scale",
+    "OvisImageTransformer2DModel": TEXT_ON_THE_GRID,
+    "LongCatImageTransformer2DModel": TEXT_ON_THE_GRID,
+    "QwenImage21Transformer2DModel": "its text, pictures and cached keys share one table",
+}
+
+# The authors' defaults (their run_dype.py and run_dype_qwen.py), word for word.
 DARK_FANTASY = (
     "A mysterious woman stands confidently in elaborate, dark armor adorned with intricate designs,"
     " holding a staff, against a backdrop of smoke and an ominous red sky, with shadowy, gothic"
     " buildings in the distance."
+)
+BEAR = (
+    "A woman kneels on the forest floor, smiling as she offers grapes to a large brown bear beside"
+    " her, surrounded by tall birch trees."
 )
 DYNAMIC = {
     "use_dynamic_shifting": True,
@@ -44,8 +135,13 @@ class Model:
     """Defaults that a model brings along; an explicit flag wins over each."""
 
     repo: str  # hub id or folder
+    pipeline: str = "FluxPipeline"
+    family: Family = FLUX
+    billions: float = 12  # of the transformer's parameters
     steps: int = 28
-    guidance: float = 3.5
+    guidance: float = 3.5  # the pipeline's guidance_scale; 0: it takes none
+    cfg: str = "true_cfg"  # the flag that makes a negative prompt count, above `cfg_off`
+    cfg_off: float = 1.0
     true_cfg: float = 1.0
     negative_prompt: str | None = None
     max_sequence_length: int = 512
@@ -54,23 +150,102 @@ class Model:
     height: int = 4096
     width: int = 4096
     prompt: str = DARK_FANTASY
+    suffix: str = ""  # what --magic_suffix puts behind a prompt
     dype: dict = field(default_factory=lambda: {"method": "yarn"})  # of DyPEConfig
     schedule: dict = field(default_factory=lambda: DYNAMIC)  # for a dry run without the model
-    family: Family = FLUX
 
+
+FLUX_DEV = Model("black-forest-labs/FLUX.1-dev")
+QWEN_IMAGE = Model(
+    "Qwen/Qwen-Image",
+    "QwenImagePipeline",
+    QWEN,
+    billions=20,
+    steps=40,
+    guidance=0.0,
+    true_cfg=4.0,
+    negative_prompt=" ",
+    base_resolution=1328,
+    prompt=BEAR,
+    suffix=", Ultra HD, 4K, cinematic composition.",
+    schedule=DYNAMIC | {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02},
+)
+Z_IMAGE = Model(
+    "Tongyi-MAI/Z-Image",
+    "ZImagePipeline",
+    ZIMAGE,
+    billions=6,
+    steps=50,
+    guidance=5.0,
+    cfg="guidance",
+    cfg_off=0.0,
+    schedule={"use_dynamic_shifting": False, "shift": 3.0},
+)
+FLUX2_DEV = Model(
+    "black-forest-labs/FLUX.2-dev",
+    "Flux2Pipeline",
+    FLUX2,
+    billions=32,
+    steps=50,
+    guidance=2.5,
+    cfg="",
+)
+FLUX2_KLEIN_BASE = replace(
+    FLUX2_DEV,
+    repo="black-forest-labs/FLUX.2-klein-base-9B",
+    pipeline="Flux2KleinPipeline",
+    billions=9,
+    guidance=4.0,
+)
+FLUX2_KLEIN = replace(
+    FLUX2_KLEIN_BASE,
+    repo="black-forest-labs/FLUX.2-klein-4B",
+    billions=4,
+    steps=4,
+    guidance=0.0,
+)
+CHROMA = Model(
+    "lodestones/Chroma1-HD",
+    "ChromaPipeline",
+    billions=9,
+    steps=35,
+    guidance=5.0,
+    cfg="guidance",
+)
+KREA_2 = Model(
+    "krea/Krea-2-Raw",
+    "Krea2Pipeline",
+    KREA2,
+    guidance=4.5,
+    cfg="guidance",
+    cfg_off=0.0,
+    schedule=DYNAMIC | {"max_image_seq_len": 6400},
+)
+KREA_2_TURBO = replace(KREA_2, repo="krea/Krea-2-Turbo", family=KREA2_TURBO, steps=8, guidance=0.0)
 
 MODELS = {
-    "flux-krea": Model("black-forest-labs/FLUX.1-Krea-dev", guidance=4.5),
-    "flux-dev": Model("black-forest-labs/FLUX.1-dev"),
-    "flux-schnell": Model(
-        "black-forest-labs/FLUX.1-schnell",
+    "flux-krea": replace(FLUX_DEV, repo="black-forest-labs/FLUX.1-Krea-dev", guidance=4.5),
+    "flux-dev": FLUX_DEV,
+    "flux-schnell": replace(
+        FLUX_DEV,
+        repo="black-forest-labs/FLUX.1-schnell",
         steps=4,
         guidance=0.0,
         max_sequence_length=256,
         schedule={"use_dynamic_shifting": False, "shift": 1.0},
     ),
+    "flux2-dev": FLUX2_DEV,
+    "flux2-klein": FLUX2_KLEIN,
+    "flux2-klein-base": FLUX2_KLEIN_BASE,
+    "z-image": Z_IMAGE,
+    "z-image-turbo": replace(Z_IMAGE, repo="Tongyi-MAI/Z-Image-Turbo", steps=9, guidance=0.0),
+    "qwen-image": QWEN_IMAGE,
+    "chroma": CHROMA,
+    "krea-2": KREA_2,
+    "krea-2-turbo": KREA_2_TURBO,
     "demo": Model(
         str(Path(__file__).parent / "demo" / "weights"),
+        billions=0.007,
         guidance=0.0,
         max_sequence_length=16,
         base_resolution=256,
@@ -86,17 +261,55 @@ MODELS = {
         schedule=DYNAMIC | {"base_image_seq_len": 16, "max_image_seq_len": 256},
     ),
 }
-
-
 DEFAULT_MODEL = "flux-krea"
+# Defaults of any other folder or repository: by the class of its pipeline, and if it is distilled.
+USUAL = (FLUX_DEV, FLUX2_DEV, FLUX2_KLEIN_BASE, Z_IMAGE, QWEN_IMAGE, CHROMA, KREA_2)
+PIPELINES = {model.pipeline: model for model in USUAL}
+DISTILLED = {model.pipeline: model for model in (FLUX2_KLEIN, KREA_2_TURBO)}
 
 
-def resolve_model(name: str) -> Model:
-    """A model of the table by its name, repository or folder; else FLUX.1-dev's defaults."""
+def resolve_model(name: str, revision: str | None = None) -> Model:
+    """A model of the table by its name, repository or folder; else its pipeline class's defaults.
+
+    A folder named like a repository of the table counts as that. Of a hub id the index is fetched
+    to know the class; without a network FLUX.1-dev's defaults are taken. Raises ValueError for the
+    class of a pipeline that needs more than a prompt, or is not supported.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    folder = Path(name).resolve()
     for model in MODELS.values():
-        if name == model.repo or Path(name).resolve() == Path(model.repo).resolve():
+        if name == model.repo or folder == Path(model.repo).resolve():
             return model
-    return MODELS[name] if name in MODELS else Model(name)
+        if folder.is_dir() and folder.name == Path(model.repo).name:
+            return replace(model, repo=name)
+    index = pipeline_index(name, revision)
+    pipeline = index.get("_class_name", FLUX_DEV.pipeline)
+    if pipeline not in PIPELINES:
+        raise ValueError(
+            f"{name} is a {pipeline}, expected {', '.join(PIPELINES)}; others may work from "
+            "Python, with apply_dype"
+        )
+    usual = DISTILLED if index.get("is_distilled") and pipeline in DISTILLED else PIPELINES
+    return replace(usual[pipeline], repo=name)
+
+
+def pipeline_index(repo: str, revision: str | None = None) -> dict:
+    """The model_index.json of a folder or a hub id, empty if it can't be had."""
+    index = Path(repo) / "model_index.json"
+    try:
+        if not Path(repo).is_dir():
+            index = Path(hf_hub_download(repo, "model_index.json", revision=revision))
+        found = json.loads(index.read_text("utf-8"))
+    except (OSError, ValueError, HfHubHTTPError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def family_of_pipeline(pipe, family: Family) -> Family:
+    """The family by whose rules a pipeline makes its schedule; `family` is its transformer's."""
+    distilled = getattr(pipe, "config", {}).get("is_distilled")
+    return KREA2_TURBO if family is KREA2 and distilled else family
 
 
 def hub_folder(repo: str) -> str:
@@ -105,18 +318,22 @@ def hub_folder(repo: str) -> str:
 
 
 def family_of(module) -> Family:
-    """The family of a transformer or controlnet, by its class. Raises TypeError if unknown."""
-    for cls in type(module).__mro__:
-        if cls.__name__ in FAMILIES:
-            return FAMILIES[cls.__name__]
-    raise TypeError(
-        f"{type(module).__name__} is not supported, expected one of {', '.join(FAMILIES)}"
-    )
+    """The family of a transformer or controlnet, by its class.
+
+    Raises TypeError if the class is not supported, with the reason where it is known.
+    """
+    names = [cls.__name__ for cls in type(module).__mro__]
+    for name in names:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    known = [REFUSED[name] for name in names if name in REFUSED]
+    reason = f": {known[0]}" if known else ""
+    raise TypeError(f"{names[0]} is not supported{reason}; expected one of {', '.join(FAMILIES)}")
 
 
 def base_resolution(module: torch.nn.Module) -> int:
     """Trained size in px of what was loaded: its model's in the table, else its family's."""
-    loaded = str(module.config.get("_name_or_path") or "")
+    loaded = str(getattr(module, "config", {}).get("_name_or_path") or "")
     paths = (loaded, str(Path(loaded).resolve())) if loaded else ()
     for model in MODELS.values():
         if any(name in path for path in paths for name in (model.repo, hub_folder(model.repo))):

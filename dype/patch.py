@@ -1,9 +1,15 @@
 """Put DyPE into a stock diffusers pipeline, and take it out again."""
 
+import inspect
+import math
+from contextlib import contextmanager
+
 import torch
 
 from dype.config import DyPEConfig
-from dype.models import TOKEN, Family, base_resolution, family_of
+from dype.models import TOKEN, Family, base_resolution, family_of, family_of_pipeline
+
+CAP_STEPS = 50  # at which FLUX.2's own rule is taken for the cap, its documented number of steps
 
 
 def apply_dype(target, config: DyPEConfig | None = None) -> None:
@@ -20,15 +26,22 @@ def apply_dype(target, config: DyPEConfig | None = None) -> None:
     of them. A scheduler that is put in later has the shift of its own configuration; one made with
     `from_config(pipe.scheduler.config)`, or saved, carries ours along for good.
 
-    Raises TypeError if the transformer's class is not supported, ValueError if a shift is asked for
-    that would have no effect.
+    Raises TypeError if the transformer's class is not supported, ValueError if its configuration is
+    not, or if a shift is asked for that would have no effect.
     """
     config = config or DyPEConfig()
     modules = denoisers(target)
-    families = [family_of(module) for module in modules]
+    families = [supported(module) for module in modules]
     scheduler = getattr(target, "scheduler", None)
     if scheduler is not None:
-        check_shift(scheduler.config, config, families[0])
+        drawing = family_of_pipeline(target, families[0])
+        check_shift(own_config(scheduler), config, drawing)
+        static = "shift" in shift_settings(scheduler, config, drawing)
+        if static and not hasattr(scheduler, "set_shift"):
+            raise ValueError(
+                f"the shift of a {type(scheduler).__name__} cannot be set, expected "
+                "FlowMatchEulerDiscreteScheduler or shift model"
+            )
     remove_dype(target)
     trained = (config.base_resolution or base_resolution(modules[0])) / TOKEN
     for module, family in zip(modules, families, strict=True):
@@ -37,7 +50,7 @@ def apply_dype(target, config: DyPEConfig | None = None) -> None:
         setattr(module, family.attribute, embedder)
         embedder.hook = module.register_forward_pre_hook(before_denoiser, with_kwargs=True)
     if scheduler is not None:
-        set_shift(scheduler, shift_settings(scheduler, config, families[0]))
+        set_shift(scheduler, shift_settings(scheduler, config, drawing))
 
 
 def remove_dype(target) -> None:
@@ -58,7 +71,31 @@ def remove_dype(target) -> None:
 @torch.compiler.disable
 def before_denoiser(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """The pre-hook. Looks its embedder up on the module, so that a deep copy drives its own."""
-    return getattr(module, family_of(module).attribute).before(module, args, kwargs)
+    family = family_of(module)
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    call = dict(zip(names, args, strict=False)) | kwargs
+    return (), getattr(module, family.attribute).before(module, call, family)
+
+
+@contextmanager
+def dype_applied(target, config: DyPEConfig | None = None):
+    """`apply_dype` for a while: on leaving, by an exception too, the stock embedders are back."""
+    apply_dype(target, config)
+    try:
+        yield target
+    finally:
+        remove_dype(target)
+
+
+def supported(module: torch.nn.Module) -> Family:
+    """The family of a module that DyPE can enter. Raises TypeError, ValueError."""
+    family, name = family_of(module), type(module).__name__
+    reason = family.reason(getattr(module, "config", {}))
+    if family.time not in inspect.signature(type(module).forward).parameters:
+        reason = f"its forward has no {family.time}, expected the original class's arguments"
+    if reason:
+        raise ValueError(f"this {name} is not supported: {reason}")
+    return family
 
 
 def denoisers(target) -> list[torch.nn.Module]:
@@ -69,15 +106,18 @@ def denoisers(target) -> list[torch.nn.Module]:
         controlnet = getattr(target, "controlnet", None)
         nets = getattr(controlnet, "nets", [] if controlnet is None else [controlnet])
         found = [getattr(target, "transformer", None), *nets]
-    return [getattr(module, "_orig_mod", module) for module in found]
+    if found[0] is None:
+        raise TypeError(f"{type(target).__name__} has no transformer; expected a pipeline with one")
+    return list(dict.fromkeys(getattr(module, "_orig_mod", module) for module in found))
 
 
 def shift_settings(scheduler, config: DyPEConfig, family: Family) -> dict:
     """What to change in the scheduler's configuration.
 
     "cap" makes mu = max_shift at every size, as the authors' pipeline does (the paper does not say
-    so); "model" leaves the rule, with its two numbers replaced where the config gives them. A
-    static schedule has nothing to change.
+    so); FLUX.2 has a rule without a max_shift, and is capped at what it gives at the base
+    resolution. "model" leaves the rule, with its two numbers replaced where the config gives them.
+    A static schedule has nothing to change.
     """
     if not scheduler.config.get("use_dynamic_shifting", False):
         return {}
@@ -85,6 +125,10 @@ def shift_settings(scheduler, config: DyPEConfig, family: Family) -> dict:
         wanted = {"base_shift": config.base_shift, "max_shift": config.max_shift}
         return {name: value for name, value in wanted.items() if value is not None}
     cap = config.max_shift
+    if family.mu:  # the pipeline reads no mu from the configuration: a static shift is the curve
+        tokens = ((config.base_resolution or family.base_resolution) // TOKEN) ** 2
+        cap = family.mu(tokens, CAP_STEPS) if cap is None else cap
+        return {"use_dynamic_shifting": False, "shift": math.exp(cap)}
     cap = scheduler.config.get("max_shift", 1.15) if cap is None else cap
     return {"base_shift": cap, "max_shift": cap}
 
@@ -97,6 +141,11 @@ def check_shift(schedule: dict, config: DyPEConfig, family: Family) -> None:
             f"{asked[0]} is {getattr(config, asked[0])}, but this model's schedule is static, "
             "expected none"
         )
+    if asked and family.mu and (config.shift or family.shift) == "model":
+        raise ValueError(
+            f"{asked[0]} is {getattr(config, asked[0])}, but this model's pipeline has a rule of "
+            "its own for mu, expected none or shift cap"
+        )
     if "base_shift" in asked and (config.shift or family.shift) == "cap":
         raise ValueError(
             f"base_shift is {config.base_shift}, but the schedule is capped: mu is max_shift at "
@@ -106,21 +155,29 @@ def check_shift(schedule: dict, config: DyPEConfig, family: Family) -> None:
 
 def set_shift(scheduler, wanted: dict) -> None:
     """Change the scheduler's configuration and note on it what was there and what is ours."""
-    before = {name: scheduler.config.get(name) for name in wanted}
+    scheduler.dype_shift = ({name: scheduler.config.get(name) for name in wanted}, wanted)
     scheduler.register_to_config(**wanted)
-    scheduler.dype_shift = (before, wanted)
+    if "shift" in wanted:
+        scheduler.set_shift(wanted["shift"])  # the scheduler keeps a copy of this one
+
+
+def own_config(scheduler) -> dict:
+    """The scheduler's configuration as it would be without us; what others changed since stays."""
+    config = dict(scheduler.config)
+    before, ours = getattr(scheduler, "dype_shift", ({}, {}))
+    for name, value in ours.items():
+        if config.get(name) == value:
+            config[name] = before[name]
+            if before[name] is None:
+                del config[name]
+    return config
 
 
 def restore_shift(scheduler) -> None:
     """Undo `set_shift`, except for values that somebody else has changed since."""
     if not hasattr(scheduler, "dype_shift"):
         return
-    before, ours = scheduler.dype_shift
-    config = dict(scheduler.config)
-    for name, value in ours.items():
-        if config.get(name) == value:
-            config[name] = before[name]
-            if before[name] is None:
-                del config[name]
-    scheduler._internal_dict = type(scheduler.config)(config)
+    scheduler._internal_dict = type(scheduler.config)(own_config(scheduler))
+    if "shift" in scheduler.dype_shift[1]:
+        scheduler.set_shift(scheduler.config["shift"])
     del scheduler.dype_shift

@@ -7,11 +7,10 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError as HTTPError
 from safetensors import SafetensorError, safe_open
 
-from dype.models import resolve_model
+from dype.models import MODELS, PIPELINES, resolve_model
 from dype.patch import check_shift, set_shift, shift_settings
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-PIPELINES = ("FluxPipeline",)  # those that need nothing but a prompt
 # what libraries raise over a broken checkpoint or connection
 LOADING = (
     OSError,
@@ -25,6 +24,7 @@ LOADING = (
 LOADING += (HTTPError,)
 OFFLOADS = ("auto", "none", "model", "group", "sequential")
 TILED_FROM = 2048 * 2048  # px: above it an untiled decoder does not fit common cards
+QWEN_TILE = 1024  # px
 ACTIVATIONS = 1024  # bytes per pixel of the picture, an estimate: 16 GiB at 4096 x 4096
 
 
@@ -50,14 +50,14 @@ def load_pipeline(
     loras: list[tuple[str, float]] = (),
     pixels: int = 4096 * 4096,
 ):
-    """Load a FLUX pipeline with stock diffusers and put it where it fits.
+    """Load a pipeline with stock diffusers and put it where it fits.
 
     name: of `models.MODELS`, a diffusers folder or a hub id. dtype: one of `DTYPES`; None: the
     model's own. offload: one of `OFFLOADS`; "auto" takes the fastest that fits the device's memory.
     loras: (path or hub id, scale) pairs. pixels: of the largest picture to be drawn, for "auto".
     Raises `UnavailableError` with the reason and what to try.
     """
-    model = resolve_model(name)
+    model = resolve_model(name, revision)
     if device is None:
         device = default_device()
         refuse_hopeless(name, model, device)
@@ -91,11 +91,11 @@ def load_pipeline(
 
 
 def refuse_hopeless(name: str, model, device: str) -> None:
-    """FLUX's 12 billion parameters on a processor: an hour per step at 4096 x 4096, if they fit."""
-    if device == "cpu" and model.repo.startswith("black-forest-labs/"):
+    """Billions of parameters on a processor: an hour per step at 4096 x 4096, if they fit."""
+    if device == "cpu" and model.billions >= 1 and model in MODELS.values():
         raise UnavailableError(
-            f"{name} has 12 billion parameters and no GPU was found; use a machine with one, "
-            "try --model demo, or insist with --device cpu"
+            f"{name} has {model.billions:g} billion parameters and no GPU was found; use a machine "
+            "with one, try --model demo, or insist with --device cpu"
         )
 
 
@@ -224,7 +224,10 @@ def set_tiling(vae, mode: str, tile_size: int | None, pixels: int) -> bool:
     tile_size: px of a tile's side; None: the autoencoder's own.
     """
     tiled = pixels > TILED_FROM if mode == "auto" else mode == "on"
-    if tiled:
+    if tiled and hasattr(vae, "tile_sample_min_height"):  # Qwen-Image's: 484 tiles by its own 256
+        side = tile_size or QWEN_TILE
+        vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
+    elif tiled:
         vae.enable_tiling()
         if tile_size:
             vae.tile_sample_min_size, vae.tile_latent_min_size = tile_size, tile_size // 8
@@ -238,7 +241,7 @@ def local_scheduler(model, config):
     mute()
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    if Path(model.repo).is_dir():
+    if (Path(model.repo) / "scheduler").is_dir():
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
             model.repo, subfolder="scheduler", local_files_only=True
         )

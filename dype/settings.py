@@ -52,7 +52,7 @@ NUMBERS = {
     "seed": (int, 0, 2**63 - 1, None),
     "guidance": (float, 0, 100, None),
     "true_cfg": (float, 1, 100, None),
-    "max_sequence_length": (int, 1, 512, None),
+    "max_sequence_length": (int, 1, 1024, None),
     "tile_size": (int, 128, 4096, 64),
 }
 # of DyPEConfig, which knows their ranges
@@ -116,7 +116,7 @@ def merge(given: dict, source: dict) -> Settings:
     """An explicit flag wins over the preset, that over `source`, that over the model's default."""
     name = given.get("model", source.get("model", DEFAULT_MODEL))
     known_model(name)
-    model = resolve_model(name)
+    model = resolve_model(name, given.get("revision"))
     if source and source["model"] != name:  # what belongs to the other model stays behind
         bound = (*MODEL_FLAGS, "revision", "base_resolution")
         source = {k: v for k, v in source.items() if k not in bound}
@@ -130,19 +130,43 @@ def merge(given: dict, source: dict) -> Settings:
     config = merge_config(given, source, flags, model)
     check_shift(model.schedule, config, model.family)
 
-    if flags["true_cfg"] == 1 and "negative_prompt" not in given:
-        flags["negative_prompt"] = None  # the model's own belongs to its own true_cfg
-    if flags["negative_prompt"] is not None and flags["true_cfg"] == 1:
-        raise UserError("--negative_prompt is ignored at --true_cfg 1, expected a larger scale")
-    if flags["negative_prompt"] is None and flags["true_cfg"] > 1:
+    if flags["steps"] == 1 and model.schedule.get("shift_terminal"):
+        raise UserError(f"--steps is 1, expected at least 2 with {name}, whose last sigma is fixed")
+    check_guidance(name, model, flags, given)
+    prompts = read_prompts(given) or source.get("prompts") or [model.prompt]
+    if given.get("magic_suffix"):
+        if not model.suffix:
+            raise UserError(f"--magic_suffix is for qwen-image, expected none with {name}")
+        prompts = [prompt + model.suffix for prompt in prompts]
+    return Settings(model, config, flags, prompts, [lora(text) for text in flags["lora"]])
+
+
+def check_guidance(name: str, model: Model, flags: dict, given: dict) -> None:
+    """Settle the negative prompt. Raises UserError for guidance that would be ignored."""
+    scale = flags[model.cfg] if model.cfg else model.cfg_off
+    if model.cfg != "true_cfg" and flags["true_cfg"] != 1:
         raise UserError(
-            f"--true_cfg {flags['true_cfg']:g} does nothing without --negative_prompt, expected "
-            'one, or --negative_prompt ""'
+            f"--true_cfg is {flags['true_cfg']:g}, but the guidance of {name} is --guidance, "
+            "expected that instead"
         )
     if model.guidance == 0 and flags["guidance"]:
         raise UserError(f"--guidance is {flags['guidance']:g}, but {name} takes none, expected 0")
-    prompts = read_prompts(given) or source.get("prompts") or [model.prompt]
-    return Settings(model, config, flags, prompts, [lora(text) for text in flags["lora"]])
+    if scale <= model.cfg_off and "negative_prompt" not in given:
+        flags["negative_prompt"] = None  # the model's own belongs to its own scale
+    if flags["negative_prompt"] is not None and not model.cfg:
+        raise UserError(f"--negative_prompt is ignored by {name}, expected none")
+    if flags["negative_prompt"] is not None and scale <= model.cfg_off:
+        raise UserError(
+            f"--negative_prompt is ignored at --{model.cfg} {scale:g}, expected a larger scale"
+        )
+    if model.cfg == "true_cfg" and flags["negative_prompt"] is None and scale > 1:
+        raise UserError(
+            f"--true_cfg {scale:g} does nothing without --negative_prompt, expected "
+            'one, or --negative_prompt ""'
+        )
+    apart = [flag for flag in ("text_encoder_device", "vae_device") if flags[flag]]
+    if apart and model.pipeline != "FluxPipeline":
+        raise UserError(f"--{apart[0]} is for FLUX.1 pipelines, expected none with {name}")
 
 
 def merge_config(given: dict, source: dict, flags: dict, model: Model) -> DyPEConfig:

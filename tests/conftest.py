@@ -9,7 +9,9 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from diffusers import FluxTransformer2DModel as Transformer
 
+from dype.complex_embedders import QwenDyPE, ZImageDyPE
 from dype.demo import build
+from dype.embedders import FluxDyPE
 
 LATENT_CHANNELS = 4
 
@@ -94,3 +96,24 @@ class Spy:
     @property
     def sigmas(self) -> list[float]:
         return [call[0] for call in self.calls]
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """(sigma, table) of every call of an embedder; a table is complex, [S, D / 2]."""
+    seen = []
+
+    def spy(cls, name, read):
+        original = getattr(cls, name)
+
+        def noted(self, *args, **kwargs):
+            out = original(self, *args, **kwargs)
+            seen.append((float(self.sigma), read(out)))
+            return out
+
+        monkeypatch.setattr(cls, name, noted)
+
+    spy(FluxDyPE, "forward", lambda out: torch.complex(*out)[:, ::2])
+    spy(QwenDyPE, "forward", lambda out: out[0])
+    spy(ZImageDyPE, "__call__", lambda out: out)
+    return seen

@@ -94,3 +94,26 @@ def flux_table(method, grid, before, t, *, length=64, **settings):
         cos.append([math.cos(a) * m for a, m in angles for _ in (0, 1)])
         sin.append([math.sin(a) * m for a, m in angles for _ in (0, 1)])
     return cos, sin
+
+
+def turns(method, axes_dim, base, positions, grid, t, *, length, drawn=None, **settings):
+    """m exp(i p f) per token and pair, of any family: axes 1 and 2 are the picture's.
+
+    drawn: per token, False for those that keep the stock encoding (default: none does).
+    """
+    largest = max(1.0, *(tokens / length for tokens in grid))
+    stock = [([base ** (-2 * i / dim) for i in range(dim // 2)], 1.0) for dim in axes_dim]
+    moved = list(stock)
+    for axis, n in enumerate(grid, 1):
+        moved[axis] = frequencies(method, axes_dim[axis], base, length, n, t, largest, **settings)
+    rows = []
+    for token, position in enumerate(positions):
+        axes = moved if drawn is None or drawn[token] else stock
+        rows.append(
+            [
+                m * complex(math.cos(at * f), math.sin(at * f))
+                for at, (freqs, m) in zip(position, axes, strict=True)
+                for f in freqs
+            ]
+        )
+    return rows

@@ -305,7 +305,7 @@ def test_unknown_transformer():
         sample_size=8, block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=1,
         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
     )  # fmt: skip
-    with pytest.raises(TypeError, match="UNet2DModel is not supported, expected one of Flux"):
+    with pytest.raises(TypeError, match="UNet2DModel is not supported; expected one of Flux"):
         apply_dype(model)
 
 

@@ -1,0 +1,247 @@
+"""Tiny random pipelines of every family, of diffusers' own classes, drawing from given embeddings.
+
+`FAMILIES` maps a name to (build, draw): build() -> pipeline, draw(pipeline, height, width, **more)
+-> latents.
+"""
+
+import torch
+from conftest import quiet, tiny_vae
+from diffusers import (
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from transformers import Qwen3Config, Qwen3Model
+
+from dype.demo import build
+
+DYNAMIC = {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+TEXT = 16  # tokens, and their width
+HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
+
+
+def seeded(shape, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def settings(height, width, steps, seed) -> dict:
+    return {
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "generator": torch.Generator().manual_seed(seed),
+        "output_type": "latent",
+    }
+
+
+def zimage_transformer(**changes) -> ZImageTransformer2DModel:
+    torch.manual_seed(0)
+    return ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=TEXT,
+        axes_dims=[4, 6, 6],
+        axes_lens=[64, 32, 32],
+        **changes,
+    ).eval()
+
+
+def zimage(text_encoder=None, tokenizer=None) -> ZImagePipeline:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    parts = tiny_vae(), text_encoder, tokenizer, zimage_transformer()
+    return quiet(ZImagePipeline(scheduler, *parts))
+
+
+def qwen3() -> dict:
+    """A tiny text encoder and a tokenizer with a chat template, for pipelines drawn by prompts."""
+    tokenizer = build.tokenizer("<bos>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT,
+        intermediate_size=TEXT,
+        num_hidden_layers=2,
+        head_dim=8,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    return {"text_encoder": Qwen3Model(config).eval(), "tokenizer": tokenizer}
+
+
+def draw_zimage(pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0, tokens=TEXT, **more):
+    embeds = [seeded((tokens, TEXT), 1)] * batch
+    against = [seeded((tokens + 20, TEXT), 2)] * batch
+    return pipe(
+        prompt_embeds=embeds,
+        negative_prompt_embeds=against,
+        guidance_scale=guidance,
+        **settings(height, width, steps, seed),
+        **more,
+    ).images
+
+
+def qwen_vae() -> AutoencoderKLQwenImage:
+    torch.manual_seed(0)
+    return AutoencoderKLQwenImage(
+        base_dim=24,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+
+
+def qwen_transformer(**changes) -> QwenImageTransformer2DModel:
+    torch.manual_seed(0)
+    return QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        joint_attention_dim=TEXT,
+        axes_dims_rope=(4, 6, 6),
+        **HEADS,
+        **changes,
+    ).eval()
+
+
+def qwen() -> QwenImagePipeline:
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        **DYNAMIC | {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
+    )
+    return quiet(QwenImagePipeline(scheduler, qwen_vae(), None, None, qwen_transformer()))
+
+
+def text_of(batch: int, *shape) -> dict:
+    """Embeddings and masks of a prompt and of a negative prompt, for pipelines that take both."""
+    mask = torch.ones(batch, TEXT, dtype=torch.long)
+    found = {}
+    for seed, prefix in enumerate(("", "negative_"), 1):
+        found[f"{prefix}prompt_embeds"] = seeded((1, *shape), seed).repeat(batch, *[1] * len(shape))
+        found[f"{prefix}prompt_embeds_mask"] = mask
+    return found
+
+
+def draw_qwen(pipe, height, width, steps=3, seed=0, batch=1, guidance=1.0, **more):
+    call = text_of(batch, TEXT, TEXT) | settings(height, width, steps, seed)
+    return pipe(**call, true_cfg_scale=guidance, **more).images
+
+
+def krea2() -> Krea2Pipeline:
+    torch.manual_seed(0)
+    transformer = Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=TEXT,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=16,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+        **HEADS,
+    ).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(**DYNAMIC)
+    pipe = Krea2Pipeline(
+        scheduler, qwen_vae(), None, None, transformer, text_encoder_select_layers=(0, 1)
+    )
+    return quiet(pipe)
+
+
+def draw_krea2(pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0, **more):
+    call = text_of(batch, TEXT, 2, TEXT) | settings(height, width, steps, seed)
+    call = {k: v.bool() if "mask" in k else v for k, v in call.items()}
+    return pipe(**call, guidance_scale=guidance, **more).images
+
+
+def flux2() -> Flux2KleinPipeline:
+    torch.manual_seed(0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        joint_attention_dim=TEXT,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+        **HEADS,
+    ).eval()
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        latent_channels=4,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+    ).eval()
+    return quiet(
+        Flux2KleinPipeline(FlowMatchEulerDiscreteScheduler(**DYNAMIC), vae, None, None, transformer)
+    )
+
+
+def draw_flux2(pipe, height, width, steps=3, seed=0, batch=1, guidance=1.0, **more):
+    embeds = {
+        f"{prefix}prompt_embeds": seeded((1, TEXT, TEXT), n).repeat(batch, 1, 1)
+        for n, prefix in enumerate(("", "negative_"), 1)
+    }
+    call = settings(height, width, steps, seed) | embeds
+    return pipe(**call, guidance_scale=guidance, **more).images
+
+
+def chroma() -> ChromaPipeline:
+    torch.manual_seed(0)
+    transformer = ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        joint_attention_dim=TEXT,
+        axes_dims_rope=(4, 6, 6),
+        approximator_num_channels=16,
+        approximator_hidden_dim=32,
+        approximator_layers=1,
+        **HEADS,
+    ).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(**DYNAMIC)
+    return quiet(ChromaPipeline(scheduler, tiny_vae(), None, None, transformer))
+
+
+def draw_chroma(pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0, **more):
+    text = text_of(batch, TEXT, TEXT)
+    call = {name.replace("embeds_mask", "attention_mask"): part for name, part in text.items()}
+    call = {k: v.bool() if "mask" in k else v for k, v in call.items()}
+    return pipe(**call, **settings(height, width, steps, seed), guidance_scale=guidance).images
+
+
+FAMILIES = {
+    "z-image": (zimage, draw_zimage),
+    "qwen-image": (qwen, draw_qwen),
+    "krea2": (krea2, draw_krea2),
+    "flux2": (flux2, draw_flux2),
+    "chroma": (chroma, draw_chroma),
+}
