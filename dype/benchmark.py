@@ -162,6 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[*FAMILIES])
     parser.add_argument("--repeats", type=int, default=9, help="(default: 9)")
     args = parser.parse_args(argv)
+    if args.repeats < 1 or any(size < TOKEN or size % TOKEN for size in args.sizes):
+        parser.error(f"--repeats is at least 1, --sizes are multiples of {TOKEN}")
     result = {"benchmark": args.what, "device": platform.processor() or platform.machine()}
     result |= {"torch": torch.__version__, "threads": 1, "families": embedder(args)}
     print(json.dumps(result))

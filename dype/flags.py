@@ -30,7 +30,7 @@ FLAGS = {
     "what to draw": [
         ("--prompt", "TEXT", "one or several (default: the authors' dark-fantasy scene; demo: "
          f"{MODELS['demo'].prompt})", {"nargs": "+", "action": "extend"}),
-        ("--prompts_file", "FILE", "prompts, one per line (default: none)", {}),
+        ("--prompts_file", "FILE", "one per line, after those of --prompt (default: none)", {}),
         ("--negative_prompt", "TEXT", "needs --true_cfg, or --guidance where that is one (default: "
          "none; qwen-image \" \", demo \"\")", {}),
         ("--magic_suffix", None, "the authors' addition to prompts for qwen-image (default: off)",

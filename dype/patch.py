@@ -26,10 +26,13 @@ def apply_dype(target, config: DyPEConfig | None = None) -> None:
     of them. A scheduler that is put in later has the shift of its own configuration; one made with
     `from_config(pipe.scheduler.config)`, or saved, carries ours along for good.
 
-    Raises TypeError if the transformer's class is not supported, ValueError if its configuration is
-    not, or if a shift is asked for that would have no effect.
+    Raises TypeError if the transformer's class is not supported or `config` is no DyPEConfig,
+    ValueError if its configuration is not supported or a shift is asked for that would have no
+    effect.
     """
     config = config or DyPEConfig()
+    if not isinstance(config, DyPEConfig):
+        raise TypeError(f'config is {config!r}, expected a DyPEConfig, as DyPEConfig("yarn")')
     modules = denoisers(target)
     families = [supported(module) for module in modules]
     scheduler = getattr(target, "scheduler", None)

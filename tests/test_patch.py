@@ -309,6 +309,11 @@ def test_unknown_transformer():
         apply_dype(model)
 
 
+def test_config_must_be_one(pipe):
+    with pytest.raises(TypeError, match="config is 'yarn', expected a DyPEConfig"):
+        apply_dype(pipe, "yarn")
+
+
 def test_base_resolution_follows_what_was_loaded(tmp_path):
     transformer = tiny_transformer()
     assert base_resolution(transformer) == 1024

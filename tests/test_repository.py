@@ -1,12 +1,15 @@
 """What the repository as a whole promises: README, pins, CI, benchmark."""
 
+import ast
 import json
 import re
 from pathlib import Path
 
 from dype import benchmark
+from dype.models import MODELS
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 COMMANDS = [
     "pip install -r requirements.txt && python run_dype.py --model demo "
     '--prompt "a red ring on teal leaves" --height 512 --width 512',
@@ -16,10 +19,9 @@ COMMANDS = [
 
 def test_readme_and_ci_hold_the_two_commands():
     """Each on a line of its own, the same in both."""
-    readme = (ROOT / "README.md").read_text().splitlines()
     ci = (ROOT / ".ci" / "run").read_text().splitlines()
     for command in COMMANDS:
-        assert f"    {command}" in readme
+        assert f"    {command}" in README.splitlines()
         assert command in ci
 
 
@@ -36,10 +38,40 @@ def test_links_lead_somewhere():
             assert (page.parent / target).exists(), (page, target)
 
 
+def test_readme_draws_the_demo_as_the_command_line_does():
+    """The Python snippets parse; the demo's holds the settings of models.py."""
+    blocks = README.split("```python\n")[1:]
+    trees = [ast.parse(block.split("```")[0]) for block in blocks]
+    demo = next(t for t, b in zip(trees, blocks, strict=True) if 'load_pipeline("demo")' in b)
+    calls = [node for node in ast.walk(demo) if isinstance(node, ast.Call)]
+    given = {call.func.id: call for call in calls if isinstance(call.func, ast.Name)}
+
+    def arguments(call):
+        return {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+
+    method = {"method": ast.literal_eval(given["DyPEConfig"].args[0])}
+    model = MODELS["demo"]
+    assert method | arguments(given["DyPEConfig"]) == model.dype
+    assert arguments(given["pipe"]) == {
+        "height": model.height,
+        "width": model.width,
+        "num_inference_steps": model.steps,
+        "true_cfg_scale": model.true_cfg,
+        "negative_prompt": model.negative_prompt,
+        "max_sequence_length": model.max_sequence_length,
+    }
+
+
 def test_benchmark(capsys):
-    """The last line is JSON; the embedder beats stock and is a few copies at most."""
-    assert benchmark.main(["--sizes", "1024", "2048", "--repeats", "3"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    for size in ("1024", "2048"):
-        assert result["sizes"][size]["ours/stock"] < 1
-    assert result["sizes"]["2048"]["ours/copy"] < 6
+    """The last line is JSON; at most a few copies, and near stock where stock is a lookup.
+
+    The limits are loose, for busy machines: 2.5 copies and 1.2 times stock are the aims at 4096 px.
+    """
+    assert benchmark.main(["--sizes", "1024", "4096", "--repeats", "5"]) == 0
+    families = json.loads(capsys.readouterr().out.splitlines()[-1])["families"]
+    for name in ("flux", "flux2"):
+        for size in ("1024", "4096"):
+            assert families[name][size]["ours/stock"] < 1
+        assert families[name]["4096"]["ours/copy"] < 4
+    for name in ("z-image", "qwen-image"):
+        assert families[name]["4096"]["ours/stock"] < 2

@@ -18,11 +18,15 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from dype.config import DyPEConfig
-from dype.demo.check import check, spectrum_error
 from dype.demo.scenes import HELD_OUT, TRIPLES, render, sample_scene
 from dype.models import MODELS
 from dype.patch import apply_dype
 from dype.pipelines import load_pipeline
+
+try:
+    from dype.demo.check import check, spectrum_error
+except ModuleNotFoundError as error:
+    sys.exit(f"there is no {error.name}; pip install -r requirements-dev.txt")
 
 DEMO = MODELS["demo"]
 
@@ -93,6 +97,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--strip", type=Path, help="PNG or JPEG of the first six per setting")
     args = parser.parse_args(argv)
+    try:
+        configs = {name: setting(name) for name in args.settings}
+    except ValueError as error:
+        parser.error(str(error))
+    if min(args.count, args.batch, args.steps) < 1 or args.size % 16 or args.size < 64:
+        parser.error("--count, --batch and --steps are at least 1, --size a multiple of 16")
 
     rng = np.random.default_rng(args.seed)
     triples = HELD_OUT if args.held_out else TRIPLES
@@ -108,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
             decibels = [psnr(*pair) for pair in zip(others, pictures, strict=True)]
             print(f"round trip {np.mean(decibels):.1f} dB, deviation {np.std(decibels):.1f}")
         else:
-            apply_dype(pipe, setting(name))
+            apply_dype(pipe, configs[name])
             pictures = draw_all(pipe, scenes, args, name)
         verdicts = [check(p, s.colour, s.ground) for p, s in zip(pictures, scenes, strict=True)]
         layout = share([verdict.layout for verdict in verdicts])

@@ -274,7 +274,7 @@ def main(argv=None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vae_steps", type=int, default=3200)
     parser.add_argument("--steps", type=int, default=8000, help="of the transformer")
-    parser.add_argument("--stop", type=int, help="stop there, to go on later (default: the end)")
+    parser.add_argument("--stop", type=int, help="stop early, at this step")
     parser.add_argument("--batch", type=int, default=16, help="of the transformer")
     parser.add_argument("--rate", type=float, default=1.2e-3, help="learning rate, likewise")
     args = parser.parse_args(argv)
