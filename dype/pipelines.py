@@ -20,8 +20,8 @@ LOADING = (
     ImportError,
     RuntimeError,
     SafetensorError,
+    HTTPError,
 )
-LOADING += (HTTPError,)
 OFFLOADS = ("auto", "none", "model", "group", "sequential")
 TILED_FROM = 2048 * 2048  # px: above it an untiled decoder does not fit common cards
 QWEN_TILE = 1024  # px
