@@ -136,21 +136,20 @@ def two_ramps(axis: Axis, at, s_ntk: torch.Tensor) -> torch.Tensor:
     f = theta/s (1 - mask_beta) + theta/s^(2i/(D-2)) mask_beta
     f = f (1 - mask_gamma) + theta mask_gamma
     """
-    theta, kept = axis.theta, ramp(axis, *GAMMA, at)
-    f = torch.lerp(theta / axis.s, theta / s_ntk ** ntk_exponent(axis), ramp(axis, *BETA, at))
-    return torch.lerp(f, theta.expand_as(f), kept)
+    theta, (mask_beta, mask_gamma) = axis.theta, ramps(axis, at)
+    f = torch.lerp(theta / axis.s, theta / s_ntk ** ntk_exponent(axis), mask_beta)
+    return torch.lerp(f, theta.expand_as(f), mask_gamma)
 
 
-def ramp(axis: Axis, r_hi: float, r_lo: float, at) -> torch.Tensor:
-    """mask_i = 1 - clip((i - low) / (high - low), 0, 1), float64 [n], between two pair indices.
+def ramps(axis: Axis, at) -> torch.Tensor:
+    """mask_i = 1 - clip((i - low) / (high - low), 0, 1) of both bands, float64 [2, n].
 
     The edges are floor(c(r_hi)) and ceil(c(r_lo)), both clamped to [0, n]. The authors' code clamps
     each at one end only, so that at small t its ramp turns round and everything becomes PI.
     """
     n = axis.dim // 2
-    turns = torch.full_like(axis.s[0, 0], 1.0)
-    low = pair_at(axis, at(r_hi * turns)).floor().clamp(0, n)
-    high = pair_at(axis, at(r_lo * turns)).ceil().clamp(0, n)
+    edges = pair_at(axis, at(filled(BETA + GAMMA, axis.s.device).view(2, 2)))
+    low, high = edges[:, :1].floor().clamp(0, n), edges[:, 1:].ceil().clamp(0, n)
     high = torch.where(low == high, high + 0.001, high)
     return 1 - ((axis.pairs - low) / (high - low)).clamp(0, 1)
 
@@ -165,6 +164,11 @@ def scale(trained_tokens: float, tokens: float) -> float:
     return max(1.0, tokens / trained_tokens)
 
 
+def filled(values, device) -> torch.Tensor:
+    """float64 [len(values)], written on the device: a copy from the host would wait for it."""
+    return torch.cat([torch.full((1,), x, dtype=torch.float64, device=device) for x in values])
+
+
 def frequencies(dim, theta, trained_tokens, tokens, sigma, config, max_scale=None):
     """`axis_frequencies` of several axes of equal `dim` and `theta` in one batch.
 
@@ -174,8 +178,7 @@ def frequencies(dim, theta, trained_tokens, tokens, sigma, config, max_scale=Non
     s_max = max(scales) if max_scale is None else max_scale
     if not config.anisotropic:
         scales = [s_max] * len(scales)
-    filled = [torch.full((1,), s, dtype=torch.float64, device=sigma.device) for s in scales]
-    axis = Axis(dim, theta, trained_tokens, torch.stack(filled), s_max)
+    axis = Axis(dim, theta, trained_tokens, filled(scales, sigma.device)[:, None], s_max)
     method = METHODS[config.method if s_max > 1 else "base"]
     inv_freq, m = method(axis, *schedule(sigma, config), config)
     return inv_freq, m[:, 0]
