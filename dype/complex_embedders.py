@@ -44,14 +44,19 @@ class QwenDyPE(DyPE, torch.nn.Module):
     def picture(self, frames: int, height: int, width: int, device) -> torch.Tensor:
         """complex64 [frames * height * width, D / 2], row by row, by broadcasts alone."""
         inv_freq, m = self.frequencies(self.grid, device)
-        at = [torch.arange(-(n - n // 2), n // 2, device=m.device) for n in (height, width)]
-        rows, columns = (turns(*axis).to(device) for axis in zip(at, inv_freq, m, strict=True))
+        longest = max(height, width)
+        middle = longest - longest // 2
+        at = torch.arange(-middle, longest - middle, device=m.device)
+        both = turns(at, inv_freq, m[:, None]).to(device)
+        rows, columns = (
+            both[middle - (n - n // 2) :, axis][:n] for axis, n in enumerate((height, width))
+        )
         first = rope.stock_frequencies(self.axes_dim[0], self.theta, m.device)
         first = turns(frames, first, torch.ones_like(m[0])).to(device)
         pairs, others = rows.shape[1], first.shape[1]
-        rows = torch.cat([first[:, None].expand(-1, height, -1), rows.expand(frames, -1, -1)], -1)
-        rows, columns = F.pad(rows, (0, pairs)), F.pad(columns, (others + pairs, 0))
-        return (rows[:, :, None] + columns).flatten(0, 2)  # one pass: x + 0 is x
+        rows = F.pad(rows, (others, pairs))
+        columns = F.pad(columns, (others + pairs, 0)) + F.pad(first, (0, 2 * pairs))[:, None]
+        return (rows[:, None] + columns[:, None]).flatten(0, 2)  # one pass: x + 0 is x
 
 
 class ZImageDyPE(DyPE):
@@ -143,14 +148,14 @@ def pictures(shapes) -> list[tuple[int, int, int]]:
 
 
 def turns(at, inv_freq: torch.Tensor, m: torch.Tensor | None = None) -> torch.Tensor:
-    """m exp(i at f), complex64 [positions, n]; m None: in stock's float32, with its bits.
+    """m exp(i at f), complex64 [positions, *f.shape]; m None: in stock's float32, with its bits.
 
-    at: positions, or how many of them from 0.
+    at: positions, or how many of them from 0; m: broadcast over f.
     """
     if isinstance(at, int):
-        at = torch.arange(at, dtype=torch.float64, device=inv_freq.device)
-    angle = torch.outer(at.double(), inv_freq)
+        at = torch.arange(at, device=inv_freq.device)
+    angle = at.double().view(-1, *[1] * inv_freq.ndim) * inv_freq
     if m is None:
         angle = angle.float()
-        m = torch.ones((), device=angle.device)
-    return torch.polar(m.expand_as(angle), angle).to(torch.complex64)
+        return torch.polar(torch.ones_like(angle), angle)
+    return torch.complex((m * angle.cos()).float(), (m * angle.sin()).float())
