@@ -15,6 +15,7 @@ import sys
 import time
 
 import torch
+import torch.nn.functional as F
 
 from dype.complex_embedders import QwenDyPE, ZImageDyPE
 from dype.config import DyPEConfig
@@ -42,26 +43,32 @@ def cpu_time(function) -> float:
     return time.process_time() - start
 
 
+def real(stock, texts: int, side: int, config: DyPEConfig) -> tuple:
+    """A format of cos and sin, called with `texts` tokens of text in front of the picture's."""
+    ids = torch.cat([torch.zeros(texts, 3), grid_ids(0, side, side)])
+    ours = FluxDyPE(stock, config, TRAINED)
+    ours.set_grid(side, side)
+    ours.set_layout(texts, 0)
+    return stock, ours, (F.pad(ids, (0, len(stock.axes_dim) - 3)),)
+
+
 def flux(side: int, config: DyPEConfig) -> tuple:
     from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
-    stock = FluxPosEmbed(10000, [16, 56, 56])
-    ids = torch.cat([torch.zeros(TEXT_TOKENS, 3), grid_ids(0, side, side)])
-    ours = FluxDyPE(stock, config, TRAINED)
-    ours.set_grid(side, side)
-    ours.set_layout(TEXT_TOKENS, 0)
-    return stock, ours, (ids,)
+    return real(FluxPosEmbed(10000, [16, 56, 56]), TEXT_TOKENS, side, config)
 
 
 def flux2(side: int, config: DyPEConfig) -> tuple:
     """The call for the picture; the other, for the text, has 512 tokens."""
     from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed
 
-    stock = Flux2PosEmbed(2000, [32, 32, 32, 32])
-    ours = FluxDyPE(stock, config, TRAINED)
-    ours.set_grid(side, side)
-    ours.set_layout(0, 0)
-    return stock, ours, (torch.nn.functional.pad(grid_ids(0, side, side), (0, 1)).long(),)
+    return real(Flux2PosEmbed(2000, [32, 32, 32, 32]), 0, side, config)
+
+
+def krea2(side: int, config: DyPEConfig) -> tuple:
+    from diffusers.models.transformers.transformer_krea2 import Krea2RotaryPosEmbed
+
+    return real(Krea2RotaryPosEmbed(1000, [32, 48, 48]), TEXT_TOKENS, side, config)
 
 
 def z_image(side: int, config: DyPEConfig) -> tuple:
@@ -84,7 +91,13 @@ def qwen_image(side: int, config: DyPEConfig) -> tuple:
     return stock, ours, ([[(1, side, side)]], torch.device("cpu"), TEXT_TOKENS)
 
 
-FAMILIES = {"flux": flux, "flux2": flux2, "z-image": z_image, "qwen-image": qwen_image}
+FAMILIES = {
+    "flux": flux,  # FLUX.1, Chroma, Bria
+    "flux2": flux2,
+    "krea2": krea2,
+    "z-image": z_image,
+    "qwen-image": qwen_image,
+}
 
 
 def embedder_costs(family: str, size: int, repeats: int, method: str = "yarn") -> dict:

@@ -69,7 +69,7 @@ def test_benchmark(capsys):
     """
     assert benchmark.main(["--sizes", "1024", "4096", "--repeats", "5"]) == 0
     families = json.loads(capsys.readouterr().out.splitlines()[-1])["families"]
-    for name in ("flux", "flux2"):
+    for name in ("flux", "flux2", "krea2"):
         for size in ("1024", "4096"):
             assert families[name][size]["ours/stock"] < 1
         assert families[name]["4096"]["ours/copy"] < 4
