@@ -6,17 +6,32 @@ import warnings
 
 import pytest
 import torch
-from conftest import latents
+from conftest import latents, quiet
 from diffusers import (
     QwenImageControlNetModel,
+    QwenImageControlNetPipeline,
+    QwenImageEditPipeline,
     UniPCMultistepScheduler,
     ZImageControlNetModel,
+    ZImageControlNetPipeline,
 )
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from PIL import Image
 from reference import turns
 from tables import CONFIG, FORMATS, GRID, assert_table, grid
-from tiny import FAMILIES, TEXT, qwen_transformer, seeded, zimage_transformer
+from tiny import (
+    FAMILIES,
+    HEADS,
+    TEXT,
+    draw_qwen,
+    qwen,
+    qwen_transformer,
+    seeded,
+    zimage,
+    zimage_transformer,
+)
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -25,7 +40,6 @@ from dype.complex_embedders import padded
 from dype.generate import noise_schedule
 from dype.models import FAMILIES as CLASSES
 from dype.models import KREA2_TURBO
-from dype.patch import denoisers
 
 
 @pytest.fixture(params=FAMILIES)
@@ -113,47 +127,82 @@ def test_non_square_in_turn(family):
     assert torch.equal(draw(fresh, 64, 256), wide)
 
 
-@pytest.mark.parametrize("name", ["z-image", "qwen-image"])
-def test_controlnets_follow(name):
-    """Their own embedder, or the one they share with the transformer, replaced and restored."""
-    pipe = FAMILIES[name][0]()
-    transformer = pipe.transformer
-    if name == "z-image":
-        control = ZImageControlNetModel.from_transformer(
-            ZImageControlNetModel(dim=32, n_heads=2, n_kv_heads=2, n_refiner_layers=1,
-                                  control_layers_places=[0], control_in_dim=4), transformer
-        )  # fmt: skip
-    else:
-        control = QwenImageControlNetModel.from_transformer(
-            transformer, num_layers=1, attention_head_dim=16, num_attention_heads=2
-        )
-    attribute = CLASSES[type(control).__name__].attribute
-    stock = getattr(control, attribute)
+def z_image_controlled() -> ZImageControlNetPipeline:
+    torch.manual_seed(0)
+    control = ZImageControlNetModel(
+        dim=32,
+        n_heads=2,
+        n_kv_heads=2,
+        n_refiner_layers=1,
+        control_layers_places=[0],
+        control_in_dim=4,
+    )
+    return ZImageControlNetPipeline(**zimage().components, controlnet=control)
 
-    class Both:
-        pass
 
-    both = Both()
-    both.transformer, both.controlnet = transformer, control
-    assert denoisers(both) == [transformer, control]
-    apply_dype(both, CONFIG)
-    ours = getattr(control, attribute)
-    assert ours is not getattr(transformer, attribute)
-    if name == "z-image":
-        call = ([seeded((4, 1, 16, 24), 0)], torch.tensor([0.25]), [seeded((TEXT, TEXT), 1)])
-        with torch.no_grad():  # without, this class of diffusers lacks an attribute
-            control(*call, [seeded((4, 1, 16, 24), 2)])
-    else:
-        control(
-            hidden_states=seeded((1, 96, 16), 0),
-            controlnet_cond=seeded((1, 96, 16), 1),
-            encoder_hidden_states=seeded((1, TEXT, TEXT), 2),
-            timestep=torch.tensor([0.75]),
-            img_shapes=[[(1, *GRID)]],
+def qwen_image_controlled() -> QwenImageControlNetPipeline:
+    parts = qwen().components
+    control = QwenImageControlNetModel.from_transformer(parts["transformer"], num_layers=1, **HEADS)
+    return QwenImageControlNetPipeline(**parts, controlnet=control)
+
+
+@pytest.mark.parametrize(
+    ("build", "name"), [(z_image_controlled, "z-image"), (qwen_image_controlled, "qwen-image")]
+)
+def test_controlnets_follow(build, name, tables):
+    """In their pipelines: the transformer's table at every step; then what was there before."""
+    pipe, draw = quiet(build()), FAMILIES[name][1]
+    attribute = CLASSES[type(pipe.controlnet).__name__].attribute
+    image = Image.new("RGB", (192, 128), "red")
+    stock = getattr(pipe.controlnet, attribute)
+    before = draw(pipe, 128, 192, control_image=image)
+    apply_dype(pipe, CONFIG)
+    assert getattr(pipe.controlnet, attribute) is not getattr(pipe.transformer, attribute)
+    draw(pipe, 128, 192, control_image=image)
+    half = len(FORMATS[name].calls)
+    sigmas = pipe.scheduler.sigmas[:-1].tolist()
+    assert [sigma for sigma, _ in tables[:: 2 * half]] == pytest.approx(sigmas, abs=1e-6)
+    for step in range(0, len(tables), 2 * half):
+        for control, drawn in zip(tables[step:][:half], tables[step + half :][:half], strict=True):
+            assert control[0] == drawn[0]
+            assert torch.equal(control[1], drawn[1])
+    remove_dype(pipe)
+    assert getattr(pipe.controlnet, attribute) is stock
+    assert torch.equal(draw(pipe, 128, 192, control_image=image), before)
+
+
+def test_qwen_image_edit_keeps_its_reference(tables, monkeypatch):
+    """The picture follows every step; the one that is edited has the stock encoding."""
+    pipe = QwenImageEditPipeline(**qwen().components, processor=None)
+    small = lambda area, ratio: (96, 64, None)  # noqa: E731, in place of a megapixel
+    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", small)
+    stock, _ = pipe.transformer.pos_embed([[(1, *GRID), (1, 4, 6)]], max_txt_seq_len=TEXT)
+    apply_dype(pipe, CONFIG)
+    draw_qwen(quiet(pipe), 128, 192, image=Image.new("RGB", (96, 64), "red"))
+    assert len(tables) == 3
+    drawn = GRID[0] * GRID[1]
+    for sigma, table in tables:
+        positions = grid(0, centred=True)
+        expected = turns("yarn", (4, 6, 6), 10000.0, positions, GRID, sigma, length=4, lambda_s=1)
+        assert_table(table[:drawn], expected)
+        assert torch.equal(table[drawn:], stock[drawn:])
+
+
+def test_bfloat16_keeps_the_tables(family, tables):
+    """Sigma arrives rounded twice, as a timestep and as a fraction; its tables are exact."""
+    pipe, draw, form = family
+    for part in (pipe.transformer, pipe.vae):
+        nn.Module.to(part, torch.bfloat16)  # diffusers' own warns of nothing
+    apply_dype(pipe, CONFIG)
+    assert draw(pipe, 128, 192).isfinite().all()
+    wanted = [s for s in pipe.scheduler.sigmas[:-1].tolist() for _ in form.calls]
+    assert [sigma for sigma, _ in tables] == pytest.approx(wanted, abs=4e-3)
+    for call, (sigma, table) in enumerate(tables):
+        positions = form.calls[call % len(form.calls)]
+        expected = turns(
+            "yarn", form.axes, form.theta, positions, GRID, sigma, length=4, lambda_s=1
         )
-    assert (float(ours.sigma), ours.grid) == (0.75, GRID)
-    remove_dype(both)
-    assert getattr(control, attribute) is stock is not ours
+        assert_table(table[: len(expected)], expected)
 
 
 def named(name: str) -> nn.Module:

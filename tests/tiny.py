@@ -90,8 +90,8 @@ def qwen3() -> dict:
 
 
 def draw_zimage(pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0, tokens=TEXT, **more):
-    embeds = [seeded((tokens, TEXT), 1)] * batch
-    against = [seeded((tokens + 20, TEXT), 2)] * batch
+    embeds = [seeded((tokens, TEXT), 1).to(pipe.dtype)] * batch
+    against = [seeded((tokens + 20, TEXT), 2).to(pipe.dtype)] * batch
     return pipe(
         prompt_embeds=embeds,
         negative_prompt_embeds=against,
@@ -134,18 +134,19 @@ def qwen() -> QwenImagePipeline:
     return quiet(QwenImagePipeline(scheduler, qwen_vae(), None, None, qwen_transformer()))
 
 
-def text_of(batch: int, *shape) -> dict:
+def text_of(pipe, batch: int, *shape) -> dict:
     """Embeddings and masks of a prompt and of a negative prompt, for pipelines that take both."""
     mask = torch.ones(batch, TEXT, dtype=torch.long)
     found = {}
     for seed, prefix in enumerate(("", "negative_"), 1):
-        found[f"{prefix}prompt_embeds"] = seeded((1, *shape), seed).repeat(batch, *[1] * len(shape))
+        text = seeded((1, *shape), seed).to(pipe.dtype)
+        found[f"{prefix}prompt_embeds"] = text.repeat(batch, *[1] * len(shape))
         found[f"{prefix}prompt_embeds_mask"] = mask
     return found
 
 
 def draw_qwen(pipe, height, width, steps=3, seed=0, batch=1, guidance=1.0, **more):
-    call = text_of(batch, TEXT, TEXT) | settings(height, width, steps, seed)
+    call = text_of(pipe, batch, TEXT, TEXT) | settings(height, width, steps, seed)
     return pipe(**call, true_cfg_scale=guidance, **more).images
 
 
@@ -175,7 +176,7 @@ def krea2() -> Krea2Pipeline:
 
 
 def draw_krea2(pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0, **more):
-    call = text_of(batch, TEXT, 2, TEXT) | settings(height, width, steps, seed)
+    call = text_of(pipe, batch, TEXT, 2, TEXT) | settings(height, width, steps, seed)
     call = {k: v.bool() if "mask" in k else v for k, v in call.items()}
     return pipe(**call, guidance_scale=guidance, **more).images
 
@@ -207,7 +208,7 @@ def flux2() -> Flux2KleinPipeline:
 
 def draw_flux2(pipe, height, width, steps=3, seed=0, batch=1, guidance=1.0, **more):
     embeds = {
-        f"{prefix}prompt_embeds": seeded((1, TEXT, TEXT), n).repeat(batch, 1, 1)
+        f"{prefix}prompt_embeds": seeded((1, TEXT, TEXT), n).repeat(batch, 1, 1).to(pipe.dtype)
         for n, prefix in enumerate(("", "negative_"), 1)
     }
     call = settings(height, width, steps, seed) | embeds
@@ -232,7 +233,7 @@ def chroma() -> ChromaPipeline:
 
 
 def draw_chroma(pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0, **more):
-    text = text_of(batch, TEXT, TEXT)
+    text = text_of(pipe, batch, TEXT, TEXT)
     call = {name.replace("embeds_mask", "attention_mask"): part for name, part in text.items()}
     call = {k: v.bool() if "mask" in k else v for k, v in call.items()}
     return pipe(**call, **settings(height, width, steps, seed), guidance_scale=guidance).images
