@@ -14,9 +14,9 @@ from dype.embedders import DyPE, float64_device
 class QwenDyPE(DyPE, torch.nn.Module):
     """Qwen-Image's format: complex64 tables of the pictures [S, D / 2] and of the text.
 
-    Stands in for diffusers' `QwenEmbedRope`. Rows and columns are counted from the picture's
-    middle. The first picture is the one that is drawn; others are references, and get the stock
-    encoding, as the text does. Nothing is cached.
+    Stands in for diffusers' `QwenEmbedRope` and its copies. Rows and columns are counted from the
+    picture's middle. The first picture is the one that is drawn; others are references, and get
+    the stock encoding, as the text does. Nothing is cached.
     """
 
     def before(self, module: torch.nn.Module, call: dict, family) -> dict:
@@ -37,8 +37,9 @@ class QwenDyPE(DyPE, torch.nn.Module):
         ]
         picture = self.picture(frames, *grid, device)
         start = max(side // 2 for shape in shapes for side in shape[1:])
-        text, _ = self.stock._get_device_freqs(device)
-        text = text[start : start + int(max_txt_seq_len)]
+        cached = getattr(self.stock, "_get_device_freqs", None)  # Nucleus' copy has none
+        table = cached(device)[0] if cached else self.stock.pos_freqs.to(device)
+        text = table[start : start + int(max_txt_seq_len)]
         return torch.cat([picture, *others]) if others else picture, text
 
     def picture(self, frames: int, height: int, width: int, device) -> torch.Tensor:

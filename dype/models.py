@@ -82,6 +82,7 @@ KREA2_TURBO = KREA2._replace(mu=lambda tokens, steps: 1.15)  # the pipeline's, w
 BRIA = FLUX._replace(sigma=lambda time: time / 1000, shift="model")
 BFL = FLUX._replace(attribute="pe_embedder", embedder=MatrixDyPE, time="timesteps")
 QWEN = Family("pos_embed", QwenDyPE, 1328, reason=layered)
+NUCLEUS = QWEN._replace(base_resolution=1024)
 ZIMAGE = Family("rope_embedder", ZImageDyPE, time="t", sigma=lambda time: 1 - time, reason=omni)
 
 FAMILIES = {
@@ -95,6 +96,7 @@ FAMILIES = {
     "Flux": BFL,  # Black Forest Labs' own class, and copies of it in host applications
     "QwenImageTransformer2DModel": QWEN,
     "QwenImageControlNetModel": QWEN,
+    "NucleusMoEImageTransformer2DModel": NUCLEUS,
     "ZImageTransformer2DModel": ZIMAGE,
     "ZImageControlNetModel": ZIMAGE,
 }
@@ -107,6 +109,7 @@ REFUSED = {
     "ErnieImageTransformer2DModel": "its embedder returns angles, so there is no attention scale",
     "OvisImageTransformer2DModel": TEXT_ON_THE_GRID,
     "LongCatImageTransformer2DModel": TEXT_ON_THE_GRID,
+    "BriaFibo2Transformer2DModel": "its picture and references share one call of the embedder",
     "QwenImage21Transformer2DModel": "its text, pictures and cached keys share one table",
 }
 

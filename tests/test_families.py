@@ -216,6 +216,7 @@ def named(name: str) -> nn.Module:
         (lambda: named("ErnieImageTransformer2DModel"), "returns angles"),
         (lambda: named("OvisImageTransformer2DModel"), "text counts on along the picture's rows"),
         (lambda: named("LongCatImageTransformer2DModel"), "open question"),
+        (lambda: named("BriaFibo2Transformer2DModel"), "references share one"),
         (lambda: named("QwenImage21Transformer2DModel"), "share one table"),
         (lambda: named("Flux"), "its forward has no timesteps"),
         (lambda: named("Strange"), "Strange is not supported; expected one of FluxTransformer"),

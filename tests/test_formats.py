@@ -6,10 +6,11 @@ from diffusers import (
     BriaFiboTransformer2DModel,
     BriaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    NucleusMoEImageTransformer2DModel,
 )
 from reference import turns
 from tables import CAPTION, CONFIG, GRID, ORIGIN, assert_table, grid
-from tiny import FAMILIES, TEXT, draw_zimage, qwen_transformer, seeded, zimage_transformer
+from tiny import FAMILIES, HEADS, TEXT, draw_zimage, qwen_transformer, seeded, zimage_transformer
 from torch import nn
 
 from dype import DyPEConfig, apply_dype
@@ -154,6 +155,33 @@ def test_flux2_references_and_ties():
                 drawn=drawn,
             )
             assert_table(torch.complex(cos, sin)[:, ::2], expected)
+
+
+def test_nucleus_has_qwen_images_format(tables):
+    torch.manual_seed(0)
+    transformer = NucleusMoEImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=1, joint_attention_dim=TEXT,
+        axes_dims_rope=(4, 6, 6), moe_enabled=False, **HEADS,
+    ).eval()  # fmt: skip
+    call = {
+        "hidden_states": seeded((1, 96, 16), 0),
+        "encoder_hidden_states": seeded((1, TEXT, TEXT), 1),
+        "timestep": torch.tensor([0.5]),
+        "img_shapes": [(1, *GRID)],
+    }
+    _, text = transformer.pos_embed([(1, *GRID)], max_txt_seq_len=TEXT)
+    before = transformer(**call).sample
+    apply_dype(transformer, DyPEConfig(base_resolution=192))
+    assert torch.equal(transformer(**call).sample, before)
+    apply_dype(transformer, CONFIG)
+    tables.clear()
+    transformer(**call)
+    (sigma, table), *_ = tables
+    assert sigma == 0.5
+    places = grid(0, centred=True)
+    assert_table(table, turns("yarn", (4, 6, 6), 10000.0, places, GRID, 0.5, length=4, lambda_s=1))
+    _, ours = transformer.pos_embed([(1, *GRID)], max_txt_seq_len=TEXT)
+    assert torch.equal(ours, text)
 
 
 @pytest.mark.parametrize("cls", [BriaTransformer2DModel, BriaFiboTransformer2DModel])
