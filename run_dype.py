@@ -58,7 +58,10 @@ def run(args, settings: Settings, paths: list[Path]) -> int:
         pixels=pixels,
     )
     tiled = set_tiling(pipe.vae, flags["tiled_vae"], flags["tile_size"], pixels)
-    apply_dype(pipe, config)
+    try:
+        apply_dype(pipe, config)
+    except (TypeError, ValueError) as error:  # what only the loaded checkpoint can tell
+        raise UserError(f"{flags['model']}: {error}") from error
     schedule = describe_schedule(pipe.scheduler, settings)
     print(headline(settings, schedule))
     drawn = ("steps", "guidance", "seed", "max_sequence_length", "negative_prompt", "true_cfg")
@@ -76,8 +79,7 @@ def run(args, settings: Settings, paths: list[Path]) -> int:
             "tiled_vae": tiled,
             **records.machine(pipe, seconds),
         }
-        records.save(image, path, record)
-        print(f"{path}  {seconds:.1f} s")
+        print(f"{records.save(image, path, record, args.overwrite)}  {seconds:.1f} s")
     return 0
 
 
@@ -108,6 +110,8 @@ def dry_run(settings: Settings) -> int:
     scheduler = local_scheduler(settings.model, settings.config)
     schedule = describe_schedule(scheduler, settings)
     print(headline(settings, schedule))
+    if settings.model.assumed:
+        print(f"  nothing could be read of {settings.model.repo}: defaults as FLUX.1-dev's")
     used = {name: schedule[name] for name in ("shift", "lambda_s")}
     for name, value in (settings.flags | settings.config.to_dict() | used).items():
         print(f"  {name:20} {value}")
@@ -131,7 +135,7 @@ def output_paths(args, settings: Settings) -> list[Path]:
         if len(settings.prompts) > 1:
             raise UserError("--output names one file, expected one prompt or --output_dir")
         for taken in (named, named.with_suffix(".json")):
-            if taken.exists() and not args.overwrite:
+            if taken.is_dir() or (taken.exists() and not args.overwrite):
                 raise UserError(f"--output: {taken} exists, expected --overwrite or another name")
         paths = [named]
     else:

@@ -74,18 +74,20 @@ def one_of(name: str, value, accepted) -> None:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(accepted)}")
 
 
-def number(name, value, low, high, *, optional=False, above=False, multiple=None) -> None:
+def number(
+    name, value, low, high, *, optional=False, above=False, whole=False, multiple=None
+) -> None:
     """Raise ValueError unless `value` is a number in [low, high], or (low, high] if `above`."""
     if value is None and optional:
         return
     wanted = f"{'above' if above else 'at least'} {low:g}"
     wanted += f" and at most {high:g}" if math.isfinite(high) else ""
-    wanted = f"a multiple of {multiple}, {wanted}" if multiple else f"a number {wanted}"
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if good and multiple:
-        good = value % multiple == 0
-    if not good or value < low or value > high or (above and value == low):
-        raise ValueError(f"{name} is {value!r}, expected {wanted}")
+    kind = f"multiple of {multiple}," if multiple else "whole number" if whole else "number"
+    good = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    good = good and low <= value <= high and not (above and value == low)  # no NaN passes this
+    if not good or value == math.inf or (multiple and value % multiple):
+        shown = repr(value) if len(repr(value)) < 40 else repr(value)[:40] + "..."
+        raise ValueError(f"{name} is {shown}, expected a {kind} {wanted}")
 
 
 def preset(name: str, height: int, width: int, base_resolution: int) -> dict:

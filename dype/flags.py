@@ -102,6 +102,15 @@ FLAGS = {
 }  # fmt: skip
 
 
+# flag -> what it accepts, where that is a list and the value a word
+CHOICES = {
+    names.split()[0].removeprefix("--"): more["choices"]
+    for group in FLAGS.values()
+    for names, _, _, more in group
+    if "choices" in more and more is not ON_OFF
+}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

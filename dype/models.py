@@ -79,11 +79,13 @@ FLUX = Family("pos_embed", FluxDyPE, shift="cap")
 FLUX2 = FLUX._replace(texts=apart, mu=flux2_mu)
 KREA2 = FLUX._replace(attribute="rotary_emb", ids="position_ids", texts=within)
 KREA2_TURBO = KREA2._replace(mu=lambda tokens, steps: 1.15)  # the pipeline's, whatever the size
-BRIA = FLUX._replace(sigma=lambda time: time / 1000, shift="model")
+BRIA = FLUX._replace(sigma=lambda time: time.double() / 1000, shift="model")
 BFL = FLUX._replace(attribute="pe_embedder", embedder=MatrixDyPE, time="timesteps")
 QWEN = Family("pos_embed", QwenDyPE, 1328, reason=layered)
 NUCLEUS = QWEN._replace(base_resolution=1024)
-ZIMAGE = Family("rope_embedder", ZImageDyPE, time="t", sigma=lambda time: 1 - time, reason=omni)
+ZIMAGE = Family(
+    "rope_embedder", ZImageDyPE, time="t", sigma=lambda time: 1 - time.double(), reason=omni
+)
 
 FAMILIES = {
     "FluxTransformer2DModel": FLUX,
@@ -110,6 +112,10 @@ REFUSED = {
     "OvisImageTransformer2DModel": TEXT_ON_THE_GRID,
     "LongCatImageTransformer2DModel": TEXT_ON_THE_GRID,
     "BriaFibo2Transformer2DModel": "its picture and references share one call of the embedder",
+    "Flux3Transformer2DModel": "diffusers draws with it in modular pipelines alone, never tried",
+    "HunyuanImageTransformer2DModel": "its embedder is called with the latent, not with positions",
+    "Lumina2Transformer2DModel": "its embedder cuts the picture into tokens too",
+    "PRXTransformer2DModel": "it embeds rows and columns alone, in a format of its own",
     "QwenImage21Transformer2DModel": "its text, pictures and cached keys share one table",
 }
 
@@ -148,6 +154,7 @@ class Model:
     true_cfg: float = 1.0
     negative_prompt: str | None = None
     max_sequence_length: int = 512
+    longest_text: int = 512  # that the pipeline takes, tokens
     base_resolution: int = 1024
     dtype: str = "bfloat16"
     height: int = 4096
@@ -155,7 +162,8 @@ class Model:
     prompt: str = DARK_FANTASY
     suffix: str = ""  # what --magic_suffix puts behind a prompt
     dype: dict = field(default_factory=lambda: {"method": "yarn"})  # of DyPEConfig
-    schedule: dict = field(default_factory=lambda: DYNAMIC)  # for a dry run without the model
+    schedule: dict = field(default_factory=lambda: DYNAMIC)  # the scheduler's configuration
+    assumed: bool = False  # nothing could be read of it, all this is FLUX.1-dev's
 
 
 FLUX_DEV = Model("black-forest-labs/FLUX.1-dev")
@@ -169,6 +177,7 @@ QWEN_IMAGE = Model(
     true_cfg=4.0,
     negative_prompt=" ",
     base_resolution=1328,
+    longest_text=1024,
     prompt=BEAR,
     suffix=", Ultra HD, 4K, cinematic composition.",
     schedule=DYNAMIC | {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02},
@@ -274,9 +283,10 @@ DISTILLED = {model.pipeline: model for model in (FLUX2_KLEIN, KREA_2_TURBO)}
 def resolve_model(name: str, revision: str | None = None) -> Model:
     """A model of the table by its name, repository or folder; else its pipeline class's defaults.
 
-    A folder named like a repository of the table counts as that. Of a hub id the index is fetched
-    to know the class; without a network FLUX.1-dev's defaults are taken. Raises ValueError for the
-    class of a pipeline that needs more than a prompt, or is not supported.
+    A folder named like a repository of the table, and of its class, counts as that. Of a hub id
+    the index and the scheduler's configuration are fetched; without a network FLUX.1-dev's
+    defaults are taken. Raises ValueError for the class of a pipeline that needs more than a
+    prompt, or is not supported.
     """
     if name in MODELS:
         return MODELS[name]
@@ -284,9 +294,7 @@ def resolve_model(name: str, revision: str | None = None) -> Model:
     for model in MODELS.values():
         if name == model.repo or folder == Path(model.repo).resolve():
             return model
-        if folder.is_dir() and folder.name == Path(model.repo).name:
-            return replace(model, repo=name)
-    index = pipeline_index(name, revision)
+    index = configuration(name, "model_index.json", revision)
     pipeline = index.get("_class_name", FLUX_DEV.pipeline)
     if pipeline not in PIPELINES:
         raise ValueError(
@@ -294,16 +302,23 @@ def resolve_model(name: str, revision: str | None = None) -> Model:
             "Python, with apply_dype"
         )
     usual = DISTILLED if index.get("is_distilled") and pipeline in DISTILLED else PIPELINES
-    return replace(usual[pipeline], repo=name)
+    model = usual[pipeline]
+    for other in MODELS.values():
+        if folder.name == Path(other.repo).name and other.pipeline == pipeline and folder.is_dir():
+            model = model if Path(other.repo).is_dir() else other
+    if not index:
+        return replace(model, repo=name, assumed=True)
+    schedule = configuration(name, "scheduler/scheduler_config.json", revision)
+    return replace(model, repo=name, schedule=schedule or model.schedule)
 
 
-def pipeline_index(repo: str, revision: str | None = None) -> dict:
-    """The model_index.json of a folder or a hub id, empty if it can't be had."""
-    index = Path(repo) / "model_index.json"
+def configuration(repo: str, file: str, revision: str | None = None) -> dict:
+    """A JSON file of a folder or a hub id, empty if it can't be had."""
     try:
+        path = Path(repo) / file
         if not Path(repo).is_dir():
-            index = Path(hf_hub_download(repo, "model_index.json", revision=revision))
-        found = json.loads(index.read_text("utf-8"))
+            path = Path(hf_hub_download(repo, file, revision=revision))
+        found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, HfHubHTTPError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -1,5 +1,6 @@
 """Model name or folder -> a ready diffusers pipeline."""
 
+import inspect
 import logging
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError as HTTPError
 from safetensors import SafetensorError, safe_open
 
-from dype.models import MODELS, PIPELINES, resolve_model
-from dype.patch import check_shift, set_shift, shift_settings
+from dype.config import one_of
+from dype.models import PIPELINES, resolve_model
+from dype.patch import set_shift, shift_settings
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 # what libraries raise over a broken checkpoint or connection
@@ -55,9 +57,12 @@ def load_pipeline(
     name: of `models.MODELS`, a diffusers folder or a hub id. dtype: one of `DTYPES`; None: the
     model's own. offload: one of `OFFLOADS`; "auto" takes the fastest that fits the device's memory.
     loras: (path or hub id, scale) pairs. pixels: of the largest picture to be drawn, for "auto".
-    Raises `UnavailableError` with the reason and what to try.
+    Raises `UnavailableError` with the reason and what to try, ValueError for an unknown word.
     """
+    one_of("offload", offload, OFFLOADS)
     model = resolve_model(name, revision)
+    dtype = dtype or model.dtype
+    one_of("dtype", dtype, DTYPES)
     if device is None:
         device = default_device()
         refuse_hopeless(name, model, device)
@@ -76,9 +81,8 @@ def load_pipeline(
                 f"{model.repo} is a {index.get('_class_name')}, expected {', '.join(PIPELINES)}; "
                 "others may work from Python, with apply_dype"
             )
-        pipe = DiffusionPipeline.from_pretrained(
-            model.repo, dtype=DTYPES[dtype or model.dtype], **place_of
-        )
+        pipe = DiffusionPipeline.from_pretrained(model.repo, dtype=DTYPES[dtype], **place_of)
+        check_loaded(pipe)
     except torch.OutOfMemoryError:
         raise
     except LOADING as error:
@@ -90,9 +94,20 @@ def load_pipeline(
     return pipe
 
 
+def check_loaded(pipe) -> None:
+    """Raise ValueError for weights that were not in the files, or a scheduler of another kind."""
+    for name, part in pipe.components.items():
+        tensors = part.parameters() if isinstance(part, torch.nn.Module) else ()
+        if any(tensor.is_meta for tensor in tensors):
+            raise ValueError(f"weights of its {name} are missing")
+    if not {"sigmas", "mu"} <= set(inspect.signature(pipe.scheduler.set_timesteps).parameters):
+        kind = type(pipe.scheduler).__name__
+        raise ValueError(f"its scheduler is a {kind}, expected FlowMatchEulerDiscreteScheduler")
+
+
 def refuse_hopeless(name: str, model, device: str) -> None:
     """Billions of parameters on a processor: an hour per step at 4096 x 4096, if they fit."""
-    if device == "cpu" and model.billions >= 1 and model in MODELS.values():
+    if device == "cpu" and model.billions >= 1 and not Path(model.repo).is_dir():
         raise UnavailableError(
             f"{name} has {model.billions:g} billion parameters and no GPU was found; use a machine "
             "with one, try --model demo, or insist with --device cpu"
@@ -105,7 +120,7 @@ def check_device(device: str, offload: str) -> None:
         torch.empty(1, device=device)
         if torch.device(device).type == "meta":
             raise NotImplementedError
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UnavailableError(f"this machine has no device {device}; try --device cpu") from error
     if torch.device(device).type == "cpu" and offload in ("model", "group", "sequential"):
         raise UnavailableError(f"--offload {offload} needs a GPU to offload from; leave it out")
@@ -163,6 +178,8 @@ def explain(name: str, repo: str, error: Exception) -> str:
         return f"{repo} is not on the hub, nor a folder here, or is private: check --model {name}"
     if "RevisionNotFoundError" in kinds:
         return f"{repo} has no such revision: check --revision"
+    if kinds & {"ConnectError", "ConnectionError", "OfflineModeIsEnabled", "TimeoutException"}:
+        reason = "the hub cannot be reached"
     return (
         f"cannot load {repo} ({reason}); check the network, or give a downloaded folder with "
         "--model FOLDER"
@@ -237,16 +254,10 @@ def set_tiling(vae, mode: str, tile_size: int | None, pixels: int) -> bool:
 
 
 def local_scheduler(model, config):
-    """The scheduler of a folder, or as the table has it, with the shift that DyPE would set."""
+    """A scheduler as the model's will be, with the shift that DyPE would set, without the model."""
     mute()
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    if (Path(model.repo) / "scheduler").is_dir():
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
-            model.repo, subfolder="scheduler", local_files_only=True
-        )
-    else:
-        scheduler = FlowMatchEulerDiscreteScheduler(**model.schedule)
-    check_shift(scheduler.config, config, model.family)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(model.schedule)
     set_shift(scheduler, shift_settings(scheduler, config, model.family))
     return scheduler

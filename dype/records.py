@@ -48,7 +48,8 @@ def free_path(path: Path) -> Path:
 
 def machine(pipe, seconds: float) -> dict:
     """What drew the picture, how long it took and how much memory that needed, in bytes."""
-    device = pipe._execution_device  # parts may be elsewhere between their turns
+    # parts may be elsewhere between their turns; with places of their own, the transformer draws
+    device = pipe.transformer.device if pipe.dype_apart else pipe._execution_device
     packages = ("torch", "diffusers", "transformers", "accelerate")
     on_cuda = device.type == "cuda"
     return {
@@ -76,15 +77,20 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def save(image: Image.Image, path: Path, record: dict) -> None:
-    """Write PATH.png and PATH.json, each whole or not at all. Raises OSError, leaving neither."""
+def save(image: Image.Image, path: Path, record: dict, overwrite: bool = False) -> Path:
+    """Write PATH.png and PATH.json, each whole or not at all. Raises OSError, leaving neither.
+
+    Returns where they are: another name if PATH was taken while the picture was drawn.
+    """
+    path = path if overwrite else free_path(path)
     text = json.dumps(record, indent=2, ensure_ascii=False)
     info = PngImagePlugin.PngInfo()
     info.add_itxt(KEY, text)
     picture = io.BytesIO()
     image.save(picture, "png", pnginfo=info)
     contents = {path: picture.getvalue(), path.with_suffix(".json"): text.encode() + b"\n"}
-    parts = {target: target.with_name(f".{target.name}.{os.getpid()}.part") for target in contents}
+    parts = {to: path.parent / f".{os.getpid()}{to.suffix}.part" for to in contents}
+    fresh = [target for target in contents if not target.exists()]
     try:
         for target, part in parts.items():
             with part.open("wb") as file:
@@ -94,12 +100,15 @@ def save(image: Image.Image, path: Path, record: dict) -> None:
         for target, part in parts.items():
             part.replace(target)
     except OSError as error:
+        for target in fresh:
+            target.unlink(missing_ok=True)
         raise OSError(
             f"cannot write {path}: {error.strerror}; free some space, or try another --output_dir"
         ) from error
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
+    return path
 
 
 def load(path: str | Path) -> dict:
@@ -108,7 +117,10 @@ def load(path: str | Path) -> dict:
         with Path(path).open("rb") as file, PngImagePlugin.PngImageFile(file) as image:
             text = image.text.get(KEY)  # not by Image.open, which refuses large pictures
     except SyntaxError as error:
-        raise ValueError(f"{path} is not a PNG picture") from error
+        raise ValueError("it is not a PNG picture") from error
     if text is None:
-        raise ValueError(f"{path} carries no settings of this program")
-    return json.loads(text)
+        raise ValueError("it carries no settings of this program")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError("its settings are not JSON") from error

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from dype import records
-from dype.config import DyPEConfig, number, preset
-from dype.flags import UserError
+from dype.config import DyPEConfig, number, one_of, preset
+from dype.flags import CHOICES, UserError
 from dype.models import DEFAULT_MODEL, MODELS, Model, resolve_model
 from dype.patch import check_shift
 
@@ -72,13 +72,6 @@ def given_flags(args: argparse.Namespace) -> dict:
             except ValueError:
                 wanted = "a whole number" if kind is int else "a number"
                 raise UserError(f"--{name} is {given[name]!r}, expected {wanted}") from None
-    for name in ("device", "text_encoder_device", "vae_device"):
-        try:
-            torch.device(given.get(name, "cpu"))
-        except RuntimeError:
-            raise UserError(
-                f"--{name} is {given[name]!r}, expected cpu, cuda, cuda:1, mps, ..."
-            ) from None
     apart = given.keys() & {"text_encoder_device", "vae_device"}
     if apart and given.get("offload", "none") not in ("auto", "none"):
         raise UserError(
@@ -96,10 +89,22 @@ def given_flags(args: argparse.Namespace) -> dict:
     return given
 
 
-def check_numbers(flags: dict) -> None:
-    """Raise ValueError for a number out of its range."""
-    for name, (_, low, high, multiple) in NUMBERS.items():
-        number(f"--{name}", flags[name], low, high, optional=name == "tile_size", multiple=multiple)
+def check_flags(flags: dict, model: Model) -> None:
+    """Raise ValueError for a number out of its range, a word out of its list, no device at all."""
+    for name, (kind, low, high, multiple) in NUMBERS.items():
+        limits = {"whole": kind is int, "multiple": multiple, "optional": name == "tile_size"}
+        number(f"--{name}", flags[name], low, high, **limits)
+    number("--max_sequence_length", flags["max_sequence_length"], 1, model.longest_text)
+    for name, accepted in CHOICES.items():
+        if name in flags:
+            one_of(f"--{name}", flags[name], accepted)
+    for name in ("device", "text_encoder_device", "vae_device"):
+        try:
+            torch.device(flags[name] or "cpu")
+        except (RuntimeError, TypeError):
+            raise ValueError(
+                f"--{name} is {flags[name]!r}, expected cpu, cuda, cuda:1, mps, ..."
+            ) from None
 
 
 def resolve(args: argparse.Namespace) -> Settings:
@@ -116,7 +121,10 @@ def merge(given: dict, source: dict) -> Settings:
     """An explicit flag wins over the preset, that over `source`, that over the model's default."""
     name = given.get("model", source.get("model", DEFAULT_MODEL))
     known_model(name)
-    model = resolve_model(name, given.get("revision"))
+    if name not in MODELS and Path(name).is_dir():
+        name = str(Path(name).absolute())  # so that the record holds from anywhere
+    revision = given.get("revision", source.get("revision") if "model" not in given else None)
+    model = resolve_model(name, revision)
     if source and source["model"] != name:  # what belongs to the other model stays behind
         bound = (*MODEL_FLAGS, "revision", "base_resolution")
         source = {k: v for k, v in source.items() if k not in bound}
@@ -125,7 +133,7 @@ def merge(given: dict, source: dict) -> Settings:
     flags |= {"text_encoder_device": None, "vae_device": None}
     flags |= {name: getattr(model, name) for name in MODEL_FLAGS}
     flags |= {k: v for k, v in (source | given).items() if k in flags}
-    check_numbers(flags)
+    check_flags(flags, model)
 
     config = merge_config(given, source, flags, model)
     check_shift(model.schedule, config, model.family)
@@ -138,7 +146,9 @@ def merge(given: dict, source: dict) -> Settings:
         if not model.suffix:
             raise UserError(f"--magic_suffix is for qwen-image, expected none with {name}")
         prompts = [prompt + model.suffix for prompt in prompts]
-    return Settings(model, config, flags, prompts, [lora(text) for text in flags["lora"]])
+    loras = [lora(text) for text in flags["lora"]]
+    flags["lora"] = [f"{path}:{scale}" for path, scale in loras]
+    return Settings(model, config, flags, prompts, loras)
 
 
 def check_guidance(name: str, model: Model, flags: dict, given: dict) -> None:
@@ -199,7 +209,7 @@ def read_prompts(given: dict) -> list[str]:
     if "prompts_file" in given:
         path = Path(given["prompts_file"])
         try:
-            lines = path.read_text("utf-8").splitlines()
+            lines = path.read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise UserError(f"--prompts_file {path} cannot be read: {reason}") from error
@@ -207,29 +217,48 @@ def read_prompts(given: dict) -> list[str]:
         if not prompts:
             raise UserError(f"--prompts_file {path} is empty, expected one prompt per line")
     for text in prompts:
-        if not text.strip():
-            raise UserError(f"--prompt is {text!r}, expected some words")
+        check_prompt(text)
     return prompts
 
 
+def check_prompt(text) -> None:
+    """Raise UserError for a prompt without words, or with bytes that are no text."""
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"--prompt is {text!r}, expected some words")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--prompt is {text!r}, expected UTF-8 text") from None
+
+
 def lora(text: str) -> tuple[str, float]:
-    """PATH[:SCALE] -> (path, scale). Raises UserError."""
-    path, _, scale = text.rpartition(":")
-    if not path or Path(text).exists():
-        return text, 1.0
+    """PATH[:SCALE] -> (path, scale), the path absolute if it is here. Raises UserError."""
+    path, colon, scale = text.rpartition(":")
+    if not colon or not path or Path(text).exists():
+        path, scale = text, 1.0
     try:
         number("scale", float(scale), -100, 100)
     except ValueError:
         raise UserError(f"--lora is {text!r}, expected PATH or PATH:SCALE") from None
-    return path, float(scale)
+    return str(Path(path).absolute()) if Path(path).exists() else path, float(scale)
 
 
 def load_source(name: str) -> dict:
-    """The settings in a picture's record. Raises UserError."""
+    """The settings in a picture's record, checked. Raises UserError."""
     try:
         record = records.load(Path(name))
-        return record["flags"] | record["config"] | {"prompts": [record["prompt"]]}
+        flags, prompt = dict(record["flags"]), record["prompt"]
+        config = DyPEConfig.from_dict(record["config"]).to_dict()
+        if flags["revision"] is None:
+            flags["revision"] = record["commit"]  # what was drawn, not what is newest
+        texts = [flags["model"], *flags["lora"], flags["negative_prompt"] or "", prompt]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError
     except OSError as error:
         raise UserError(f"--from {name} cannot be read: {error.strerror or error}") from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--from {name} carries no complete settings") from error
+    except ValueError as error:
+        raise UserError(f"--from {name}: {error}") from error
+    check_prompt(prompt)
+    return flags | config | {"prompts": [prompt]}

@@ -12,6 +12,7 @@ import torch
 from conftest import quiet, tiny_components
 from diffusers import FluxPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import run_dype
 from dype import flags, records
@@ -56,6 +57,10 @@ BAD = {
     "height negative": (2, "--height -64"),
     "height odd": (2, "--height 1000"),
     "height huge": (2, "--height 1048576"),
+    "height of 400 digits": (2, "--height 1" + "0" * 400),
+    "seed of 400 digits": (2, "--seed 1" + "0" * 400),
+    "longer text than FLUX takes": (2, "--max_sequence_length 600"),
+    "prompt of bytes": (2, "--prompt=\udcff"),
     "height a word": (2, "--height tall"),
     "width a fraction": (2, "--width 512.5"),
     "steps 0": (2, "--steps 0"),
@@ -102,12 +107,15 @@ BAD = {
     "from no picture": (2, "--from binary.txt"),
     "output no png": (2, "--output picture.jpg"),
     "output exists": (2, "--output plain.png"),
+    "output a folder": (2, "--overwrite --output hollow.png"),
     "output for two prompts": (2, "--output new.png --prompt a b"),
     "parts apart and offload": (2, "--vae_device cpu --offload model"),
     "output folder not writable": (1, "--model demo --output_dir plain.png/sub"),
     "no GPU": (1, "--model flux-krea"),
     "device absent": (1, "--model demo --device cuda:99"),
     "vae_device absent": (1, "--model demo --vae_device cuda:99"),
+    "device of a package": (1, "--model demo --device hpu"),
+    "fine-tune without GPU": (1, "--model somebody/flux"),
     "device without memory": (1, "--model demo --device meta"),
     "offload without GPU": (1, "--model demo --offload model"),
     "model folder missing": (1, "--model ./nowhere"),
@@ -129,6 +137,7 @@ def test_bad_input(name, capsys, monkeypatch):
         file.write(bytes(range(256)))
     open("empty.txt", "w").close()
     os.mkdir("hollow")
+    os.mkdir("hollow.png")
     code, argv = BAD[name]
     before = written()
     argv = ["--prompt= "] if name == "blank prompt" else argv.split()
@@ -165,6 +174,48 @@ def test_unreadable_weights(folder, tmp_path, capsys):
     part = "transformer/diffusion_pytorch_model.safetensors"
     assert run("--model", broken(folder, tmp_path, part), *PICTURE) == 1
     assert "cannot load the pipeline" in capsys.readouterr().err
+
+
+def test_missing_weights(folder, tmp_path, capsys):
+    """A tensor that the file should hold is not there."""
+    copy = tmp_path / "broken"
+    shutil.copytree(folder, copy)
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("proj_out.bias")
+    save_file(tensors, file)
+    assert run("--model", copy, *PICTURE) == 1
+    assert "weights of its transformer are missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "code", "message"),
+    [
+        ({"use_dynamic_shifting": False}, 2, "schedule is static"),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, 1, "expected FlowMatchEuler"),
+    ],
+)
+def test_scheduler_of_a_folder(folder, tmp_path, config, code, message, capsys):
+    """What it says counts, not what such models usually have."""
+    copy = tmp_path / "other"
+    shutil.copytree(folder, copy)
+    file = copy / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    index = copy / "model_index.json"
+    kind = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+    index.write_text(index.read_text().replace("FlowMatchEulerDiscreteScheduler", kind))
+    assert run("--model", copy, *PICTURE, "--max_shift", "1.5") == code
+    assert message in capsys.readouterr().err
+
+
+def test_dry_run_says_what_it_assumes(capsys):
+    assert run("--model", "somebody/flux", "--dry_run") == 0
+    assert "nothing could be read of somebody/flux" in capsys.readouterr().out
+
+
+def test_prompts_file_with_a_byte_order_mark():
+    Path("prompts.txt").write_bytes(b"\xef\xbb\xbfa red ring\n")
+    assert settings("--prompts_file", "prompts.txt").prompts == ["a red ring"]
 
 
 def test_disk_full(folder, monkeypatch, capsys):
@@ -296,6 +347,8 @@ def test_spellings():
     assert settings("--isotropic").config.anisotropic is False
     assert settings("--dype_scale", "0").config.dype_scale == 0
     assert settings("--lora", "a:0.5", "--lora", "b").loras == [("a", 0.5), ("b", 1.0)]
+    Path("c").write_text("")
+    assert settings("--lora", "c:2").loras == [(str(Path("c").absolute()), 2.0)]
 
 
 def test_another_method_brings_its_own_scale():

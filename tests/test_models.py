@@ -89,7 +89,17 @@ def test_class_of_a_folder(tmp_path):
         resolved('{"_class_name": "FluxFillPipeline"}')
     local = tmp_path / "Z-Image-Turbo"
     local.mkdir()
+    (local / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
     assert resolve_model(str(local)).steps == 9
+    (local / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    assert resolve_model(str(local)).steps == 28
+    weights = tmp_path / "weights"  # as the demo's own folder is called
+    weights.mkdir()
+    (weights / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    assert resolve_model(str(weights)).base_resolution == 1024
+    (weights / "scheduler").mkdir()
+    (weights / "scheduler" / "scheduler_config.json").write_text('{"shift": 2.0}')
+    assert resolve_model(str(weights)).schedule == {"shift": 2.0}
 
 
 def test_a_pipeline_that_needs_a_picture_is_refused(tmp_path, capsys):
