@@ -63,12 +63,14 @@ def test_remove_restores_bits(family):
     transformer = pipe.transformer
     before, attributes = draw(pipe, 128, 192), set(dir(transformer))
     names, scheduler = list(transformer.state_dict()), dict(pipe.scheduler.config)
+    shift = pipe.scheduler.shift
     apply_dype(pipe, DyPEConfig(base_resolution=64))
     assert list(transformer.state_dict()) == names
     assert not torch.equal(draw(pipe, 128, 192), before)
     remove_dype(pipe)
     assert torch.equal(draw(pipe, 128, 192), before)
     assert dict(pipe.scheduler.config) == scheduler
+    assert pipe.scheduler.shift == shift
     assert not transformer._forward_pre_hooks
     assert set(dir(transformer)) == attributes
 
@@ -97,6 +99,8 @@ def test_tables_follow_every_step(family, tables, method):
             samples = 2 if form is FORMATS["z-image"] else 1  # its table holds the whole batch
             for sample in table.chunk(samples):
                 assert_table(sample[: len(expected)], expected)
+    embedder = getattr(pipe.transformer, CLASSES[type(pipe.transformer).__name__].attribute)
+    assert getattr(embedder, "layout", ()) is not None  # written by one broadcast, no gather
 
 
 def test_z_image_with_guidance(tables):

@@ -103,7 +103,7 @@ def test_z_image_padding_and_long_captions(tables):
 def test_qwen_references_and_text_keep_the_stock_encoding():
     transformer = qwen_transformer()
     stock = transformer.pos_embed
-    shapes = [[(1, *GRID), (1, 6, 4)]]
+    shapes = [[(1, *GRID), (1, 6, 40)]]  # the text counts on from the larger one's edge
     pictures, text = stock(shapes, max_txt_seq_len=TEXT)
     apply_dype(transformer, CONFIG)
     transformer.pos_embed.set_timestep(0.5)

@@ -14,14 +14,15 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
     FluxKontextPipeline,
+    FluxMultiControlNetModel,
     FluxPipeline,
     UNet2DModel,
 )
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
-from dype import DyPEConfig, apply_dype, remove_dype
-from dype.embedders import FluxDyPE, grid_ids
+from dype import DyPEConfig, apply_dype, embedders, remove_dype
+from dype.embedders import FluxDyPE, grid_ids, read_ids
 from dype.generate import noise_schedule
 from dype.models import MODELS, base_resolution
 
@@ -284,20 +285,57 @@ def test_kontext(pipe):
     assert (text, after) == (16, 64)
 
 
+def test_ids_are_read_once_per_picture(pipe, monkeypatch):
+    """One copy to the host for all steps; ids that somebody wrote to are read again."""
+    reads = []
+
+    def counted(*args):
+        reads.append(args)
+        return read_ids(*args)
+
+    monkeypatch.setattr(embedders, "read_ids", counted)
+    apply_dype(pipe, CONFIG)
+    latents(pipe, steps=3)
+    assert len(reads) == 1
+    latents(pipe, steps=3)
+    assert len(reads) == 2
+    ids = grid_ids(0, 16, 12)
+    call = {
+        "hidden_states": torch.randn(1, 192, 16),
+        "encoder_hidden_states": torch.randn(1, 4, 128),
+        "pooled_projections": torch.randn(1, 128),
+        "timestep": torch.tensor([0.5]),
+        "txt_ids": torch.zeros(4, 3),
+    }
+    pipe.transformer(**call, img_ids=ids)
+    assert pipe.transformer.pos_embed.grid == (16, 12)
+    ids.copy_(grid_ids(0, 12, 16))
+    pipe.transformer(**call, img_ids=ids)
+    assert pipe.transformer.pos_embed.grid == (12, 16)
+
+
 def test_controlnet(pipe):
-    """A controlnet has an embedder of its own, which follows too and is restored too."""
+    """Controlnets have embedders of their own, which follow too and are restored too."""
     controlnet = FluxControlNetModel.from_transformer(
         pipe.transformer, num_layers=1, num_single_layers=1, attention_head_dim=16,
         num_attention_heads=2,
     )  # fmt: skip
-    other = quiet(FluxControlNetPipeline(**pipe.components, controlnet=controlnet))
-    apply_dype(other, CONFIG)
-    spy, its = Spy(other.transformer), Spy(other.controlnet)
-    latents(other, control_image=Image.new("RGB", (192, 256), "teal"))
-    assert spy.sigmas == its.sigmas
-    assert its.calls[0][1] == (16, 12)
-    remove_dype(other)
-    assert not isinstance(other.controlnet.pos_embed, FluxDyPE)
+    nets = [controlnet, copy.deepcopy(controlnet)]
+    image = Image.new("RGB", (192, 256), "teal")
+    several = FluxMultiControlNetModel(nets)
+    for net, control in ((controlnet, {"control_image": image}), (several, {
+        "control_image": [image, image], "controlnet_conditioning_scale": [1.0, 1.0]
+    })):  # fmt: skip
+        other = quiet(FluxControlNetPipeline(**pipe.components, controlnet=net))
+        apply_dype(other, CONFIG)
+        used = nets if net is several else nets[:1]
+        spy, its = Spy(other.transformer), [Spy(net) for net in used]
+        latents(other, **control)
+        for net in its:
+            assert net.sigmas == spy.sigmas
+            assert net.calls[0][1] == (16, 12)
+        remove_dype(other)
+        assert not any(isinstance(net.pos_embed, FluxDyPE) for net in nets)
 
 
 def test_unknown_transformer():

@@ -65,13 +65,13 @@ def test_readme_draws_the_demo_as_the_command_line_does():
 def test_benchmark(capsys):
     """The last line is JSON; at most a few copies, and near stock where stock is a lookup.
 
-    The limits are loose, for busy machines: 2.5 copies and 1.2 times stock are the aims at 4096 px.
+    For Z-Image and Qwen-Image the limit is loose, for busy machines: the aim is 1.2 at 4096 px.
     """
     assert benchmark.main(["--sizes", "1024", "4096", "--repeats", "5"]) == 0
     families = json.loads(capsys.readouterr().out.splitlines()[-1])["families"]
     for name in ("flux", "flux2", "krea2"):
-        for size in ("1024", "4096"):
-            assert families[name][size]["ours/stock"] < 1
-        assert families[name]["4096"]["ours/copy"] < 4
+        assert families[name]["1024"]["ours/stock"] < 1
+        assert families[name]["4096"]["ours/stock"] < 0.3
+        assert families[name]["4096"]["ours/copy"] < 2.5
     for name in ("z-image", "qwen-image"):
         assert families[name]["4096"]["ours/stock"] < 2

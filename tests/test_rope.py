@@ -11,7 +11,7 @@ import torch
 
 from dype import DyPEConfig
 from dype.config import METHOD_SCALES
-from dype.rope import METHODS, axis_frequencies, scale, stock_frequencies
+from dype.rope import METHODS, axis_frequencies, frequencies, scale, stock_frequencies
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "rope_reference.npz")
 CASES = json.loads(str(GOLDEN["index"]))
@@ -144,6 +144,11 @@ def test_scales_of_a_non_square_picture():
     largest = axis_frequencies(*FLUX, 128, 0.5, DyPEConfig("ntk", anisotropic=False), 4.0)[0]
     assert torch.equal(own, alone)
     assert torch.equal(largest, axis_frequencies(*FLUX, 256, 0.5, DyPEConfig("ntk"))[0])
+    sigma = torch.tensor(0.5, dtype=torch.float64)
+    both, m = frequencies(*FLUX, [128, 256], sigma, DyPEConfig("yarn", anisotropic=False))
+    f, scale = axis_frequencies(*FLUX, 256, 0.5, DyPEConfig("yarn"))
+    assert torch.equal(both, f.expand(2, -1))
+    assert torch.equal(m, scale.expand(2))
     f, m = axis_frequencies(*FLUX, 64, 0.5, DyPEConfig("vision_yarn"), max_scale=4.0)
     assert not torch.equal(f, stock_frequencies(56, 10000.0))
     assert m > 1
