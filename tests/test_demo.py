@@ -1,7 +1,11 @@
 """The demo model: its scenes, the check that judges it, and the pictures it draws."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +135,21 @@ def test_it_draws_what_was_asked(tmp_path, monkeypatch):
     assert record["mu"] == 1.15
 
 
+def test_the_demo_command(tmp_path):
+    """As the README has it: under 60 s and 3 GB, and the same pixels when it is drawn again."""
+    words = ["--model", "demo", "--prompt", "a red ring on teal leaves"]
+    words += ["--height", "512", "--width", "512", "--output_dir", str(tmp_path)]
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, run_dype.__file__, *words])
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    assert time.perf_counter() - start < 60
+    assert usage.ru_maxrss < 3e6  # kB
+    assert run_dype.main(words) == 0
+    first, second = (np.asarray(Image.open(path)) for path in tmp_path.glob("*.png"))
+    assert (first == second).all()
+
+
 def test_settings_and_shares():
     assert setting("pi:1:0.5").dype_exponent == 0.5
     assert setting("yarn:static").dype is False
@@ -138,20 +157,20 @@ def test_settings_and_shares():
 
 
 def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    """Killed after a checkpoint and started again: the weights of a run in one go."""
+    """Killed after any checkpoint and started again: the weights of a run in one go."""
     monkeypatch.setattr(train, "EVERY", 2)
     monkeypatch.setattr(train, "POOL", {256: 2, 512: 1, 1024: 1})
     monkeypatch.setattr(train, "LATENTS", 8)
-    base = ["--device", "cpu", "--batch", "2"]
+    base = ["--device", "cpu", "--batch", "2", "--vae_steps", "2"]
 
-    def trained(name, *stages):
+    def trained(name, *runs):
         work, out = str(tmp_path / name), str(tmp_path / name / "out")
-        for steps in stages:
-            train.main([*base, "--work", work, "--out", out, "--vae_steps", "2", "--stop", steps,
-                        "--steps", "4"])  # fmt: skip
+        for steps, diluted in runs:
+            stages = ["--steps", steps, "--diluted_steps", diluted]
+            train.main([*base, "--work", work, "--out", out, *stages])
         return FluxPipeline.from_pretrained(out).transformer.state_dict()
 
-    whole, parts = trained("whole", "4"), trained("parts", "2", "4")
+    whole, parts = trained("whole", ("4", "4")), trained("parts", ("2", "0"), ("4", "2"), ("4", "4"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     shutil.rmtree(tmp_path / "whole")
 

@@ -1,8 +1,10 @@
 """Train the demo model: `python -m dype.demo.train`, under two hours on two CPU cores.
 
-Two stages: the autoencoder on rendered scenes, then the transformer and the text encoders on its
-latents. Each stage writes checkpoints under `--work` and goes on from the last one when started
-again; at the end the pipeline is saved under `--out` in the diffusers folder format.
+Three stages: the autoencoder on rendered scenes; the transformer and the text encoders on its
+latents; then both again with the text weighted as if among more picture tokens, as it is in larger
+pictures, which come apart otherwise (docs/log.md). Each stage writes checkpoints under `--work` and
+goes on from the last one when started again; at the end the pipeline is saved under `--out` in the
+diffusers folder format.
 """
 
 import argparse
@@ -28,6 +30,7 @@ POOL = {256: 1500, 512: 160, 1024: 40}  # pictures per size for the autoencoder,
 LATENTS = 6_000  # cached scenes for the transformer
 SHIFT = math.exp(1.6)  # of training times: above the sampler's 1.15, as shapes settle early
 CAPTION_DROPOUT = 0.1  # for classifier-free guidance
+DILUTION = 16  # of the text in the last stage, at most: as at four times the base's sides
 COLOUR_DROPOUT = 0.25  # of either colour word: a shape must not hang on the company it keeps
 EMA = 0.999
 EVERY = 250  # steps between checkpoints
@@ -57,8 +60,8 @@ def save(path: Path, **state) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def run(name: str, modules: dict, loss_at, optimizer, steps: int, args) -> None:
-    """The loop of both stages: `loss_at(step)` -> scalar; every draw depends on the step alone.
+def run(name: str, modules: dict, loss_at, optimizer, steps: int, decay: int, args) -> None:
+    """The loop of all stages: `loss_at(step)` -> scalar; every draw depends on the step alone.
 
     The modules end with the moving average of their weights.
     """
@@ -72,11 +75,10 @@ def run(name: str, modules: dict, loss_at, optimizer, steps: int, args) -> None:
         optimizer.load_state_dict(state["optimizer"])
         for key, module in modules.items():
             module.load_state_dict(state[key])
-    last = min(steps, args.stop or steps)
-    progress = tqdm(range(first, last), name, initial=first, total=steps)
+    progress = tqdm(range(first, steps), name, initial=first, total=steps)
     for step in progress:
         torch.manual_seed(SEED + step)
-        optimizer.param_groups[0]["lr"] = rate * learning_rate(step, steps)
+        optimizer.param_groups[0]["lr"] = rate * learning_rate(step, decay)
         loss = loss_at(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -144,7 +146,8 @@ def train_vae(args) -> torch.nn.Module:
             out = vae.decode(latents.sample()).sample
         return F.l1_loss(out.float(), x) + 1e-4 * latents.kl().mean() / latents.mean[0].numel()
 
-    run("vae", {"vae": vae}, loss_at, adam(vae.parameters(), 2e-3), args.vae_steps, args)
+    optimizer = adam(vae.parameters(), 2e-3)
+    run("vae", {"vae": vae}, loss_at, optimizer, args.vae_steps, args.vae_steps, args)
     return vae.eval().requires_grad_(False)
 
 
@@ -203,11 +206,10 @@ def zero_modulation(transformer: torch.nn.Module) -> torch.nn.Module:
 
 
 def train_transformer(vae, args) -> FluxPipeline:
-    """Flow matching on cached latents: the target is noise - latent (Eq. 1)."""
+    """The transformer and the text encoders, in two stages, the second with diluted text."""
     torch.manual_seed(SEED)
     latents, scenes = cached_latents(vae, args)
-    captions = ["", *(wording for scene in scenes for wording in wordings(scene))]
-    latents = normalise(vae, latents).to(args.device)
+    data = normalise(vae, latents).to(args.device), scenes
     text = build.text_encoders()
     pipe = FluxPipeline(
         scheduler=build.scheduler(),
@@ -215,6 +217,20 @@ def train_transformer(vae, args) -> FluxPipeline:
         transformer=zero_modulation(build.transformer()),
         **text,
     ).to(args.device)
+    learn(pipe, "transformer", data, args.steps, 8000, 1.2e-3, 1, args)
+    learn(pipe, "diluted", data, args.diluted_steps, args.diluted_steps, 6e-4, DILUTION, args)
+    return pipe
+
+
+def learn(pipe, name: str, data, steps: int, decay: int, rate: float, dilution, args) -> None:
+    """Flow matching on cached latents: the target is noise - latent (Eq. 1).
+
+    The learning rate falls from `rate` to zero over `decay` steps; `steps` of them are made. Each
+    sample's text has the share of attention that it would have among up to `dilution` times as many
+    picture tokens.
+    """
+    latents, scenes = data
+    captions = ["", *(wording for scene in scenes for wording in wordings(scene))]
     modules = {k: getattr(pipe, k) for k in ("transformer", "text_encoder", "text_encoder_2")}
     for module in modules.values():
         module.train()
@@ -241,6 +257,8 @@ def train_transformer(vae, args) -> FluxPipeline:
         x = pipe._pack_latents(x, *x.shape)
         noise = torch.randn_like(x)
         noisy = torch.lerp(x, noise, sigma[:, None, None])
+        bias = torch.zeros(args.batch, 1, 1, len(txt_ids) + x.shape[1])
+        bias[..., : len(txt_ids)] -= math.log(dilution) * torch.rand(args.batch, 1, 1, 1)
         with autocast(args.device):
             out = pipe.transformer(
                 hidden_states=noisy,
@@ -249,13 +267,13 @@ def train_transformer(vae, args) -> FluxPipeline:
                 encoder_hidden_states=pipe.text_encoder_2(t5_ids[rows])[0],
                 img_ids=img_ids,
                 txt_ids=txt_ids,
+                joint_attention_kwargs={"attention_mask": bias.to(args.device, torch.bfloat16)},
             ).sample
         return F.mse_loss(out.float(), noise - x)
 
-    run("transformer", modules, loss_at, adam(params, args.rate), args.steps, args)
+    run(name, modules, loss_at, adam(params, rate), steps, decay, args)
     for module in modules.values():
         module.eval()
-    return pipe
 
 
 def export(pipe: FluxPipeline, folder: Path) -> None:
@@ -273,10 +291,9 @@ def main(argv=None) -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/demo_training"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vae_steps", type=int, default=3200)
-    parser.add_argument("--steps", type=int, default=8000, help="of the transformer")
-    parser.add_argument("--stop", type=int, help="stop early, at this step")
+    parser.add_argument("--steps", type=int, default=3750, help="of the transformer")
+    parser.add_argument("--diluted_steps", type=int, default=2000, help="with diluted text")
     parser.add_argument("--batch", type=int, default=16, help="of the transformer")
-    parser.add_argument("--rate", type=float, default=1.2e-3, help="learning rate, likewise")
     args = parser.parse_args(argv)
     pipe = train_transformer(train_vae(args), args)
     export(pipe, args.out)
