@@ -123,7 +123,7 @@ def parser() -> Parser:
         description="Draw a picture beyond the size that a diffusion transformer was trained at, "
         "with DyPE (arXiv 2510.20766).",
         epilog="An explicit flag wins over --preset, that over --from, that over the model's own "
-        "default. Hyphens may stand for the underscores.",
+        "default. Hyphens may stand for a flag's underscores.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=98),
         allow_abbrev=False,
     )
