@@ -1,6 +1,9 @@
 """The demo model: its scenes, the check that judges it, and the pictures it draws."""
 
+import argparse
+import copy
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -10,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import FluxPipeline
 from PIL import Image
 
@@ -22,6 +26,7 @@ from dype.generate import noise_schedule
 from dype.models import MODELS
 
 WEIGHTS = Path(MODELS["demo"].repo)
+CHILDREN = ("children_user", "children_system")
 
 
 def scenes(count, seed=7):
@@ -138,15 +143,20 @@ def test_the_demo_command(tmp_path):
     """As the README has it: two cores for 60 s, under 3 GB, the same pixels when drawn again."""
     words = ["--model", "demo", "--prompt", "a red ring on teal leaves"]
     words += ["--height", "512", "--width", "512", "--output_dir", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, run_dype.__file__, *words])
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    assert usage.ru_utime + usage.ru_stime < 2 * 60
-    assert usage.ru_maxrss < 3e6  # kB
+    shell = ["sh", "-c", '"$@"; exit $?', "sh"]  # a child of this process would inherit its peak
+    before = os.times()
+    subprocess.run([*shell, sys.executable, run_dype.__file__, *words], check=True)
+    after = os.times()
+    used = [getattr(after, kind) - getattr(before, kind) for kind in CHILDREN]
+    assert sum(used) < 2 * 60
+    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert record["peak_memory"] < 3e9
     assert run_dype.main(words) == 0
     first, second = (np.asarray(Image.open(path)) for path in tmp_path.glob("*.png"))
     assert (first == second).all()
+    verdict = check(first, "red", "teal")
+    assert verdict.layout, verdict
+    assert verdict.shape == "ring", verdict
 
 
 def test_settings_and_shares():
@@ -165,7 +175,9 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
 
     def trained(name):
         train.main([*small, "--work", str(tmp_path / name), "--out", str(tmp_path / name / "out")])
-        return FluxPipeline.from_pretrained(tmp_path / name / "out").transformer.state_dict()
+        pipe = FluxPipeline.from_pretrained(tmp_path / name / "out")
+        parts = (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.vae)
+        return [value for part in parts for value in part.state_dict().values()]
 
     whole = trained("whole")
     save, left = train.save, ["transformer", "diluted"]
@@ -181,8 +193,39 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             trained("parts")
     parts = trained("parts")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert all(map(torch.equal, whole, parts))
     shutil.rmtree(tmp_path / "whole")
+
+
+def test_dilution(demo, tmp_path, monkeypatch):
+    """The text is attended to as among up to 16 times as many picture tokens, each sample's."""
+    monkeypatch.setattr(train, "run", lambda name, modules, loss_at, *_: loss_at(0))
+    seen, attend, texts = [], F.scaled_dot_product_attention, build.MAX_TOKENS
+
+    def spy(query, key, value, attn_mask=None, **more):
+        if key.shape[-2] == texts + 256:  # in the transformer
+            seen.append(attn_mask)
+        return attend(query, key, value, attn_mask, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    args = argparse.Namespace(batch=8, device="cpu")
+    data = torch.zeros(8, build.LATENT_CHANNELS, 32, 32), scenes(8)
+    for dilution in (1, train.DILUTION):
+        seen.clear()
+        train.learn(copy.deepcopy(demo), "trial", data, 1, 1, 1e-3, dilution, args)
+        assert len(seen) == 5  # one double block, four single ones
+        bias = seen[0][:, 0, 0].float()
+        assert bias.shape == (8, texts + 256)
+        assert not bias[:, texts:].any()
+        assert (bias[:, :texts] == bias[:, :1]).all()
+        assert bias.min() >= -math.log(dilution) - 0.01
+        assert bias.max() <= 0
+        assert len(bias[:, 0].unique()) == (1 if dilution == 1 else 8)
+
+    query, key, value = torch.randn(3, 1, 1, 12, 8)
+    more = [torch.cat([x[:, :, :4], x[:, :, 4:].repeat(1, 1, 16, 1)], 2) for x in (key, value)]
+    bias = F.pad(torch.full((4,), -math.log(16)), (0, 8))
+    torch.testing.assert_close(attend(query, key, value, bias[None]), attend(query, *more))
 
 
 def test_vocabulary_is_the_captions():

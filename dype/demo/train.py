@@ -1,10 +1,10 @@
 """Train the demo model: `python -m dype.demo.train`, under two hours on two CPU cores.
 
 Three stages: the autoencoder on rendered scenes; the transformer and the text encoders on its
-latents; then both again with the text weighted as if among more picture tokens, as it is in larger
-pictures, which come apart otherwise (docs/log.md). Each stage writes checkpoints under `--work` and
-goes on from the last one when started again; at the end the pipeline is saved under `--out` in the
-diffusers folder format.
+latents; then these again with the text weighted as if among more picture tokens, as it is in
+larger pictures (docs/log.md). Each stage writes checkpoints under `--work` and goes on from the
+last one when started again; another setting needs another `--work`. At the end the pipeline is
+saved under `--out` in the diffusers folder format.
 """
 
 import argparse
@@ -50,7 +50,8 @@ def to_tensor(pictures: np.ndarray, device) -> torch.Tensor:
 
 def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
     """Linear warm-up, then half a cosine to zero, as a factor of the peak."""
-    return min((step + 1) / warmup, 1) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    done = min(step / steps, 1)
+    return min((step + 1) / warmup, 1) * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def save(path: Path, **state) -> None:
@@ -225,9 +226,9 @@ def train_transformer(vae, args) -> FluxPipeline:
 def learn(pipe, name: str, data, steps: int, decay: int, rate: float, dilution, args) -> None:
     """Flow matching on cached latents: the target is noise - latent (Eq. 1).
 
-    The learning rate falls from `rate` to zero over `decay` steps; `steps` of them are made. Each
-    sample's text has the share of attention that it would have among up to `dilution` times as many
-    picture tokens.
+    The learning rate falls from `rate` to zero over `decay` steps; `steps` of them are made. The
+    text's attention logits are lowered by ln r, which is what r times as many picture tokens do to
+    it, with r log-uniform in 1 to `dilution`, drawn per sample. Every stage makes the same draws.
     """
     latents, scenes = data
     captions = ["", *(wording for scene in scenes for wording in wordings(scene))]
@@ -291,7 +292,7 @@ def main(argv=None) -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/demo_training"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vae_steps", type=int, default=3200)
-    parser.add_argument("--steps", type=int, default=3750, help="of the transformer")
+    parser.add_argument("--steps", type=int, default=3750, help="of a cosine over 8000")
     parser.add_argument("--diluted_steps", type=int, default=2000, help="with diluted text")
     parser.add_argument("--batch", type=int, default=16, help="of the transformer")
     args = parser.parse_args(argv)
