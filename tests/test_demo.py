@@ -197,7 +197,7 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "whole")
 
 
-def test_dilution(demo, tmp_path, monkeypatch):
+def test_dilution(demo, monkeypatch):
     """The text is attended to as among up to 16 times as many picture tokens, each sample's."""
     monkeypatch.setattr(train, "run", lambda name, modules, loss_at, *_: loss_at(0))
     seen, attend, texts = [], F.scaled_dot_product_attention, build.MAX_TOKENS
@@ -212,7 +212,8 @@ def test_dilution(demo, tmp_path, monkeypatch):
     data = torch.zeros(8, build.LATENT_CHANNELS, 32, 32), scenes(8)
     for dilution in (1, train.DILUTION):
         seen.clear()
-        train.learn(copy.deepcopy(demo), "trial", data, 1, 1, 1e-3, dilution, args)
+        schedule = {"decay": 1, "rate": 1e-3, "dilution": dilution}
+        train.learn(copy.deepcopy(demo), "trial", data, args, 1, **schedule)
         assert len(seen) == 5  # one double block, four single ones
         bias = seen[0][:, 0, 0].float()
         assert bias.shape == (8, texts + 256)

@@ -136,20 +136,24 @@ def test_second_apply_replaces_the_first(pipe):
     assert pipe.transformer.pos_embed is stock
 
 
+def denoiser_call(ids, sigma: float) -> dict:
+    """The arguments of one call of the tiny transformer."""
+    return {
+        "hidden_states": torch.randn(1, len(ids), 16),
+        "encoder_hidden_states": torch.randn(1, 4, 128),
+        "pooled_projections": torch.randn(1, 128),
+        "timestep": torch.tensor([sigma]),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(4, 3),
+    }
+
+
 def test_deep_copy_drives_its_own(pipe):
     apply_dype(pipe, CONFIG)
     other = copy.deepcopy(pipe.transformer)
     pipe.transformer.pos_embed.set_timestep(0.25)
     mine = Spy(other)
-    call = {
-        "hidden_states": torch.randn(1, 16, 16),
-        "encoder_hidden_states": torch.randn(1, 4, 128),
-        "pooled_projections": torch.randn(1, 128),
-        "timestep": torch.tensor([0.75]),
-        "img_ids": torch.zeros(16, 3),
-        "txt_ids": torch.zeros(4, 3),
-    }
-    other(**call)
+    other(**denoiser_call(torch.zeros(16, 3), 0.75))
     assert mine.sigmas == [0.75]
     assert pipe.transformer.pos_embed.sigma == 0.25
     remove_dype(other)
@@ -300,17 +304,11 @@ def test_ids_are_read_once_per_picture(pipe, monkeypatch):
     latents(pipe, steps=3)
     assert len(reads) == 2
     ids = grid_ids(0, 16, 12)
-    call = {
-        "hidden_states": torch.randn(1, 192, 16),
-        "encoder_hidden_states": torch.randn(1, 4, 128),
-        "pooled_projections": torch.randn(1, 128),
-        "timestep": torch.tensor([0.5]),
-        "txt_ids": torch.zeros(4, 3),
-    }
-    pipe.transformer(**call, img_ids=ids)
+    call = denoiser_call(ids, 0.5)
+    pipe.transformer(**call)
     assert pipe.transformer.pos_embed.grid == (16, 12)
     ids.copy_(grid_ids(0, 12, 16))
-    pipe.transformer(**call, img_ids=ids)
+    pipe.transformer(**call)
     assert pipe.transformer.pos_embed.grid == (12, 16)
 
 

@@ -218,12 +218,13 @@ def train_transformer(vae, args) -> FluxPipeline:
         transformer=zero_modulation(build.transformer()),
         **text,
     ).to(args.device)
-    learn(pipe, "transformer", data, args.steps, 8000, 1.2e-3, 1, args)
-    learn(pipe, "diluted", data, args.diluted_steps, args.diluted_steps, 6e-4, DILUTION, args)
+    learn(pipe, "transformer", data, args, args.steps, decay=8000, rate=1.2e-3)
+    steps = args.diluted_steps
+    learn(pipe, "diluted", data, args, steps, decay=steps, rate=6e-4, dilution=DILUTION)
     return pipe
 
 
-def learn(pipe, name: str, data, steps: int, decay: int, rate: float, dilution, args) -> None:
+def learn(pipe, name: str, data, args, steps: int, *, decay: int, rate: float, dilution=1) -> None:
     """Flow matching on cached latents: the target is noise - latent (Eq. 1).
 
     The learning rate falls from `rate` to zero over `decay` steps; `steps` of them are made. The
