@@ -1,37 +1,32 @@
 """Draw pictures beyond the training resolution with DyPE: `python run_dype.py --prompt "..."`."""
 
 import sys
-import time
 from pathlib import Path
 
-import torch
-
-from dype import apply_dype, generate, load_pipeline, records, rope
+from dype import ablation, apply_dype, load_pipeline, memory, records, sheets
+from dype.cells import Cell, describe_schedule, drawn, encoder, out_of_memory, plan
 from dype.flags import UserError, parse
-from dype.pipelines import UnavailableError, local_scheduler, set_tiling
+from dype.pipelines import UnavailableError, local_scheduler
 from dype.settings import CITATION, Settings, resolve
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        if args.cite:
+        given = vars(parse(sys.argv[1:] if argv is None else argv))
+        if given["cite"]:
             print(CITATION)
             return 0
-        settings = resolve(args)
-        if args.dry_run:
-            return dry_run(settings)
-        paths = output_paths(args, settings)
-        return run(args, settings, paths)
+        if given["grid_from"]:
+            return sheet(Path(given["grid_from"]), given["cols"])
+        given, settings = resolve(given)
+        if len(settings) == len(settings[0].prompts) == 1:
+            return single(given, settings[0])
+        return sweep(given, settings)
     except UserError as error:
         return failed(2, error)
     except (UnavailableError, OSError) as error:
         return failed(1, error)
-    except (RuntimeError, MemoryError) as error:
-        if not any(word in str(error) for word in ("out of memory", "allocate memory")):
-            raise
-        return failed(1, "out of memory; try --offload model or group, --tiled_vae on, or a size")
     except KeyboardInterrupt:
         return failed(130, "interrupted")
 
@@ -41,57 +36,86 @@ def failed(code: int, error) -> int:
     return code
 
 
-def run(args, settings: Settings, paths: list[Path]) -> int:
-    """Load once, draw every prompt, save each picture as soon as it is drawn."""
-    flags, config = settings.flags, settings.config
-    size = {"height": flags["height"], "width": flags["width"]}
-    pixels = size["height"] * size["width"]
+def load(settings: Settings, pixels: int):
+    """The pipeline, with DyPE applied once to see that it can be."""
+    flags = settings.flags
+    names = ("revision", "dtype", "device", "text_encoder_device", "vae_device", "offload")
     pipe = load_pipeline(
         flags["model"],
-        revision=flags["revision"],
-        dtype=flags["dtype"],
-        device=flags["device"],
-        text_encoder_device=flags["text_encoder_device"],
-        vae_device=flags["vae_device"],
-        offload=flags["offload"],
+        **{name: flags[name] for name in (*names, "quantize")},
         loras=settings.loras,
         pixels=pixels,
     )
-    tiled = set_tiling(pipe.vae, flags["tiled_vae"], flags["tile_size"], pixels)
     try:
-        apply_dype(pipe, config)
+        apply_dype(pipe, settings.config)
     except (TypeError, ValueError) as error:  # what only the loaded checkpoint can tell
         raise UserError(f"{flags['model']}: {error}") from error
-    schedule = describe_schedule(pipe.scheduler, settings)
-    print(headline(settings, schedule))
-    drawn = ("steps", "guidance", "seed", "max_sequence_length", "negative_prompt", "true_cfg")
-    for prompt, path in zip(settings.prompts, paths, strict=True):
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        image = generate.draw(pipe, prompt, **size, **{name: flags[name] for name in drawn})
-        seconds = time.perf_counter() - start
-        record = {
-            "prompt": prompt,
-            "flags": flags,
-            "config": config.to_dict(),
-            **schedule,
-            "tiled_vae": tiled,
-            **records.machine(pipe, seconds),
-        }
-        print(f"{records.save(image, path, record, args.overwrite)}  {seconds:.1f} s")
+    return pipe
+
+
+def single(given: dict, settings: Settings) -> int:
+    """Load, draw one picture, save it."""
+    if given.get("dry_run"):
+        return dry_run(settings)
+    path = output_path(given, settings)
+    flags = settings.flags
+    pipe = load(settings, flags["height"] * flags["width"])
+    print(headline(settings, describe_schedule(pipe.scheduler, settings)))
+    cell = Cell(settings, settings.prompts[0], path)
+    try:
+        image, record = drawn(pipe, settings, cell.prompt, encoder(pipe, [cell]))
+    except (RuntimeError, MemoryError) as error:
+        if not memory.ran_out(error):
+            raise
+        return failed(1, out_of_memory(pipe, settings))
+    path = records.save(image, path, record, given.get("overwrite", False))
+    print(f"{path}  {record['seconds']:.1f} s")
     return 0
 
 
-def describe_schedule(scheduler, settings: Settings) -> dict:
-    """mu, the sigmas and kappa at each denoiser call; the scheduler has the shift set already."""
-    size = [settings.flags[name] for name in ("height", "width", "steps")]
-    mu, sigmas = generate.noise_schedule(scheduler, *size, settings.model.family)
-    called = torch.tensor(sigmas[:-1], dtype=torch.float64)
-    kappa, _ = rope.schedule(called, settings.config)
-    shift = settings.config.shift or settings.model.family.shift
-    used = {"shift": "static" if mu is None else shift, "lambda_s": settings.config.lambda_s}
-    return used | {"mu": mu, "sigmas": sigmas, "kappas": kappa.tolist()}
+def sweep(given: dict, settings: list[Settings]) -> int:
+    """Draw every cell that is not there yet, then the contact sheets and the summary."""
+    if "output" in given:
+        raise UserError("--output names one file, expected one picture or --output_dir")
+    folder = Path(given.get("output_dir", Path("outputs") / given.get("sweep", "sweep")))
+    cells = plan(settings, folder)
+    overwrite = given.get("overwrite", False)
+    try:
+        sheets.check_columns(given.get("cols"))
+        done = ablation.finished(cells, overwrite)
+        if given.get("dry_run"):
+            print(ablation.outline(cells, done))
+            return 0
+        records.check_writable(folder)
+        largest = max(one.flags["height"] * one.flags["width"] for one in settings)
+
+        def ready():
+            pipe = load(settings[0], largest)
+            return pipe, encoder(pipe, cells)
+
+        failures = ablation.run(cells, folder, ready, overwrite)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    sheet(folder, given.get("cols"))
+    if failures:
+        return failed(
+            1, f"{failures} of {len(cells)} pictures failed, see {folder / ablation.RESULTS}; "
+            "the same command tries them again"
+        )  # fmt: skip
+    return 0
+
+
+def sheet(folder: Path, columns: str | None) -> int:
+    """Contact sheets and summary of a finished sweep. Raises UserError, OSError."""
+    rows = ablation.read_rows(folder)
+    if not rows:
+        raise UserError(f"{folder} has no finished sweep, expected a folder with a results.csv")
+    try:
+        for path in sheets.draw(rows, folder, columns):
+            print(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return 0
 
 
 def headline(settings: Settings, schedule: dict) -> str:
@@ -115,8 +139,10 @@ def dry_run(settings: Settings) -> int:
     used = {name: schedule[name] for name in ("shift", "lambda_s")}
     for name, value in (settings.flags | settings.config.to_dict() | used).items():
         print(f"  {name:20} {value}")
-    for prompt in settings.prompts:
-        print(f"  {'prompt':20} {prompt}")
+    print(f"  {'prompt':20} {settings.prompts[0]}")
+    for one in schedule["passes"] if len(schedule["passes"]) > 1 else []:
+        sigmas = " ".join(f"{sigma:.4f}" for sigma in one["sigmas"])
+        print(f"  pass at {one['height']}x{one['width']}: sigmas {sigmas}")
     print("  step   sigma   kappa")
     for step, (sigma, kappa) in enumerate(
         zip(schedule["sigmas"], schedule["kappas"], strict=False)
@@ -125,27 +151,20 @@ def dry_run(settings: Settings) -> int:
     return 0
 
 
-def output_paths(args, settings: Settings) -> list[Path]:
-    """Where the pictures go, checked before anything is loaded. Raises UserError, OSError."""
-    flags, config = settings.flags, settings.config
-    if args.output:
-        named = Path(args.output)
-        if named.suffix.lower() != ".png":
-            raise UserError(f"--output is {args.output!r}, expected a name ending in .png")
-        if len(settings.prompts) > 1:
-            raise UserError("--output names one file, expected one prompt or --output_dir")
-        for taken in (named, named.with_suffix(".json")):
-            if taken.is_dir() or (taken.exists() and not args.overwrite):
+def output_path(given: dict, settings: Settings) -> Path:
+    """Where the picture goes, checked before anything is loaded. Raises UserError, OSError."""
+    if "output" in given:
+        path = Path(given["output"])
+        if path.suffix.lower() != ".png":
+            raise UserError(f"--output is {given['output']!r}, expected a name ending in .png")
+        for taken in (path, path.with_suffix(".json")):
+            if taken.is_dir() or (taken.exists() and not given.get("overwrite")):
                 raise UserError(f"--output: {taken} exists, expected --overwrite or another name")
-        paths = [named]
     else:
-        size = flags["seed"], config.method, config.dype, flags["height"], flags["width"]
-        names = [records.file_name(*size, i) for i in range(len(settings.prompts))]
-        paths = [Path(args.output_dir or "outputs") / name for name in names]
-        if not args.overwrite:
-            paths = [records.free_path(path) for path in paths]
-    records.check_writable(paths[0].parent)
-    return paths
+        [cell] = plan([settings], Path(given.get("output_dir", "outputs")))
+        path = cell.path if given.get("overwrite") else records.free_path(cell.path)
+    records.check_writable(path.parent)
+    return path
 
 
 if __name__ == "__main__":

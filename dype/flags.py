@@ -5,8 +5,11 @@ import re
 from typing import NoReturn
 
 from dype.config import METHOD_SCALES, PRESETS, SHIFTS
+from dype.generate import PASSES
+from dype.memory import QUANTIZED
 from dype.models import DEFAULT_MODEL, MODELS
 from dype.pipelines import DTYPES, OFFLOADS
+from dype.sweeps import LISTS, MOST, SWEEPS
 
 
 class UserError(Exception):
@@ -22,7 +25,6 @@ def of_model(value) -> str:
 
 
 SCALES = ", ".join(f"{name} {scale:g}" for name, scale in METHOD_SCALES.items() if scale)
-ON_OFF = {"nargs": "?", "const": "on", "choices": ("on", "off")}
 SWITCH = {"action": "store_true"}
 
 # group -> (names, metavar, help, more of argparse's arguments). Numbers are parsed in settings.py.
@@ -35,16 +37,30 @@ FLAGS = {
          "none; qwen-image \" \", demo \"\")", {}),
         ("--magic_suffix", None, "the authors' addition to prompts for qwen-image (default: off)",
          SWITCH),
+        ("--size", "WxH,...", "width x height in px, or one number for both (default: --height and "
+         "--width)", {}),
         ("--height", "PX", of_model(lambda m: m.height), {}),
         ("--width", "PX", of_model(lambda m: m.width), {}),
-        ("--seed", "N", "(default: 42)", {}),
-        ("--steps", "N", of_model(lambda m: m.steps), {}),
-        ("--guidance", "X", "the pipeline's guidance_scale; 0: it takes none "
+        ("--seed", "N,...", "(default: 42)", {}),
+        ("--steps", "N,...", of_model(lambda m: m.steps), {}),
+        ("--guidance", "X,...", "the pipeline's guidance_scale; 0: it takes none "
          + of_model(lambda m: m.guidance), {}),
-        ("--true_cfg", "X", "classifier-free guidance by a second denoiser call per step; 1 is off "
+        ("--true_cfg", "X,...", "classifier-free guidance by two denoiser calls a step; 1 is off "
          + of_model(lambda m: m.true_cfg), {}),
         ("--max_sequence_length", "N", "text tokens "
          + of_model(lambda m: m.max_sequence_length), {}),
+        ("--init_image", "FILE", "enlarge this picture to the size and refine it "
+         "(default: start from noise)", {}),
+        ("--strength", "X", "with --init_image: the share of the steps, above 0 up to 1 "
+         "(default: 0.5)", {}),
+    ],
+    "several passes": [
+        ("--multipass --dype_multipass", "NAME,...", "single; twopass: at half the size, then "
+         "enlarged and refined; threepass: at a quarter, at half, in full (default: single)",
+         {"choices": tuple(PASSES)}),
+        ("--pass2_strength", "X", "the share of the steps that the second pass runs "
+         "(default: 0.5)", {}),
+        ("--pass3_strength", "X", "(default: 0.4)", {}),
     ],
     "model": [
         ("--model", "NAME", f"{', '.join(MODELS)}, or a diffusers folder or hub id of one of "
@@ -54,13 +70,14 @@ FLAGS = {
          {"action": "append"}),
     ],
     "position encoding": [
-        ("--method --dype_method", "NAME", f"{', '.join(METHOD_SCALES)} "
+        ("--method --dype_method", "NAME,...", f"{', '.join(METHOD_SCALES)} "
          + of_model(lambda m: m.dype["method"]), {"choices": METHOD_SCALES}),
-        ("--dype", "on|off", "follow the noise level (default: on)", ON_OFF),
+        ("--dype", "on|off,...", "follow the noise level (default: on)",
+         {"nargs": "?", "const": "on"}),
         ("--no_dype", None, "the static method, as --dype off (default: off)", SWITCH),
-        ("--dype_scale", "X", f"lambda_s, 0 to 8 (default: the method's, {SCALES})", {}),
-        ("--dype_exponent", "X", "lambda_t, 0 to 1000 (default: 2)", {}),
-        ("--dype_start_sigma", "T", "above this noise level the encoding stays as at t = 1 "
+        ("--dype_scale", "X,...", f"lambda_s, 0 to 8 (default: the method's, {SCALES})", {}),
+        ("--dype_exponent", "X,...", "lambda_t, 0 to 1000 (default: 2)", {}),
+        ("--dype_start_sigma", "T,...", "above this noise level the encoding stays as at t = 1 "
          "(default: 1)", {}),
         ("--base_resolution", "PX", "side that the model was trained at "
          + of_model(lambda m: m.base_resolution), {}),
@@ -80,35 +97,68 @@ FLAGS = {
         ("--dtype", "NAME", f"{', '.join(DTYPES)} " + of_model(lambda m: m.dtype),
          {"choices": DTYPES}),
         ("--device", "NAME", "cpu, cuda, cuda:1, mps, ... (default: the accelerator, if any)", {}),
-        ("--text_encoder_device", "NAME", "(default: as --device)", {}),
+        ("--text_encoder_device", "NAME", "encode there once, then drop the encoders "
+         "(default: as --device)", {}),
         ("--vae_device", "NAME", "(default: as --device)", {}),
         ("--offload", "HOW", f"{', '.join(OFFLOADS)} (default: auto, the fastest that fits)",
          {"choices": OFFLOADS}),
-        ("--tiled_vae", "HOW", "auto, on, off (default: auto, on above 2048 x 2048)",
+        ("--quantize", "HOW", "none, int8, fp8 (needs torchao), nf4 (needs bitsandbytes) "
+         "(default: none)", {"choices": QUANTIZED}),
+        ("--tiled_vae", "HOW", "auto, on, off (default: auto, on where it would not fit untiled)",
          {"choices": ("auto", "on", "off")}),
         ("--tile_size", "PX", "(default: the autoencoder's)", {}),
     ],
-    "output": [
-        ("--output_dir", "FOLDER", "(default: outputs)", {}),
-        ("--output", "FILE.png", "(default: seed_S_method_M_res_HxW.png in the output folder, with "
-         "_2, _3, ... where that is taken)", {}),
-        ("--overwrite", None, "(default: off)", SWITCH),
+    "sweeps: every flag with ,... takes a list, as base,yarn or 0-3 or 1:3:0.5": [
+        ("--sweep", "NAME", f"a prepared one: {', '.join(SWEEPS)} (default: none)",
+         {"choices": tuple(SWEEPS)}),
+        ("--quick", None, "with --sweep methods: 1x and 2x alone; params: 3 x 3 (default: off)",
+         SWITCH),
+        ("--multipass_only", None, "of --sweep methods only the two-pass picture (default: off)",
+         SWITCH),
+        ("--cols", "N|NAME", "contact sheets: at most so many columns, or the setting that goes "
+         "across (default: seeds and prompts, else the last setting)", {}),
+        ("--grid_from", "FOLDER", "draw the contact sheets of a finished sweep again "
+         "(default: none)", {}),
+        ("--yes", None, f"more than {MOST} pictures are meant (default: off)", SWITCH),
+    ],
+    "settings from elsewhere": [
+        ("--config", "FILE.toml", "its [default] table (default: none)", {}),
+        ("--profile", "NAME", "with --config: that table too (default: none)", {}),
         ("--from", "FILE.png", "every setting of a picture of this program (default: none)",
          {"dest": "source"}),
-        ("--dry_run", None, "print settings, mu, sigmas and kappas, load no weights "
-         "(default: off)", SWITCH),
+    ],
+    "output": [
+        ("--output_dir", "FOLDER", "(default: outputs; sweeps: outputs/sweep, or its name)", {}),
+        ("--output", "FILE.png", "(default: seed_S_method_M_res_HxW.png in the output folder, with "
+         "_2, _3, ... where that is taken)", {}),
+        ("--overwrite", None, "(default: off; sweeps: off, a picture drawn with other settings is "
+         "an error)", SWITCH),
+        ("--dry_run", None, "print settings, mu, sigmas and kappas, or a sweep's plan; load no "
+         "weights (default: off)", SWITCH),
         ("--cite", None, "print the paper's BibTeX (default: off)", SWITCH),
     ],
 }  # fmt: skip
 
 
+def name_of(names: str) -> str:
+    """`--method --dype_method` -> `method`."""
+    return names.split()[0].removeprefix("--")
+
+
 # flag -> what it accepts, where that is a list and the value a word
 CHOICES = {
-    names.split()[0].removeprefix("--"): more["choices"]
+    name_of(names): more["choices"]
     for group in FLAGS.values()
     for names, _, _, more in group
-    if "choices" in more and more is not ON_OFF
+    if "choices" in more
 }
+
+
+# flags that a profile may set, and those of them that have no value; its [NAME.dype] table's
+NAMES = {name_of(names): more for group in FLAGS.values() for names, _, _, more in group}
+PROFILED = NAMES.keys() - {"config", "profile", "from", "grid_from", "dry_run", "cite", "yes"}
+SWITCHES = {name for name, more in NAMES.items() if more is SWITCH}
+ENCODING = {name_of(names) for names, *_ in FLAGS["position encoding"]} | {"dype"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,8 +172,8 @@ def parser() -> Parser:
         usage='run_dype.py [--prompt "..."] [--model NAME] [--height PX] [--width PX] [flags]',
         description="Draw a picture beyond the size that a diffusion transformer was trained at, "
         "with DyPE (arXiv 2510.20766).",
-        epilog="An explicit flag wins over --preset, that over --from, that over the model's own "
-        "default. Hyphens may stand for a flag's underscores.",
+        epilog="An explicit flag wins over --sweep, that over --preset, that over --config or "
+        "--from, that over the model's own default. Hyphens may stand for a flag's underscores.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=98),
         allow_abbrev=False,
     )
@@ -131,6 +181,8 @@ def parser() -> Parser:
         group = made.add_argument_group(title)
         for names, metavar, text, more in flags:
             shown = {} if metavar is None else {"metavar": metavar}
+            if name_of(names) in LISTS:  # each value is checked by itself
+                more = {key: value for key, value in more.items() if key != "choices"}
             group.add_argument(*names.split(), help=text, **shown, **more)
     return made
 

@@ -3,13 +3,15 @@
 import copy
 import inspect
 import math
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 from PIL import Image
 
-from dype.models import FLUX, TOKEN, Family
+from dype.config import number
+from dype.latents import encode_picture, noised
+from dype.models import FLUX, TOKEN, Family, family_of, family_of_pipeline
+from dype.placement import execution_device, set_aside, text_device
 
 
 def noise_schedule(
@@ -27,14 +29,61 @@ def noise_schedule(
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         numbers = [config[name] for name in names]
         mu = family.mu(tokens, steps) if family.mu else calculate_shift(tokens, *numbers)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    scheduler.set_timesteps(sigmas=unshifted(steps), mu=mu)
     return mu, scheduler.sigmas.tolist()
+
+
+# What `encode_prompt` of each pipeline returns, as its call takes it; None: not needed there.
+EMBEDDINGS = {
+    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds"),
+    "Flux2Pipeline": ("prompt_embeds",),
+    "Flux2KleinPipeline": ("prompt_embeds",),
+    "ChromaPipeline": ("prompt_embeds", None, "prompt_attention_mask"),
+    "Krea2Pipeline": ("prompt_embeds", "prompt_embeds_mask"),
+    "QwenImagePipeline": ("prompt_embeds", "prompt_embeds_mask"),
+    "ZImagePipeline": ("prompt_embeds",),
+}
+
+
+@torch.no_grad()
+def encode(pipe, text: str, max_sequence_length: int = 512) -> dict:
+    """A prompt as the pipeline's own text encoders see it, on the CPU: what `draw` takes for it.
+
+    Once it is made the encoders can go. Raises TypeError for a pipeline that is not of
+    `models.PIPELINES`.
+    """
+    kind = type(pipe).__name__
+    if kind not in EMBEDDINGS:
+        raise TypeError(f"{kind} is not supported, expected one of {', '.join(EMBEDDINGS)}")
+    call = {
+        "prompt": text,
+        "prompt_2": None,
+        "device": text_device(pipe),
+        "do_classifier_free_guidance": False,
+        "max_sequence_length": max_sequence_length,
+    }
+    known = inspect.signature(pipe.encode_prompt).parameters
+    found = pipe.encode_prompt(**{name: call[name] for name in known if name in call})
+    named = zip(EMBEDDINGS[kind], found, strict=False)
+    embeddings = {name: moved(part, "cpu") for name, part in named if name}
+    for name, part in embeddings.items():
+        if part is None:  # Qwen-Image's, where all tokens count; its call wants to see that
+            shape = embeddings["prompt_embeds"].shape[:2]
+            embeddings[name] = torch.ones(shape, dtype=torch.long)
+    return embeddings
+
+
+def moved(part, device):
+    """A tensor, or a list of them (Z-Image's embeddings), on another device; the rest as it is."""
+    if isinstance(part, list):
+        return [one.to(device) for one in part]
+    return part.to(device) if isinstance(part, torch.Tensor) else part
 
 
 @torch.no_grad()
 def draw(
     pipe,
-    prompt: str,
+    prompt: str | dict,
     *,
     height: int,
     width: int,
@@ -42,12 +91,24 @@ def draw(
     guidance: float,
     seed: int,
     max_sequence_length: int = 512,
-    negative_prompt: str | None = None,
+    negative_prompt: str | dict | None = None,
     true_cfg: float = 1.0,
+    image: Image.Image | None = None,
+    strength: float = 1.0,
 ) -> Image.Image:
-    """One picture of `height` x `width` px. The noise is drawn on the CPU: a seed means the same
-    start on every device."""
-    common = {
+    """One picture of `height` x `width` px, by a text-to-image pipeline of `models.PIPELINES`.
+
+    prompt, negative_prompt: text, or what `encode` made of it. image: start from this picture,
+    enlarged to the size and noised, instead of from noise; strength in (0, 1] is the share of the
+    steps that are then run, the last ones of the schedule for this size, as in diffusers'
+    image-to-image pipelines. The noise is drawn on the CPU: a seed means the same start on every
+    device, and at strength 1 the same as without a picture.
+    """
+    known = inspect.signature(pipe.__call__).parameters
+    if negative_prompt is None:
+        negative_prompt = implied(pipe, guidance)
+    device = execution_device(pipe)
+    call = {
         "height": height,
         "width": width,
         "num_inference_steps": steps,
@@ -56,40 +117,117 @@ def draw(
         "max_sequence_length": max_sequence_length,
         "generator": torch.Generator("cpu").manual_seed(seed),
     }
-    if not getattr(pipe, "dype_apart", False):  # set by `pipelines.place`
-        common |= {"prompt": prompt, "negative_prompt": negative_prompt}
-        known = inspect.signature(pipe.__call__).parameters
-        common = {name: value for name, value in common.items() if name in known}
-        if guidance == 0 and known["guidance_scale"].default is None:
-            del common["guidance_scale"]  # Qwen-Image warns of any number
-        return pipe(**common).images[0]
+    for prefix, text in {"": prompt, "negative_": negative_prompt}.items():
+        if isinstance(text, str) and f"{prefix}prompt_embeds" in known:
+            text = encode(pipe, text, max_sequence_length)
+        text = {"prompt": text} if isinstance(text, str) else text or {}
+        call |= {f"{prefix}{name}": moved(part, device) for name, part in text.items()}
+    call = {name: value for name, value in call.items() if name in known}
+    if guidance == 0 and known["guidance_scale"].default is None:
+        del call["guidance_scale"]  # Qwen-Image warns of any number
+    if image is not None:
+        call |= started(pipe, image, strength, device, call)
+    apart = getattr(pipe, "dype_apart", {})
+    with set_aside(pipe, *apart):
+        found = pipe(**call, output_type="latent" if "vae" in apart else "pil").images
+    return decode(pipe, found, height, width) if "vae" in apart else found[0]
 
-    home, vae_device = pipe.transformer.device, pipe.vae.device
-    text_device = pipe.text_encoder_2.device
-    embeds = {}
-    for prefix, text in (("", prompt), ("negative_", negative_prompt)):
-        if text is not None:
-            sequence, pooled, _ = pipe.encode_prompt(
-                text, None, device=text_device, max_sequence_length=max_sequence_length
-            )
-            embeds[f"{prefix}prompt_embeds"] = sequence.to(home)
-            embeds[f"{prefix}pooled_prompt_embeds"] = pooled.to(home)
-    with set_aside(pipe, "text_encoder", "text_encoder_2", "vae"):
-        packed = pipe(**embeds, **common, output_type="latent").images
-    latents = pipe._unpack_latents(packed, height, width, pipe.vae_scale_factor).to(vae_device)
-    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+
+def implied(pipe, guidance: float) -> str | None:
+    """The negative prompt that a pipeline with guidance of its own takes where none is given."""
+    known = inspect.signature(pipe.__call__).parameters
+    own = "negative_prompt_embeds" in known and "true_cfg_scale" not in known
+    return "" if own and guidance > 0 else None
+
+
+def started(pipe, image: Image.Image, strength: float, device, call: dict) -> dict:
+    """The `latents` and `sigmas` with which a text-to-image pipeline refines a picture."""
+    number("strength", strength, 0, 1, above=True)
+    height, width, steps = (call[name] for name in ("height", "width", "num_inference_steps"))
+    family = family_of_pipeline(pipe, family_of(pipe.transformer))
+    _, sigmas = noise_schedule(pipe.scheduler, height, width, steps, family)
+    first = skipped(steps, strength)
+    image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    vae_device = torch.device(getattr(pipe, "dype_apart", {}).get("vae", device))
+    latents = encode_picture(pipe, image, vae_device).to(device)
+    embeds = call["prompt_embeds"]
+    dtype = embeds[0].dtype if isinstance(embeds, list) else embeds.dtype
+    seed = call["generator"].initial_seed()
+    return {
+        "latents": noised(pipe, latents, sigmas[first], seed, dtype),
+        "sigmas": unshifted(steps)[first:],
+    }
+
+
+def skipped(steps: int, strength: float) -> int:
+    """How many of the first steps are left out, as in diffusers' image-to-image pipelines."""
+    return min(int(steps - steps * strength), steps - 1)
+
+
+def unshifted(steps: int) -> list[float]:
+    """The sigmas that every pipeline hands to its scheduler, which shifts them."""
+    return np.linspace(1.0, 1 / steps, steps).tolist()
+
+
+def decode(pipe, packed: torch.Tensor, height: int, width: int) -> Image.Image:
+    """FLUX.1's packed latents to a picture, where the autoencoder has a device of its own."""
+    latents = pipe._unpack_latents(packed, height, width, pipe.vae_scale_factor)
+    latents = latents.to(pipe.vae.device) / pipe.vae.config.scaling_factor
+    latents = latents + pipe.vae.config.shift_factor
     decoded = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
     return pipe.image_processor.postprocess(decoded)[0]
 
 
-@contextmanager
-def set_aside(pipe, *names: str):
-    """Parts on other devices, out of the pipeline's sight: it takes its device from its parts."""
-    parts = {name: getattr(pipe, name) for name in names}
-    try:
-        for name in names:
-            setattr(pipe, name, None)
-        yield
-    finally:
-        for name, part in parts.items():
-            setattr(pipe, name, part)
+# --multipass -> the scale of each pass
+PASSES = {"single": (1.0,), "twopass": (0.5, 1.0), "threepass": (0.25, 0.5, 1.0)}
+
+
+def passes_of(name: str, steps: int, *strengths: float) -> list[dict]:
+    """The passes of a name of `PASSES`; strengths: of the second, the third."""
+    found = [{"scale": scale, "steps": steps} for scale in PASSES[name]]
+    for later, strength in zip(found[1:], strengths, strict=False):
+        later["strength"] = strength
+    return found
+
+
+def multipass(pipe, prompt, height: int, width: int, passes: list[dict], **settings):
+    """A picture of `height` x `width` px in several passes, each refining the one before.
+
+    passes: dicts with `scale` (of both sides; growing, at last 1), `steps`, and from the second on
+    `strength` in (0, 1]. The picture of each pass is enlarged and noised to the level that the
+    next one's schedule has there, which depends on the size where the shift does. settings: the
+    others of `draw`. Hand-over is in pixels: no family's autoencoder commutes with enlarging
+    (docs/log.md). Raises ValueError for passes that make no sense.
+    """
+    image = None
+    for one in sized(passes, height, width):
+        image = draw(pipe, prompt, image=image, **settings | one)
+    return image
+
+
+def sized(passes: list[dict], height: int, width: int) -> list[dict]:
+    """The passes with their sizes in px instead of scales. Raises ValueError."""
+    found, before = [], 0.0
+    if not passes:
+        raise ValueError("passes is empty, expected at least one")
+    for one in passes:
+        if unknown := one.keys() - {"scale", "steps", "strength"}:
+            raise ValueError(f"a pass has {min(unknown)!r}, expected scale, steps and strength")
+        if not {"scale", "steps"} <= one.keys() or ("strength" in one) != bool(found):
+            raise ValueError(
+                f"a pass is {one}, expected scale and steps, and strength from the second on"
+            )
+        number("scale", one["scale"], before, 1, above=True)
+        number("steps", one["steps"], 1, 1000, whole=True)
+        number("strength", one.get("strength", 1.0), 0, 1, above=True)
+        before = one["scale"]
+        sides = {"height": resized(height, before), "width": resized(width, before)}
+        found.append(sides | {name: one[name] for name in ("steps", "strength") if name in one})
+    if before != 1:
+        raise ValueError(f"the last pass has scale {before}, expected 1")
+    return found
+
+
+def resized(side: int, scale: float) -> int:
+    """A side in px at a fraction of its length, to the nearest token."""
+    return max(TOKEN, math.floor(side * scale / TOKEN + 0.5) * TOKEN)

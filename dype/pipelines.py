@@ -1,5 +1,6 @@
 """Model name or folder -> a ready diffusers pipeline."""
 
+import importlib.util
 import inspect
 import logging
 from pathlib import Path
@@ -8,9 +9,11 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError as HTTPError
 from safetensors import SafetensorError, safe_open
 
+from dype import memory
 from dype.config import one_of
 from dype.models import PIPELINES, resolve_model
 from dype.patch import set_shift, shift_settings
+from dype.placement import place
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 # what libraries raise over a broken checkpoint or connection
@@ -24,10 +27,8 @@ LOADING = (
     SafetensorError,
     HTTPError,
 )
-OFFLOADS = ("auto", "none", "model", "group", "sequential")
-TILED_FROM = 2048 * 2048  # px: above it an untiled decoder does not fit common cards
-QWEN_TILE = 1024  # px
-ACTIVATIONS = 1024  # bytes per pixel of the picture, an estimate: 16 GiB at 4096 x 4096
+OFFLOADS = ("auto", *memory.OFFLOADS)
+BACKENDS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}  # packages that quantize
 
 
 class UnavailableError(Exception):
@@ -49,6 +50,7 @@ def load_pipeline(
     text_encoder_device: str | None = None,
     vae_device: str | None = None,
     offload: str = "auto",
+    quantize: str = "none",
     loras: list[tuple[str, float]] = (),
     pixels: int = 4096 * 4096,
 ):
@@ -56,13 +58,17 @@ def load_pipeline(
 
     name: of `models.MODELS`, a diffusers folder or a hub id. dtype: one of `DTYPES`; None: the
     model's own. offload: one of `OFFLOADS`; "auto" takes the fastest that fits the device's memory.
-    loras: (path or hub id, scale) pairs. pixels: of the largest picture to be drawn, for "auto".
+    quantize: the transformer, and its text encoder unless that has a device of its own, to one of
+    `memory.QUANTIZED`. loras: (path or hub id, scale) pairs. pixels: of the largest picture to be
+    drawn, for "auto".
     Raises `UnavailableError` with the reason and what to try, ValueError for an unknown word.
     """
     one_of("offload", offload, OFFLOADS)
     model = resolve_model(name, revision)
     dtype = dtype or model.dtype
     one_of("dtype", dtype, DTYPES)
+    one_of("quantize", quantize, memory.QUANTIZED)
+    check_backend(quantize)
     if device is None:
         device = default_device()
         refuse_hopeless(name, model, device)
@@ -81,17 +87,59 @@ def load_pipeline(
                 f"{model.repo} is a {index.get('_class_name')}, expected {', '.join(PIPELINES)}; "
                 "others may work from Python, with apply_dype"
             )
-        pipe = DiffusionPipeline.from_pretrained(model.repo, dtype=DTYPES[dtype], **place_of)
+        encoders = [part for part in ("text_encoder", "text_encoder_2") if part in index]
+        less = quantization(quantize, dtype, [] if text_encoder_device else encoders[-1:])
+        pipe = DiffusionPipeline.from_pretrained(
+            model.repo, dtype=DTYPES[dtype], **place_of, **less
+        )
         check_loaded(pipe)
     except torch.OutOfMemoryError:
         raise
     except LOADING as error:
         raise UnavailableError(explain(name, model.repo, error)) from error
     load_loras(pipe, loras)
-    apart = {"vae": vae_device}
-    apart |= dict.fromkeys(("text_encoder", "text_encoder_2"), text_encoder_device)
+    apart = dict.fromkeys(encoders, text_encoder_device) | {"vae": vae_device}
     place(pipe, device, offload, {name: d for name, d in apart.items() if d}, pixels)
     return pipe
+
+
+def check_backend(quantize: str) -> None:
+    """Raise `UnavailableError` if the package that quantizes so is not installed."""
+    package = BACKENDS.get(quantize)
+    if package and importlib.util.find_spec(package) is None:
+        raise UnavailableError(
+            f"--quantize {quantize} needs the {package} package; pip install {package}"
+        )
+
+
+def quantization(quantize: str, dtype: str, encoders: list[str]) -> dict:
+    """What `from_pretrained` is to be told: diffusers' configuration per part, linear layers only.
+
+    int8 and fp8: weights alone, by torchao; nf4: 4 bits with double quantization, by bitsandbytes.
+    """
+    if quantize == "none":
+        return {}
+    import diffusers
+    import transformers
+
+    if quantize == "nf4":
+        name, settings = (
+            "BitsAndBytesConfig",
+            {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": DTYPES[dtype],
+            },
+        )
+    else:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+        kind = Int8WeightOnlyConfig if quantize == "int8" else Float8WeightOnlyConfig
+        name, settings = "TorchAoConfig", {"quant_type": kind()}
+    mapping = {"transformer": getattr(diffusers, name)(**settings)}
+    mapping |= {part: getattr(transformers, name)(**settings) for part in encoders}
+    return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
 
 
 def check_loaded(pipe) -> None:
@@ -201,56 +249,6 @@ def load_loras(pipe, loras: list[tuple[str, float]]) -> None:
             raise UnavailableError(f"cannot load the LoRA {path}: {reason}") from error
     if names:
         pipe.set_adapters(names, [scale for _, scale in loras])
-
-
-def place(pipe, device: str, offload: str, apart: dict[str, str], pixels: int) -> None:
-    """Put the pipeline on its device, whole or in turns; `apart` names parts with a place of
-    their own, which leaves no other offloading."""
-    pipe.dype_apart = bool(apart)
-    if offload == "auto":
-        offload = "none" if apart else choose_offload(pipe, device, pixels)
-    if offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif offload == "group":
-        stream = torch.device(device).type == "cuda"
-        pipe.enable_group_offload(
-            torch.device(device), offload_type="leaf_level", use_stream=stream
-        )
-    elif offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
-    else:
-        for name, part in pipe.components.items():
-            if isinstance(part, torch.nn.Module):
-                part.to(apart.get(name, device))
-
-
-def choose_offload(pipe, device: str, pixels: int) -> str:
-    """The fastest way that fits: everything resident, one model at a time, or layer by layer."""
-    if torch.device(device).type != "cuda":
-        return "none"
-    free, _ = torch.cuda.mem_get_info(torch.device(device))
-    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    sizes = [sum(p.numel() * p.element_size() for p in part.parameters()) for part in parts]
-    room = free - ACTIVATIONS * pixels
-    return "none" if sum(sizes) < room else "model" if max(sizes) < room else "group"
-
-
-def set_tiling(vae, mode: str, tile_size: int | None, pixels: int) -> bool:
-    """Decode in tiles: always, never, or ("auto") above `TILED_FROM` pixels; returns whether.
-
-    tile_size: px of a tile's side; None: the autoencoder's own.
-    """
-    tiled = pixels > TILED_FROM if mode == "auto" else mode == "on"
-    if tiled and hasattr(vae, "tile_sample_min_height"):  # Qwen-Image's: 484 tiles by its own 256
-        side = tile_size or QWEN_TILE
-        vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
-    elif tiled:
-        vae.enable_tiling()
-        if tile_size:
-            vae.tile_sample_min_size, vae.tile_latent_min_size = tile_size, tile_size // 8
-    else:
-        vae.disable_tiling()
-    return tiled
 
 
 def local_scheduler(model, config):

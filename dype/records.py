@@ -5,13 +5,15 @@ import json
 import os
 import platform
 import re
-import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
+
+from dype import memory
+from dype.placement import execution_device
 
 KEY = "dype"  # the PNG's text chunk
 
@@ -21,9 +23,14 @@ def method_name(method: str, dype: bool) -> str:
     return f"dy_{method}" if dype and method != "base" else method
 
 
-def file_name(seed: int, method: str, dype: bool, height: int, width: int, prompt: int = 0) -> str:
-    """The authors' scheme, height first; `prompt` counts from 0 and shows from the second on."""
-    more = f"_prompt_{prompt + 1}" if prompt else ""
+def file_name(
+    seed: int, method: str, dype: bool, height: int, width: int, prompt: int = 0, more: str = ""
+) -> str:
+    """The authors' scheme, height first; `prompt` counts from 0 and shows from the second on.
+
+    more: the parts of swept settings, each after an underscore.
+    """
+    more += f"_prompt_{prompt + 1}" if prompt else ""
     return f"seed_{seed}_method_{method_name(method, dype)}_res_{height}x{width}{more}.png"
 
 
@@ -48,13 +55,13 @@ def free_path(path: Path) -> Path:
 
 def machine(pipe, seconds: float) -> dict:
     """What drew the picture, how long it took and how much memory that needed, in bytes."""
-    # parts may be elsewhere between their turns; with places of their own, the transformer draws
-    device = pipe.transformer.device if pipe.dype_apart else pipe._execution_device
+    device = execution_device(pipe)
     packages = ("torch", "diffusers", "transformers", "accelerate")
     on_cuda = device.type == "cuda"
     return {
         "seconds": round(seconds, 3),
-        "peak_memory": torch.cuda.max_memory_allocated(device) if on_cuda else peak_memory(),
+        "peak_memory": memory.peak(device),
+        "offload": pipe.dype_offload,
         "commit": commit(pipe.transformer.config.get("_name_or_path") or ""),
         "device": torch.cuda.get_device_name(device) if on_cuda else str(device),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
@@ -65,16 +72,6 @@ def commit(path: str) -> str | None:
     """The commit of a model in the hub's cache, from its folder there."""
     found = re.search(r"snapshots/([0-9a-f]{40})", path)
     return found and found[1]
-
-
-def peak_memory() -> int | None:
-    """The largest resident size of this process so far, bytes; None where not counted."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def save(image: Image.Image, path: Path, record: dict, overwrite: bool = False) -> Path:
@@ -88,8 +85,13 @@ def save(image: Image.Image, path: Path, record: dict, overwrite: bool = False) 
     info.add_itxt(KEY, text)
     picture = io.BytesIO()
     image.save(picture, "png", pnginfo=info)
-    contents = {path: picture.getvalue(), path.with_suffix(".json"): text.encode() + b"\n"}
-    parts = {to: path.parent / f".{os.getpid()}{to.suffix}.part" for to in contents}
+    write({path: picture.getvalue(), path.with_suffix(".json"): text.encode() + b"\n"})
+    return path
+
+
+def write(contents: dict[Path, bytes]) -> None:
+    """Write files of one folder, each whole or not at all. Raises OSError, leaving no new one."""
+    parts = {to: to.parent / f".{to.name}.{os.getpid()}.part" for to in contents}
     fresh = [target for target in contents if not target.exists()]
     try:
         for target, part in parts.items():
@@ -103,12 +105,11 @@ def save(image: Image.Image, path: Path, record: dict, overwrite: bool = False) 
         for target in fresh:
             target.unlink(missing_ok=True)
         raise OSError(
-            f"cannot write {path}: {error.strerror}; free some space, or try another --output_dir"
+            f"cannot write {target}: {error.strerror}; free some space, or try another --output_dir"
         ) from error
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
-    return path
 
 
 def load(path: str | Path) -> dict:
@@ -124,3 +125,12 @@ def load(path: str | Path) -> dict:
         return json.loads(text)
     except ValueError as error:
         raise ValueError("its settings are not JSON") from error
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Any picture that Pillow reads, upright, in RGB. Raises OSError."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(str(error)) from error

@@ -1,16 +1,27 @@
 """How flags, presets, records and models' defaults become the settings of a run."""
 
-import argparse
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-
-from dype import records
-from dype.config import DyPEConfig, number, one_of, preset
-from dype.flags import CHOICES, UserError
+from dype import records, sweeps
+from dype.checks import (
+    CONFIG_NUMBERS,
+    NUMBERS,
+    check_flags,
+    check_guidance,
+    check_init_image,
+    check_passes,
+    check_prompt,
+    known_model,
+    lora,
+    read_prompts,
+)
+from dype.config import DyPEConfig, one_of, preset
+from dype.flags import UserError
 from dype.models import DEFAULT_MODEL, MODELS, Model, resolve_model
 from dype.patch import check_shift
+from dype.profiles import load_profile
 
 CONFIG_FLAGS = tuple(field.name for field in fields(DyPEConfig))
 MODEL_FLAGS = (
@@ -35,7 +46,7 @@ CITATION = """\
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that one run needs, resolved; what is under `flags` goes into the record."""
+    """Everything that one cell needs, resolved; what is under `flags` goes into the record."""
 
     model: Model
     config: DyPEConfig
@@ -44,26 +55,9 @@ class Settings:
     loras: list[tuple[str, float]]
 
 
-# flag -> (type, smallest, largest, multiple of)
-NUMBERS = {
-    "height": (int, 64, 16384, 16),
-    "width": (int, 64, 16384, 16),
-    "steps": (int, 1, 1000, None),
-    "seed": (int, 0, 2**63 - 1, None),
-    "guidance": (float, 0, 100, None),
-    "true_cfg": (float, 1, 100, None),
-    "max_sequence_length": (int, 1, 1024, None),
-    "tile_size": (int, 128, 4096, 64),
-}
-# of DyPEConfig, which knows their ranges
-CONFIG_NUMBERS = {"base_resolution": int} | dict.fromkeys(
-    ("dype_scale", "dype_exponent", "dype_start_sigma", "base_shift", "max_shift"), float
-)
-
-
-def given_flags(args: argparse.Namespace) -> dict:
-    """The flags that were given, as values. Raises UserError."""
-    given = {name: value for name, value in vars(args).items() if value not in (None, False)}
+def typed(raw: dict) -> dict:
+    """Flags as they were given, one value each, as values. Raises ValueError."""
+    given = dict(raw)
     kinds = {name: kind for name, (kind, *_) in NUMBERS.items()} | CONFIG_NUMBERS
     for name, kind in kinds.items():
         if name in given:
@@ -71,77 +65,135 @@ def given_flags(args: argparse.Namespace) -> dict:
                 given[name] = kind(given[name])
             except ValueError:
                 wanted = "a whole number" if kind is int else "a number"
-                raise UserError(f"--{name} is {given[name]!r}, expected {wanted}") from None
-    apart = given.keys() & {"text_encoder_device", "vae_device"}
-    if apart and given.get("offload", "none") not in ("auto", "none"):
-        raise UserError(
-            f"--offload is {given['offload']!r}, but --{min(apart)} puts parts in places of their "
-            "own, expected --offload none"
-        )
+                raise ValueError(f"--{name} is {given[name]!r}, expected {wanted}") from None
+    if "size" in given:
+        given["height"], given["width"] = sides(given.pop("size"))
     if given.pop("no_dype", False):
-        if given.get("dype") == "on":
-            raise UserError("--no_dype and --dype on contradict each other, expected one of them")
+        if given.get("dype", "off") == "on":
+            raise ValueError("--no_dype and --dype on contradict each other, expected one of them")
         given["dype"] = "off"
     if "dype" in given:
+        one_of("--dype", given["dype"], ("on", "off"))
         given["dype"] = given["dype"] == "on"
     if given.pop("isotropic", False):
         given["anisotropic"] = False
+    if "init_image" in given:
+        given["init_image"] = str(Path(given["init_image"]).absolute())
     return given
 
 
-def check_flags(flags: dict, model: Model) -> None:
-    """Raise ValueError for a number out of its range, a word out of its list, no device at all."""
-    for name, (kind, low, high, multiple) in NUMBERS.items():
-        limits = {"whole": kind is int, "multiple": multiple, "optional": name == "tile_size"}
-        number(f"--{name}", flags[name], low, high, **limits)
-    number("--max_sequence_length", flags["max_sequence_length"], 1, model.longest_text)
-    for name, accepted in CHOICES.items():
-        if name in flags:
-            one_of(f"--{name}", flags[name], accepted)
-    for name in ("device", "text_encoder_device", "vae_device"):
-        try:
-            torch.device(flags[name] or "cpu")
-        except (RuntimeError, TypeError):
-            raise ValueError(
-                f"--{name} is {flags[name]!r}, expected cpu, cuda, cuda:1, mps, ..."
-            ) from None
+def sides(size: str) -> tuple[int, int]:
+    """`2048x3072`, width first, -> (3072, 2048): height, width. Raises ValueError."""
+    found = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", size)
+    if not found:
+        raise ValueError(f"--size is {size!r}, expected WIDTHxHEIGHT or one number, in px")
+    return int(found[2] or found[1]), int(found[1])
 
 
-def resolve(args: argparse.Namespace) -> Settings:
-    """Put flags, preset, `--from` and defaults together. Raises UserError, OSError."""
+def over(lower: dict, upper: dict) -> dict:
+    """Two levels of flags: the upper wins, whichever way it says it."""
+    instead = [{"size"}, {"height", "width"}], [{"dype"}, {"no_dype"}]
+    hidden = set()
+    for one, other in instead:
+        hidden |= (one if upper.keys() & other else set()) | (
+            other if upper.keys() & one else set()
+        )
+    return {name: value for name, value in lower.items() if name not in hidden} | upper
+
+
+def resolve(given: dict) -> tuple[dict, list[Settings]]:
+    """The flags that were given, by a profile too, and every setting that they ask for.
+
+    given: words, as `vars` of what `flags.parse` returns. Puts flags, `--sweep`, `--preset`,
+    `--config`, `--from` and defaults together. Raises UserError, OSError.
+    """
+    given = {name: value for name, value in given.items() if value not in (None, False)}
     try:
-        given = given_flags(args)
-        source = load_source(given["source"]) if "source" in given else {}
-        return merge(given, source)
+        if "profile" in given and "config" not in given:
+            raise ValueError("--profile is of a --config FILE.toml, expected that too")
+        profile = load_profile(given["config"], given.get("profile")) if "config" in given else {}
+        return over(profile, given), settle(given, profile)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def merge(given: dict, source: dict) -> Settings:
-    """An explicit flag wins over the preset, that over `source`, that over the model's default."""
+def settle(given: dict, profile: dict) -> list[Settings]:
+    """The settings of each cell. Raises ValueError, UserError."""
+    if {"size"} & given.keys() and {"height", "width"} & given.keys():
+        raise ValueError("--size and --height or --width contradict each other, expected one way")
+    if "source" in given and "config" in given:
+        raise ValueError("--from has every setting already, expected no --config with it")
+    source = load_source(given["source"]) if "source" in given else {}
+    name, model, source = chosen_model(profile | given, source)
+    prompts = read_prompts(profile | given) or source.get("prompts") or [model.prompt]
+    lines = swept(profile | given, model)
+    count = len(prompts) * sum(sweeps.cells(over(profile, over(line, given)))[0] for line in lines)
+    if count > sweeps.MOST and not given.get("yes"):
+        raise ValueError(f"these are {count} pictures, expected at most {sweeps.MOST}, or --yes")
+    found, notes = [], set()
+    for line in lines:
+        upper = over(line, given)
+        for cell in sweeps.each(over(profile, upper)):
+            below = typed({k: v for k, v in cell.items() if k not in upper})
+            above = typed({k: v for k, v in cell.items() if k in upper})
+            found.append(merge(above, source | below, name, model, prompts, notes))
+    for note in sorted(notes):
+        print(note)
+    check_passes(profile | given, {settings.flags["multipass"] for settings in found})
+    return found
+
+
+def swept(given: dict, model: Model) -> list[dict]:
+    """The lines of `--sweep`, printed as the flags that they stand for. Raises ValueError."""
+    quick, only = given.get("quick", False), given.get("multipass_only", False)
+    if "sweep" not in given:
+        if quick or only:
+            raise ValueError(f"--{'quick' if quick else 'multipass_only'} is of a --sweep NAME")
+        return [{}]
+    base = typed({k: v for k, v in given.items() if k == "base_resolution"})
+    base = base.get("base_resolution", model.base_resolution)
+    lines = sweeps.named(given["sweep"], base, quick, only)
+    print(f"--sweep {given['sweep']} stands for")
+    for line in lines:
+        print(f"  {sweeps.spelled(line)}")
+    left_out = sweeps.SWEEPS[given["sweep"]][2]
+    if left_out:
+        print(f"left out, since no method here expresses it: {left_out}")
+    return lines
+
+
+def chosen_model(given: dict, source: dict) -> tuple[str, Model, dict]:
+    """The name of the model, what is known of it, and what of `source` holds for it."""
     name = given.get("model", source.get("model", DEFAULT_MODEL))
     known_model(name)
     if name not in MODELS and Path(name).is_dir():
         name = str(Path(name).absolute())  # so that the record holds from anywhere
     revision = given.get("revision", source.get("revision") if "model" not in given else None)
-    model = resolve_model(name, revision)
     if source and source["model"] != name:  # what belongs to the other model stays behind
         bound = (*MODEL_FLAGS, "revision", "base_resolution")
         source = {k: v for k, v in source.items() if k not in bound}
+    return name, resolve_model(name, revision), source
+
+
+def merge(given: dict, source: dict, name: str, model: Model, prompts: list, notes: set):
+    """The settings of one cell: `given` wins over the preset, that over `source`, that over the
+    model's default. Adds what the preset chose to `notes`. Raises ValueError, UserError."""
     flags = {"model": name, "revision": None, "lora": [], "seed": 42}
     flags |= {"tiled_vae": "auto", "tile_size": None, "device": None, "offload": "auto"}
-    flags |= {"text_encoder_device": None, "vae_device": None}
+    flags |= {"text_encoder_device": None, "vae_device": None, "quantize": "none"}
+    flags |= {"multipass": "single", "pass2_strength": 0.5, "pass3_strength": 0.4}
+    flags |= {"init_image": None, "strength": 0.5}
     flags |= {name: getattr(model, name) for name in MODEL_FLAGS}
-    flags |= {k: v for k, v in (source | given).items() if k in flags}
+    flags |= {k: v for k, v in (source | given).items() if k in flags} | {"model": name}
     check_flags(flags, model)
 
-    config = merge_config(given, source, flags, model)
+    config = merge_config(given, source, flags, model, notes)
     check_shift(model.schedule, config, model.family)
 
     if flags["steps"] == 1 and model.schedule.get("shift_terminal"):
         raise UserError(f"--steps is 1, expected at least 2 with {name}, whose last sigma is fixed")
     check_guidance(name, model, flags, given)
-    prompts = read_prompts(given) or source.get("prompts") or [model.prompt]
+    check_init_image(flags)
     if given.get("magic_suffix"):
         if not model.suffix:
             raise UserError(f"--magic_suffix is for qwen-image, expected none with {name}")
@@ -151,96 +203,20 @@ def merge(given: dict, source: dict) -> Settings:
     return Settings(model, config, flags, prompts, loras)
 
 
-def check_guidance(name: str, model: Model, flags: dict, given: dict) -> None:
-    """Settle the negative prompt. Raises UserError for guidance that would be ignored."""
-    scale = flags[model.cfg] if model.cfg else model.cfg_off
-    if model.cfg != "true_cfg" and flags["true_cfg"] != 1:
-        raise UserError(
-            f"--true_cfg is {flags['true_cfg']:g}, but the guidance of {name} is --guidance, "
-            "expected that instead"
-        )
-    if model.guidance == 0 and flags["guidance"]:
-        raise UserError(f"--guidance is {flags['guidance']:g}, but {name} takes none, expected 0")
-    if scale <= model.cfg_off and "negative_prompt" not in given:
-        flags["negative_prompt"] = None  # the model's own belongs to its own scale
-    if flags["negative_prompt"] is not None and not model.cfg:
-        raise UserError(f"--negative_prompt is ignored by {name}, expected none")
-    if flags["negative_prompt"] is not None and scale <= model.cfg_off:
-        raise UserError(
-            f"--negative_prompt is ignored at --{model.cfg} {scale:g}, expected a larger scale"
-        )
-    if model.cfg == "true_cfg" and flags["negative_prompt"] is None and scale > 1:
-        raise UserError(
-            f"--true_cfg {scale:g} does nothing without --negative_prompt, expected "
-            'one, or --negative_prompt ""'
-        )
-    apart = [flag for flag in ("text_encoder_device", "vae_device") if flags[flag]]
-    if apart and model.pipeline != "FluxPipeline":
-        raise UserError(f"--{apart[0]} is for FLUX.1 pipelines, expected none with {name}")
-
-
-def merge_config(given: dict, source: dict, flags: dict, model: Model) -> DyPEConfig:
-    """The position encoding's part of `merge`. A preset is printed with what it chose."""
+def merge_config(given: dict, source: dict, flags: dict, model: Model, notes: set) -> DyPEConfig:
+    """The position encoding's part of `merge`."""
     config = DyPEConfig(base_resolution=model.base_resolution).to_dict()
     saved, asked = ({k: v for k, v in d.items() if k in CONFIG_FLAGS} for d in (source, given))
     chosen = {}
-    if "preset" in given:
+    name = given.get("preset", source.get("preset"))
+    if name is not None:
         trained = DyPEConfig.from_dict(config | saved | asked).base_resolution
-        chosen = preset(given["preset"], flags["height"], flags["width"], trained)
-        print(f"preset {given['preset']}: " + ", ".join(f"{k} {v}" for k, v in chosen.items()))
+        chosen = preset(name, flags["height"], flags["width"], trained)
+        notes.add(f"preset {name}: " + ", ".join(f"{k} {v}" for k, v in chosen.items()))
     asked = saved | chosen | asked
     if asked.get("method", model.dype["method"]) == model.dype["method"]:
         config |= model.dype  # another method brings its own scale and exponent
     return DyPEConfig.from_dict(config | asked)
-
-
-def known_model(name: str) -> None:
-    """Refuse what can be neither a model of the table, a folder nor a hub id."""
-    if name in MODELS or (name and Path(name).is_dir()) or "/" in name:
-        return
-    raise UserError(
-        f"--model is {name!r}, expected one of {', '.join(MODELS)}, a diffusers folder or a hub id"
-    )
-
-
-def read_prompts(given: dict) -> list[str]:
-    """The prompts of --prompt, then those of --prompts_file. Raises UserError."""
-    prompts = list(given.get("prompt", []))
-    if "prompts_file" in given:
-        path = Path(given["prompts_file"])
-        try:
-            lines = path.read_text("utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise UserError(f"--prompts_file {path} cannot be read: {reason}") from error
-        prompts += [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise UserError(f"--prompts_file {path} is empty, expected one prompt per line")
-    for text in prompts:
-        check_prompt(text)
-    return prompts
-
-
-def check_prompt(text) -> None:
-    """Raise UserError for a prompt without words, or with bytes that are no text."""
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"--prompt is {text!r}, expected some words")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"--prompt is {text!r}, expected UTF-8 text") from None
-
-
-def lora(text: str) -> tuple[str, float]:
-    """PATH[:SCALE] -> (path, scale), the path absolute if it is here. Raises UserError."""
-    path, colon, scale = text.rpartition(":")
-    if not colon or not path or Path(text).exists():
-        path, scale = text, 1.0
-    try:
-        number("scale", float(scale), -100, 100)
-    except ValueError:
-        raise UserError(f"--lora is {text!r}, expected PATH or PATH:SCALE") from None
-    return str(Path(path).absolute()) if Path(path).exists() else path, float(scale)
 
 
 def load_source(name: str) -> dict:
@@ -251,6 +227,8 @@ def load_source(name: str) -> dict:
         config = DyPEConfig.from_dict(record["config"]).to_dict()
         if flags["revision"] is None:
             flags["revision"] = record["commit"]  # what was drawn, not what is newest
+        if flags["tiled_vae"] == "auto":
+            flags["tiled_vae"] = "on" if record["tiled_vae"] else "off"
         texts = [flags["model"], *flags["lora"], flags["negative_prompt"] or "", prompt]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError

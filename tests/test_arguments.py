@@ -5,16 +5,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import quiet, tiny_components, tiny_vae
 from diffusers import FluxPipeline
 from PIL import Image, PngImagePlugin
 from tiny import qwen_vae
 
 import run_dype
-from dype import generate, pipelines, records
+from dype import cells, generate, pipelines, records
+from dype.memory import decoding
 from dype.models import MODELS
-from dype.pipelines import choose_offload, set_tiling
+from dype.placement import set_tiling
 
 LINE = """--model demo --revision abc --dtype bfloat16 --device cpu --vae_device cpu
  --text_encoder_device cpu --tiled_vae on --tile_size 128 --true_cfg 3 --negative_prompt fog
@@ -30,7 +30,7 @@ def calls(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = {}
     pipe = quiet(FluxPipeline(**tiny_components()))
-    pipe.dype_apart = False
+    pipe.dype_apart, pipe.dype_offload, pipe.dype_room = {}, "none", 1
 
     def recorded(name, result):
         def call(*args, **kwargs):
@@ -40,8 +40,10 @@ def calls(tmp_path, monkeypatch):
         return call
 
     monkeypatch.setattr(run_dype, "load_pipeline", recorded("load", pipe))
-    monkeypatch.setattr(run_dype, "set_tiling", recorded("tiling", True))
+    monkeypatch.setattr(cells, "set_tiling", recorded("tiling", True))
+    monkeypatch.setattr(cells, "apply_dype", recorded("apply", None))
     monkeypatch.setattr(run_dype, "apply_dype", recorded("apply", None))
+    monkeypatch.setattr(generate, "encode", lambda pipe, text, length: text)
     monkeypatch.setattr(generate, "draw", recorded("draw", Image.new("RGB", (96, 64))))
     return seen
 
@@ -59,10 +61,11 @@ def test_every_flag_arrives_and_comes_back(calls):
         "text_encoder_device": "cpu",
         "vae_device": "cpu",
         "offload": "auto",
+        "quantize": "none",
         "loras": [("a/b", 0.5)],
         "pixels": 64 * 96,
     }
-    assert first["tiling"][0] == ("on", 128, 64 * 96)
+    assert first["tiling"][0] == ("on", 128, 64 * 96, 1)
     ((config,), _) = first["apply"]
     assert config.to_dict() == {
         "method": "ntk",
@@ -89,6 +92,7 @@ def test_every_flag_arrives_and_comes_back(calls):
         "max_sequence_length": 12,
         "negative_prompt": "fog",
         "true_cfg": 3.0,
+        "image": None,
     }
     calls.clear()
     assert run_dype.main(["--from", "a.png", "--output", "b.png"]) == 0
@@ -150,9 +154,11 @@ def test_broken_records(name, calls, capsys):
 
 def test_the_pipeline_gets_every_argument():
     class Recorder:
+        _execution_device = "cpu"
+
         def __call__(self, prompt=None, negative_prompt=None, height=0, width=0,
                      num_inference_steps=0, guidance_scale=3.5, true_cfg_scale=1.0,
-                     max_sequence_length=512, generator=None):  # fmt: skip
+                     max_sequence_length=512, generator=None, output_type=None):  # fmt: skip
             self.given = locals()
             return SimpleNamespace(images=["a picture"])
 
@@ -173,33 +179,23 @@ def test_the_pipeline_gets_every_argument():
         "guidance_scale": 2.5,
         "true_cfg_scale": 3.0,
         "max_sequence_length": 12,
+        "output_type": "pil",
     }
 
 
-def test_offloading_takes_the_fastest_that_fits(monkeypatch):
-    """Weights of 40 and 80 bytes on a card with so much free, 1 KiB a pixel for the rest."""
-    pipe = SimpleNamespace(
-        components={"a": torch.nn.Linear(10, 1, False), "b": torch.nn.Linear(20, 1, False), "c": 0}
-    )
-    for free, expected in ((121, "none"), (120, "model"), (81, "model"), (80, "group")):
-        memory = (1024 + free, 10**9)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, memory=memory: memory)
-        assert choose_offload(pipe, "cuda", pixels=1) == expected
-    assert choose_offload(pipe, "cpu", pixels=1) == "none"
-
-
 def test_tiling():
-    """Alone above 2048 x 2048; in tiles of the asked side, which overlap by a quarter."""
+    """Alone where it would not fit; in tiles of the asked side, which overlap by a quarter."""
     vae = tiny_vae()
-    assert not set_tiling(vae, "auto", None, 2048 * 2048)
+    needed = decoding(vae, 512 * 512, "cpu")
+    assert not set_tiling(vae, "auto", None, 512 * 512, needed)
     assert not vae.use_tiling
-    assert set_tiling(vae, "auto", None, 2048 * 2048 + 1)
+    assert set_tiling(vae, "auto", None, 512 * 512, needed - 1)
     assert vae.use_tiling
-    assert set_tiling(vae, "on", 256, 1)
+    assert set_tiling(vae, "on", 256, 1, needed)
     assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (256, 32)
-    assert not set_tiling(vae, "off", None, 4096 * 4096)
+    assert not set_tiling(vae, "off", None, 4096 * 4096, 0)
     vae = qwen_vae()
-    assert set_tiling(vae, "auto", None, 4096 * 4096)
+    assert set_tiling(vae, "auto", None, 4096 * 4096, 0)
     assert (vae.tile_sample_min_height, vae.tile_sample_stride_width) == (1024, 768)
 
 
@@ -214,7 +210,7 @@ def test_what_the_issue_asks_of_models():
     assert trained == [1024, 1024, 1328]
 
 
-@pytest.mark.parametrize("word", [{"offload": "bogus"}, {"dtype": "float8"}])
+@pytest.mark.parametrize("word", [{"offload": "bogus"}, {"dtype": "float8"}, {"quantize": "int3"}])
 def test_load_pipeline_knows_its_words(word):
     with pytest.raises(ValueError, match="expected one of"):
         pipelines.load_pipeline("demo", **word)

@@ -259,7 +259,8 @@ def test_several_prompts(folder):
         file.write("a blue disk\n\n  a red cross  \n")
     assert run("--model", folder, *PICTURE[:-2], "--prompts_file", "prompts.txt", "--no_dype") == 0
     name = "seed_42_method_yarn_res_64x64"
-    prompts = [records.load(f"outputs/{name}{more}.png")["prompt"] for more in ("", "_prompt_2")]
+    paths = [f"outputs/sweep/{name}{more}.png" for more in ("", "_prompt_2")]
+    prompts = [records.load(path)["prompt"] for path in paths]
     assert prompts == ["a blue disk", "a red cross"]
 
 
@@ -310,7 +311,8 @@ def test_tiled_decoding(folder):
 
 
 def settings(*argv) -> Settings:
-    return resolve(flags.parse(list(argv)))
+    [only] = resolve(vars(flags.parse(list(argv))))[1]
+    return only
 
 
 def test_precedence(folder):

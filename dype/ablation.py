@@ -1,0 +1,202 @@
+"""A sweep: each of its pictures drawn once, whatever interrupts it.
+
+A cell is finished when its picture is there: the picture carries its settings, and the JSON beside
+it and its row of results.csv are made again from them where a kill lost these.
+"""
+
+import csv
+import gc
+import io
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from dype import memory, records
+from dype.cells import AXES, Cell, axes, drawn, identity, out_of_memory, work
+
+RESULTS = "results.csv"
+COLUMNS = ["file", "model", "height", "width", "method", *AXES, "multipass", "seed", "prompt"]
+COLUMNS += ["seconds", "peak_memory", "error"]
+
+
+def finished(cells: list[Cell], overwrite: bool) -> dict[Path, dict]:
+    """The records of cells whose pictures are there.
+
+    Raises ValueError if one was drawn with other settings, naming the flag; with `overwrite` it
+    counts as not drawn.
+    """
+    found = {}
+    for cell in cells:
+        if not cell.path.exists():
+            continue
+        try:
+            record = records.load(cell.path)
+            before = identity(record["flags"], record["config"], record["prompt"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{cell.path} is in the way: {error}; try --output_dir") from error
+        now = identity(cell.settings.flags, cell.settings.config.to_dict(), cell.prompt)
+        other = [n for n in (now | before) if now.get(n) != before.get(n)]
+        if other and not overwrite:
+            name = other[0]
+            raise ValueError(
+                f"--{name} is {now.get(name)!r}, but {cell.path} was drawn with "
+                f"{before.get(name)!r}, expected the same, --overwrite, or another --output_dir"
+            )
+        if not other:
+            found[cell.path] = record
+    return found
+
+
+def row(cell: Cell, record: dict | None = None, error: str = "") -> dict:
+    """A cell as a row of results.csv."""
+    flags, config = cell.settings.flags, cell.settings.config
+    own = axes(cell.settings)
+    if own["dype_scale"] is None and own["dype_exponent"] is not None:
+        own["dype_scale"] = config.lambda_s
+    found = {name: flags[name] for name in ("model", "height", "width", "multipass", "seed")}
+    found |= {name: "" if value is None else f"{value:.10g}" for name, value in own.items()}
+    found |= {"file": cell.path.name, "prompt": cell.prompt, "error": error}
+    found["method"] = records.method_name(config.method, config.dype)
+    took = record or {"seconds": "", "peak_memory": ""}
+    return found | {name: took[name] for name in ("seconds", "peak_memory")}
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """The rows of results.csv; a line that a kill left half written is none."""
+    path = folder / RESULTS
+    if not path.exists():
+        return []
+    whole = path.read_text("utf-8").rpartition("\n")[0]
+    rows = csv.DictReader(io.StringIO(whole, newline=""))
+    return [found for found in rows if None not in found and None not in found.values()]
+
+
+def table(rows: list[dict], names: list[str]) -> str:
+    """Rows as CSV, without the header."""
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, names, restval="", lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def append(path: Path, found: dict) -> None:
+    """Add a row to results.csv, in the order of its header, and see it written."""
+    with path.open(encoding="utf-8", newline="") as file:
+        names = next(csv.reader(file))
+    with path.open("a", encoding="utf-8", newline="") as file:
+        file.write(table([found], names))
+        file.flush()
+
+
+def reconcile(folder: Path, cells: list[Cell], found: dict[Path, dict]) -> None:
+    """Make results.csv and the JSONs say what the pictures say, after a kill at any moment."""
+    ours = {cell.path.name for cell in cells}
+    before = read_rows(folder)
+    known = {one["file"]: one for one in before if not one["error"]}
+    kept = [one for one in before if one["file"] not in ours]
+    for cell in cells:
+        for part in folder.glob(f".{cell.path.stem}.*.part"):
+            part.unlink()
+        if cell.path in found:
+            beside = cell.path.with_suffix(".json")
+            text = json.dumps(found[cell.path], indent=2, ensure_ascii=False)
+            if not beside.exists():
+                records.write({beside: text.encode() + b"\n"})
+            kept.append(known.get(cell.path.name) or row(cell, found[cell.path]))
+    names = dict.fromkeys([*COLUMNS, *(name for one in kept for name in one)])  # others' too
+    records.write({folder / RESULTS: table([{n: n for n in names}, *kept], [*names]).encode()})
+
+
+def run(cells: list[Cell], folder: Path, load: Callable, overwrite: bool) -> int:
+    """Draw what is not there yet; returns how many cells failed. Raises ValueError, OSError.
+
+    load: () -> the pipeline and the function from a text to its embeddings; called if anything is
+    to be drawn. A cell that fails is written down, and the rest go on.
+    """
+    with locked(folder):
+        found = finished(cells, overwrite)
+        reconcile(folder, cells, found)
+        rest = [cell for cell in cells if cell.path not in found]
+        print(f"{len(cells)} pictures in {folder}, {len(found)} there already")
+        if not rest:
+            return 0
+        pipe, encode = load()
+        failed, start = 0, time.perf_counter()
+        for count, cell in enumerate(rest, 1):
+            failure = attempt(pipe, cell, encode, folder, overwrite)
+            failed += bool(failure)
+            done, left = (
+                sum(work(c.settings) for c in part) for part in (rest[:count], rest[count:])
+            )
+            seconds = (time.perf_counter() - start) * left / done
+            more = f", about {span(seconds)} left" if left else ""
+            print(
+                f"[{count + len(found)}/{len(cells)}] {cell.path.name}  {failure or 'done'}{more}"
+            )
+        return failed
+
+
+def attempt(pipe, cell: Cell, encode: Callable, folder: Path, overwrite: bool) -> str:
+    """Draw a cell and write it down; returns why it failed, or "". Raises OSError."""
+    failure, record = "", None
+    try:
+        image, record = drawn(pipe, cell.settings, cell.prompt, encode)
+        records.save(image, cell.path, record, overwrite)
+    except (RuntimeError, ValueError, TypeError, MemoryError) as error:
+        failure = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if memory.ran_out(error):
+            failure = out_of_memory(pipe, cell.settings)
+    if failure:  # outside of the handler, whose traceback holds on to the tensors
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    append(folder / RESULTS, row(cell, record, failure))
+    return failure
+
+
+@contextmanager
+def locked(folder: Path):
+    """One sweep at a time in a folder; a killed one holds no lock. Raises OSError."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(
+                f"another sweep is running in {folder}; wait for it, or try another --output_dir"
+            ) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def outline(cells: list[Cell], found: dict[Path, dict]) -> str:
+    """What a sweep would draw, and about how long that takes."""
+    rest = [cell.settings for cell in cells if cell.path not in found]
+    lines = [f"  {cell.path.name}{'  (there)' * (cell.path in found)}" for cell in cells]
+    left = sum(map(work, rest))
+    lines.append(f"{len(cells)} pictures, {len(found)} there already; the rest: {left:.2g} FLOP")
+    done = [cell for cell in cells if cell.path in found]
+    if done:
+        seconds = sum(found[cell.path]["seconds"] for cell in done)
+        rate = seconds / sum(work(cell.settings) for cell in done)
+        lines[-1] += f", about {span(left * rate)} at the pace of those"
+    else:
+        lines[-1] += "; how long that takes can be said once one is there"
+    return "\n".join(lines)
+
+
+def span(seconds: float) -> str:
+    """59 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

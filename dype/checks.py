@@ -1,0 +1,170 @@
+"""What a user may get wrong, and the sentence that says so."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from dype import records
+from dype.config import number, one_of
+from dype.flags import CHOICES, UserError
+from dype.generate import PASSES
+from dype.models import MODELS, TOKEN, Model
+
+# flag -> (type, smallest, largest, multiple of)
+NUMBERS = {
+    "height": (int, 64, 16384, 16),
+    "width": (int, 64, 16384, 16),
+    "steps": (int, 1, 1000, None),
+    "seed": (int, 0, 2**63 - 1, None),
+    "guidance": (float, 0, 100, None),
+    "true_cfg": (float, 1, 100, None),
+    "max_sequence_length": (int, 1, 1024, None),
+    "tile_size": (int, 128, 4096, 64),
+    "strength": (float, 0, 1, None),
+    "pass2_strength": (float, 0, 1, None),
+    "pass3_strength": (float, 0, 1, None),
+}
+# of DyPEConfig, which knows their ranges
+CONFIG_NUMBERS = {"base_resolution": int} | dict.fromkeys(
+    ("dype_scale", "dype_exponent", "dype_start_sigma", "base_shift", "max_shift"), float
+)
+
+
+def check_flags(flags: dict, model: Model) -> None:
+    """Raise ValueError for a number out of its range, a word out of its list, no device at all."""
+    for name, (kind, low, high, multiple) in NUMBERS.items():
+        limits = {"whole": kind is int, "multiple": multiple, "optional": name == "tile_size"}
+        limits["above"] = name.endswith("strength")
+        number(f"--{name}", flags[name], low, high, **limits)
+    number("--max_sequence_length", flags["max_sequence_length"], 1, model.longest_text)
+    for name, accepted in CHOICES.items():
+        if name in flags:
+            one_of(f"--{name}", flags[name], accepted)
+    for name in ("device", "text_encoder_device", "vae_device"):
+        try:
+            torch.device(flags[name] or "cpu")
+        except (RuntimeError, TypeError):
+            raise ValueError(
+                f"--{name} is {flags[name]!r}, expected cpu, cuda, cuda:1, mps, ..."
+            ) from None
+
+
+def check_passes(given: dict, names: set[str]) -> None:
+    """Raise ValueError for strengths that no pass has; names: every --multipass of the sweep."""
+    passes = max(len(PASSES[name]) for name in names)
+    for count, flag in ((2, "pass2_strength"), (3, "pass3_strength")):
+        if flag in given and passes < count:
+            raise ValueError(f"--{flag} is for a --multipass of {count} passes, expected one")
+    if "strength" in given and "init_image" not in given:
+        raise ValueError("--strength is for --init_image FILE, expected that too")
+
+
+def check_init_image(flags: dict) -> None:
+    """Raise UserError for a picture to start from that is none, or of another aspect."""
+    if flags["init_image"] is None:
+        return
+    if flags["multipass"] != "single":
+        raise UserError(
+            f"--multipass is {flags['multipass']}, but --init_image is the first pass already, "
+            "expected single"
+        )
+    try:
+        width, height = picture_size(flags["init_image"])
+    except OSError as error:
+        reason = error.strerror or "it is no picture"
+        raise UserError(f"--init_image {flags['init_image']} cannot be read: {reason}") from error
+    stretch = flags["width"] / flags["height"] * height / width
+    if not 0.97 < stretch < 1.03:
+        side = max(TOKEN, round(flags["width"] * height / width / TOKEN) * TOKEN)
+        raise UserError(
+            f"--init_image is {width}x{height}, but the size {flags['width']}x{flags['height']}, "
+            f"expected its aspect, as --size {flags['width']}x{side}"
+        )
+
+
+@lru_cache
+def picture_size(path: str) -> tuple[int, int]:
+    """Width and height of a picture that can be read to its end. Raises OSError."""
+    return records.open_picture(path).size
+
+
+def check_guidance(name: str, model: Model, flags: dict, given: dict) -> None:
+    """Settle the negative prompt. Raises UserError for guidance that would be ignored."""
+    scale = flags[model.cfg] if model.cfg else model.cfg_off
+    if model.cfg != "true_cfg" and flags["true_cfg"] != 1:
+        raise UserError(
+            f"--true_cfg is {flags['true_cfg']:g}, but the guidance of {name} is --guidance, "
+            "expected that instead"
+        )
+    if model.guidance == 0 and flags["guidance"]:
+        raise UserError(f"--guidance is {flags['guidance']:g}, but {name} takes none, expected 0")
+    if scale <= model.cfg_off and "negative_prompt" not in given:
+        flags["negative_prompt"] = None  # the model's own belongs to its own scale
+    if flags["negative_prompt"] is not None and not model.cfg:
+        raise UserError(f"--negative_prompt is ignored by {name}, expected none")
+    if flags["negative_prompt"] is not None and scale <= model.cfg_off:
+        raise UserError(
+            f"--negative_prompt is ignored at --{model.cfg} {scale:g}, expected a larger scale"
+        )
+    if model.cfg == "true_cfg" and flags["negative_prompt"] is None and scale > 1:
+        raise UserError(
+            f"--true_cfg {scale:g} does nothing without --negative_prompt, expected "
+            'one, or --negative_prompt ""'
+        )
+    if flags["vae_device"] and model.pipeline != "FluxPipeline":
+        raise UserError(f"--vae_device is for FLUX.1 pipelines, expected none with {name}")
+    if flags["vae_device"] and flags["offload"] not in ("auto", "none"):
+        raise UserError(
+            f"--offload is {flags['offload']!r}, but --vae_device puts a part in a place of its "
+            "own, expected --offload none"
+        )
+
+
+def known_model(name: str) -> None:
+    """Refuse what can be neither a model of the table, a folder nor a hub id."""
+    if name in MODELS or (name and Path(name).is_dir()) or "/" in name:
+        return
+    raise UserError(
+        f"--model is {name!r}, expected one of {', '.join(MODELS)}, a diffusers folder or a hub id"
+    )
+
+
+def read_prompts(given: dict) -> list[str]:
+    """The prompts of --prompt, then those of --prompts_file. Raises UserError."""
+    prompts = list(given.get("prompt", []))
+    if "prompts_file" in given:
+        path = Path(given["prompts_file"])
+        try:
+            lines = path.read_text("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise UserError(f"--prompts_file {path} cannot be read: {reason}") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise UserError(f"--prompts_file {path} is empty, expected one prompt per line")
+    for text in prompts:
+        check_prompt(text)
+    return prompts
+
+
+def check_prompt(text) -> None:
+    """Raise UserError for a prompt without words, or with bytes that are no text."""
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"--prompt is {text!r}, expected some words")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--prompt is {text!r}, expected UTF-8 text") from None
+
+
+def lora(text: str) -> tuple[str, float]:
+    """PATH[:SCALE] -> (path, scale), the path absolute if it is here. Raises UserError."""
+    path, colon, scale = text.rpartition(":")
+    if not colon or not path or Path(text).exists():
+        path, scale = text, 1.0
+    try:
+        number("scale", float(scale), -100, 100)
+    except ValueError:
+        raise UserError(f"--lora is {text!r}, expected PATH or PATH:SCALE") from None
+    return str(Path(path).absolute()) if Path(path).exists() else path, float(scale)

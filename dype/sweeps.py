@@ -1,0 +1,119 @@
+"""Lists of settings: what `--seed 0-3 --method yarn,ntk` stands for, and sweeps with a name."""
+
+import math
+import re
+from decimal import Decimal, InvalidOperation
+from itertools import product
+
+# Flags that take a list, in the order in which a sweep goes through them, the last the fastest.
+WORDS = ("size", "multipass", "method", "dype")
+NUMBERS = ("dype_scale", "dype_exponent", "dype_start_sigma", "steps", "guidance", "true_cfg")
+LISTS = (*WORDS, *NUMBERS, "seed")
+MOST = 10_000  # pictures without --yes
+RANGE = re.compile(r"(\d+)-(\d+)")
+
+# name -> (its lines, those with --quick, what is left out of the paper's table). A line is flags;
+# a size of 1.5x is that many times the base resolution.
+SWEEPS = {
+    "methods": (
+        [
+            {"size": "1x,1.5x,2x,3x,4x", "method": "vision_yarn,yarn,ntk,base"},
+            {"size": "4x", "multipass": "twopass"},
+        ],
+        [{"size": "1x,2x", "method": "vision_yarn,yarn,ntk,base"}],
+        None,
+    ),
+    "params": (
+        [{"dype": "off"}, {"dype_scale": "1:3:0.5", "dype_exponent": "1:3:0.5"}],
+        [{"dype": "off"}, {"dype_scale": "1:3:1", "dype_exponent": "1:3:1"}],
+        None,
+    ),
+    "paper-table6": (
+        [
+            {"size": "3x", "method": "base"},
+            {"size": "3x", "method": "ntk", "dype": "off"},
+            {"size": "3x", "method": "ntk", "dype_scale": "1,1.5,2,2.5", "dype_exponent": "1"},
+            {"size": "3x", "method": "ntk", "dype_scale": "2", "dype_exponent": "0.5,2"},
+        ],
+        None,
+        "the six rows of the multiplicative scheduler (Eq. 19)",
+    ),
+    "paper-table7": (
+        [
+            {"size": "3x", "method": "base"},
+            {"size": "3x", "method": "yarn", "dype": "off,on"},
+        ],
+        None,
+        "kappa on the NTK term alone, and on both",
+    ),
+}
+
+
+def named(name: str, base: int, quick: bool, multipass_only: bool) -> list[dict]:
+    """The lines of a sweep, with sizes for a base resolution in px. Raises ValueError."""
+    full, short, _ = SWEEPS[name]
+    if quick and short is None:
+        raise ValueError(f"--quick is for --sweep methods and params, expected none with {name}")
+    lines = [dict(line) for line in (short if quick else full)]
+    if multipass_only:
+        lines = [line for line in full if "multipass" in line]
+        if not lines or quick:
+            raise ValueError("--multipass_only is for --sweep methods, expected it alone")
+    for line in lines:
+        line.update({"size": pixels(line["size"], base)} if "size" in line else {})
+    return lines
+
+
+def pixels(sizes: str, base: int) -> str:
+    """`1x,1.5x` -> the sides in px, to the nearest token."""
+    sides = [float(one.removesuffix("x")) * base for one in sizes.split(",")]
+    return ",".join(str(math.floor(side / 16 + 0.5) * 16) for side in sides)
+
+
+def spelled(line: dict) -> str:
+    """A line as one would type it."""
+    return " ".join(f"--{name} {value}" for name, value in line.items())
+
+
+def values(name: str, text: str) -> list[str]:
+    """The values of a list: `a,b`, of numbers also `0-3` and `1:3:0.5`, ends included.
+
+    Raises ValueError for an empty one or a range that goes backwards.
+    """
+    found = []
+    for item in str(text).split(","):
+        item = item.strip()
+        if not item:
+            raise ValueError(f"--{name} is {text!r}, expected values between the commas")
+        if name not in WORDS and RANGE.fullmatch(item):
+            item = item.replace("-", ":")
+        found += steps(name, item) if name not in WORDS and ":" in item else [item]
+    return list(dict.fromkeys(found))
+
+
+def steps(name: str, item: str) -> list[str]:
+    """`1:3:0.5` -> 1, 1.5, 2, 2.5, 3; the step is 1 where none is given."""
+    try:
+        first, last, step = map(Decimal, (item + ":1" if item.count(":") == 1 else item).split(":"))
+        reversed_or_still = not (first <= last and step > 0)
+    except (ValueError, InvalidOperation):
+        raise ValueError(f"--{name} is {item!r}, expected FIRST:LAST:STEP in numbers") from None
+    if reversed_or_still or not (last - first).is_finite():
+        raise ValueError(f"--{name} is {item!r}, expected a range that goes up")
+    count = (last - first) // step + 1
+    if count > 100 * MOST:
+        raise ValueError(f"--{name} {item} has {count} values, expected at most {100 * MOST}")
+    return [format(first + i * step, "f") for i in range(int(count))]
+
+
+def cells(settings: dict) -> tuple[int, list[tuple[str, list[str]]]]:
+    """How many cells the lists of a line span, and the lists."""
+    lists = [(name, values(name, settings[name])) for name in LISTS if name in settings]
+    return math.prod(len(found) for _, found in lists), lists
+
+
+def each(settings: dict):
+    """Every cell of a line: the settings with one value from each list."""
+    _, lists = cells(settings)
+    for chosen in product(*(found for _, found in lists)):
+        yield settings | dict(zip((name for name, _ in lists), chosen, strict=True))
