@@ -27,8 +27,12 @@ def main(argv: list[str] | None = None) -> int:
         return failed(2, error)
     except (UnavailableError, OSError) as error:
         return failed(1, error)
+    except (RuntimeError, MemoryError) as error:
+        if not memory.ran_out(error):
+            raise
+        return failed(1, "out of memory before drawing; try --offload group or --quantize int8")
     except KeyboardInterrupt:
-        return failed(130, "interrupted")
+        return failed(130, "interrupted; of a sweep the same command draws the rest")
 
 
 def failed(code: int, error) -> int:
@@ -80,19 +84,17 @@ def sweep(given: dict, settings: list[Settings]) -> int:
     folder = Path(given.get("output_dir", Path("outputs") / given.get("sweep", "sweep")))
     cells = plan(settings, folder)
     overwrite = given.get("overwrite", False)
+
+    def ready():
+        pipe = load(settings[0], max(one.flags["height"] * one.flags["width"] for one in settings))
+        return pipe, encoder(pipe, cells)
+
     try:
         sheets.check_columns(given.get("cols"))
-        done = ablation.finished(cells, overwrite)
         if given.get("dry_run"):
-            print(ablation.outline(cells, done))
+            print(ablation.outline(cells, ablation.finished(cells, overwrite)))
             return 0
         records.check_writable(folder)
-        largest = max(one.flags["height"] * one.flags["width"] for one in settings)
-
-        def ready():
-            pipe = load(settings[0], largest)
-            return pipe, encoder(pipe, cells)
-
         failures = ablation.run(cells, folder, ready, overwrite)
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -98,9 +98,11 @@ def reconcile(folder: Path, cells: list[Cell], found: dict[Path, dict]) -> None:
     before = read_rows(folder)
     known = {one["file"]: one for one in before if not one["error"]}
     kept = [one for one in before if one["file"] not in ours]
-    for cell in cells:
-        for part in folder.glob(f".{cell.path.stem}.*.part"):
+    stems = {cell.path.stem for cell in cells} | {"results", "summary", "comparison_*"}
+    for stem in stems:
+        for part in folder.glob(f".{stem}.*.part"):
             part.unlink()
+    for cell in cells:
         if cell.path in found:
             beside = cell.path.with_suffix(".json")
             text = json.dumps(found[cell.path], indent=2, ensure_ascii=False)

@@ -168,15 +168,19 @@ def embedder(args) -> dict:
     return rows
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m dype.benchmark", description=__doc__)
+    made.add_argument("what", nargs="?", choices=("embedder",), default="embedder")
+    made.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="px (default: all)")
+    made.add_argument("--families", nargs="+", choices=FAMILIES, default=[*FAMILIES])
+    made.add_argument("--repeats", type=int, default=9, help="(default: 9)")
+    return made
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dype.benchmark", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("embedder",), default="embedder")
-    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="px (default: all)")
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[*FAMILIES])
-    parser.add_argument("--repeats", type=int, default=9, help="(default: 9)")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     if args.repeats < 1 or any(size < TOKEN or size % TOKEN for size in args.sizes):
-        parser.error(f"--repeats is at least 1, --sizes are multiples of {TOKEN}")
+        parser().error(f"--repeats is at least 1, --sizes are multiples of {TOKEN}")
     result = {"benchmark": args.what, "device": platform.processor() or platform.machine()}
     result |= {"torch": torch.__version__, "threads": 1, "families": embedder(args)}
     print(json.dumps(result))

@@ -116,7 +116,7 @@ def load(path: str | Path) -> dict:
     """The record in a PNG. Raises ValueError if it has none, OSError if it cannot be read."""
     try:
         with Path(path).open("rb") as file, PngImagePlugin.PngImageFile(file) as image:
-            text = image.text.get(KEY)  # not by Image.open, which refuses large pictures
+            text = image.info.get(KEY)  # not by Image.open, which refuses large pictures
     except SyntaxError as error:
         raise ValueError("it is not a PNG picture") from error
     if text is None:

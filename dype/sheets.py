@@ -150,11 +150,9 @@ def small(one: dict, folder: Path, size: tuple[int, int]) -> Image.Image:
 
 def summary(rows: list[dict]) -> str:
     """Per setting: pictures, failures, mean and standard deviation of seconds and memory."""
-    settings: dict[tuple, list[dict]] = {}
+    settings: dict[str, list[dict]] = {}
     for one in rows:
-        own = [name for name in LABELS if one[name] and name not in SAMPLES]
-        key = (f"{one['height']}x{one['width']}", *(LABELS[name].format(one[name]) for name in own))
-        settings.setdefault(key, []).append(one)
+        settings.setdefault(setting(one), []).append(one)
     lines = [f"{'pictures':>8}  {'failed':>6}  {'seconds':>16}  {'peak GiB':>14}  setting"]
     for key, some in settings.items():
         good = [one for one in some if not one["error"]]
@@ -162,11 +160,18 @@ def summary(rows: list[dict]) -> str:
         peaks = [float(one["peak_memory"]) / memory.GIB for one in good if one["peak_memory"]]
         lines.append(
             f"{len(good):8}  {len(some) - len(good):6}  {seconds:>16}  {spread(peaks, 2):>14}  "
-            + ", ".join(key)
+            + key
         )
     return "\n".join(
         [*lines, "", "Mean and standard deviation over the pictures of a setting.", ""]
     )
+
+
+def setting(one: dict) -> str:
+    """All of a row that seeds and prompts are samples of."""
+    own = [name for name in LABELS if one[name] and name not in SAMPLES]
+    size = f"{one['height']}x{one['width']}"
+    return ", ".join([size, *(LABELS[name].format(one[name]) for name in own)])
 
 
 def spread(numbers: list[float], digits: int) -> str:

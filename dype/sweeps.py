@@ -54,14 +54,13 @@ def named(name: str, base: int, quick: bool, multipass_only: bool) -> list[dict]
     full, short, _ = SWEEPS[name]
     if quick and short is None:
         raise ValueError(f"--quick is for --sweep methods and params, expected none with {name}")
-    lines = [dict(line) for line in (short if quick else full)]
+    lines = short if quick else full
     if multipass_only:
-        lines = [line for line in full if "multipass" in line]
-        if not lines or quick:
+        lines = [line for line in lines if "multipass" in line]
+        if not lines:
             raise ValueError("--multipass_only is for --sweep methods, expected it alone")
-    for line in lines:
-        line.update({"size": pixels(line["size"], base)} if "size" in line else {})
-    return lines
+    sized = [{"size": pixels(line["size"], base)} if "size" in line else {} for line in lines]
+    return [line | size for line, size in zip(lines, sized, strict=True)]
 
 
 def pixels(sizes: str, base: int) -> str:
@@ -103,7 +102,7 @@ def steps(name: str, item: str) -> list[str]:
     count = (last - first) // step + 1
     if count > 100 * MOST:
         raise ValueError(f"--{name} {item} has {count} values, expected at most {100 * MOST}")
-    return [format(first + i * step, "f") for i in range(int(count))]
+    return [f"{(first + i * step).normalize():f}" for i in range(int(count))]
 
 
 def cells(settings: dict) -> tuple[int, list[tuple[str, list[str]]]]:

@@ -176,7 +176,9 @@ def test_a_low_strength_keeps_the_picture():
     text = "a red ring on teal leaves"
     picture = generate.draw(pipe, text, **size, steps=8, **{**settings, "seed": 8})
     near, far = (
-        pixels(generate.draw(pipe, text, **size, steps=steps, image=picture, strength=s, **settings))
+        pixels(
+            generate.draw(pipe, text, **size, steps=steps, image=picture, strength=s, **settings)
+        )
         for steps, s in ((20, 0.05), (8, 0.9))
     )
     before = pixels(picture).astype(float)

@@ -24,7 +24,7 @@ GROUNDED = 0.85  # share of the rest that must have the ground's colour
 class Verdict(NamedTuple):
     layout: bool  # one connected object of the asked colour near the centre of the asked ground
     shape: str  # the shape that overlaps best
-    overlap: float  # intersection over union with that shape
+    overlaps: dict[str, float]  # intersection over union with every shape, at its best place
     reason: str  # why the layout is wrong, or ""
 
 
@@ -54,12 +54,12 @@ def templates() -> np.ndarray:
     return np.array(found, np.float32)
 
 
-def best_shape(mask: np.ndarray) -> tuple[str, float]:
-    """The shape with the largest intersection over union with a boolean [CELLS, CELLS] mask."""
+def overlaps(mask: np.ndarray) -> dict[str, float]:
+    """The largest intersection over union of a boolean [CELLS, CELLS] mask with each shape."""
     shapes = templates()
     common = shapes @ mask.ravel().astype(np.float32)
-    overlap = (common / (shapes.sum(-1) + mask.sum() - common)).max(-1)
-    return SHAPES[overlap.argmax()], float(overlap.max())
+    found = (common / (shapes.sum(-1) + mask.sum() - common)).max(-1)
+    return dict(zip(SHAPES, found.tolist(), strict=True))
 
 
 def check(picture: np.ndarray, colour: str, ground: str) -> Verdict:
@@ -69,7 +69,7 @@ def check(picture: np.ndarray, colour: str, ground: str) -> Verdict:
     wanted = cells == names.index(colour)
     pieces, count = ndimage.label(wanted)
     if count == 0:
-        return Verdict(False, "", 0.0, f"no {colour}")
+        return Verdict(False, "", dict.fromkeys(SHAPES, 0.0), f"no {colour}")
     sizes = ndimage.sum_labels(wanted, pieces, range(1, count + 1))
     mask = pieces == 1 + sizes.argmax()
     centroid = (np.argwhere(mask).mean(0) + 0.5) / CELLS
@@ -82,7 +82,8 @@ def check(picture: np.ndarray, colour: str, ground: str) -> Verdict:
         reason = "object off centre"
     elif (cells[~wanted] == names.index(ground)).mean() < GROUNDED:
         reason = "ground of another colour"
-    return Verdict(not reason, *best_shape(mask), reason)
+    found = overlaps(mask)
+    return Verdict(not reason, max(found, key=found.get), found, reason)
 
 
 def log_spectrum(picture: np.ndarray) -> np.ndarray:

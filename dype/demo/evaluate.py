@@ -73,36 +73,40 @@ def draw_all(pipe, scenes: list, args, name: str) -> list[np.ndarray]:
     return [np.asarray(picture) for picture in pictures]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="python -m dype.demo.evaluate",
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("settings", nargs="*", default=["base"], help="METHOD[:static|:SCALE:EXP]")
-    parser.add_argument("--size", type=int, default=256, help="px")
-    parser.add_argument("--count", type=int, default=64, help="prompts")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
-    parser.add_argument("--held_out", action="store_true", help="only triples never trained on")
-    parser.add_argument(
+    made.add_argument("settings", nargs="*", default=["base"], help="METHOD[:static|:SCALE:EXP]")
+    made.add_argument("--size", type=int, default=256, help="px")
+    made.add_argument("--count", type=int, default=64, help="prompts")
+    made.add_argument("--seed", type=int, default=0, help="of the prompts")
+    made.add_argument("--held_out", action="store_true", help="only triples never trained on")
+    made.add_argument(
         "--truth",
         action="store_true",
         help="judge the same scenes with other leaves, put through the autoencoder, instead",
     )
-    parser.add_argument("--steps", type=int, default=DEMO.steps)
-    parser.add_argument("--true_cfg", type=float, default=DEMO.true_cfg)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument(
+    made.add_argument("--steps", type=int, default=DEMO.steps)
+    made.add_argument("--true_cfg", type=float, default=DEMO.true_cfg)
+    made.add_argument("--batch", type=int, default=4)
+    made.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="autocast or not"
     )
-    parser.add_argument("--strip", type=Path, help="PNG or JPEG of the first six per setting")
-    args = parser.parse_args(argv)
+    made.add_argument("--strip", type=Path, help="PNG or JPEG of the first six per setting")
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     try:
         configs = {name: setting(name) for name in args.settings}
     except ValueError as error:
-        parser.error(str(error))
+        parser().error(str(error))
     if min(args.count, args.batch, args.steps) < 1 or args.size % 16 or args.size < 64:
-        parser.error("--count, --batch and --steps are at least 1, --size a multiple of 16")
+        parser().error("--count, --batch and --steps are at least 1, --size a multiple of 16")
 
     rng = np.random.default_rng(args.seed)
     triples = HELD_OUT if args.held_out else TRIPLES

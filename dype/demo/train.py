@@ -285,18 +285,22 @@ def export(pipe: FluxPipeline, folder: Path) -> None:
     pipe.save_pretrained(folder)
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the finished pipeline")
-    parser.add_argument("--work", type=Path, default=Path("outputs/demo_training"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--vae_steps", type=int, default=3200)
-    parser.add_argument("--steps", type=int, default=3750, help="of a cosine over 8000")
-    parser.add_argument("--diluted_steps", type=int, default=2000, help="with diluted text")
-    parser.add_argument("--batch", type=int, default=16, help="of the transformer")
-    args = parser.parse_args(argv)
+    made.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the finished pipeline")
+    made.add_argument("--work", type=Path, default=Path("outputs/demo_training"))
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--vae_steps", type=int, default=3200)
+    made.add_argument("--steps", type=int, default=3750, help="of a cosine over 8000")
+    made.add_argument("--diluted_steps", type=int, default=2000, help="with diluted text")
+    made.add_argument("--batch", type=int, default=16, help="of the transformer")
+    return made
+
+
+def main(argv=None) -> None:
+    args = parser().parse_args(argv)
     pipe = train_transformer(train_vae(args), args)
     export(pipe, args.out)
 

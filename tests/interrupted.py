@@ -1,0 +1,101 @@
+"""Run the command line in children that are forked after the imports, and kill them on cue.
+
+    python tests/interrupted.py FOLDER CUES ARGUMENTS...
+
+CUES is JSON, a list of [event, count]: the child is killed (SIGKILL) at the count-th event of its
+kind; null lets it run to its end. Prints the children's exit codes, -9 for a kill, as JSON.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+
+import diffusers
+import transformers
+
+import run_dype
+from dype import ablation, generate
+
+# the lazy modules of both, so that no child imports them again
+LOADED = [getattr(diffusers, name) for name in ("FluxPipeline", "FluxTransformer2DModel")]
+LOADED += [getattr(transformers, name) for name in ("T5EncoderModel", "CLIPTextModel")]
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Half:
+    """A file that dies half way through what it is given."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        self.file.close()
+
+    def write(self, text):
+        self.file.write(text[: len(text) // 2])
+        self.file.flush()
+        die()
+
+
+def set_trap(event: str, count: int) -> None:
+    """Make this process die at the count-th event."""
+    left = [count]
+
+    def reached() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    if event == "draw":
+        draw = generate.draw
+        generate.draw = lambda *args, **kwargs: die() if reached() else draw(*args, **kwargs)
+    elif event == "sheets":
+        run_dype.sheets.draw = lambda *args: die()
+    elif event == "replace":  # the picture is in place, its record is not
+        replace = pathlib.Path.replace
+
+        def replaced(path, target):
+            found = replace(path, target)
+            if str(target).endswith(".png") and reached():
+                die()
+            return found
+
+        pathlib.Path.replace = replaced
+    else:
+        opened = pathlib.Path.open
+        ending = {"png": ".png.", "json": ".json.", "table": f"{ablation.RESULTS}."}
+        mode_of = {"csv": "a"} | dict.fromkeys(ending, "wb")
+
+        def opening(path, mode="r", *args, **kwargs):
+            file = opened(path, mode, *args, **kwargs)
+            name = path.name
+            ours = name == ablation.RESULTS if event == "csv" else ending[event] in name
+            return Half(file) if ours and mode == mode_of[event] and reached() else file
+
+        pathlib.Path.open = opening
+
+
+def main(folder: str, cues: str, *argv: str) -> None:
+    codes = []
+    for cue in json.loads(cues):
+        child = os.fork()
+        if child == 0:
+            silence = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silence, 1)
+            if cue:
+                set_trap(*cue)
+            os.chdir(folder)
+            os._exit(run_dype.main(list(argv)))
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(json.dumps(codes))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
