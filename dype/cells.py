@@ -25,7 +25,11 @@ AXES = {
     "steps": "steps",
     "guidance": "guidance",
     "true_cfg": "cfg",
+    "pass2_strength": "pass2",
+    "pass3_strength": "pass3",
 }
+LAMBDAS = ("dype_scale", "dype_exponent", "dype_start_sigma")  # without effect on static methods
+STRENGTHS = {2: "pass2_strength", 3: "pass3_strength"}  # by the number of passes that have it
 # where the work is done, which is no part of what is asked for
 PLACES = ("device", "offload", "text_encoder_device", "vae_device")
 
@@ -128,25 +132,25 @@ def axes(settings: Settings) -> dict:
     """What may be swept, None where it has no effect."""
     config = settings.config
     dynamic = config.dype and config.method != "base"
+    passes = len(generate.PASSES[settings.flags["multipass"]])
     found = {name: settings.flags.get(name) for name in AXES}
-    names = ("dype_scale", "dype_exponent", "dype_start_sigma")
-    return found | {name: getattr(config, name) if dynamic else None for name in names}
+    found |= {name: None for count, name in STRENGTHS.items() if passes < count}
+    return found | {name: getattr(config, name) if dynamic else None for name in LAMBDAS}
 
 
 def identity(flags: dict, config: dict, prompt: str) -> dict:
     """All that decides what is in a picture, from a setting or a record."""
     config = dict(config)
     if not config["dype"] or config["method"] == "base":
-        unused = dict.fromkeys(("dype_scale", "dype_exponent", "dype_start_sigma"))
-        config |= unused | {"dype": False}
+        config |= dict.fromkeys(LAMBDAS) | {"dype": False}
     elif config["dype_scale"] is None:
         config["dype_scale"] = DyPEConfig(config["method"]).lambda_s
     flags = {name: value for name, value in flags.items() if name not in PLACES}
     if flags.get("init_image") is None:
         flags.pop("strength", None)
-    number = len(generate.PASSES[flags["multipass"]])
-    for n, name in ((2, "pass2_strength"), (3, "pass3_strength")):
-        if number < n:
+    passes = len(generate.PASSES[flags["multipass"]])
+    for count, name in STRENGTHS.items():
+        if passes < count:
             flags.pop(name, None)
     return flags | config | {"prompt": prompt}
 

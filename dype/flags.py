@@ -58,9 +58,9 @@ FLAGS = {
         ("--multipass --dype_multipass", "NAME,...", "single; twopass: at half the size, then "
          "enlarged and refined; threepass: at a quarter, at half, in full (default: single)",
          {"choices": tuple(PASSES)}),
-        ("--pass2_strength", "X", "the share of the steps that the second pass runs "
+        ("--pass2_strength", "X,...", "the share of the steps that the second pass runs "
          "(default: 0.5)", {}),
-        ("--pass3_strength", "X", "(default: 0.4)", {}),
+        ("--pass3_strength", "X,...", "(default: 0.4)", {}),
     ],
     "model": [
         ("--model", "NAME", f"{', '.join(MODELS)}, or a diffusers folder or hub id of one of "

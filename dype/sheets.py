@@ -19,6 +19,8 @@ LABELS = {
     "guidance": "guidance {}",
     "true_cfg": "true CFG {}",
     "multipass": "{}",
+    "pass2_strength": "pass 2 {}",
+    "pass3_strength": "pass 3 {}",
     "seed": "seed {}",
     "prompt": "{}",
 }
