@@ -67,13 +67,14 @@ def row(cell: Cell, record: dict | None = None, error: str = "") -> dict:
 
 
 def read_rows(folder: Path) -> list[dict]:
-    """The rows of results.csv; a line that a kill left half written is none."""
+    """The rows of results.csv, every column filled; a line that a kill left half is none."""
     path = folder / RESULTS
     if not path.exists():
         return []
     whole = path.read_text("utf-8").rpartition("\n")[0]
     rows = csv.DictReader(io.StringIO(whole, newline=""))
-    return [found for found in rows if None not in found and None not in found.values()]
+    whole_rows = [one for one in rows if None not in one and None not in one.values()]
+    return [dict.fromkeys(COLUMNS, "") | one for one in whole_rows]
 
 
 def table(rows: list[dict], names: list[str]) -> str:
@@ -128,17 +129,14 @@ def run(cells: list[Cell], folder: Path, load: Callable, overwrite: bool) -> int
             return 0
         pipe, encode = load()
         failed, start = 0, time.perf_counter()
-        for count, cell in enumerate(rest, 1):
+        done, left = 0.0, sum(work(cell.settings) for cell in rest)
+        for count, cell in enumerate(rest, len(found) + 1):
             failure = attempt(pipe, cell, encode, folder, overwrite)
             failed += bool(failure)
-            done, left = (
-                sum(work(c.settings) for c in part) for part in (rest[:count], rest[count:])
-            )
+            done, left = done + work(cell.settings), left - work(cell.settings)
             seconds = (time.perf_counter() - start) * left / done
-            more = f", about {span(seconds)} left" if left else ""
-            print(
-                f"[{count + len(found)}/{len(cells)}] {cell.path.name}  {failure or 'done'}{more}"
-            )
+            more = f", about {span(seconds)} left" if count < len(cells) else ""
+            print(f"[{count}/{len(cells)}] {cell.path.name}  {failure or 'done'}{more}", flush=True)
         return failed
 
 

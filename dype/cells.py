@@ -29,7 +29,6 @@ AXES = {
     "pass3_strength": "pass3",
 }
 LAMBDAS = ("dype_scale", "dype_exponent", "dype_start_sigma")  # without effect on static methods
-STRENGTHS = {2: "pass2_strength", 3: "pass3_strength"}  # by the number of passes that have it
 # where the work is done, which is no part of what is asked for
 PLACES = ("device", "offload", "text_encoder_device", "vae_device")
 
@@ -112,17 +111,12 @@ def plan(settings: list[Settings], folder: Path) -> list[Cell]:
             flags, own = one.flags, axes(one)
             more = [f"_{AXES[name]}_{own[name]:.10g}" for name in varied if own[name] is not None]
             more += [f"_{flags['multipass']}"] * (flags["multipass"] != "single")
-            size = (
-                flags["seed"],
-                one.config.method,
-                one.config.dype,
-                flags["height"],
-                flags["width"],
-            )
-            path = folder / records.file_name(*size, number, "".join(more))
+            size = flags["height"], flags["width"]
+            method = one.config.method, one.config.dype
+            name = records.file_name(flags["seed"], *method, *size, number, "".join(more))
             prompt = one.prompts[number]
             key = json.dumps([number, identity(flags, one.config.to_dict(), prompt)])
-            found.setdefault(key, Cell(one, prompt, path))
+            found.setdefault(key, Cell(one, prompt, folder / name))
     cells = list(found.values())
     assert len({cell.path for cell in cells}) == len(cells)
     return cells
@@ -134,7 +128,7 @@ def axes(settings: Settings) -> dict:
     dynamic = config.dype and config.method != "base"
     passes = len(generate.PASSES[settings.flags["multipass"]])
     found = {name: settings.flags.get(name) for name in AXES}
-    found |= {name: None for count, name in STRENGTHS.items() if passes < count}
+    found |= {name: None for count, name in generate.STRENGTHS.items() if passes < count}
     return found | {name: getattr(config, name) if dynamic else None for name in LAMBDAS}
 
 
@@ -149,7 +143,7 @@ def identity(flags: dict, config: dict, prompt: str) -> dict:
     if flags.get("init_image") is None:
         flags.pop("strength", None)
     passes = len(generate.PASSES[flags["multipass"]])
-    for count, name in STRENGTHS.items():
+    for count, name in generate.STRENGTHS.items():
         if passes < count:
             flags.pop(name, None)
     return flags | config | {"prompt": prompt}

@@ -8,7 +8,7 @@ import torch
 from dype import records
 from dype.config import number, one_of
 from dype.flags import CHOICES, UserError
-from dype.generate import PASSES
+from dype.generate import PASSES, STRENGTHS
 from dype.models import MODELS, TOKEN, Model
 
 # flag -> (type, smallest, largest, multiple of)
@@ -53,7 +53,7 @@ def check_flags(flags: dict, model: Model) -> None:
 def check_passes(given: dict, names: set[str]) -> None:
     """Raise ValueError for strengths that no pass has; names: every --multipass of the sweep."""
     passes = max(len(PASSES[name]) for name in names)
-    for count, flag in ((2, "pass2_strength"), (3, "pass3_strength")):
+    for count, flag in STRENGTHS.items():
         if flag in given and passes < count:
             raise ValueError(f"--{flag} is for a --multipass of {count} passes, expected one")
     if "strength" in given and "init_image" not in given:

@@ -180,6 +180,7 @@ def decode(pipe, packed: torch.Tensor, height: int, width: int) -> Image.Image:
 
 # --multipass -> the scale of each pass
 PASSES = {"single": (1.0,), "twopass": (0.5, 1.0), "threepass": (0.25, 0.5, 1.0)}
+STRENGTHS = {2: "pass2_strength", 3: "pass3_strength"}  # by the number of passes that have it
 
 
 def passes_of(name: str, steps: int, *strengths: float) -> list[dict]:

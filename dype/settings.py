@@ -92,12 +92,10 @@ def sides(size: str) -> tuple[int, int]:
 
 def over(lower: dict, upper: dict) -> dict:
     """Two levels of flags: the upper wins, whichever way it says it."""
-    instead = [{"size"}, {"height", "width"}], [{"dype"}, {"no_dype"}]
     hidden = set()
-    for one, other in instead:
-        hidden |= (one if upper.keys() & other else set()) | (
-            other if upper.keys() & one else set()
-        )
+    for one, other in ({"size"}, {"height", "width"}), ({"dype"}, {"no_dype"}):
+        hidden |= one if upper.keys() & other else set()
+        hidden |= other if upper.keys() & one else set()
     return {name: value for name, value in lower.items() if name not in hidden} | upper
 
 

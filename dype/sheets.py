@@ -11,6 +11,7 @@ from dype import memory, records
 
 # what may vary over a sheet -> how its values are labelled
 LABELS = {
+    "model": "{}",
     "method": "{}",
     "dype_scale": "scale {}",
     "dype_exponent": "exponent {}",
@@ -55,11 +56,11 @@ def check_columns(columns: str | None) -> None:
     raise ValueError(f"--cols is {columns!r}, expected a number or one of {', '.join(LABELS)}")
 
 
-def layout(rows: list[dict], columns: str | None) -> tuple[list[tuple], list[tuple], dict]:
-    """The axes down, the axes across, and a picture's row for each place.
+def layout(rows: list[dict], columns: str | None) -> tuple[list, list, list[list[dict | None]]]:
+    """The labels down, those across, and the rows of results.csv at each place.
 
-    A place is (values down, values across). A setting without effect on a picture, as lambda_t has
-    none on a static method, is empty there, and the picture stands under every value of it.
+    A setting without effect on a picture, as lambda_t has none on a static method, is empty in its
+    row, and the picture stands under every value of it.
     """
     varied = [name for name in LABELS if varies(rows, name)]
     if columns in LABELS:
@@ -67,18 +68,20 @@ def layout(rows: list[dict], columns: str | None) -> tuple[list[tuple], list[tup
     else:
         across = [name for name in varied if name in SAMPLES] or varied[-1:]
     down = [name for name in varied if name not in across]
-    heads = dict.fromkeys(tuple(one[name] for name in across) for one in rows)
-    heads = [head for head in heads if all(head)] or list(heads)
-    sides = list(dict.fromkeys(tuple(one[name] for name in down) for one in rows))
-    places = {}
+
+    def values(one, names):
+        return tuple(one[name] for name in names)
+
+    heads = list(dict.fromkeys(values(one, across) for one in rows))
+    heads = [head for head in heads if all(head)] or heads
+    sides = list(dict.fromkeys(values(one, down) for one in rows))
+    places: list[list[dict | None]] = [[None] * len(heads) for _ in sides]
     for one in rows:
-        own = tuple(one[name] for name in across)
-        for head in heads:
+        for column, head in enumerate(heads):
+            own = values(one, across)
             if all(mine in ("", theirs) for mine, theirs in zip(own, head, strict=True)):
-                places[tuple(one[name] for name in down), head] = one
-    label = {"down": [labels(down, side) for side in sides]}
-    label["across"] = [labels(across, head) for head in heads]
-    return sides, heads, {"places": places, **label}
+                places[sides.index(values(one, down))][column] = one
+    return [labels(down, side) for side in sides], [labels(across, h) for h in heads], places
 
 
 def varies(rows: list[dict], name: str) -> bool:
@@ -88,42 +91,37 @@ def varies(rows: list[dict], name: str) -> bool:
     return len(pairs) > len({method for method, _ in pairs})
 
 
-def labels(names: list[str], values: tuple) -> list[str]:
+def labels(names: list[str], values) -> list[str]:
     return [LABELS[name].format(value) for name, value in zip(names, values, strict=True) if value]
 
 
 def contact_sheet(rows: list[dict], folder: Path, size: tuple, columns: str | None) -> Image.Image:
-    """All pictures of one size, labelled; those that failed as grey boxes that say why."""
-    sides, heads, found = layout(rows, columns)
+    """All pictures of one size (height, width), labelled; the failed as boxes that say why."""
+    sides, heads, places = layout(rows, columns)
     most = int(columns) if columns and columns.isdecimal() else MOST_COLUMNS
-    count = len(sides) * len(heads)
-    side = max(64, min(320, int((40e6 / count) ** 0.5)))  # px, of the longer side
+    most = min(most, len(heads))
+    side = max(64, min(320, int((40e6 / len(sides) / len(heads)) ** 0.5)))  # px, the longer one
     height, width = (max(1, round(side * one / max(size))) for one in size)
-    font = ImageFont.load_default(FONT)
-    left = [wrapped(lines, 15) for lines in found["down"]]
-    top = [wrapped(lines, max(6, width // 10)) for lines in found["across"]]
+    left = [wrapped(lines, 15) for lines in sides]
+    top = [wrapped(lines, max(6, width // 10)) for lines in heads]
     margin = 150 if any(left) else GAP
     bar = GAP + max(map(len, top)) * (FONT + 4)
-    blocks = [range(start, min(start + most, len(heads))) for start in range(0, len(heads), most)]
-    block = bar + len(sides) * (height + GAP) + GAP
-    full = Image.new(
-        "RGB", (margin + min(most, len(heads)) * (width + GAP), block * len(blocks)), "white"
-    )
-    pen = ImageDraw.Draw(full)
-    for number, block_columns in enumerate(blocks):
-        y = number * block
-        for x, column in enumerate(block_columns):
-            place = margin + x * (width + GAP)
-            pen.multiline_text((place, y + GAP // 2), "\n".join(top[column]), "black", font)
-        for row, key in enumerate(sides):
+    block = bar + len(sides) * (height + GAP) + GAP  # of `most` columns; more go below
+    blocks = -(-len(heads) // most)
+    sheet = Image.new("RGB", (margin + most * (width + GAP), block * blocks), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
+    for column, lines in enumerate(top):
+        x = margin + column % most * (width + GAP)
+        y = column // most * block
+        pen.multiline_text((x, y + GAP // 2), "\n".join(lines), "black", font)
+        for row in range(len(sides)):
             at = y + bar + row * (height + GAP)
-            pen.multiline_text((GAP, at), "\n".join(left[row]), "black", font)
-            for x, column in enumerate(block_columns):
-                corner = margin + x * (width + GAP), at
-                one = found["places"].get((key, heads[column]))
-                if one is not None:
-                    full.paste(small(one, folder, (width, height)), corner)
-    return full
+            if column % most == 0:
+                pen.multiline_text((GAP, at), "\n".join(left[row]), "black", font)
+            one = places[row][column]
+            if one is not None:
+                sheet.paste(small(one, folder, (width, height)), (x, at))
+    return sheet
 
 
 def wrapped(lines: list[str], width: int) -> list[str]:
@@ -152,11 +150,8 @@ def small(one: dict, folder: Path, size: tuple[int, int]) -> Image.Image:
 
 def summary(rows: list[dict]) -> str:
     """Per setting: pictures, failures, mean and standard deviation of seconds and memory."""
-    settings: dict[str, list[dict]] = {}
-    for one in rows:
-        settings.setdefault(setting(one), []).append(one)
     lines = [f"{'pictures':>8}  {'failed':>6}  {'seconds':>16}  {'peak GiB':>14}  setting"]
-    for key, some in settings.items():
+    for key, some in by_setting(rows).items():
         good = [one for one in some if not one["error"]]
         seconds = spread([float(one["seconds"]) for one in good], 1)
         peaks = [float(one["peak_memory"]) / memory.GIB for one in good if one["peak_memory"]]
@@ -169,11 +164,15 @@ def summary(rows: list[dict]) -> str:
     )
 
 
-def setting(one: dict) -> str:
-    """All of a row that seeds and prompts are samples of."""
-    own = [name for name in LABELS if one[name] and name not in SAMPLES]
-    size = f"{one['height']}x{one['width']}"
-    return ", ".join([size, *(LABELS[name].format(one[name]) for name in own)])
+def by_setting(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows of each setting, of which seeds and prompts are samples, by what sets it apart."""
+    varied = [name for name in LABELS if name not in SAMPLES and varies(rows, name)]
+    shown = ["method", *(name for name in varied if name != "method")]
+    found: dict[str, list[dict]] = {}
+    for one in rows:
+        parts = [f"{one['height']}x{one['width']}", *labels(shown, [one[name] for name in shown])]
+        found.setdefault(", ".join(parts), []).append(one)
+    return found
 
 
 def spread(numbers: list[float], digits: int) -> str:

@@ -31,13 +31,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     folder = parser().parse_args(argv).folder
-    settings: dict[str, list[dict]] = {}
-    for row in read_rows(folder):
-        if not row["error"]:
-            settings.setdefault(sheets.setting(row), []).append(row)
-    if not settings:
+    found = [row for row in read_rows(folder) if not row["error"]]
+    if not found:
         parser().error(f"{folder} has no finished sweep, expected one of the demo model")
-    for name, rows in settings.items():
+    for name, rows in sheets.by_setting(found).items():
         layouts, shapes, overlaps = [], [], []
         for row in rows:
             asked = CAPTION.match(row["prompt"])
@@ -49,15 +46,14 @@ def main(argv: list[str] | None = None) -> int:
             layouts.append(verdict.layout)
             shapes.append(verdict.shape == shape)
             overlaps.append(verdict.overlaps[shape])
-        found = []
+        shares = []
         for passed in (layouts, shapes):
             (low, high), part = share(passed)["interval"], share(passed)["share"]
-            found.append(f"{part:.2f} [{low:.2f}, {high:.2f}]")
+            shares.append(f"{part:.2f} [{low:.2f}, {high:.2f}]")
         seconds = sheets.spread([float(row["seconds"]) for row in rows], 1)
-        found.append(sheets.spread(overlaps, 2))
         print(
-            f"n {len(rows)}  layout {found[0]}  shape {found[1]}  overlap {found[2]}  "
-            f"seconds {seconds}  {name}"
+            f"n {len(rows)}  layout {shares[0]}  shape {shares[1]}  "
+            f"overlap {sheets.spread(overlaps, 2)}  seconds {seconds}  {name}"
         )
     return 0
 
