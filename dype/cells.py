@@ -47,8 +47,7 @@ def drawn(pipe, settings: Settings, prompt: str, encode: Callable) -> tuple[Imag
     flags = settings.flags
     height, width = flags["height"], flags["width"]
     apply_dype(pipe, settings.config)
-    room = pipe.dype_room
-    tiled = set_tiling(pipe.vae, flags["tiled_vae"], flags["tile_size"], height * width, room)
+    tiled = set_tiling(pipe, flags["tiled_vae"], flags["tile_size"], height * width)
     schedule = describe_schedule(pipe.scheduler, settings)
     call = {name: flags[name] for name in ("guidance", "seed", "max_sequence_length", "true_cfg")}
     memory.reset_peak()

@@ -102,8 +102,8 @@ def ran_out(error: BaseException) -> bool:
 
 def reset_peak() -> None:
     """Forget the peak so far, where that can be done: on CUDA, and on Linux for the process."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(index)
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")

@@ -70,14 +70,16 @@ def text_device(pipe) -> torch.device:
     return torch.device(apart.get("text_encoder") or execution_device(pipe))
 
 
-def set_tiling(vae, mode: str, tile_size: int | None, pixels: int, room: int) -> bool:
-    """Decode in tiles: always, never, or ("auto") where an untiled decode would not fit `room`.
+def set_tiling(pipe, mode: str, tile_size: int | None, pixels: int) -> bool:
+    """Decode in tiles: always, never, or ("auto") where an untiled decode would not fit.
 
-    tile_size: px of a tile's side; None: the autoencoder's own. room: bytes. Returns whether.
+    pipe: as `place` left it. tile_size: px of a tile's side; None: the autoencoder's own. Returns
+    whether.
     """
-    needed = memory.decoding(vae, pixels, vae.device)
+    vae, room = pipe.vae, pipe.dype_room
+    needed = memory.decoding(vae, pixels, pipe.dype_apart.get("vae") or execution_device(pipe))
     tiled = needed > room if mode == "auto" else mode == "on"
-    if tiled and mode == "auto":
+    if tiled and mode == "auto" and not vae.use_tiling:
         print(f"tiled decoding: untiled it takes {memory.gib(needed)}, {memory.gib(room)} are free")
     if tiled and hasattr(vae, "tile_sample_min_height"):  # Qwen-Image's: 484 tiles by its own 256
         side = tile_size or QWEN_TILE

@@ -5,13 +5,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import quiet, tiny_components, tiny_vae
+import torch
+from conftest import quiet, tiny_components
 from diffusers import FluxPipeline
 from PIL import Image, PngImagePlugin
 from tiny import qwen_vae
 
 import run_dype
-from dype import cells, generate, pipelines, records
+from dype import cells, generate, pipelines, placement, records
 from dype.memory import decoding
 from dype.models import MODELS
 from dype.placement import set_tiling
@@ -65,7 +66,7 @@ def test_every_flag_arrives_and_comes_back(calls):
         "loras": [("a/b", 0.5)],
         "pixels": 64 * 96,
     }
-    assert first["tiling"][0] == ("on", 128, 64 * 96, 1)
+    assert first["tiling"][0] == ("on", 128, 64 * 96)
     ((config,), _) = first["apply"]
     assert config.to_dict() == {
         "method": "ntk",
@@ -183,20 +184,28 @@ def test_the_pipeline_gets_every_argument():
     }
 
 
-def test_tiling():
-    """Alone where it would not fit; in tiles of the asked side, which overlap by a quarter."""
-    vae = tiny_vae()
-    needed = decoding(vae, 512 * 512, "cpu")
-    assert not set_tiling(vae, "auto", None, 512 * 512, needed)
+def test_tiling(monkeypatch):
+    """Alone where it would not fit; in tiles of the asked side, which overlap by a quarter.
+
+    Where the autoencoder computes counts, not where offloading keeps it meanwhile.
+    """
+    pipe = quiet(FluxPipeline(**tiny_components()))
+    pipe.dype_apart, pipe.dype_room = {}, decoding(pipe.vae, 512 * 512, "cpu")
+    vae = pipe.vae
+    assert not set_tiling(pipe, "auto", None, 512 * 512)
     assert not vae.use_tiling
-    assert set_tiling(vae, "auto", None, 512 * 512, needed - 1)
+    assert set_tiling(pipe, "auto", None, 512 * 528)
     assert vae.use_tiling
-    assert set_tiling(vae, "on", 256, 1, needed)
+    assert set_tiling(pipe, "on", 256, 1)
     assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (256, 32)
-    assert not set_tiling(vae, "off", None, 4096 * 4096, 0)
-    vae = qwen_vae()
-    assert set_tiling(vae, "auto", None, 4096 * 4096, 0)
-    assert (vae.tile_sample_min_height, vae.tile_sample_stride_width) == (1024, 768)
+    assert not set_tiling(pipe, "off", None, 4096 * 4096)
+    vae.register_to_config(mid_block_add_attention=True)
+    assert not set_tiling(pipe, "auto", None, 512 * 512)
+    monkeypatch.setattr(placement, "execution_device", lambda pipe: torch.device("cuda"))
+    assert set_tiling(pipe, "auto", None, 512 * 512)
+    pipe.vae, pipe.dype_room = qwen_vae(), 0
+    assert set_tiling(pipe, "auto", None, 4096 * 4096)
+    assert (pipe.vae.tile_sample_min_height, pipe.vae.tile_sample_stride_width) == (1024, 768)
 
 
 def test_what_the_issue_asks_of_models():
