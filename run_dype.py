@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         if given["grid_from"]:
             return sheet(Path(given["grid_from"]), given["cols"])
         given, settings = resolve(given)
-        if len(settings) == len(settings[0].prompts) == 1:
+        if len(settings) == len(settings[0].prompts) == 1 and "sweep" not in given:
             return single(given, settings[0])
         return sweep(given, settings)
     except UserError as error:
@@ -85,14 +85,15 @@ def sweep(given: dict, settings: list[Settings]) -> int:
     cells = plan(settings, folder)
     overwrite = given.get("overwrite", False)
 
-    def ready():
-        pipe = load(settings[0], max(one.flags["height"] * one.flags["width"] for one in settings))
-        return pipe, encoder(pipe, cells)
+    def ready(rest):
+        sizes = [cell.settings.flags["height"] * cell.settings.flags["width"] for cell in rest]
+        pipe = load(settings[0], max(sizes))
+        return pipe, encoder(pipe, rest)
 
     try:
         sheets.check_columns(given.get("cols"))
         if given.get("dry_run"):
-            print(ablation.outline(cells, ablation.finished(cells, overwrite)))
+            print(ablation.outline(cells, folder, overwrite))
             return 0
         records.check_writable(folder)
         failures = ablation.run(cells, folder, ready, overwrite)
@@ -109,10 +110,10 @@ def sweep(given: dict, settings: list[Settings]) -> int:
 
 def sheet(folder: Path, columns: str | None) -> int:
     """Contact sheets and summary of a finished sweep. Raises UserError, OSError."""
-    rows = ablation.read_rows(folder)
-    if not rows:
-        raise UserError(f"{folder} has no finished sweep, expected a folder with a results.csv")
     try:
+        rows = ablation.read_rows(folder)
+        if not rows:
+            raise ValueError(f"{folder} has no finished sweep, expected one with its results.csv")
         for path in sheets.draw(rows, folder, columns):
             print(path)
     except ValueError as error:
@@ -142,7 +143,8 @@ def dry_run(settings: Settings) -> int:
     for name, value in (settings.flags | settings.config.to_dict() | used).items():
         print(f"  {name:20} {value}")
     print(f"  {'prompt':20} {settings.prompts[0]}")
-    for one in schedule["passes"] if len(schedule["passes"]) > 1 else []:
+    whole = len(schedule["passes"]) == 1 and "strength" not in schedule["passes"][0]
+    for one in [] if whole else schedule["passes"]:
         sigmas = " ".join(f"{sigma:.4f}" for sigma in one["sigmas"])
         print(f"  pass at {one['height']}x{one['width']}: sigmas {sigmas}")
     print("  step   sigma   kappa")

@@ -7,21 +7,38 @@ it and its row of results.csv are made again from them where a kill lost these.
 import csv
 import gc
 import io
-import json
 import os
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from dype import memory, records
-from dype.cells import AXES, Cell, axes, drawn, identity, out_of_memory, work
+from dype.cells import AXES, Cell, axes, drawn, identity, key, out_of_memory, short, work
 
 RESULTS = "results.csv"
 COLUMNS = ["file", "model", "height", "width", "method", *AXES, "multipass", "seed", "prompt"]
 COLUMNS += ["seconds", "peak_memory", "error"]
+
+
+def located(cells: list[Cell], folder: Path) -> list[Cell]:
+    """The cells, each at the picture that it has already, whatever another list called that."""
+    names = {cell.path.name for cell in cells}
+    known = {}
+    for path in folder.glob("seed_*.png"):
+        if path.name not in names:
+            with suppress(ValueError, KeyError, TypeError):
+                record = records.load(path)
+                known[key(record["flags"], record["config"], record["prompt"])] = path
+    found = []
+    for cell in cells:
+        own = key(cell.settings.flags, cell.settings.config.to_dict(), cell.prompt)
+        path = cell.path if cell.path.exists() else known.get(own, cell.path)
+        found.append(replace(cell, path=path))
+    return found
 
 
 def finished(cells: list[Cell], overwrite: bool) -> dict[Path, dict]:
@@ -59,7 +76,7 @@ def row(cell: Cell, record: dict | None = None, error: str = "") -> dict:
     if own["dype_scale"] is None and own["dype_exponent"] is not None:
         own["dype_scale"] = config.lambda_s
     found = {name: flags[name] for name in ("model", "height", "width", "multipass", "seed")}
-    found |= {name: "" if value is None else f"{value:.10g}" for name, value in own.items()}
+    found |= {name: "" if value is None else short(value) for name, value in own.items()}
     found |= {"file": cell.path.name, "prompt": cell.prompt, "error": error}
     found["method"] = records.method_name(config.method, config.dype)
     took = record or {"seconds": "", "peak_memory": ""}
@@ -67,14 +84,20 @@ def row(cell: Cell, record: dict | None = None, error: str = "") -> dict:
 
 
 def read_rows(folder: Path) -> list[dict]:
-    """The rows of results.csv, every column filled; a line that a kill left half is none."""
+    """The rows of results.csv, every column filled; a line that a kill left half is none.
+
+    Raises ValueError if it is no such table.
+    """
     path = folder / RESULTS
     if not path.exists():
         return []
-    whole = path.read_text("utf-8").rpartition("\n")[0]
-    rows = csv.DictReader(io.StringIO(whole, newline=""))
-    whole_rows = [one for one in rows if None not in one and None not in one.values()]
-    return [dict.fromkeys(COLUMNS, "") | one for one in whole_rows]
+    try:
+        whole = path.read_text("utf-8").rpartition("\n")[0]
+        rows = list(csv.DictReader(io.StringIO(whole, newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no table of a sweep: {error}; move it away") from error
+    rows = [one for one in rows if None not in one and None not in one.values()]
+    return [dict.fromkeys(COLUMNS, "") | one for one in rows]
 
 
 def table(rows: list[dict], names: list[str]) -> str:
@@ -99,17 +122,20 @@ def reconcile(folder: Path, cells: list[Cell], found: dict[Path, dict]) -> None:
     before = read_rows(folder)
     known = {one["file"]: one for one in before if not one["error"]}
     kept = [one for one in before if one["file"] not in ours]
-    stems = {cell.path.stem for cell in cells} | {"results", "summary", "comparison_*"}
-    for stem in stems:
-        for part in folder.glob(f".{stem}.*.part"):
+    ours |= {cell.path.with_suffix(".json").name for cell in cells} | {RESULTS, "summary.txt"}
+    for part in folder.glob(".*.part"):
+        owner = part.name[1:].rsplit(".", 2)[0]  # .NAME.PROCESS.part
+        if owner in ours or owner.startswith("comparison_"):
             part.unlink()
     for cell in cells:
+        beside = cell.path.with_suffix(".json")
         if cell.path in found:
-            beside = cell.path.with_suffix(".json")
-            text = json.dumps(found[cell.path], indent=2, ensure_ascii=False)
-            if not beside.exists():
-                records.write({beside: text.encode() + b"\n"})
+            text = records.text_of(found[cell.path])
+            if not beside.exists() or beside.read_bytes() != text:
+                records.write({beside: text})
             kept.append(known.get(cell.path.name) or row(cell, found[cell.path]))
+        else:
+            beside.unlink(missing_ok=True)  # of a picture that is gone, or is drawn anew
     names = dict.fromkeys([*COLUMNS, *(name for one in kept for name in one)])  # others' too
     records.write({folder / RESULTS: table([{n: n for n in names}, *kept], [*names]).encode()})
 
@@ -117,17 +143,18 @@ def reconcile(folder: Path, cells: list[Cell], found: dict[Path, dict]) -> None:
 def run(cells: list[Cell], folder: Path, load: Callable, overwrite: bool) -> int:
     """Draw what is not there yet; returns how many cells failed. Raises ValueError, OSError.
 
-    load: () -> the pipeline and the function from a text to its embeddings; called if anything is
-    to be drawn. A cell that fails is written down, and the rest go on.
+    load: the cells to be drawn -> the pipeline and the function from a text to its embeddings;
+    called if there are any. A cell that fails is written down, and the rest go on.
     """
     with locked(folder):
+        cells = located(cells, folder)
         found = finished(cells, overwrite)
         reconcile(folder, cells, found)
         rest = [cell for cell in cells if cell.path not in found]
         print(f"{len(cells)} pictures in {folder}, {len(found)} there already")
         if not rest:
             return 0
-        pipe, encode = load()
+        pipe, encode = load(rest)
         failed, start = 0, time.perf_counter()
         done, left = 0.0, sum(work(cell.settings) for cell in rest)
         for count, cell in enumerate(rest, len(found) + 1):
@@ -146,7 +173,9 @@ def attempt(pipe, cell: Cell, encode: Callable, folder: Path, overwrite: bool) -
     try:
         image, record = drawn(pipe, cell.settings, cell.prompt, encode)
         records.save(image, cell.path, record, overwrite)
-    except (RuntimeError, ValueError, TypeError, MemoryError) as error:
+    except OSError:  # a full disk would fail every other cell too
+        raise
+    except Exception as error:  # whatever one setting does to a model, the others are drawn
         failure = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if memory.ran_out(error):
             failure = out_of_memory(pipe, cell.settings)
@@ -179,8 +208,10 @@ def locked(folder: Path):
         os.close(handle)
 
 
-def outline(cells: list[Cell], found: dict[Path, dict]) -> str:
-    """What a sweep would draw, and about how long that takes."""
+def outline(cells: list[Cell], folder: Path, overwrite: bool) -> str:
+    """What a sweep would draw, and about how long that takes. Raises ValueError as `run` does."""
+    cells = located(cells, folder)
+    found = finished(cells, overwrite)
     rest = [cell.settings for cell in cells if cell.path not in found]
     lines = [f"  {cell.path.name}{'  (there)' * (cell.path in found)}" for cell in cells]
     left = sum(map(work, rest))

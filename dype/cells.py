@@ -29,8 +29,8 @@ AXES = {
     "pass3_strength": "pass3",
 }
 LAMBDAS = ("dype_scale", "dype_exponent", "dype_start_sigma")  # without effect on static methods
-# where the work is done, which is no part of what is asked for
-PLACES = ("device", "offload", "text_encoder_device", "vae_device")
+# where and in what pieces the work is done, which is no part of what is asked for
+PLACES = ("device", "offload", "text_encoder_device", "vae_device", "tiled_vae", "tile_size")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ class Cell:
 
 
 def drawn(pipe, settings: Settings, prompt: str, encode: Callable) -> tuple[Image.Image, dict]:
-    """One picture and its record. encode: a text -> its embeddings, as `generate.encode`."""
+    """One picture and its record, whose seconds are those after the text encoders.
+
+    encode: a text -> its embeddings, as `generate.encode`.
+    """
     flags = settings.flags
     height, width = flags["height"], flags["width"]
     apply_dype(pipe, settings.config)
@@ -51,15 +54,15 @@ def drawn(pipe, settings: Settings, prompt: str, encode: Callable) -> tuple[Imag
     schedule = describe_schedule(pipe.scheduler, settings)
     call = {name: flags[name] for name in ("guidance", "seed", "max_sequence_length", "true_cfg")}
     memory.reset_peak()
-    start = time.perf_counter()
     negative = against(pipe, flags)
     call["negative_prompt"] = None if negative is None else encode(negative)
+    text, start = encode(prompt), time.perf_counter()
     if flags["init_image"]:
         call |= {"image": records.open_picture(flags["init_image"]), "strength": flags["strength"]}
         call |= {"height": height, "width": width, "steps": flags["steps"]}
-        image = generate.draw(pipe, encode(prompt), **call)
+        image = generate.draw(pipe, text, **call)
     else:
-        image = generate.multipass(pipe, encode(prompt), height, width, passes(flags), **call)
+        image = generate.multipass(pipe, text, height, width, passes(flags), **call)
     seconds = time.perf_counter() - start
     record = {"prompt": prompt, "flags": flags, "config": settings.config.to_dict(), **schedule}
     return image, record | {"tiled_vae": tiled, **records.machine(pipe, seconds)}
@@ -108,17 +111,22 @@ def plan(settings: list[Settings], folder: Path) -> list[Cell]:
     for number in range(len(settings[0].prompts)):
         for one in settings:
             flags, own = one.flags, axes(one)
-            more = [f"_{AXES[name]}_{own[name]:.10g}" for name in varied if own[name] is not None]
+            more = [f"_{AXES[name]}_{short(own[name])}" for name in varied if own[name] is not None]
             more += [f"_{flags['multipass']}"] * (flags["multipass"] != "single")
             size = flags["height"], flags["width"]
             method = one.config.method, one.config.dype
             name = records.file_name(flags["seed"], *method, *size, number, "".join(more))
             prompt = one.prompts[number]
-            key = json.dumps([number, identity(flags, one.config.to_dict(), prompt)])
-            found.setdefault(key, Cell(one, prompt, folder / name))
+            own = number, key(flags, one.config.to_dict(), prompt)
+            found.setdefault(own, Cell(one, prompt, folder / name))
     cells = list(found.values())
     assert len({cell.path for cell in cells}) == len(cells)
     return cells
+
+
+def short(value: float) -> str:
+    """1.5 -> 1.5, 2.0 -> 2: in full, so that two values never look the same."""
+    return str(value).removesuffix(".0")
 
 
 def axes(settings: Settings) -> dict:
@@ -146,6 +154,11 @@ def identity(flags: dict, config: dict, prompt: str) -> dict:
         if passes < count:
             flags.pop(name, None)
     return flags | config | {"prompt": prompt}
+
+
+def key(flags: dict, config: dict, prompt: str) -> str:
+    """The same as text: equal where the pictures would be."""
+    return json.dumps(identity(flags, config, prompt), sort_keys=True)
 
 
 def encoder(pipe, cells: list[Cell]) -> Callable:

@@ -48,15 +48,22 @@ def check_flags(flags: dict, model: Model) -> None:
             raise ValueError(
                 f"--{name} is {flags[name]!r}, expected cpu, cuda, cuda:1, mps, ..."
             ) from None
+    if flags["vae_device"] and model.pipeline != "FluxPipeline":
+        raise ValueError("--vae_device is for FLUX.1 pipelines, expected none with this model")
+    if flags["vae_device"] and flags["offload"] not in ("auto", "none"):
+        raise ValueError(
+            f"--offload is {flags['offload']!r}, but --vae_device puts a part in a place of its "
+            "own, expected --offload none"
+        )
 
 
-def check_passes(given: dict, names: set[str]) -> None:
-    """Raise ValueError for strengths that no pass has; names: every --multipass of the sweep."""
-    passes = max(len(PASSES[name]) for name in names)
+def check_passes(given: dict, cells: list[dict]) -> None:
+    """Raise ValueError for strengths that no pass has; cells: the flags of every one."""
+    passes = max(len(PASSES[flags["multipass"]]) for flags in cells)
     for count, flag in STRENGTHS.items():
         if flag in given and passes < count:
             raise ValueError(f"--{flag} is for a --multipass of {count} passes, expected one")
-    if "strength" in given and "init_image" not in given:
+    if "strength" in given and cells[0]["init_image"] is None:
         raise ValueError("--strength is for --init_image FILE, expected that too")
 
 
@@ -111,13 +118,6 @@ def check_guidance(name: str, model: Model, flags: dict, given: dict) -> None:
         raise UserError(
             f"--true_cfg {scale:g} does nothing without --negative_prompt, expected "
             'one, or --negative_prompt ""'
-        )
-    if flags["vae_device"] and model.pipeline != "FluxPipeline":
-        raise UserError(f"--vae_device is for FLUX.1 pipelines, expected none with {name}")
-    if flags["vae_device"] and flags["offload"] not in ("auto", "none"):
-        raise UserError(
-            f"--offload is {flags['offload']!r}, but --vae_device puts a part in a place of its "
-            "own, expected --offload none"
         )
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from dype.config import number
 from dype.latents import encode_picture, noised
 from dype.models import FLUX, TOKEN, Family, family_of, family_of_pipeline
+from dype.patch import denoisers
 from dype.placement import execution_device, set_aside, text_device
 
 
@@ -88,8 +89,8 @@ def draw(
     height: int,
     width: int,
     steps: int,
-    guidance: float,
-    seed: int,
+    guidance: float | None = None,
+    seed: int = 42,
     max_sequence_length: int = 512,
     negative_prompt: str | dict | None = None,
     true_cfg: float = 1.0,
@@ -98,16 +99,17 @@ def draw(
 ) -> Image.Image:
     """One picture of `height` x `width` px, by a text-to-image pipeline of `models.PIPELINES`.
 
-    prompt, negative_prompt: text, or what `encode` made of it. image: start from this picture,
-    enlarged to the size and noised, instead of from noise; strength in (0, 1] is the share of the
-    steps that are then run, the last ones of the schedule for this size, as in diffusers'
-    image-to-image pipelines. The noise is drawn on the CPU: a seed means the same start on every
-    device, and at strength 1 the same as without a picture.
+    prompt, negative_prompt: text, or what `encode` made of it. guidance: None is the pipeline's own
+    default. image: start from this picture, enlarged to the size and noised, instead of from noise;
+    strength in (0, 1] is the share of the steps that are then run, the last ones of the schedule
+    for this size, as in diffusers' image-to-image pipelines. The noise is drawn on the CPU: a seed
+    means the same start on every device, and at strength 1 the same as without a picture.
     """
     known = inspect.signature(pipe.__call__).parameters
+    if guidance is None:
+        guidance = known["guidance_scale"].default or 0.0
     if negative_prompt is None:
         negative_prompt = implied(pipe, guidance)
-    device = execution_device(pipe)
     call = {
         "height": height,
         "width": width,
@@ -118,19 +120,26 @@ def draw(
         "generator": torch.Generator("cpu").manual_seed(seed),
     }
     for prefix, text in {"": prompt, "negative_": negative_prompt}.items():
-        if isinstance(text, str) and f"{prefix}prompt_embeds" in known:
-            text = encode(pipe, text, max_sequence_length)
-        text = {"prompt": text} if isinstance(text, str) else text or {}
-        call |= {f"{prefix}{name}": moved(part, device) for name, part in text.items()}
+        call |= worded(pipe, prefix, text, max_sequence_length)
     call = {name: value for name, value in call.items() if name in known}
     if guidance == 0 and known["guidance_scale"].default is None:
         del call["guidance_scale"]  # Qwen-Image warns of any number
     if image is not None:
-        call |= started(pipe, image, strength, device, call)
+        call |= started(pipe, image, strength, call)
     apart = getattr(pipe, "dype_apart", {})
     with set_aside(pipe, *apart):
         found = pipe(**call, output_type="latent" if "vae" in apart else "pil").images
     return decode(pipe, found, height, width) if "vae" in apart else found[0]
+
+
+def worded(pipe, prefix: str, text: str | dict | None, max_sequence_length: int) -> dict:
+    """The arguments that say a prompt, as embeddings where the pipeline takes them."""
+    if isinstance(text, str):
+        known = inspect.signature(pipe.__call__).parameters
+        embeds = f"{prefix}prompt_embeds" in known
+        text = encode(pipe, text, max_sequence_length) if embeds else {"prompt": text}
+    device = execution_device(pipe)
+    return {f"{prefix}{name}": moved(part, device) for name, part in (text or {}).items()}
 
 
 def implied(pipe, guidance: float) -> str | None:
@@ -140,16 +149,18 @@ def implied(pipe, guidance: float) -> str | None:
     return "" if own and guidance > 0 else None
 
 
-def started(pipe, image: Image.Image, strength: float, device, call: dict) -> dict:
+def started(pipe, image: Image.Image, strength: float, call: dict) -> dict:
     """The `latents` and `sigmas` with which a text-to-image pipeline refines a picture."""
     number("strength", strength, 0, 1, above=True)
+    apart, device = getattr(pipe, "dype_apart", {}), execution_device(pipe)
+    with set_aside(pipe, *apart):
+        pipe.maybe_free_model_hooks()  # a text encoder may still be on the card
     height, width, steps = (call[name] for name in ("height", "width", "num_inference_steps"))
-    family = family_of_pipeline(pipe, family_of(pipe.transformer))
+    family = family_of_pipeline(pipe, family_of(denoisers(pipe)[0]))
     _, sigmas = noise_schedule(pipe.scheduler, height, width, steps, family)
     first = skipped(steps, strength)
     image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    vae_device = torch.device(getattr(pipe, "dype_apart", {}).get("vae", device))
-    latents = encode_picture(pipe, image, vae_device).to(device)
+    latents = encode_picture(pipe, image, torch.device(apart.get("vae", device))).to(device)
     embeds = call["prompt_embeds"]
     dtype = embeds[0].dtype if isinstance(embeds, list) else embeds.dtype
     seed = call["generator"].initial_seed()

@@ -80,18 +80,16 @@ def decoding_room(free: int, parts: dict[str, int], offload: str) -> int:
 
 
 def cheaper(flags: dict, offload: str, tiled: bool, on_cpu: bool) -> str:
-    """The next setting that needs less memory, as flags."""
+    """The next setting that needs less memory, as flags. Layer by layer no weights are left."""
     if not tiled:
         return "--tiled_vae on"
     if on_cpu:
         return "--dtype bfloat16" if flags["dtype"] == "float32" else "a smaller --size"
-    if offload in OFFLOADS[:2]:
-        return f"--offload {OFFLOADS[OFFLOADS.index(offload) + 1]}"
-    if flags["text_encoder_device"] is None:
+    if offload == "none" and flags["text_encoder_device"] is None:
         return "--text_encoder_device cpu"
-    if flags["quantize"] == "none":
-        return "--quantize int8"
-    return "--offload sequential" if offload == "group" else "a smaller --size"
+    if offload in ("none", "model"):
+        return f"--offload {OFFLOADS[OFFLOADS.index(offload) + 1]}"
+    return "--tile_size 512" if flags["tile_size"] is None else "a smaller --size"
 
 
 def ran_out(error: BaseException) -> bool:

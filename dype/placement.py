@@ -19,7 +19,10 @@ def place(pipe, device: str, offload: str, apart: dict[str, str], pixels: int) -
         parts = {
             n: part for n, part in pipe.components.items() if isinstance(part, torch.nn.Module)
         }
-        free, sizes = memory.free(device), memory.sizes(parts)
+        sizes = memory.sizes(parts)
+        kind = torch.device(device).type
+        there = [name for name, part in parts.items() if part.device.type == kind]
+        free = memory.free(device) + sum(sizes[name] for name in there)  # bitsandbytes' are, say
         if offload == "auto":
             offload, why = memory.choose_offload(device, free, sizes, pixels)
             if why:

@@ -29,6 +29,7 @@ def load_profile(file: str, name: str | None) -> dict:
         raise ValueError(f"--profile is {name!r}, expected one of {', '.join(tables) or 'none'}")
     found = {}
     for table in ("default", name):
+        level = {}
         for key, value in tables.get(table, {}).items():
             inner = value if key == "dype" and isinstance(value, dict) else {key: value}
             for flag, given in inner.items():
@@ -38,8 +39,18 @@ def load_profile(file: str, name: str | None) -> dict:
                     raise ValueError(
                         f"--config {file} [{table}]: there is no {flag!r}, expected {meant!r}"
                     )
-                found[flag] = spelled(file, flag, given)
+                level[flag] = spelled(file, flag, given)
+        found = over(found, level)
     return {flag: given for flag, given in found.items() if given is not False}
+
+
+def over(lower: dict, upper: dict) -> dict:
+    """Two levels of flags: the upper wins, whichever way it says it."""
+    hidden = set()
+    for one, other in ({"size"}, {"height", "width"}), ({"dype"}, {"no_dype"}):
+        hidden |= one if upper.keys() & other else set()
+        hidden |= other if upper.keys() & one else set()
+    return {name: value for name, value in lower.items() if name not in hidden} | upper
 
 
 def spelled(file: str, flag: str, value):

@@ -80,13 +80,18 @@ def save(image: Image.Image, path: Path, record: dict, overwrite: bool = False) 
     Returns where they are: another name if PATH was taken while the picture was drawn.
     """
     path = path if overwrite else free_path(path)
-    text = json.dumps(record, indent=2, ensure_ascii=False)
+    text = text_of(record)
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(KEY, text)
+    info.add_itxt(KEY, text.decode())
     picture = io.BytesIO()
     image.save(picture, "png", pnginfo=info)
-    write({path: picture.getvalue(), path.with_suffix(".json"): text.encode() + b"\n"})
+    write({path: picture.getvalue(), path.with_suffix(".json"): text})
     return path
+
+
+def text_of(record: dict) -> bytes:
+    """A record as JSON."""
+    return json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def write(contents: dict[Path, bytes]) -> None:

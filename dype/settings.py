@@ -21,7 +21,7 @@ from dype.config import DyPEConfig, one_of, preset
 from dype.flags import UserError
 from dype.models import DEFAULT_MODEL, MODELS, Model, resolve_model
 from dype.patch import check_shift
-from dype.profiles import load_profile
+from dype.profiles import load_profile, over
 
 CONFIG_FLAGS = tuple(field.name for field in fields(DyPEConfig))
 MODEL_FLAGS = (
@@ -90,15 +90,6 @@ def sides(size: str) -> tuple[int, int]:
     return int(found[2] or found[1]), int(found[1])
 
 
-def over(lower: dict, upper: dict) -> dict:
-    """Two levels of flags: the upper wins, whichever way it says it."""
-    hidden = set()
-    for one, other in ({"size"}, {"height", "width"}), ({"dype"}, {"no_dype"}):
-        hidden |= one if upper.keys() & other else set()
-        hidden |= other if upper.keys() & one else set()
-    return {name: value for name, value in lower.items() if name not in hidden} | upper
-
-
 def resolve(given: dict) -> tuple[dict, list[Settings]]:
     """The flags that were given, by a profile too, and every setting that they ask for.
 
@@ -117,8 +108,9 @@ def resolve(given: dict) -> tuple[dict, list[Settings]]:
 
 def settle(given: dict, profile: dict) -> list[Settings]:
     """The settings of each cell. Raises ValueError, UserError."""
-    if {"size"} & given.keys() and {"height", "width"} & given.keys():
-        raise ValueError("--size and --height or --width contradict each other, expected one way")
+    for level in (given, profile):
+        if "size" in level and {"height", "width"} & level.keys():
+            raise ValueError("--size and --height or --width contradict each other, expected one")
     if "source" in given and "config" in given:
         raise ValueError("--from has every setting already, expected no --config with it")
     source = load_source(given["source"]) if "source" in given else {}
@@ -137,7 +129,7 @@ def settle(given: dict, profile: dict) -> list[Settings]:
             found.append(merge(above, source | below, name, model, prompts, notes))
     for note in sorted(notes):
         print(note)
-    check_passes(profile | given, {settings.flags["multipass"] for settings in found})
+    check_passes(profile | given, [settings.flags for settings in found])
     return found
 
 

@@ -95,14 +95,14 @@ def steps(name: str, item: str) -> list[str]:
     """`1:3:0.5` -> 1, 1.5, 2, 2.5, 3; the step is 1 where none is given."""
     try:
         first, last, step = map(Decimal, (item + ":1" if item.count(":") == 1 else item).split(":"))
-        reversed_or_still = not (first <= last and step > 0)
+        upward = first <= last and step > 0 and (last - first).is_finite()
     except (ValueError, InvalidOperation):
         raise ValueError(f"--{name} is {item!r}, expected FIRST:LAST:STEP in numbers") from None
-    if reversed_or_still or not (last - first).is_finite():
+    if not upward:
         raise ValueError(f"--{name} is {item!r}, expected a range that goes up")
+    if (last - first) / step > 100 * MOST:
+        raise ValueError(f"--{name} is {item!r}, expected at most {100 * MOST} values")
     count = (last - first) // step + 1
-    if count > 100 * MOST:
-        raise ValueError(f"--{name} {item} has {count} values, expected at most {100 * MOST}")
     return [f"{(first + i * step).normalize():f}" for i in range(int(count))]
 
 

@@ -120,16 +120,15 @@ def test_the_peak_is_that_of_one_picture():
 
 def test_the_next_cheaper_setting():
     """Down a ladder that ends at a smaller picture."""
-    flags = {"dtype": "bfloat16", "text_encoder_device": None, "quantize": "none"}
+    flags = {"dtype": "bfloat16", "text_encoder_device": None, "tile_size": None}
     assert cheaper(flags, "none", False, False) == "--tiled_vae on"
+    assert cheaper(flags, "none", True, False) == "--text_encoder_device cpu"
+    flags["text_encoder_device"] = "cpu"
     assert cheaper(flags, "none", True, False) == "--offload model"
     assert cheaper(flags, "model", True, False) == "--offload group"
-    assert cheaper(flags, "group", True, False) == "--text_encoder_device cpu"
-    flags["text_encoder_device"] = "cpu"
-    assert cheaper(flags, "group", True, False) == "--quantize int8"
-    flags["quantize"] = "int8"
-    assert cheaper(flags, "group", True, False) == "--offload sequential"
-    assert cheaper(flags, "sequential", True, False) == "a smaller --size"
+    assert cheaper(flags, "group", True, False) == "--tile_size 512"
+    flags["tile_size"] = 512
+    assert cheaper(flags, "group", True, False) == "a smaller --size"
     assert cheaper({**flags, "dtype": "float32"}, "none", True, True) == "--dtype bfloat16"
     assert cheaper(flags, "none", True, True) == "a smaller --size"
 

@@ -97,6 +97,17 @@ def test_passes_are_what_one_would_do_by_hand(pipe):
     assert (pixels(large) == pixels(both)).all()
 
 
+def test_the_least_that_can_be_said():
+    """Guidance is the pipeline's own then, and the seed 42."""
+    pipe = flux()
+    passes = [{"scale": 0.5, "steps": 2}, {"scale": 1.0, "steps": 2, "strength": 0.5}]
+    least = generate.multipass(pipe, "a red ring", 64, 96, passes=passes)
+    said = {"guidance": 3.5, "seed": 42, "max_sequence_length": 512}
+    assert (
+        pixels(least) == pixels(generate.multipass(pipe, "a red ring", 64, 96, passes, **said))
+    ).all()
+
+
 def test_strength_1_starts_from_the_pipelines_own_noise(pipe):
     prompt = prompt_of(pipe)
     size = {"height": 64, "width": 96, "steps": 3}

@@ -58,6 +58,15 @@ def test_a_profile_inherits():
     assert (found.config.method, found.config.dype) == ("ntk", False)
 
 
+def test_a_profile_may_say_a_size_another_way():
+    """Its height and width hide the default's size, its dype the default's no_dype."""
+    Path("a.toml").write_text(
+        "[default]\nsize = 4096\nno_dype = true\n[mine]\nheight = 64\nwidth = 96\ndype = true\n"
+    )
+    [found] = settings("--profile", "mine")
+    assert (found.flags["height"], found.flags["width"], found.config.dype) == (64, 96, True)
+
+
 def test_precedence():
     """A flag over a preset, that over the file; the other way to say a size hides the file's."""
     [found] = settings("--profile", "small", "--height", "128", "--method", "pi", "--dype", "on")
@@ -86,6 +95,7 @@ BAD = {
     "value a table": ("--config b.toml", "[default.steps]\na = 1\n", "expected a number, text"),
     "switch a word": ("--config b.toml", '[default]\nisotropic = "yes"\n', "true or false"),
     "number a switch": ("--config b.toml", "[default]\nsteps = true\n", "expected a number"),
+    "two sizes": ("--config b.toml", "[default]\nsize = 64\nheight = 64\n", "contradict"),
     "with --from": ("--config b.toml --from a.png", "", "no --config"),
     "not for a file": ("--config b.toml", '[default]\nconfig = "a.toml"\n', "there is no 'config'"),
 }
