@@ -28,6 +28,7 @@ LOADING = (
     HTTPError,
 )
 OFFLOADS = ("auto", *memory.OFFLOADS)
+ENCODERS = ("text_encoder", "text_encoder_2")  # the larger one last
 BACKENDS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}  # packages that quantize
 
 
@@ -68,48 +69,58 @@ def load_pipeline(
     dtype = dtype or model.dtype
     one_of("dtype", dtype, DTYPES)
     one_of("quantize", quantize, memory.QUANTIZED)
-    check_backend(quantize)
     if device is None:
         device = default_device()
         refuse_hopeless(name, model, device)
+    check_backend(quantize, device)
     check_device(device, offload)
     for elsewhere in (text_encoder_device, vae_device):
         check_device(elsewhere or device, "none")
     check_files(model.repo, loras)
-    mute()
-    from diffusers import DiffusionPipeline
-
-    place_of = {"revision": revision, "local_files_only": Path(model.repo).is_dir()}
-    try:
-        index = DiffusionPipeline.load_config(model.repo, **place_of)
-        if index.get("_class_name") not in PIPELINES:
-            raise UnavailableError(
-                f"{model.repo} is a {index.get('_class_name')}, expected {', '.join(PIPELINES)}; "
-                "others may work from Python, with apply_dype"
-            )
-        encoders = [part for part in ("text_encoder", "text_encoder_2") if part in index]
-        less = quantization(quantize, dtype, [] if text_encoder_device else encoders[-1:])
-        pipe = DiffusionPipeline.from_pretrained(
-            model.repo, dtype=DTYPES[dtype], **place_of, **less
-        )
-        check_loaded(pipe)
-    except torch.OutOfMemoryError:
-        raise
-    except LOADING as error:
-        raise UnavailableError(explain(name, model.repo, error)) from error
+    pipe = fetch(name, model.repo, revision, dtype, quantize, bool(text_encoder_device))
     load_loras(pipe, loras)
+    encoders = [part for part in ENCODERS if getattr(pipe, part, None) is not None]
     apart = dict.fromkeys(encoders, text_encoder_device) | {"vae": vae_device}
     place(pipe, device, offload, {name: d for name, d in apart.items() if d}, pixels)
     return pipe
 
 
-def check_backend(quantize: str) -> None:
-    """Raise `UnavailableError` if the package that quantizes so is not installed."""
+def fetch(name: str, repo: str, revision: str | None, dtype: str, quantize: str, apart: bool):
+    """The pipeline as diffusers loads it, quantized on the way; apart: its encoders are not.
+
+    Raises `UnavailableError`.
+    """
+    mute()
+    from diffusers import DiffusionPipeline
+
+    place_of = {"revision": revision, "local_files_only": Path(repo).is_dir()}
+    try:
+        index = DiffusionPipeline.load_config(repo, **place_of)
+        if index.get("_class_name") not in PIPELINES:
+            raise UnavailableError(
+                f"{repo} is a {index.get('_class_name')}, expected {', '.join(PIPELINES)}; "
+                "others may work from Python, with apply_dype"
+            )
+        large = [part for part in ENCODERS if index.get(part, [None])[0]][-1:]
+        less = quantization(quantize, dtype, [] if apart else large)
+        pipe = DiffusionPipeline.from_pretrained(repo, dtype=DTYPES[dtype], **place_of, **less)
+        check_loaded(pipe)
+    except torch.OutOfMemoryError:
+        raise
+    except LOADING as error:
+        raise UnavailableError(explain(name, repo, error)) from error
+    return pipe
+
+
+def check_backend(quantize: str, device: str) -> None:
+    """Raise `UnavailableError` if what quantizes so is not installed, or not for this device."""
     package = BACKENDS.get(quantize)
     if package and importlib.util.find_spec(package) is None:
         raise UnavailableError(
             f"--quantize {quantize} needs the {package} package; pip install {package}"
         )
+    if quantize == "nf4" and torch.device(device).type == "cpu":
+        raise UnavailableError("--quantize nf4 needs a GPU to quantize on; try --quantize int8")
 
 
 def quantization(quantize: str, dtype: str, encoders: list[str]) -> dict:

@@ -20,8 +20,8 @@ LABELS = {
     "guidance": "guidance {}",
     "true_cfg": "true CFG {}",
     "multipass": "{}",
-    "pass2_strength": "pass 2 {}",
-    "pass3_strength": "pass 3 {}",
+    "pass2_strength": "strength {}",
+    "pass3_strength": "third {}",
     "seed": "seed {}",
     "prompt": "{}",
 }

@@ -191,15 +191,36 @@ def test_quantize_without_its_package(quantize, monkeypatch, capsys):
     assert f"pip install {package}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("quantize", ["int8", "fp8", "nf4"])
+def test_nf4_needs_a_gpu(monkeypatch, capsys):
+    """Before anything is loaded."""
+    monkeypatch.setattr(pipelines.importlib.util, "find_spec", lambda name: True)
+    line = ["--model", "demo", "--device", "cpu", "--quantize", "nf4"]
+    assert run_dype.main(line) == 1
+    assert "try --quantize int8" in capsys.readouterr().err
+
+
+NF4 = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes quantizes on a GPU"),
+]
+
+
+@pytest.mark.parametrize("quantize", ["int8", "fp8", pytest.param("nf4", marks=NF4)])
 def test_quantized_demo(quantize):
-    """The transformer's linear layers shrink, are counted so, and the picture stays near."""
-    package = pipelines.BACKENDS[quantize]
-    pytest.importorskip(package)
+    """The linear layers shrink, are counted so, and the picture stays near.
+
+    nf4 would show the same of bitsandbytes. torchao is not in requirements-dev.txt: where it is
+    installed, diffusers warns of it at every import.
+    """
+    pytest.importorskip(pipelines.BACKENDS[quantize])
+    device = "cuda" if quantize == "nf4" else "cpu"
     plain, less = (
-        quiet(pipelines.load_pipeline("demo", quantize=how, device="cpu"))
+        quiet(pipelines.load_pipeline("demo", quantize=how, device=device))
         for how in ("none", quantize)
     )
+    for part in (less.transformer, less.text_encoder_2):
+        kinds = {type(weight).__name__ for weight in part.parameters()}
+        assert len(kinds) > 1, kinds
     sizes = [memory.sizes({"t": pipe.transformer})["t"] for pipe in (plain, less)]
     assert sizes[1] < 0.4 * sizes[0]
     settings = {**SETTINGS, "height": 128, "width": 128, "steps": 4}
