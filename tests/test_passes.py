@@ -197,6 +197,15 @@ def test_a_low_strength_keeps_the_picture():
     assert np.abs(far - before).mean() > 2 * np.abs(near - before).mean()
 
 
+def test_sizes_of_the_passes():
+    """To the nearest token, the last one as asked."""
+    passes = generate.passes_of("threepass", 4, 0.5, 0.4)
+    sizes = [(one["height"], one["width"]) for one in generate.sized(passes, 4096, 2736)]
+    assert sizes == [(1024, 688), (2048, 1376), (4096, 2736)]
+    assert [one.get("strength") for one in passes] == [None, 0.5, 0.4]
+    assert generate.sized(passes, 64, 112)[0] == {"height": 16, "width": 32, "steps": 4}
+
+
 BAD = {
     "no passes": ([], "empty"),
     "scales that do not grow": ([TWO[0], {**TWO[1], "scale": 0.5}], "scale is 0.5"),

@@ -203,8 +203,11 @@ def test_a_flag_wins_over_the_named_sweep():
     assert len(found) == 2 * 2  # one and two passes
 
 
-def test_a_sweep_from_one_command(capsys):
-    """Pictures, records, table, sheets and summary; a second time nothing is drawn."""
+def test_a_sweep_from_one_command(capsys, monkeypatch):
+    """Pictures, records, table, sheets and summary; a second time nothing is drawn or loaded."""
+    loads = []
+    load = run_dype.load_pipeline
+    monkeypatch.setattr(run_dype, "load_pipeline", lambda *a, **k: loads.append(k) or load(*a, **k))
     line = [*TINY, *shlex.split("--method yarn,base --seed 0-1 --size 64,64x96 --output_dir out")]
     assert run(*line) == 0
     rows = table()
@@ -226,6 +229,7 @@ def test_a_sweep_from_one_command(capsys):
     assert "8 pictures in out, 8 there already" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in Path("out").glob("seed_*")} == before
     assert table() == rows
+    assert [call["pixels"] for call in loads] == [64 * 96]
 
 
 def test_more_of_the_same_is_added(monkeypatch):
