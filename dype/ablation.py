@@ -55,7 +55,11 @@ def finished(cells: list[Cell], overwrite: bool) -> dict[Path, dict]:
             record = records.load(cell.path)
             before = identity(record["flags"], record["config"], record["prompt"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{cell.path} is in the way: {error}; try --output_dir") from error
+            if overwrite:
+                continue
+            raise ValueError(
+                f"{cell.path} is in the way: {error}; try --overwrite, or another --output_dir"
+            ) from error
         now = identity(cell.settings.flags, cell.settings.config.to_dict(), cell.prompt)
         other = [n for n in (now | before) if now.get(n) != before.get(n)]
         if other and not overwrite:
@@ -94,9 +98,11 @@ def read_rows(folder: Path) -> list[dict]:
     try:
         whole = path.read_text("utf-8").rpartition("\n")[0]
         rows = list(csv.DictReader(io.StringIO(whole, newline="")))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no table of a sweep: {error}; move it away") from error
-    rows = [one for one in rows if None not in one and None not in one.values()]
+        rows = [one for one in rows if None not in one and None not in one.values()]
+        for one in rows:
+            int(one["height"]), int(one["width"]), float(one["seconds"] or len(one["error"]))
+    except (ValueError, KeyError, csv.Error) as error:  # no UTF-8, no columns of ours, no CSV
+        raise ValueError(f"{path} is no table of a sweep; move it away") from error
     return [dict.fromkeys(COLUMNS, "") | one for one in rows]
 
 
@@ -119,9 +125,13 @@ def append(path: Path, found: dict) -> None:
 def reconcile(folder: Path, cells: list[Cell], found: dict[Path, dict]) -> None:
     """Make results.csv and the JSONs say what the pictures say, after a kill at any moment."""
     ours = {cell.path.name for cell in cells}
-    before = read_rows(folder)
-    known = {one["file"]: one for one in before if not one["error"]}
-    kept = [one for one in before if one["file"] not in ours]
+    done = {path.name for path in found}
+    kept = [
+        one
+        for one in read_rows(folder)
+        if one["file"] not in ours or (one["file"] in done and not one["error"])
+    ]
+    known = {one["file"] for one in kept}
     ours |= {cell.path.with_suffix(".json").name for cell in cells} | {RESULTS, "summary.txt"}
     for part in folder.glob(".*.part"):
         owner = part.name[1:].rsplit(".", 2)[0]  # .NAME.PROCESS.part
@@ -133,7 +143,8 @@ def reconcile(folder: Path, cells: list[Cell], found: dict[Path, dict]) -> None:
             text = records.text_of(found[cell.path])
             if not beside.exists() or beside.read_bytes() != text:
                 records.write({beside: text})
-            kept.append(known.get(cell.path.name) or row(cell, found[cell.path]))
+            if cell.path.name not in known:
+                kept.append(row(cell, found[cell.path]))
         else:
             beside.unlink(missing_ok=True)  # of a picture that is gone, or is drawn anew
     names = dict.fromkeys([*COLUMNS, *(name for one in kept for name in one)])  # others' too
@@ -151,7 +162,7 @@ def run(cells: list[Cell], folder: Path, load: Callable, overwrite: bool) -> int
         found = finished(cells, overwrite)
         reconcile(folder, cells, found)
         rest = [cell for cell in cells if cell.path not in found]
-        print(f"{len(cells)} pictures in {folder}, {len(found)} there already")
+        print(f"{folder}: pictures {len(cells)}, there already {len(found)}")
         if not rest:
             return 0
         pipe, encode = load(rest)
@@ -215,7 +226,7 @@ def outline(cells: list[Cell], folder: Path, overwrite: bool) -> str:
     rest = [cell.settings for cell in cells if cell.path not in found]
     lines = [f"  {cell.path.name}{'  (there)' * (cell.path in found)}" for cell in cells]
     left = sum(map(work, rest))
-    lines.append(f"{len(cells)} pictures, {len(found)} there already; the rest: {left:.2g} FLOP")
+    lines.append(f"pictures {len(cells)}, there already {len(found)}; the rest: {left:.2g} FLOP")
     done = [cell for cell in cells if cell.path in found]
     if done:
         seconds = sum(found[cell.path]["seconds"] for cell in done)

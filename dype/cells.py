@@ -117,7 +117,7 @@ def plan(settings: list[Settings], folder: Path) -> list[Cell]:
             method = one.config.method, one.config.dype
             name = records.file_name(flags["seed"], *method, *size, number, "".join(more))
             prompt = one.prompts[number]
-            own = number, key(flags, one.config.to_dict(), prompt)
+            own = key(flags, one.config.to_dict(), prompt)
             found.setdefault(own, Cell(one, prompt, folder / name))
     cells = list(found.values())
     assert len({cell.path for cell in cells}) == len(cells)

@@ -180,7 +180,7 @@ def check_device(device: str, offload: str) -> None:
         if torch.device(device).type == "meta":
             raise NotImplementedError
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise UnavailableError(f"this machine has no device {device}; try --device cpu") from error
+        raise UnavailableError(f"this machine has no device {device}; try cpu") from error
     if torch.device(device).type == "cpu" and offload in ("model", "group", "sequential"):
         raise UnavailableError(f"--offload {offload} needs a GPU to offload from; leave it out")
 

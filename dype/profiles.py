@@ -36,8 +36,9 @@ def load_profile(file: str, name: str | None) -> dict:
                 near = PROFILED if inner is not value else PROFILED & ENCODING
                 if flag not in near:
                     meant = difflib.get_close_matches(flag, sorted(near), 1, 0)[0]
+                    where = f"[{table}.dype]" if inner is value else f"[{table}]"
                     raise ValueError(
-                        f"--config {file} [{table}]: there is no {flag!r}, expected {meant!r}"
+                        f"--config {file} {where}: there is no {flag!r}, expected {meant!r}"
                     )
                 level[flag] = spelled(file, flag, given)
         found = over(found, level)

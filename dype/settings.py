@@ -17,7 +17,7 @@ from dype.checks import (
     lora,
     read_prompts,
 )
-from dype.config import DyPEConfig, one_of, preset
+from dype.config import DyPEConfig, number, one_of, preset
 from dype.flags import UserError
 from dype.models import DEFAULT_MODEL, MODELS, Model, resolve_model
 from dype.patch import check_shift
@@ -84,10 +84,14 @@ def typed(raw: dict) -> dict:
 
 def sides(size: str) -> tuple[int, int]:
     """`2048x3072`, width first, -> (3072, 2048): height, width. Raises ValueError."""
+    _, low, high, multiple = NUMBERS["width"]
     found = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", size)
     if not found:
         raise ValueError(f"--size is {size!r}, expected WIDTHxHEIGHT or one number, in px")
-    return int(found[2] or found[1]), int(found[1])
+    width, height = int(found[1]), int(found[2] or found[1])
+    for side in (width, height):
+        number("--size", side, low, high, multiple=multiple)
+    return height, width
 
 
 def resolve(given: dict) -> tuple[dict, list[Settings]]:
@@ -202,7 +206,8 @@ def merge_config(given: dict, source: dict, flags: dict, model: Model, notes: se
     if name is not None:
         trained = DyPEConfig.from_dict(config | saved | asked).base_resolution
         chosen = preset(name, flags["height"], flags["width"], trained)
-        notes.add(f"preset {name}: " + ", ".join(f"{k} {v}" for k, v in chosen.items()))
+        applied = [f"{k} {v}" for k, v in chosen.items() if k not in asked]
+        notes.add(f"preset {name}: {', '.join(applied) or 'nothing that no flag says'}")
     asked = saved | chosen | asked
     if asked.get("method", model.dype["method"]) == model.dype["method"]:
         config |= model.dype  # another method brings its own scale and exponent

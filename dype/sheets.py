@@ -27,7 +27,7 @@ LABELS = {
 }
 SAMPLES = ("seed", "prompt")  # of one setting
 MOST_COLUMNS = 8
-GAP, FONT = 8, 18  # px
+GAP, FONT = 8, 16  # px
 
 
 def draw(rows: list[dict], folder: Path, columns: str | None = None) -> list[Path]:
@@ -53,7 +53,9 @@ def check_columns(columns: str | None) -> None:
     """Raise ValueError for --cols that is neither a number nor a setting."""
     if columns is None or columns in LABELS or (columns.isdecimal() and int(columns) > 0):
         return
-    raise ValueError(f"--cols is {columns!r}, expected a number or one of {', '.join(LABELS)}")
+    raise ValueError(
+        f"--cols is {columns!r}, expected a number above 0 or one of {', '.join(LABELS)}"
+    )
 
 
 def layout(rows: list[dict], columns: str | None) -> tuple[list, list, list[list[dict | None]]]:
@@ -102,17 +104,18 @@ def contact_sheet(rows: list[dict], folder: Path, size: tuple, columns: str | No
     most = min(most, len(heads))
     side = max(64, min(320, int((40e6 / len(sides) / len(heads)) ** 0.5)))  # px, the longer one
     height, width = (max(1, round(side * one / max(size))) for one in size)
-    left = [wrapped(lines, 15) for lines in sides]
-    top = [wrapped(lines, max(6, width // 10)) for lines in heads]
+    left = [wrapped(lines, 16) for lines in sides]
+    top = [wrapped(lines, max(8, width // 8)) for lines in heads]
     margin = 150 if any(left) else GAP
-    bar = GAP + max(map(len, top)) * (FONT + 4)
+    bar, title = GAP + max(map(len, top)) * (FONT + 4), FONT + 2 * GAP
     block = bar + len(sides) * (height + GAP) + GAP  # of `most` columns; more go below
     blocks = -(-len(heads) // most)
-    sheet = Image.new("RGB", (margin + most * (width + GAP), block * blocks), "white")
+    sheet = Image.new("RGB", (margin + most * (width + GAP), title + block * blocks), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
+    pen.text((GAP, GAP // 2), constants(rows, size), "black", font)
     for column, lines in enumerate(top):
         x = margin + column % most * (width + GAP)
-        y = column // most * block
+        y = title + column // most * block
         pen.multiline_text((x, y + GAP // 2), "\n".join(lines), "black", font)
         for row in range(len(sides)):
             at = y + bar + row * (height + GAP)
@@ -122,6 +125,13 @@ def contact_sheet(rows: list[dict], folder: Path, size: tuple, columns: str | No
             if one is not None:
                 sheet.paste(small(one, folder, (width, height)), (x, at))
     return sheet
+
+
+def constants(rows: list[dict], size: tuple[int, int]) -> str:
+    """What all pictures of a sheet have in common."""
+    names = [n for n in ("model", "method", "seed", "prompt") if len({one[n] for one in rows}) == 1]
+    shared = labels(names, [rows[0][name] for name in names])
+    return ", ".join([f"height x width {size[0]}x{size[1]}", *shared])
 
 
 def wrapped(lines: list[str], width: int) -> list[str]:
@@ -150,7 +160,8 @@ def small(one: dict, folder: Path, size: tuple[int, int]) -> Image.Image:
 
 def summary(rows: list[dict]) -> str:
     """Per setting: pictures, failures, mean and standard deviation of seconds and memory."""
-    lines = [f"{'pictures':>8}  {'failed':>6}  {'seconds':>16}  {'peak GiB':>14}  setting"]
+    heads = f"{'pictures':>8}  {'failed':>6}  {'seconds':>16}  {'peak GiB':>14}"
+    lines = [f"{heads}  height x width, setting"]
     for key, some in by_setting(rows).items():
         good = [one for one in some if not one["error"]]
         seconds = spread([float(one["seconds"]) for one in good], 1)

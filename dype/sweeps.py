@@ -59,7 +59,7 @@ def named(name: str, base: int, quick: bool, multipass_only: bool) -> list[dict]
     if multipass_only:
         lines = [line for line in lines if "multipass" in line]
         if not lines:
-            raise ValueError("--multipass_only is for --sweep methods, expected it alone")
+            raise ValueError("--multipass_only is for --sweep methods, expected no --quick with it")
     sized = [{"size": pixels(line["size"], base)} if "size" in line else {} for line in lines]
     return [line | size for line, size in zip(lines, sized, strict=True)]
 
@@ -85,21 +85,21 @@ def values(name: str, text: str) -> list[str]:
         item = item.strip()
         if not item:
             raise ValueError(f"--{name} is {text!r}, expected values between the commas")
-        if name not in WORDS and RANGE.fullmatch(item):
-            item = item.replace("-", ":")
-        found += steps(name, item) if name not in WORDS and ":" in item else [item]
+        spans = name not in WORDS and (":" in item or RANGE.fullmatch(item))
+        found += steps(name, item) if spans else [item]
     return list(dict.fromkeys(found))
 
 
 def steps(name: str, item: str) -> list[str]:
     """`1:3:0.5` -> 1, 1.5, 2, 2.5, 3; the step is 1 where none is given."""
+    text = item.replace("-", ":") if RANGE.fullmatch(item) else item
     try:
-        first, last, step = map(Decimal, (item + ":1" if item.count(":") == 1 else item).split(":"))
+        first, last, step = map(Decimal, (text + ":1" if text.count(":") == 1 else text).split(":"))
         upward = first <= last and step > 0 and (last - first).is_finite()
     except (ValueError, InvalidOperation):
         raise ValueError(f"--{name} is {item!r}, expected FIRST:LAST:STEP in numbers") from None
     if not upward:
-        raise ValueError(f"--{name} is {item!r}, expected a range that goes up")
+        raise ValueError(f"--{name} is {item!r}, expected a range and a step that go up")
     if (last - first) / step > 100 * MOST:
         raise ValueError(f"--{name} is {item!r}, expected at most {100 * MOST} values")
     count = (last - first) // step + 1

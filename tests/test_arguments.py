@@ -100,6 +100,14 @@ def test_every_flag_arrives_and_comes_back(calls):
     assert calls == first
 
 
+def test_drawing_again_decodes_as_before(calls):
+    """Whether "auto" tiled depends on what memory was free: the record's answer counts."""
+    assert run_dype.main([*FLAGS, "--tiled_vae", "auto", "--output", "a.png"]) == 0
+    assert calls["tiling"][0][0] == "auto"
+    assert run_dype.main(["--from", "a.png", "--output", "b.png"]) == 0
+    assert calls["tiling"][0][0] == "on"
+
+
 def test_two_runs_at_once_overwrite_nothing(calls, monkeypatch):
     """A name that was taken while the picture was drawn stays; --overwrite takes it."""
     name = "outputs/seed_7_method_dy_ntk_res_64x96"

@@ -73,6 +73,8 @@ BAD = {
     "31 digits of values": "--seed 0-9999999999999999999999999999999",
     "a step of nothing": "--dype_scale 1:2:1e-30",
     "no table of a sweep": "--grid_from odd",
+    "somebody else's table": "--grid_from other",
+    "somebody else's table before drawing": "--model demo --seed 0-1 --output_dir other",
     "one of the list out of range": "--dype_scale 1,9",
     "one of the list unknown": "--method yarn,yarm",
     "dype maybe": "--dype on,maybe",
@@ -118,6 +120,8 @@ def test_bad_input(name, capsys):
     Path("text.txt").write_text("words")
     Path("odd").mkdir()
     Path("odd/results.csv").write_bytes(b"\xff\n\xff\n")
+    Path("other").mkdir()
+    Path("other/results.csv").write_text("file,model\na,b\n")
     before = sorted(os.listdir())
     assert run(*BAD[name].split()) == 2
     err = capsys.readouterr().err
@@ -183,6 +187,13 @@ def test_named_sweeps_are_presets_of_the_list_flags(line, model, capsys):
     assert ("left out" in " ".join(printed)) == ("table" in line)
 
 
+def test_sizes_of_a_named_sweep_are_whole_tokens():
+    """Multiples of the base resolution to the nearest 16 px: 1.5 x 1328 is 1992, so 2000."""
+    found = planned("--sweep", "methods", "--model", "qwen-image")
+    sizes = dict.fromkeys(cell.settings.flags["height"] for cell in found)
+    assert list(sizes) == [1328, 2000, 2656, 3984, 5312]
+
+
 def test_paper_tables_hold_the_papers_settings():
     """Table 6's exponential rows, Table 7's three, at 3072 x 3072."""
     found = planned("--sweep", "paper-table6")
@@ -226,7 +237,7 @@ def test_a_sweep_from_one_command(capsys, monkeypatch):
     before = {path.name: path.stat().st_mtime_ns for path in Path("out").glob("seed_*")}
     capsys.readouterr()
     assert run(*line) == 0
-    assert "8 pictures in out, 8 there already" in capsys.readouterr().out
+    assert "out: pictures 8, there already 8" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in Path("out").glob("seed_*")} == before
     assert table() == rows
     assert [call["pixels"] for call in loads] == [64 * 96]
@@ -300,7 +311,7 @@ def test_one_picture_of_a_named_sweep_is_a_sweep(capsys):
     assert len(table("outputs/methods")) == 1
     capsys.readouterr()
     assert run(*line, "--base_resolution", "32") == 0
-    assert "1 there already" in capsys.readouterr().out
+    assert "there already 1" in capsys.readouterr().out
 
 
 def test_a_changed_flag_is_noticed(capsys):
@@ -316,7 +327,7 @@ def test_a_changed_flag_is_noticed(capsys):
     assert [row["true_cfg"] for row in table()] == ["2", "2"]
     capsys.readouterr()
     assert run(*line, "0-1", "--true_cfg", "2", "--overwrite") == 0
-    assert "2 there already" in capsys.readouterr().out
+    assert "there already 2" in capsys.readouterr().out
 
 
 def test_somebody_elses_picture_stays(capsys):
@@ -327,6 +338,14 @@ def test_somebody_elses_picture_stays(capsys):
     assert run(*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 2
     assert "is in the way" in capsys.readouterr().err
     assert name.read_bytes() == before
+    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1", "--overwrite"]
+    assert run(*line) == 0
+    assert records.load(name)["flags"]["seed"] == 0
+
+
+def test_a_prompt_twice_is_drawn_once():
+    found = planned("--prompt", "a", "b", "a")
+    assert [cell.prompt for cell in found] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -377,14 +396,14 @@ def test_dry_run_prints_the_plan(capsys):
     line = [*TINY, "--size", "64,128", "--output_dir", "out", "--seed", "0-1"]
     assert run(*line, "--dry_run") == 0
     out = capsys.readouterr().out
-    assert "4 pictures, 0 there already" in out
+    assert "pictures 4, there already 0" in out
     assert "FLOP" in out
     assert not Path("out").exists()
     assert run(*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 0
     capsys.readouterr()
     assert run(*line, "--dry_run") == 0
     out = capsys.readouterr().out
-    assert "4 pictures, 2 there already" in out
+    assert "pictures 4, there already 2" in out
     assert "at the pace of those" in out
 
 
