@@ -112,7 +112,8 @@ def contact_sheet(rows: list[dict], folder: Path, size: tuple, columns: str | No
     blocks = -(-len(heads) // most)
     sheet = Image.new("RGB", (margin + most * (width + GAP), title + block * blocks), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
-    pen.text((GAP, GAP // 2), constants(rows, size), "black", font)
+    title_text = textwrap.shorten(constants(rows, size), sheet.width // 8, placeholder="...")
+    pen.text((GAP, GAP // 2), title_text, "black", font)
     for column, lines in enumerate(top):
         x = margin + column % most * (width + GAP)
         y = title + column // most * block
