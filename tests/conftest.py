@@ -1,6 +1,8 @@
 """Tiny random pipelines of the real diffusers classes, offline."""
 
+import csv
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -9,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from diffusers import FluxTransformer2DModel as Transformer
 
+import run_dype
 from dype.complex_embedders import QwenDyPE, ZImageDyPE
 from dype.demo import build
 from dype.embedders import FluxDyPE
@@ -117,3 +120,22 @@ def tables(monkeypatch):
     spy(QwenDyPE, "forward", lambda out: out[0])
     spy(ZImageDyPE, "__call__", lambda out: out)
     return seen
+
+
+TINY = ["--model", "demo", "--steps", "1", "--base_resolution", "32"]  # the demo, as fast as can be
+
+
+def run(*argv) -> int:
+    """The command line, in this process."""
+    return run_dype.main([str(word) for word in argv])
+
+
+def table(folder="out") -> list[dict]:
+    """results.csv as a stranger would read it."""
+    with (Path(folder) / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
