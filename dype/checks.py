@@ -1,5 +1,6 @@
 """What a user may get wrong, and the sentence that says so."""
 
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def check_passes(given: dict, cells: list[dict]) -> None:
 
 
 def check_init_image(flags: dict) -> None:
-    """Raise UserError for a picture to start from that is none, or of another aspect."""
+    """Note the hash of a picture to start from. Raises UserError for one that is none, of another
+    aspect, or another than the one that `--from` a picture asks for again."""
     if flags["init_image"] is None:
         return
     if flags["multipass"] != "single":
@@ -77,10 +79,17 @@ def check_init_image(flags: dict) -> None:
             "expected single"
         )
     try:
-        width, height = picture_size(flags["init_image"])
+        changed = Path(flags["init_image"]).stat().st_mtime_ns
+        width, height, digest = measured(flags["init_image"], changed)
     except OSError as error:
         reason = error.strerror or "it is no picture"
         raise UserError(f"--init_image {flags['init_image']} cannot be read: {reason}") from error
+    if flags["init_sha256"] not in (None, digest):
+        raise UserError(
+            f"--init_image {flags['init_image']} has changed since the picture was drawn, "
+            "expected the same, or --init_image once more for this one"
+        )
+    flags["init_sha256"] = digest
     stretch = flags["width"] / flags["height"] * height / width
     if not 0.97 < stretch < 1.03:
         side = max(TOKEN, round(flags["width"] * height / width / TOKEN) * TOKEN)
@@ -91,9 +100,13 @@ def check_init_image(flags: dict) -> None:
 
 
 @lru_cache
-def picture_size(path: str) -> tuple[int, int]:
-    """Width and height of a picture that can be read to its end. Raises OSError."""
-    return records.open_picture(path).size
+def measured(path: str, changed: int) -> tuple[int, int, str]:
+    """Width, height and hash of a picture that can be read to its end. Raises OSError.
+
+    changed: its time of change, so that every cell of a sweep need not read it again.
+    """
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return *records.open_picture(path).size, digest
 
 
 def check_guidance(name: str, model: Model, flags: dict, given: dict) -> None:

@@ -176,9 +176,11 @@ def merge(given: dict, source: dict, name: str, model: Model, prompts: list, not
     flags |= {"tiled_vae": "auto", "tile_size": None, "device": None, "offload": "auto"}
     flags |= {"text_encoder_device": None, "vae_device": None, "quantize": "none"}
     flags |= {"multipass": "single", "pass2_strength": 0.5, "pass3_strength": 0.4}
-    flags |= {"init_image": None, "strength": 0.5}
+    flags |= {"init_image": None, "init_sha256": None, "strength": 0.5}
     flags |= {name: getattr(model, name) for name in MODEL_FLAGS}
     flags |= {k: v for k, v in (source | given).items() if k in flags} | {"model": name}
+    if "init_image" in given:
+        flags["init_sha256"] = None
     check_flags(flags, model)
 
     config = merge_config(given, source, flags, model, notes)

@@ -244,6 +244,11 @@ def test_multipass_and_init_image_by_the_command_line():
     assert records.load("one.png")["passes"][0]["sigmas"] == passes[1]["sigmas"]
     assert run("--from", "two.png", "--output", "again.png") == 0
     assert (np.asarray(Image.open("again.png")) == two).all()
+    Image.new("RGB", (96, 64)).save("small.png")
+    assert run("--from", "one.png", "--output", "other.png") == 2
+    assert run("--from", "one.png", "--init_image", "small.png", "--output", "other.png") == 0
+    assert (np.asarray(Image.open("other.png")) != two).any()
+    assert run(*line, "--size", "96x64", "--output", "small.png", "--overwrite") == 0
     weaker = ["--strength", "0.25", "--output", "weaker.png"]
     assert run("--from", "one.png", *weaker) == 0
     assert len(records.load("weaker.png")["passes"][0]["sigmas"]) == 2
