@@ -101,12 +101,12 @@ def check_init_image(flags: dict) -> None:
 
 @lru_cache
 def measured(path: str, changed: int) -> tuple[int, int, str]:
-    """Width, height and hash of a picture that can be read to its end. Raises OSError.
+    """Width, height and hash of the pixels of a picture that can be read. Raises OSError.
 
     changed: its time of change, so that every cell of a sweep need not read it again.
     """
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return *records.open_picture(path).size, digest
+    picture = records.open_picture(path)
+    return *picture.size, hashlib.sha256(picture.tobytes()).hexdigest()
 
 
 def check_guidance(name: str, model: Model, flags: dict, given: dict) -> None:
