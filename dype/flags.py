@@ -6,9 +6,8 @@ from typing import NoReturn
 
 from dype.config import METHOD_SCALES, PRESETS, SHIFTS
 from dype.generate import PASSES
-from dype.memory import QUANTIZED
 from dype.models import DEFAULT_MODEL, MODELS
-from dype.pipelines import DTYPES, OFFLOADS
+from dype.pipelines import DTYPES, OFFLOADS, QUANTIZED
 from dype.sweeps import LISTS, MOST, SWEEPS
 
 
@@ -145,17 +144,10 @@ def name_of(names: str) -> str:
     return names.split()[0].removeprefix("--")
 
 
-# flag -> what it accepts, where that is a list and the value a word
-CHOICES = {
-    name_of(names): more["choices"]
-    for group in FLAGS.values()
-    for names, _, _, more in group
-    if "choices" in more
-}
-
-
-# flags that a profile may set, and those of them that have no value; its [NAME.dype] table's
 NAMES = {name_of(names): more for group in FLAGS.values() for names, _, _, more in group}
+# flag -> what it accepts, where that is a list and the value a word
+CHOICES = {name: more["choices"] for name, more in NAMES.items() if "choices" in more}
+# flags that a profile may set, and those of them that have no value; its [NAME.dype] table's
 PROFILED = NAMES.keys() - {"config", "profile", "from", "grid_from", "dry_run", "cite", "yes"}
 SWITCHES = {name for name, more in NAMES.items() if more is SWITCH}
 ENCODING = {name_of(names) for names, *_ in FLAGS["position encoding"]} | {"dype"}

@@ -12,7 +12,6 @@ ACTIVATIONS = (
 )
 GIB = 2**30
 OFFLOADS = ("none", "model", "group", "sequential")  # from the fastest to the smallest
-QUANTIZED = ("none", "int8", "fp8", "nf4")
 
 
 def size(tensor: torch.Tensor) -> int:

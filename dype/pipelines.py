@@ -30,6 +30,7 @@ LOADING = (
 OFFLOADS = ("auto", *memory.OFFLOADS)
 ENCODERS = ("text_encoder", "text_encoder_2")  # the larger one last
 BACKENDS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}  # packages that quantize
+QUANTIZED = ("none", *BACKENDS)
 
 
 class UnavailableError(Exception):
@@ -60,7 +61,7 @@ def load_pipeline(
     name: of `models.MODELS`, a diffusers folder or a hub id. dtype: one of `DTYPES`; None: the
     model's own. offload: one of `OFFLOADS`; "auto" takes the fastest that fits the device's memory.
     quantize: the transformer, and its text encoder unless that has a device of its own, to one of
-    `memory.QUANTIZED`. loras: (path or hub id, scale) pairs. pixels: of the largest picture to be
+    `QUANTIZED`. loras: (path or hub id, scale) pairs. pixels: of the largest picture to be
     drawn, for "auto".
     Raises `UnavailableError` with the reason and what to try, ValueError for an unknown word.
     """
@@ -68,7 +69,7 @@ def load_pipeline(
     model = resolve_model(name, revision)
     dtype = dtype or model.dtype
     one_of("dtype", dtype, DTYPES)
-    one_of("quantize", quantize, memory.QUANTIZED)
+    one_of("quantize", quantize, QUANTIZED)
     if device is None:
         device = default_device()
         refuse_hopeless(name, model, device)
