@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dype import generate, memory, records, rope
-from dype.config import DyPEConfig
+from dype.config import METHOD_SCALES, DyPEConfig
 from dype.patch import apply_dype
 from dype.placement import execution_device, set_tiling
 from dype.settings import Settings
@@ -28,7 +28,7 @@ AXES = {
     "pass2_strength": "pass2",
     "pass3_strength": "pass3",
 }
-LAMBDAS = ("dype_scale", "dype_exponent", "dype_start_sigma")  # without effect on static methods
+LAMBDAS = ("dype_scale", "dype_exponent", "dype_start_sigma")
 # where and in what pieces the work is done, which is no part of what is asked for
 PLACES = ("device", "offload", "text_encoder_device", "vae_device", "tiled_vae", "tile_size")
 
@@ -132,19 +132,26 @@ def short(value: float) -> str:
 def axes(settings: Settings) -> dict:
     """What may be swept, None where it has no effect."""
     config = settings.config
-    dynamic = config.dype and config.method != "base"
+    moving = lambdas(config.method, config.dype)
     passes = len(generate.PASSES[settings.flags["multipass"]])
     found = {name: settings.flags.get(name) for name in AXES}
     found |= {name: None for count, name in generate.STRENGTHS.items() if passes < count}
-    return found | {name: getattr(config, name) if dynamic else None for name in LAMBDAS}
+    return found | {name: getattr(config, name) if name in moving else None for name in LAMBDAS}
+
+
+def lambdas(method: str, dype: bool) -> tuple[str, ...]:
+    """The settings of kappa that have an effect: none if static, on TASR only where it starts."""
+    if not dype or method == "base":
+        return ()
+    return LAMBDAS if METHOD_SCALES[method] else ("dype_start_sigma",)
 
 
 def identity(flags: dict, config: dict, prompt: str) -> dict:
     """All that decides what is in a picture, from a setting or a record."""
     config = dict(config)
-    if not config["dype"] or config["method"] == "base":
-        config |= dict.fromkeys(LAMBDAS) | {"dype": False}
-    elif config["dype_scale"] is None:
+    moving = lambdas(config["method"], config["dype"])
+    config |= {name: None for name in LAMBDAS if name not in moving} | {"dype": bool(moving)}
+    if config["dype_scale"] is None and "dype_scale" in moving:
         config["dype_scale"] = DyPEConfig(config["method"]).lambda_s
     flags = {name: value for name, value in flags.items() if name not in PLACES}
     if flags.get("init_image") is None:

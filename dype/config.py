@@ -4,12 +4,16 @@ import math
 from dataclasses import asdict, dataclass, fields
 
 # method -> lambda_s when `dype_scale` is None (paper section 4 and App. D; the two power forms as
-# their authors' code has them); None where kappa has no use.
+# their authors' code has them); None where kappa has no use: `tasr` follows t itself.
 METHOD_SCALES = {
     "base": None,
     "pi": 2.0,
     "ntk": 2.0,
+    "ntk_mult": 2.0,
+    "tasr": None,
     "yarn": 1.0,
+    "yarn_ntk_only": 2.0,
+    "yarn_both": 1.0,
     "yarn_power": 2.0,
     "yarn_paper": 1.0,
     "vision_yarn": 2.0,

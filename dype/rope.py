@@ -3,8 +3,8 @@
 One axis of RoPE has D dimensions, n = D / 2 pairs and the frequencies theta_i = theta^(-2i/D),
 i = 0..n-1 (radians per token). L is the trained and L' the wanted length in tokens,
 s = max(1, L'/L) the scale, t = sigma in [0, 1] the noise level (1 is noise). Every method maps
-(axis, kappa, decay, config) to the frequencies f_i and the attention scale m, which multiplies
-cos and sin. All of it is float64, without branches on values, so that a device never waits.
+(axis, kappa, u, config) to the frequencies f_i and the attention scale m, which multiplies cos
+and sin. All of it is float64, without branches on values, so that a device never waits.
 """
 
 import math
@@ -17,6 +17,7 @@ from dype.config import DyPEConfig
 # The authors' code, in turns over the trained length: (r_hi, r_lo) of YaRN's two ramps.
 BETA = (1.25, 0.75)  # PI below, NTK above
 GAMMA = (16.0, 2.0)  # interpolated below, untouched above
+NTK_SCALE = 2.0  # lambda_s of the NTK term beside thresholds with lambda_s = 1 (Table 7)
 
 
 class Axis(NamedTuple):
@@ -46,48 +47,78 @@ def stock_frequencies(dim: int, theta: float, device=None) -> torch.Tensor:
 
 
 def schedule(sigma: torch.Tensor, config: DyPEConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """kappa(t) = lambda_s u^lambda_t (Eq. 13) and the decay u^lambda_t alone; static: 1 and 1.
+    """kappa(t) = lambda_s u^lambda_t (Eq. 13) and u = t / t_start, at most 1; static: 1 and 1.
 
-    u = t / t_start, at most 1. The paper has t_start = 1 and prints kappa(0) = 1, a slip: it is 0.
+    The paper has t_start = 1 and prints kappa(0) = 1, a slip: it is 0.
     """
     if not config.dype:
         return torch.ones_like(sigma), torch.ones_like(sigma)
     u = torch.where(sigma > config.dype_start_sigma, 1.0, sigma / config.dype_start_sigma)
-    decay = u**config.dype_exponent
-    return config.lambda_s * decay, decay
+    return config.lambda_s * u**config.dype_exponent, u
 
 
-def base(axis: Axis, kappa, decay, config):
+def base(axis: Axis, kappa, u, config):
     """The model's own encoding: f = theta_i (Eq. 2), m = 1."""
     return axis.theta.expand(axis.s.shape[0], -1), torch.ones_like(axis.s)
 
 
-def pi(axis: Axis, kappa, decay, config):
+def pi(axis: Axis, kappa, u, config):
     """Position interpolation: f = theta_i / s (Eq. 5), dynamic f = theta_i / s^kappa (Eq. 14)."""
     return axis.theta / axis.s**kappa, torch.ones_like(axis.s)
 
 
-def ntk(axis: Axis, kappa, decay, config):
+def ntk(axis: Axis, kappa, u, config):
     """NTK-aware: f = theta_i / s^(2i/(D-2)) (Eq. 6), dynamic: the exponent times kappa (Eq. 15)."""
     return axis.theta / axis.s ** (kappa * ntk_exponent(axis)), torch.ones_like(axis.s)
 
 
-def yarn(axis: Axis, kappa, decay, config):
+def ntk_mult(axis: Axis, kappa, u, config):
+    """The other dynamic NTK of App. D: f = theta_i / (s kappa)^(2i/(D-2)) (Eq. 19).
+
+    s kappa is at least 1 here; as printed it compresses below and divides by zero at t = 0.
+    """
+    return axis.theta / (axis.s * kappa).clamp(min=1) ** ntk_exponent(axis), torch.ones_like(axis.s)
+
+
+def tasr(axis: Axis, kappa, u, config):
+    """Time-aware scaled RoPE: f = max(theta_i s^(-2i/d), theta_i / s), d = (D - 1)(1 - u) + 1.
+
+    PI at u = 1, but for the first pair, and NTK-aware (base theta s) at u = 0. The paper's baseline
+    (Lumina-Next), second-hand: after a note whose formula had to be mended; Lumina ships another.
+    """
+    d = (axis.dim - 1) * (1 - u) + 1
+    f = axis.theta * torch.maximum(axis.s ** (-2 * axis.pairs / d), 1 / axis.s)
+    return f, torch.ones_like(axis.s)
+
+
+def yarn(axis: Axis, kappa, u, config):
     """YaRN as the authors' code has it since February 2026: every threshold r becomes r kappa.
 
     Eq. 16, 17 in form. The paper prints one ramp (`yarn_paper`); the code has two, after FiT.
     """
-    f = two_ramps(axis, lambda r: r * kappa, axis.s)
-    return f, yarn_scale(axis.s)
+    return two_ramps(axis, lambda r: r * kappa), yarn_scale(axis.s)
 
 
-def yarn_power(axis: Axis, kappa, decay, config):
+def yarn_ntk_only(axis: Axis, kappa, u, config):
+    """`yarn` whose NTK term alone is dynamic, its exponent times kappa (Table 7)."""
+    return two_ramps(axis, lambda r: r, kappa=kappa), yarn_scale(axis.s)
+
+
+def yarn_both(axis: Axis, kappa, u, config):
+    """`yarn` with both: thresholds r become r kappa, the NTK exponent times 2 kappa (Table 7).
+
+    The paper has lambda_s = 1 for the thresholds and 2 for the NTK term.
+    """
+    ntk_kappa = NTK_SCALE * kappa if config.dype else kappa
+    return two_ramps(axis, lambda r: r * kappa, kappa=ntk_kappa), yarn_scale(axis.s)
+
+
+def yarn_power(axis: Axis, kappa, u, config):
     """YaRN as the authors' code had it before: every threshold r becomes r^kappa."""
-    f = two_ramps(axis, lambda r: r**kappa, axis.s)
-    return f, yarn_scale(axis.s)
+    return two_ramps(axis, lambda r: r**kappa), yarn_scale(axis.s)
 
 
-def yarn_paper(axis: Axis, kappa, decay, config):
+def yarn_paper(axis: Axis, kappa, u, config):
     """YaRN as printed: one ramp over r_i = L theta_i / 2 pi (Eq. 7, 8), dynamic by Eq. 16.
 
     gamma = clip((r - alpha kappa) / (beta kappa - alpha kappa), 0, 1), and 1 at kappa = 0.
@@ -99,21 +130,25 @@ def yarn_paper(axis: Axis, kappa, decay, config):
     return f, yarn_scale(axis.s)
 
 
-def vision_yarn(axis: Axis, kappa, decay, config):
+def vision_yarn(axis: Axis, kappa, u, config):
     """`yarn_power` with NTK by the largest scale of all axes, and m that fades with the noise.
 
     m = 1 + 0.1 ln(s_max) u^lambda_t. From the ComfyUI port; not in the paper.
     """
     s_max = torch.full_like(axis.s, axis.s_max)
     f = two_ramps(axis, lambda r: r**kappa, s_max)
-    return f, 1 + 0.1 * torch.log(s_max) * decay
+    return f, 1 + 0.1 * torch.log(s_max) * u**config.dype_exponent
 
 
 METHODS = {
     "base": base,
     "pi": pi,
     "ntk": ntk,
+    "ntk_mult": ntk_mult,
+    "tasr": tasr,
     "yarn": yarn,
+    "yarn_ntk_only": yarn_ntk_only,
+    "yarn_both": yarn_both,
     "yarn_power": yarn_power,
     "yarn_paper": yarn_paper,
     "vision_yarn": vision_yarn,
@@ -130,14 +165,15 @@ def ntk_exponent(axis: Axis) -> torch.Tensor:
     return 2 * axis.pairs / (axis.dim - 2)
 
 
-def two_ramps(axis: Axis, at, s_ntk: torch.Tensor) -> torch.Tensor:
+def two_ramps(axis: Axis, at, s_ntk: torch.Tensor | None = None, kappa=1.0) -> torch.Tensor:
     """PI -> NTK over the band BETA, then -> theta_i over the band GAMMA; `at(r)` moves thresholds.
 
-    f = theta/s (1 - mask_beta) + theta/s^(2i/(D-2)) mask_beta
+    f = theta/s (1 - mask_beta) + theta/s_ntk^(kappa 2i/(D-2)) mask_beta      s_ntk: s by default
     f = f (1 - mask_gamma) + theta mask_gamma
     """
     theta, (mask_beta, mask_gamma) = axis.theta, ramps(axis, at)
-    f = torch.lerp(theta / axis.s, theta / s_ntk ** ntk_exponent(axis), mask_beta)
+    s_ntk = axis.s if s_ntk is None else s_ntk
+    f = torch.lerp(theta / axis.s, theta / s_ntk ** (kappa * ntk_exponent(axis)), mask_beta)
     return torch.lerp(f, theta.expand_as(f), mask_gamma)
 
 

@@ -13,8 +13,10 @@ LISTS = (*WORDS, *NUMBERS, "seed")
 MOST = 10_000  # pictures without --yes
 RANGE = re.compile(r"(\d+)-(\d+)")
 
-# name -> (its lines, those with --quick, what is left out of the paper's table). A line is flags;
-# a size of 1.5x is that many times the base resolution.
+TABLE1_SIZES = "2x:3x,3x:2x,3x,4x"
+
+# name -> (its lines, those with --quick, what is left out of the paper's table). A line is flags; a
+# size of 1.5x is that many times the base resolution, of 2x:3x that many in width and height.
 SWEEPS = {
     "methods": (
         [
@@ -29,23 +31,51 @@ SWEEPS = {
         [{"dype": "off"}, {"dype_scale": "1:3:1", "dype_exponent": "1:3:1"}],
         None,
     ),
+    "paper-table1": (
+        [
+            {"size": TABLE1_SIZES, "method": "base"},
+            {"size": TABLE1_SIZES, "method": "ntk,yarn", "dype": "off,on"},
+            {"size": TABLE1_SIZES, "method": "tasr", "dype": "on"},
+        ],
+        None,
+        None,
+    ),
+    "paper-table3": (
+        [{"size": "2x,4x", "method": "yarn", "dype": "on"}],
+        None,
+        "every other row of the table, none of which is a position encoding",
+    ),
     "paper-table6": (
         [
             {"size": "3x", "method": "base"},
             {"size": "3x", "method": "ntk", "dype": "off"},
-            {"size": "3x", "method": "ntk", "dype_scale": "1,1.5,2,2.5", "dype_exponent": "1"},
-            {"size": "3x", "method": "ntk", "dype_scale": "2", "dype_exponent": "0.5,2"},
+            {
+                "size": "3x",
+                "method": "ntk_mult,ntk",
+                "dype_scale": "1,1.5,2,2.5",
+                "dype_exponent": "1",
+            },
+            {"size": "3x", "method": "ntk_mult,ntk", "dype_scale": "2", "dype_exponent": "0.5,2"},
         ],
         None,
-        "the six rows of the multiplicative scheduler (Eq. 19)",
+        None,
     ),
     "paper-table7": (
         [
             {"size": "3x", "method": "base"},
             {"size": "3x", "method": "yarn", "dype": "off,on"},
+            {"size": "3x", "method": "yarn_ntk_only,yarn_both", "dype": "on"},
         ],
         None,
-        "kappa on the NTK term alone, and on both",
+        None,
+    ),
+    "paper-table8": (
+        [
+            {"size": "4096", "method": "base"},
+            {"size": "4096", "method": "yarn", "dype": "off,on"},
+        ],
+        None,
+        None,
     ),
 }
 
@@ -65,9 +95,14 @@ def named(name: str, base: int, quick: bool, multipass_only: bool) -> list[dict]
 
 
 def pixels(sizes: str, base: int) -> str:
-    """`1x,1.5x` -> the sides in px, to the nearest token."""
-    sides = [float(one.removesuffix("x")) * base for one in sizes.split(",")]
-    return ",".join(str(math.floor(side / 16 + 0.5) * 16) for side in sides)
+    """`1x,2x:3x,4096` -> the sides in px, those with an x to the nearest token."""
+
+    def side(text: str) -> str:
+        if not text.endswith("x"):
+            return text
+        return str(math.floor(float(text.removesuffix("x")) * base / 16 + 0.5) * 16)
+
+    return ",".join("x".join(map(side, one.split(":"))) for one in sizes.split(","))
 
 
 def spelled(line: dict) -> str:

@@ -31,13 +31,13 @@ def mask(dim, base, length, r_hi, r_lo):
     return [1 - min(max((i - low) / (high - low), 0), 1) for i in range(n)]
 
 
-def two_ramps(dim, base, length, s_pi, s_ntk, threshold):
+def two_ramps(dim, base, length, s_pi, s_ntk, threshold, ntk_kappa=1.0):
     beta = mask(dim, base, length, threshold(1.25), threshold(0.75))
     gamma = mask(dim, base, length, threshold(16.0), threshold(2.0))
     out = []
     for i in range(dim // 2):
         theta = base ** (-2 * i / dim)
-        ntk = theta / s_ntk ** (2 * i / (dim - 2))
+        ntk = theta / s_ntk ** (ntk_kappa * 2 * i / (dim - 2))
         f = theta / s_pi * (1 - beta[i]) + ntk * beta[i]
         out.append(f * (1 - gamma[i]) + theta * gamma[i])
     return out
@@ -59,6 +59,7 @@ def frequencies(method, dim, base, length, tokens, t, s_max=None, *, lambda_s, l
     s = max(1.0, tokens / length)
     s_max = s if s_max is None else s_max
     kappa, decay = kappa_and_decay(t, lambda_s, lambda_t, t_start, dynamic)
+    u = min(t / t_start, 1.0) if dynamic else 1.0
     theta = [base ** (-2 * i / dim) for i in range(dim // 2)]
     last = dim - 2
     if method == "base" or s_max == 1:
@@ -67,7 +68,21 @@ def frequencies(method, dim, base, length, tokens, t, s_max=None, *, lambda_s, l
         return [f / s**kappa for f in theta], 1.0
     if method == "ntk":
         return [f / s ** (kappa * 2 * i / last) for i, f in enumerate(theta)], 1.0
+    if method == "ntk_mult":
+        stretch = s * kappa if s * kappa > 1 else 1.0
+        return [f / stretch ** (2 * i / last) for i, f in enumerate(theta)], 1.0
+    if method == "tasr":
+        out = []
+        for i, f in enumerate(theta):
+            longer_base = (base * s ** (dim / ((dim - 1) * (1 - u) + 1))) ** (-2 * i / dim)
+            out.append(longer_base if longer_base > f / s else f / s)
+        return out, 1.0
     m = 0.1 * math.log(s) + 1
+    if method == "yarn_ntk_only":
+        return two_ramps(dim, base, length, s, s, lambda r: r, kappa), m
+    if method == "yarn_both":
+        ntk_kappa = 2 * kappa if dynamic else 1.0
+        return two_ramps(dim, base, length, s, s, lambda r: r * kappa, ntk_kappa), m
     if method == "yarn":
         return two_ramps(dim, base, length, s, s, lambda r: r * kappa), m
     if method == "yarn_power":

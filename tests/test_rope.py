@@ -16,6 +16,7 @@ from dype.rope import METHODS, axis_frequencies, frequencies, scale, stock_frequ
 GOLDEN = np.load(Path(__file__).parent / "golden" / "rope_reference.npz")
 CASES = json.loads(str(GOLDEN["index"]))
 STRETCHED = [name for name in METHODS if name != "base"]
+TAU = 0.1 * np.log(4) + 1  # m of the YaRNs at s = 4
 FLUX, Z_IMAGE = (56, 10000.0, 64), (48, 256.0, 64)  # dim, theta, trained tokens
 
 
@@ -83,9 +84,9 @@ def test_no_stretch_is_stock(method):
             assert m == 1
 
 
-@pytest.mark.parametrize("method", STRETCHED)
+@pytest.mark.parametrize("method", [name for name in STRETCHED if name != "yarn_both"])
 def test_kappa_one_is_static(method):
-    """kappa(1) = lambda_s = 1 is the static method, bit for bit."""
+    """kappa(1) = lambda_s = 1 is the static method, bit for bit; the NTK term of yarn_both is 2."""
     dynamic, m = axis_frequencies(*FLUX, 256, 1.0, DyPEConfig(method, dype_scale=1.0))
     static, static_m = axis_frequencies(*FLUX, 256, 0.3, DyPEConfig(method, dype=False))
     assert torch.equal(dynamic, static)
@@ -93,21 +94,21 @@ def test_kappa_one_is_static(method):
 
 
 def test_at_the_end_of_sampling():
-    """t = 0: stock bits for pi and ntk; yarn and yarn_paper keep m; power forms stop at 1 turn."""
+    """t = 0: stock bits where kappa ends it all, YaRNs keep m; power forms stop at 1 turn."""
     theta = stock_frequencies(56, 10000.0)
     at_zero = {name: axis_frequencies(*FLUX, 256, 0.0, DyPEConfig(name)) for name in STRETCHED}
     assert all(f.isfinite().all() for f, _ in at_zero.values())
-    for name in ("pi", "ntk", "yarn", "yarn_paper"):
+    for name, m in {"pi": 1, "ntk": 1, "ntk_mult": 1, "yarn": TAU, "yarn_both": TAU,
+                    "yarn_paper": TAU}.items():  # fmt: skip
         assert torch.equal(at_zero[name][0], theta), name
-    assert at_zero["pi"][1] == at_zero["ntk"][1] == 1
-    assert at_zero["yarn"][1] == at_zero["yarn_paper"][1] == 0.1 * np.log(4) + 1
+        assert at_zero[name][1] == m, name
     for name in ("yarn_power", "vision_yarn"):
         assert (at_zero[name][0] == theta).sum() == 8, name
     assert at_zero["vision_yarn"][1] == 1
 
 
 @pytest.mark.parametrize("axis", [FLUX, Z_IMAGE, (56, 10000.0, 16)])
-@pytest.mark.parametrize("method", ["pi", "ntk", "yarn", "yarn_paper"])
+@pytest.mark.parametrize("method", ["pi", "ntk", "ntk_mult", "tasr", "yarn", "yarn_paper"])
 def test_frequencies_fall_with_the_noise(method, axis):
     """No pair's frequency rises with t, also where the authors' ramp would turn round."""
     levels = torch.linspace(0, 1, 401, dtype=torch.float64)
@@ -124,6 +125,30 @@ def test_last_pair_of_dynamic_ntk():
         f, _ = axis_frequencies(*FLUX, 256, sigma, DyPEConfig("ntk"))
         assert f[-1].item() == pytest.approx(theta[-1].item() / 4 ** (2 * sigma**2), rel=1e-14)
         assert f[0] == theta[0]
+
+
+def test_ntk_between_the_bands():
+    """Table 7 at s = 4, t = 0.5: pair 6 lies in the NTK band of `yarn`, above both bands of `both`.
+
+    Static: theta / 4^(12/54). NTK alone, kappa = 2 t^2 = 1/2: theta / 4^(6/54), the bands unmoved.
+    """
+    ratio = {
+        name: axis_frequencies(*FLUX, 256, 0.5, DyPEConfig(name))[0][6]
+        / stock_frequencies(56, 10000.0)[6]
+        for name in ("yarn_ntk_only", "yarn_both")
+    }
+    assert ratio["yarn_ntk_only"].item() == pytest.approx(4 ** (-6 / 54), rel=1e-12)
+    half = 1 - (6 - 2) / (10 - 2)  # mask of (16, 2) kappa, whose edges are (2, 10)
+    both = 4 ** (-6 / 54) * (1 - half) + half
+    assert ratio["yarn_both"].item() == pytest.approx(both, rel=1e-12)
+
+
+def test_ends_of_the_time_aware_baseline():
+    """TASR is PI at t = 1 (but for pair 0) and NTK with theta s at t = 0."""
+    theta = stock_frequencies(56, 10000.0)
+    noise, image = (axis_frequencies(*FLUX, 256, t, DyPEConfig("tasr"))[0] for t in (1.0, 0.0))
+    np.testing.assert_allclose(noise[1:], theta[1:] / 4, rtol=1e-14)
+    np.testing.assert_allclose(image, stock_frequencies(56, 40000.0), rtol=1e-13)
 
 
 def test_cutoffs_of_the_authors():

@@ -133,6 +133,15 @@ def test_the_product_and_what_draws_the_same_once():
     assert found[-1].prompt == "b"
 
 
+def test_the_time_aware_baseline_has_no_lambdas():
+    """TASR follows t itself: lambda_s and lambda_t change nothing, the start does."""
+    lists = "--method tasr --dype_scale 1,2 --dype_exponent 1,2 --dype_start_sigma 0.5,1"
+    names = [cell.path.name for cell in planned(*lists.split())]
+    assert names == [
+        f"seed_42_method_dy_tasr_res_4096x4096_start_{start}.png" for start in ("0.5", "1")
+    ]
+
+
 def test_sizes_are_width_first_and_names_height_first():
     found = planned("--size", "1024,2048x3072")
     assert [cell.path.name[-13:-4] for cell in found] == ["1024x1024", "3072x2048"]
@@ -144,8 +153,11 @@ COUNTS = {
     "--sweep methods --multipass_only": 1,
     "--sweep params": 25 + 1,
     "--sweep params --quick": 9 + 1,
-    "--sweep paper-table6": 2 + 6,
-    "--sweep paper-table7": 3,
+    "--sweep paper-table1": 4 * 6,
+    "--sweep paper-table3": 2,
+    "--sweep paper-table6": 2 + 2 * 6,
+    "--sweep paper-table7": 5,
+    "--sweep paper-table8": 3,
 }
 
 
@@ -166,7 +178,7 @@ def test_named_sweeps_are_presets_of_the_list_flags(line, model, capsys):
         return json.dumps(own, sort_keys=True)
 
     assert sorted(map(key, again)) == sorted(map(key, found))
-    assert ("left out" in " ".join(printed)) == ("table" in line)
+    assert ("left out" in " ".join(printed)) == ("table3" in line)
 
 
 def test_sizes_of_a_named_sweep_are_whole_tokens():
@@ -176,18 +188,28 @@ def test_sizes_of_a_named_sweep_are_whole_tokens():
     assert list(sizes) == [1328, 2000, 2656, 3984, 5312]
 
 
+def rows(name: str) -> set[str]:
+    """The rows of a named sweep, as its file names have them."""
+    return {cell.path.name.split("_res_")[0][15:] for cell in planned("--sweep", name)}
+
+
 def test_paper_tables_hold_the_papers_settings():
-    """Table 6's exponential rows, Table 7's three, at 3072 x 3072."""
+    """Rows of Tables 1, 7 and 8; lambdas and size of both schedulers of Table 6."""
+    assert rows("paper-table1") == {"base", "ntk", "dy_tasr", "dy_ntk", "yarn", "dy_yarn"}
+    sizes = [(c.settings.flags["width"], c.settings.flags["height"])
+             for c in planned("--sweep", "paper-table1")]  # fmt: skip
+    assert list(dict.fromkeys(sizes)) == [(2048, 3072), (3072, 2048), (3072, 3072), (4096, 4096)]
+    assert rows("paper-table7") == {"base", "yarn", "dy_yarn", "dy_yarn_ntk_only", "dy_yarn_both"}
+    assert rows("paper-table8") == {"base", "yarn", "dy_yarn"}
     found = planned("--sweep", "paper-table6")
     assert {cell.settings.flags["height"] for cell in found} == {3072}
-    pairs = [
-        (cell.settings.config.dype_scale, cell.settings.config.dype_exponent)
-        for cell in found
-        if cell.settings.config.dype and cell.settings.config.method == "ntk"
-    ]
-    assert sorted(pairs) == [(1, 1), (1.5, 1), (2, 0.5), (2, 1), (2, 2), (2.5, 1)]
-    named = {cell.path.name.split("_res_")[0][15:] for cell in planned("--sweep", "paper-table7")}
-    assert named == {"base", "yarn", "dy_yarn"}
+    for method in ("ntk", "ntk_mult"):
+        pairs = [
+            (cell.settings.config.dype_scale, cell.settings.config.dype_exponent)
+            for cell in found
+            if cell.settings.config.dype and cell.settings.config.method == method
+        ]
+        assert sorted(pairs) == [(1, 1), (1.5, 1), (2, 0.5), (2, 1), (2, 2), (2.5, 1)]
 
 
 def test_a_flag_wins_over_the_named_sweep():
