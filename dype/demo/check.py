@@ -84,24 +84,3 @@ def check(picture: np.ndarray, colour: str, ground: str) -> Verdict:
         reason = "ground of another colour"
     found = overlaps(mask)
     return Verdict(not reason, max(found, key=found.get), found, reason)
-
-
-def log_spectrum(picture: np.ndarray) -> np.ndarray:
-    """ln of the mean power of a square picture's brightness, per quarter octave of frequency.
-
-    The bands go from 4 cycles per picture up to the Nyquist frequency; a Hann window keeps the
-    light's gradient from leaking into them.
-    """
-    size = len(picture)
-    grey, window = picture.mean(-1), np.hanning(size)
-    power = abs(np.fft.rfft2((grey - grey.mean()) * np.outer(window, window))) ** 2
-    frequency = np.hypot(np.fft.fftfreq(size, 1 / size)[:, None], np.arange(size // 2 + 1))
-    bands = np.floor(4 * np.log2(np.maximum(frequency, 1) / 4)).astype(int)
-    count = int(4 * np.log2(size / 8))
-    return np.log(ndimage.mean(power, bands, range(count)))
-
-
-def spectrum_error(pictures: list[np.ndarray], truth: list[np.ndarray]) -> float:
-    """Root mean square over the bands of the difference of two sets' mean log spectra."""
-    means = [np.mean([log_spectrum(p) for p in some], axis=0) for some in (pictures, truth)]
-    return float(np.sqrt(np.mean((means[0] - means[1]) ** 2)))

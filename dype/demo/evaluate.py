@@ -1,76 +1,99 @@
-"""How often the demo model draws what was asked: `python -m dype.demo.evaluate --size 512 pi yarn`.
+"""The ground-truth table: `python -m dype.demo.evaluate`, in under two hours on two CPU cores.
 
-Each setting draws the same seeded prompts and is judged by `dype.demo.check`, at the schedule of
-the demo (mu capped). A setting is METHOD, METHOD:static or METHOD:SCALE:EXPONENT. `spectrum` is the
-distance of the log power spectrum from that of the rendered scenes, put through the autoencoder.
-Needs the packages of requirements-dev.txt.
+Draws seeded prompts with the demo model under many settings, and scores layout, texture and both
+against rendered scenes of the same size. A picture that is there is not drawn again. A setting is
+METHOD, METHOD:static or METHOD:SCALE:EXPONENT, then `:reversed` (time runs the wrong way: a
+control) or `:model` (the model's own noise schedule instead of the capped one). Prompts of seed 0
+are there to report, those of another seed to choose by. Needs requirements-dev.txt.
 """
 
 import argparse
+import io
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from dype.config import DyPEConfig
-from dype.demo.scenes import HELD_OUT, TRIPLES, render, sample_scene
+from dype import records
+from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, sample_scene
 from dype.models import MODELS
 from dype.patch import apply_dype
 from dype.pipelines import load_pipeline
+from dype.rope import METHODS
 
 try:
-    from dype.demo.check import check, spectrum_error
+    from dype.demo import report
+    from dype.demo.report import Cell, setting, static_form
 except ModuleNotFoundError as error:
     sys.exit(f"there is no {error.name}; pip install -r requirements-dev.txt")
 
 DEMO = MODELS["demo"]
+BEST = ("yarn_paper", "pi:1:1", "yarn")  # by the joint score on prompts of seed 1 (docs/log.md)
 
 
-def setting(text: str) -> DyPEConfig:
-    """METHOD[:static | :SCALE[:EXPONENT]] -> a configuration at the demo's base resolution."""
-    method, *more = text.split(":")
-    config = {"method": method, "base_resolution": DEMO.base_resolution}
-    if more == ["static"]:
-        config["dype"] = False
-    elif more:
-        config |= zip(("dype_scale", "dype_exponent"), map(float, more), strict=False)
-    return DyPEConfig(**config)
+def plan(name: str) -> list[Cell]:
+    """The cells of the quick, the default and the full table."""
+    dynamic = [name for name in METHODS if name != "base"]
+    statics = dict.fromkeys(f"{static_form(method)}:static" for method in dynamic)
+    everything = ["base", *statics, *dynamic, "pi:1:1"]
+    finalists = ["base", *(f"{one.split(':')[0]}:static" for one in BEST), *BEST]
+    lines = {
+        "quick": [(256, ["base"], 8), (512, finalists, 8)],
+        "default": [(256, ["base"], 64), (512, everything, 64), (1024, finalists, 16)],
+        "full": [(256, ["base"], 64)] + [(size, everything, 64) for size in (512, 768, 1024)],
+    }[name]
+    return [Cell(size, setting(one), count) for size, some, count in lines for one in some]
 
 
-def share(passed: list[bool]) -> dict:
-    """The share of passes and its Wilson 95 % interval."""
-    n, p, z = len(passed), sum(passed) / len(passed), 1.96
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = max(middle - half, 0.0), min(middle + half, 1.0)
-    return {"share": round(p, 3), "interval": [round(float(low), 3), round(float(high), 3)]}
+def sampled(args) -> list[Scene]:
+    """The scenes that the prompts ask for, 64 or as many as wanted."""
+    rng = np.random.default_rng(args.seed)
+    triples = HELD_OUT if args.held_out else TRIPLES
+    return [sample_scene(rng, triples) for _ in range(max(64, args.count or 0))]
 
 
-def draw_all(pipe, scenes: list, args, name: str) -> list[np.ndarray]:
-    """One picture per scene; the i-th starts from noise of seed i, whatever the batch."""
-    pictures = []
-    for start in tqdm(range(0, len(scenes), args.batch), name, leave=False):
-        chunk = scenes[start : start + args.batch]
-        seeds = range(start, start + len(chunk))
-        reduced = args.dtype == "bfloat16"
-        with torch.autocast(pipe.device.type, torch.bfloat16, enabled=reduced):
-            pictures += pipe(
-                [scene.caption for scene in chunk],
-                negative_prompt=[DEMO.negative_prompt or ""] * len(chunk),
-                true_cfg_scale=args.true_cfg,
-                guidance_scale=DEMO.guidance,
-                height=args.size,
-                width=args.size,
-                num_inference_steps=args.steps,
-                max_sequence_length=DEMO.max_sequence_length,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            ).images
-    return [np.asarray(picture) for picture in pictures]
+def folder_of(cell: Cell, args) -> Path:
+    part = f"seed_{args.seed}{'_held_out' * args.held_out}"
+    return args.out / part / str(cell.size) / cell.setting.name
+
+
+def draw(pipe, cell: Cell, folder: Path, scenes: list[Scene], args, bar: tqdm) -> None:
+    """Draw a cell's pictures that are not there, the i-th from noise of seed 10000 `--seed` + i."""
+    paths = [folder / f"{i:03}.png" for i in range(cell.count)]
+    if all(path.exists() for path in paths):
+        bar.update(cell.count)
+        return
+    apply_dype(pipe, cell.setting.config)
+    hook = pipe.transformer.register_forward_pre_hook(reverse, with_kwargs=True)
+    if cell.setting.control != "reversed":
+        hook.remove()
+    for i, path in enumerate(paths):
+        if not path.exists():
+            with torch.autocast(pipe.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                [picture] = pipe(
+                    scenes[i].caption,
+                    negative_prompt=DEMO.negative_prompt or "",
+                    true_cfg_scale=args.true_cfg,
+                    guidance_scale=DEMO.guidance,
+                    height=cell.size,
+                    width=cell.size,
+                    num_inference_steps=args.steps,
+                    max_sequence_length=DEMO.max_sequence_length,
+                    generator=torch.Generator().manual_seed(10_000 * args.seed + i),
+                ).images
+            content = io.BytesIO()
+            picture.save(content, "png")
+            records.write({path: content.getvalue()})
+        bar.update()
+    hook.remove()
+
+
+def reverse(transformer, args, kwargs) -> None:
+    """A later pre-hook than DyPE's own: the encoding at 1 - sigma."""
+    transformer.pos_embed.set_timestep(1 - kwargs["timestep"].flatten()[0])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,96 +102,81 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    made.add_argument("settings", nargs="*", default=["base"], help="METHOD[:static|:SCALE:EXP]")
-    made.add_argument("--size", type=int, default=256, help="px")
-    made.add_argument("--count", type=int, default=64, help="prompts")
-    made.add_argument("--seed", type=int, default=0, help="of the prompts")
+    made.add_argument("settings", nargs="*", help="instead of the table: METHOD[:...]")
+    made.add_argument("--quick", action="store_true", help="a table in under 5 minutes")
+    made.add_argument("--full", action="store_true", help="a table of everything: a day")
+    made.add_argument("--size", type=int, default=512, help="px, of the settings")
+    made.add_argument("--count", type=int, default=64, help="prompts, of the settings")
+    made.add_argument("--seed", type=int, default=0, help="of the prompts: 0 to report on")
     made.add_argument("--held_out", action="store_true", help="only triples never trained on")
-    made.add_argument(
-        "--truth",
-        action="store_true",
-        help="judge the same scenes with other leaves, put through the autoencoder, instead",
-    )
     made.add_argument("--steps", type=int, default=DEMO.steps)
     made.add_argument("--true_cfg", type=float, default=DEMO.true_cfg)
-    made.add_argument("--batch", type=int, default=4)
     made.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="autocast or not"
     )
-    made.add_argument("--strip", type=Path, help="PNG or JPEG of the first six per setting")
+    made.add_argument("--out", type=Path, default=Path("outputs/ground_truth"), help="folder")
+    made.add_argument("--save", type=Path, help="the numbers as JSON, here too")
+    made.add_argument("--strip", type=Path, help="PNG or JPEG of six pictures per setting")
     return made
+
+
+def protocol(args) -> dict:
+    """What every picture of a folder has in common."""
+    names = ("steps", "true_cfg", "dtype")
+    return {name: getattr(args, name) for name in names}
+
+
+def agreed(args) -> None:
+    """Write the folder's protocol, or see that it is this one's. Raises ValueError, OSError."""
+    path = args.out / "protocol.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        for name, now in protocol(args).items():
+            if before.get(name) != now:
+                raise ValueError(
+                    f"--{name} is {now!r}, but {args.out} was drawn with {before.get(name)!r}, "
+                    "expected the same, or another --out"
+                )
+    else:
+        records.write({path: json.dumps(protocol(args)).encode()})
+
+
+def asked(args) -> list[Cell]:
+    """The cells that the flags ask for. Raises ValueError."""
+    if args.quick + args.full + bool(args.settings) > 1:
+        raise ValueError("--quick, --full and SETTINGS, expected at most one of them")
+    if min(args.count, args.steps) < 1 or args.seed < 0 or args.size % 16 or args.size < 64:
+        raise ValueError("--count and --steps are at least 1, --seed 0, --size a multiple of 16")
+    if args.settings:
+        return [Cell(args.size, setting(one), args.count) for one in args.settings]
+    return plan("quick" if args.quick else "full" if args.full else "default")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        configs = {name: setting(name) for name in args.settings}
-    except ValueError as error:
+        cells = asked(args)
+        agreed(args)
+    except (ValueError, OSError) as error:
         parser().error(str(error))
-    if min(args.count, args.batch, args.steps) < 1 or args.size % 16 or args.size < 64:
-        parser().error("--count, --batch and --steps are at least 1, --size a multiple of 16")
-
-    rng = np.random.default_rng(args.seed)
-    triples = HELD_OUT if args.held_out else TRIPLES
-    scenes = [sample_scene(rng, triples) for _ in range(args.count)]
+    scenes = sampled(args)
     pipe = load_pipeline("demo")
     pipe.set_progress_bar_config(disable=True)
-    rows, strips = [], {}
-    truth = [round_trip(pipe.vae, render(s, args.size)) for s in tqdm(scenes, "truth", leave=False)]
-    for name in ["truth"] if args.truth else args.settings:
-        if args.truth:
-            others = [render(replace(scene, seed=scene.seed + 1), args.size) for scene in scenes]
-            pictures = [round_trip(pipe.vae, picture) for picture in others]
-            decibels = [psnr(*pair) for pair in zip(others, pictures, strict=True)]
-            print(f"round trip {np.mean(decibels):.1f} dB, deviation {np.std(decibels):.1f}")
-        else:
-            apply_dype(pipe, configs[name])
-            pictures = draw_all(pipe, scenes, args, name)
-        verdicts = [check(p, s.colour, s.ground) for p, s in zip(pictures, scenes, strict=True)]
-        layout = share([verdict.layout for verdict in verdicts])
-        shape = share([v.shape == s.shape for v, s in zip(verdicts, scenes, strict=True)])
-        error = spectrum_error(pictures, truth)
-        low, high = layout["interval"]
-        print(
-            f"{name:20} {args.size} px  n {args.count}  layout {layout['share']:.2f} "
-            f"[{low:.2f}, {high:.2f}]  shape {shape['share']:.2f}  spectrum {error:.2f}",
-            flush=True,
-        )
-        rows.append({"setting": name, "layout": layout, "shape": shape, "spectrum": error})
-        strips[name] = pictures[:6]
+    with tqdm(total=sum(cell.count for cell in cells), unit="picture", desc="drawing") as bar:
+        for cell in cells:
+            draw(pipe, cell, folder_of(cell, args), scenes, args, bar)
+    found = report.table(pipe.vae, cells, scenes, lambda cell: folder_of(cell, args))
+    print(report.printed(found["rows"], ("size", "setting", "n"), signed=False))
+    print()
+    print(report.printed(found["pairs"], ("size", "setting", "against", "n"), signed=True))
+    text = json.dumps({"protocol": protocol(args) | {"seed": args.seed}, **found}, indent=1)
+    files = {args.out / "ground_truth.json": text.encode()}
+    if args.save:
+        files[args.save] = text.encode()
     if args.strip:
-        save_strips(strips, args.strip)
-    keys = ("size", "count", "seed", "held_out", "steps", "true_cfg", "dtype")
-    print(json.dumps({key: getattr(args, key) for key in keys} | {"rows": rows}))
+        files[args.strip] = report.strips(cells, lambda cell: folder_of(cell, args), args.strip)
+    records.write(files)
     return 0
-
-
-@torch.no_grad()
-def round_trip(vae, picture: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] through encoder and decoder."""
-    x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
-    out = vae.decode(vae.encode(x).latent_dist.mode()).sample[0].permute(1, 2, 0)
-    return ((out + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-
-
-def psnr(picture: np.ndarray, other: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures, dB."""
-    return float(10 * np.log10(255**2 / np.mean((picture.astype(float) - other) ** 2)))
-
-
-def save_strips(strips: dict[str, list[np.ndarray]], path: Path, side: int = 224) -> None:
-    """A labelled row per setting, the same seeds in every row, never picked ones."""
-    font, bar = ImageFont.load_default(20), 34
-    sheet = Image.new("RGB", (6 * side, len(strips) * (side + bar)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (name, pictures) in enumerate(strips.items()):
-        top = row * (side + bar)
-        draw.text((4, top + 5), name, "black", font)
-        for column, picture in enumerate(pictures):
-            small = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(small, (column * side, top + bar))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True, quality=88)
 
 
 if __name__ == "__main__":

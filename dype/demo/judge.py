@@ -16,8 +16,13 @@ import numpy as np
 
 from dype import records, sheets
 from dype.ablation import read_rows
-from dype.demo.evaluate import check, share
 from dype.demo.scenes import COLOURS, SHAPES
+
+try:
+    from dype.demo.check import check
+    from dype.demo.scores import shown, wilson
+except ModuleNotFoundError as error:
+    sys.exit(f"there is no {error.name}; pip install -r requirements-dev.txt")
 
 CAPTION = re.compile(
     f"an? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) on ({'|'.join(COLOURS)}) leaves"
@@ -52,10 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     first = None
     for name, some in sheets.by_setting(rows).items():
         layouts, shapes, overlaps = zip(*(verdicts[row["file"]] for row in some), strict=True)
-        shares = []
-        for passed in (layouts, shapes):
-            (low, high), part = share(passed)["interval"], share(passed)["share"]
-            shares.append(f"{part:.2f} [{low:.2f}, {high:.2f}]")
+        shares = [shown(wilson(passed)) for passed in (layouts, shapes)]
         seconds = sheets.spread([float(row["seconds"]) for row in some], 1)
         print(
             f"n {len(some)}  layout {shares[0]}  shape {shares[1]}  "

@@ -1,0 +1,175 @@
+"""The ground-truth table: what is judged, what it is held against, and how that is shown."""
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from dype import records
+from dype.config import DyPEConfig
+from dype.demo import scores
+from dype.demo.scenes import Scene, render
+from dype.models import MODELS
+from dype.rope import METHODS, axis_frequencies
+
+CONTROLS = ("reversed", "model")
+
+
+class Setting(NamedTuple):
+    """What is judged: an encoding, and what a control changes about it."""
+
+    name: str
+    config: DyPEConfig
+    control: str = ""
+
+
+class Cell(NamedTuple):
+    """Pictures of one setting at one size: the first `count` prompts of a seed."""
+
+    size: int
+    setting: Setting
+    count: int
+
+
+def setting(text: str) -> Setting:
+    """METHOD[:static | :SCALE[:EXPONENT]][:reversed | :model]. Raises ValueError."""
+    method, *more = text.split(":")
+    control = more.pop() if more and more[-1] in CONTROLS else ""
+    config = {"method": method, "base_resolution": MODELS["demo"].base_resolution}
+    if control == "model":
+        config["shift"] = "model"
+    if more == ["static"]:
+        config["dype"] = False
+    else:
+        if len(more) > 2:
+            raise ValueError(
+                f"setting {text!r}, expected METHOD[:static|:SCALE:EXPONENT][:CONTROL]"
+            )
+        config |= zip(("dype_scale", "dype_exponent"), map(float, more), strict=False)
+    made = DyPEConfig(**config)
+    name = method
+    if method != "base":
+        name += f"_{made.lambda_s:g}_{made.dype_exponent:g}" if made.dype else "_static"
+    return Setting("_".join([name, control] if control else [name]), made, control)
+
+
+def static_form(method: str) -> str:
+    """The first method whose static frequencies and m are this one's, as NTK is `ntk_mult`'s."""
+
+    def table(name):
+        f, m = axis_frequencies(56, 10000.0, 16, 64, 1.0, DyPEConfig(name, dype=False))
+        return [*f.tolist(), m.item()]
+
+    return next(name for name in METHODS if table(name) == table(method))
+
+
+def table(vae, cells: list[Cell], scenes: list[Scene], folder_of: Callable) -> dict:
+    """Every cell's scores, the floors among them, and the paired differences."""
+    rows, pairs = [], []
+    for size in dict.fromkeys(cell.size for cell in cells):
+        some = {cell.setting.name: cell for cell in cells if cell.size == size}
+        count = max(cell.count for cell in some.values())
+        scored = scenes[:count]
+        drawn, (truth, found) = {}, floors(vae, scored, size)
+        rows += [cell_row(size, name, None, *of) for name, of in found.items()]
+        for name, cell in tqdm(some.items(), f"scores {size}", leave=False):
+            drawn[name] = scores.judged(pictures_of(cell, folder_of), scored[: cell.count])
+            rows.append(cell_row(size, name, cell.setting, drawn[name], truth))
+        pairs += [pair_row(size, *names, drawn, truth) for names in compared(some)]
+    return {"rows": rows, "pairs": pairs}
+
+
+def floors(vae, scenes: list[Scene], size: int) -> tuple[scores.Judged, dict]:
+    """What pictures are held against, rendered truth through the autoencoder; and what truth has.
+
+    `truth` is other leaves on the same scenes against these; `truth_vae` both through the
+    autoencoder: as near as the model could come; `vae` what the autoencoder alone costs.
+    """
+    judged = {}
+    for name, more in (("these", 0), ("others", 1)):
+        leaves = [replace(scene, seed=scene.seed + more) for scene in scenes]
+        pictures = [render(one, size) for one in tqdm(leaves, f"truth {size}", leave=False)]
+        judged[name] = scores.judged(pictures, scenes)
+        judged[f"{name}_vae"] = scores.judged([round_trip(vae, one) for one in pictures], scenes)
+    return judged["these_vae"], {
+        "truth": (judged["others"], judged["these"]),
+        "truth_vae": (judged["others_vae"], judged["these_vae"]),
+        "vae": (judged["others_vae"], judged["these"]),
+    }
+
+
+def pictures_of(cell: Cell, folder_of: Callable, most: int | None = None) -> list[np.ndarray]:
+    """A cell's pictures, or the first of them, uint8 [H, W, 3]."""
+    names = [f"{i:03}.png" for i in range(cell.count)][:most]
+    return [np.asarray(records.open_picture(folder_of(cell) / name)) for name in names]
+
+
+def cell_row(size: int, name: str, of: Setting | None, found, truth) -> dict:
+    n = len(found.right)
+    config = {} if of is None else of.config.to_dict()
+    row = {"size": size, "setting": name, "n": n, "control": "" if of is None else of.control}
+    row |= {key: config.get(key) for key in ("method", "dype")}
+    row |= {"lambda_s": of.config.lambda_s if of else None, "lambda_t": config.get("dype_exponent")}
+    return row | scores.score(found, scores.taken(truth, np.arange(n)))
+
+
+def compared(some: dict[str, Cell]) -> list[tuple[str, str]]:
+    """(setting, what it is held against): dynamic against its own static form, controls against
+    what they control, the rest against `base`."""
+    found = []
+    for name, cell in some.items():
+        config, control = cell.setting.config, cell.setting.control
+        static = f"{static_form(config.method)}_static" + "_model" * (control == "model")
+        others = [name.removesuffix(f"_{control}"), static if config.dype else "base", "base"]
+        found += [
+            (name, other) for other in dict.fromkeys(others) if other in some and other != name
+        ]
+    return found
+
+
+def pair_row(size: int, name: str, other: str, found: dict, truth) -> dict:
+    n = min(len(found[name].right), len(found[other].right))
+    first = [scores.taken(part, np.arange(n)) for part in (found[name], found[other], truth)]
+    return {"size": size, "setting": name, "against": other, "n": n, **scores.difference(*first)}
+
+
+def printed(rows: list[dict], columns: tuple[str, ...], signed: bool) -> str:
+    """Rows as a Markdown table."""
+    heads = [*columns, *scores.SCORES]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for row in rows:
+        parts = [f"`{row[name]}`" if isinstance(row[name], str) else str(row[name])
+                 for name in columns]  # fmt: skip
+        parts += [scores.shown(row[name], signed) for name in scores.SCORES]
+        lines.append(f"| {' | '.join(parts)} |")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def round_trip(vae, picture: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] through encoder and decoder."""
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
+    out = vae.decode(vae.encode(x).latent_dist.mode()).sample[0].permute(1, 2, 0)
+    return ((out + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+
+
+def strips(cells: list[Cell], folder_of: Callable, path: Path, side: int = 192) -> bytes:
+    """A labelled row of the first six pictures per cell, in the format of the path's suffix."""
+    font, bar = ImageFont.load_default(18), 30
+    sheet = Image.new("RGB", (6 * side, len(cells) * (side + bar)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, cell in enumerate(cells):
+        top = row * (side + bar)
+        pen.text((4, top + 5), f"{cell.setting.name}, {cell.size} px", "black", font)
+        for column, picture in enumerate(pictures_of(cell, folder_of, 6)):
+            small = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(small, (column * side, top + bar))
+    content = io.BytesIO()
+    sheet.save(content, Image.registered_extensions()[path.suffix], optimize=True, quality=85)
+    return content.getvalue()

@@ -1,0 +1,74 @@
+"""Is a picture's texture the truth's? Distances of sets of pictures that need no labels.
+
+Two of them: of the mean log power spectrum, and the Frechet distance of patches in a fixed feature
+space. Both come from sums over pictures, so that a bootstrap only adds these up again.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+
+PATCH = 32  # px, two tokens: the leaves' finest sizes, seldom an object's whole edge
+FEATURES = 32  # random filters of 5 x 5 px, their mean magnitude over a patch
+SEED = 0  # of the filters
+
+
+def log_spectrum(picture: np.ndarray) -> np.ndarray:
+    """ln of the mean power of a square picture's brightness, per quarter octave of frequency.
+
+    The bands go from 4 cycles per picture up to the Nyquist frequency; a Hann window keeps the
+    light's gradient from leaking into them.
+    """
+    size = len(picture)
+    grey, window = picture.mean(-1), np.hanning(size)
+    power = abs(np.fft.rfft2((grey - grey.mean()) * np.outer(window, window))) ** 2
+    frequency = np.hypot(np.fft.fftfreq(size, 1 / size)[:, None], np.arange(size // 2 + 1))
+    bands = np.floor(4 * np.log2(np.maximum(frequency, 1) / 4)).astype(int)
+    count = int(4 * np.log2(size / 8))
+    return np.log(ndimage.mean(power, bands, range(count)))
+
+
+def spectrum_error(spectra: np.ndarray, truth: np.ndarray) -> float:
+    """Root mean square over bands of the difference of two sets' mean spectra, each [n, bands]."""
+    return float(np.sqrt(np.mean((spectra.mean(0) - truth.mean(0)) ** 2)))
+
+
+@lru_cache
+def filters() -> torch.Tensor:
+    """Random filters without a mean, float32 [FEATURES, 1, 5, 5], of norm 1."""
+    drawn = torch.randn(FEATURES, 1, 5, 5, generator=torch.Generator().manual_seed(SEED))
+    drawn -= drawn.mean((2, 3), keepdim=True)
+    return drawn / drawn.norm(dim=(2, 3), keepdim=True)
+
+
+def patch_features(picture: np.ndarray) -> np.ndarray:
+    """Mean magnitude of every filter over every patch of the log brightness, [patches, FEATURES].
+
+    The logarithm makes leaves on dark and light colours alike; a patch of one colour is all zeros.
+    """
+    grey = torch.from_numpy(np.log1p(picture.mean(-1, dtype=np.float32)))
+    found = F.conv2d(grey[None, None], filters()).abs()
+    found = F.pad(found, (2, 2, 2, 2), mode="replicate")
+    return F.avg_pool2d(found, PATCH)[0].flatten(1).T.double().numpy()
+
+
+def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [F] and mean outer product [F, F] of one picture's patches."""
+    return features.mean(0), features.T @ features / len(features)
+
+
+def frechet(mean: np.ndarray, outer: np.ndarray, true_mean, true_outer) -> float:
+    """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of two sets, from their mean outer products.
+
+    tr (C C')^(1/2) is the sum of the roots of the eigenvalues of C^(1/2) C' C^(1/2).
+    """
+    covariance = outer - np.outer(mean, mean)
+    true_covariance = true_outer - np.outer(true_mean, true_mean)
+    values, vectors = np.linalg.eigh(covariance)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    crossed = np.sqrt(np.linalg.eigvalsh(root @ true_covariance @ root).clip(0)).sum()
+    shift = np.sum((mean - true_mean) ** 2)
+    return float(shift + np.trace(covariance) + np.trace(true_covariance) - 2 * crossed)
