@@ -19,8 +19,8 @@ from PIL import Image
 
 import run_dype
 from dype.demo import build, train
-from dype.demo.check import check, log_spectrum, spectrum_error
-from dype.demo.evaluate import psnr, round_trip, setting, share
+from dype.demo.check import check
+from dype.demo.report import psnr, round_trip
 from dype.demo.scenes import COLOURS, HELD_OUT, SHAPES, TRIPLES, render, sample_scene
 from dype.generate import noise_schedule
 from dype.models import MODELS
@@ -88,20 +88,6 @@ def test_check_fails_what_is_wrong():
     assert check(picture[:64, :64], scene.colour, scene.ground).reason
 
 
-def test_spectrum():
-    """White noise is flat, a wave is in its own band, and twice the contrast is ln 4 everywhere."""
-    noise = np.random.default_rng(0).normal(128, 20, (128, 128, 1)).repeat(3, 2)
-    flat = log_spectrum(noise)
-    assert len(flat) == 16  # 4 octaves, from 4 to 64 cycles per picture
-    assert np.ptp(flat[4:]) < 0.5
-    wave = 128 + 50 * np.cos(2 * np.pi * 17 * np.arange(128) / 128)
-    wave = np.broadcast_to(wave[:, None, None], noise.shape)
-    assert log_spectrum(wave).argmax() == 8  # [16, 19) cycles
-    assert spectrum_error([noise], [noise]) == 0
-    doubled = 2 * noise - noise.mean()
-    assert spectrum_error([doubled], [noise]) == pytest.approx(np.log(4))
-
-
 def test_autoencoder(demo):
     """At least 26 dB at 256, 512 and 1024 px, and within 2 dB of each other."""
     means = {}
@@ -157,12 +143,6 @@ def test_the_demo_command(tmp_path):
     verdict = check(first, "red", "teal")
     assert verdict.layout, verdict
     assert verdict.shape == "ring", verdict
-
-
-def test_settings_and_shares():
-    assert setting("pi:1:0.5").dype_exponent == 0.5
-    assert setting("yarn:static").dype is False
-    assert share([True] * 90 + [False] * 10) == {"share": 0.9, "interval": [0.826, 0.945]}
 
 
 def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ are there to report, those of another seed to choose by. Needs requirements-dev.
 """
 
 import argparse
+import hashlib
 import io
 import json
 import sys
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from dype import records
 from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, sample_scene
+from dype.flags import Parser, UserError
 from dype.models import MODELS
 from dype.patch import apply_dype
 from dype.pipelines import load_pipeline
@@ -86,6 +88,7 @@ def draw(pipe, cell: Cell, folder: Path, scenes: list[Scene], args, bar: tqdm) -
                 ).images
             content = io.BytesIO()
             picture.save(content, "png")
+            folder.mkdir(parents=True, exist_ok=True)
             records.write({path: content.getvalue()})
         bar.update()
     hook.remove()
@@ -97,7 +100,7 @@ def reverse(transformer, args, kwargs) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m dype.demo.evaluate",
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -121,9 +124,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def protocol(args) -> dict:
-    """What every picture of a folder has in common."""
-    names = ("steps", "true_cfg", "dtype")
-    return {name: getattr(args, name) for name in names}
+    """What every picture of a folder has in common, the weights among it."""
+    weights = Path(DEMO.repo) / "transformer" / "diffusion_pytorch_model.safetensors"
+    found = {name: getattr(args, name) for name in ("steps", "true_cfg", "dtype")}
+    return found | {"weights": hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}
 
 
 def agreed(args) -> None:
@@ -134,10 +138,11 @@ def agreed(args) -> None:
         for name, now in protocol(args).items():
             if before.get(name) != now:
                 raise ValueError(
-                    f"--{name} is {now!r}, but {args.out} was drawn with {before.get(name)!r}, "
+                    f"{name} is {now!r}, but {args.out} was drawn with {before.get(name)!r}, "
                     "expected the same, or another --out"
                 )
     else:
+        args.out.mkdir(parents=True, exist_ok=True)
         records.write({path: json.dumps(protocol(args)).encode()})
 
 
@@ -153,12 +158,13 @@ def asked(args) -> list[Cell]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
     try:
+        args = parser().parse_args(argv)
         cells = asked(args)
         agreed(args)
-    except (ValueError, OSError) as error:
-        parser().error(str(error))
+    except (UserError, ValueError, OSError) as error:
+        print(f"python -m dype.demo.evaluate: {error}", file=sys.stderr)
+        return 1 if isinstance(error, OSError) else 2
     scenes = sampled(args)
     pipe = load_pipeline("demo")
     pipe.set_progress_bar_config(disable=True)

@@ -18,6 +18,7 @@ from dype.demo.scenes import Scene, render
 from dype.models import MODELS
 from dype.rope import METHODS, axis_frequencies
 
+BASE = MODELS["demo"].base_resolution
 CONTROLS = ("reversed", "model")
 
 
@@ -41,7 +42,7 @@ def setting(text: str) -> Setting:
     """METHOD[:static | :SCALE[:EXPONENT]][:reversed | :model]. Raises ValueError."""
     method, *more = text.split(":")
     control = more.pop() if more and more[-1] in CONTROLS else ""
-    config = {"method": method, "base_resolution": MODELS["demo"].base_resolution}
+    config = {"method": method, "base_resolution": BASE}
     if control == "model":
         config["shift"] = "model"
     if more == ["static"]:
@@ -91,12 +92,15 @@ def floors(vae, scenes: list[Scene], size: int) -> tuple[scores.Judged, dict]:
     `truth` is other leaves on the same scenes against these; `truth_vae` both through the
     autoencoder: as near as the model could come; `vae` what the autoencoder alone costs.
     """
-    judged = {}
+    judged, decibels = {}, []
     for name, more in (("these", 0), ("others", 1)):
         leaves = [replace(scene, seed=scene.seed + more) for scene in scenes]
         pictures = [render(one, size) for one in tqdm(leaves, f"truth {size}", leave=False)]
-        judged[name] = scores.judged(pictures, scenes)
-        judged[f"{name}_vae"] = scores.judged([round_trip(vae, one) for one in pictures], scenes)
+        through = [round_trip(vae, one) for one in pictures]
+        judged |= {name: scores.judged(pictures, scenes)}
+        judged |= {f"{name}_vae": scores.judged(through, scenes)}
+        decibels += map(psnr, pictures, through)
+    print(f"{size} px: round trip {np.mean(decibels):.1f} dB, deviation {np.std(decibels):.1f}")
     return judged["these_vae"], {
         "truth": (judged["others"], judged["these"]),
         "truth_vae": (judged["others_vae"], judged["these_vae"]),
@@ -157,6 +161,11 @@ def round_trip(vae, picture: np.ndarray) -> np.ndarray:
     x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
     out = vae.decode(vae.encode(x).latent_dist.mode()).sample[0].permute(1, 2, 0)
     return ((out + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+
+
+def psnr(picture: np.ndarray, other: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures, dB."""
+    return float(10 * np.log10(255**2 / np.mean((picture.astype(float) - other) ** 2)))
 
 
 def strips(cells: list[Cell], folder_of: Callable, path: Path, side: int = 192) -> bytes:

@@ -1,0 +1,256 @@
+"""The ground-truth table: its scores, intervals and pairs, and how its pictures are drawn."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.linalg
+from PIL import Image, ImageFilter
+
+from dype.demo import evaluate, report, scores
+from dype.demo.report import Cell, setting, static_form
+from dype.demo.scenes import render, sample_scene
+from dype.demo.texture import frechet, log_spectrum, moments, patch_features, spectrum_error
+from dype.rope import METHODS
+
+
+def scenes(count, seed=7):
+    rng = np.random.default_rng(seed)
+    return [sample_scene(rng) for _ in range(count)]
+
+
+def blurred(picture):
+    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(2)))
+
+
+def test_spectrum():
+    """White noise is flat, a wave is in its own band, and twice the contrast is ln 4 everywhere."""
+    noise = np.random.default_rng(0).normal(128, 20, (128, 128, 1)).repeat(3, 2)
+    flat = log_spectrum(noise)
+    assert len(flat) == 16  # 4 octaves, from 4 to 64 cycles per picture
+    assert np.ptp(flat[4:]) < 0.5
+    wave = 128 + 50 * np.cos(2 * np.pi * 17 * np.arange(128) / 128)
+    wave = np.broadcast_to(wave[:, None, None], noise.shape)
+    assert log_spectrum(wave).argmax() == 8  # [16, 19) cycles
+    assert spectrum_error(flat[None], flat[None]) == 0
+    doubled = 2 * noise - noise.mean()
+    assert spectrum_error(log_spectrum(doubled)[None], flat[None]) == pytest.approx(np.log(4))
+
+
+def test_patch_distance_is_frechets():
+    """Against scipy's matrix root of the product; |shift|^2 for a moved set, 0 for the same."""
+    rng = np.random.default_rng(0)
+    some, others = rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6)), rng.normal(1, 2, (400, 6))
+    (mean, outer), (true_mean, true_outer) = moments(some), moments(others)
+    root = scipy.linalg.sqrtm(np.cov(some.T, bias=True) @ np.cov(others.T, bias=True)).real
+    traces = np.trace(np.cov(some.T, bias=True)) + np.trace(np.cov(others.T, bias=True))
+    expected = np.sum((mean - true_mean) ** 2) + traces - 2 * np.trace(root)
+    assert frechet(mean, outer, true_mean, true_outer) == pytest.approx(expected, rel=1e-9)
+    assert frechet(mean, outer, mean, outer) == pytest.approx(0, abs=1e-9)
+    assert frechet(mean, outer, *moments(some + 2)) == pytest.approx(24)
+
+
+def test_patch_features():
+    """None on one colour; as strong on a dark ground as on a light one; 32 px patches."""
+    flat = np.full((64, 96, 3), 90, np.uint8)
+    assert patch_features(flat).shape == (6, 32)
+    assert abs(patch_features(flat)).max() < 1e-5
+    texture = np.random.default_rng(0).integers(100, 200, (64, 64, 1), np.uint8).repeat(3, 2)
+    light, dark = patch_features(texture), patch_features(texture // 2)
+    np.testing.assert_allclose(light, dark, rtol=0.05)
+
+
+def test_scores_of_truth_and_of_what_is_wrong():
+    """Other leaves are as good as the truth, blur spoils the texture, other shapes the layout."""
+    some = scenes(6)
+    truth = scores.judged([render(scene, 256) for scene in some], some)
+    pictures = [render(replace(scene, seed=scene.seed + 1), 256) for scene in some]
+    other = scores.judged(pictures, some)
+    blur = scores.judged([blurred(picture) for picture in pictures], some)
+    shapes = {
+        "disk": "cross",
+        "square": "ring",
+        "triangle": "disk",
+        "ring": "cross",
+        "cross": "disk",
+    }
+    wrong = [replace(scene, shape=shapes[scene.shape]) for scene in some]
+    wrong = scores.judged([render(scene, 256) for scene in wrong], some)
+    assert scores.layout(other, truth) == scores.layout(blur, truth) == 1
+    assert scores.layout(wrong, truth) == scores.joint(wrong, truth) == 0
+    assert scores.overlap(other, truth) > 0.85 > scores.overlap(wrong, truth)
+    for score in (scores.spectrum, scores.patches):
+        assert score(truth, truth) == pytest.approx(0, abs=1e-6)
+        assert score(blur, truth) > 5 * score(other, truth)
+    expected = np.exp(-scores.spectrum(blur, truth))
+    assert scores.joint(blur, truth) == pytest.approx(expected)
+
+
+def test_bootstrap_covers_the_mean(monkeypatch):
+    """About 95 of 100 intervals hold the true mean; the width is that of theory."""
+    monkeypatch.setattr(scores, "DRAWS", 300)
+    rng, covered, widths = np.random.default_rng(1), 0, []
+    for _ in range(200):
+        sample = rng.normal(3, 2, 60)
+        found = scores.bootstrap(lambda i, sample=sample: sample[i].mean(), 60)
+        low, high = found["interval"]
+        covered += low < 3 < high
+        widths.append(high - low)
+        assert found["mean"] == sample.mean()
+    assert 180 <= covered <= 198
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * 2 / 60**0.5, rel=0.05)
+
+
+def test_differences_are_paired():
+    """0 between equals; a constant gap has no width, however far the pictures differ."""
+    some = scenes(4)
+    truth = scores.judged([render(scene, 128) for scene in some], some)
+    same = scores.difference(truth, truth, truth)
+    assert all(found == {"mean": 0, "interval": [0, 0]} for found in same.values())
+    worse = truth._replace(overlap=truth.overlap - 0.25)
+    found = scores.difference(worse, truth, truth)["overlap"]
+    assert [found["mean"], *found["interval"]] == pytest.approx([-0.25] * 3)
+
+
+def test_wilson():
+    found = scores.wilson(np.array([True] * 90 + [False] * 10))
+    assert [found["mean"], *found["interval"]] == pytest.approx([0.9, 0.826, 0.945], abs=5e-4)
+    assert scores.shown(found) == "0.90 [0.83, 0.94]"
+
+
+def test_settings():
+    assert setting("pi:1:0.5").config.dype_exponent == 0.5
+    assert setting("pi:1:0.5").name == "pi_1_0.5"
+    assert setting("yarn:static").config.dype is False
+    assert setting("ntk").name == "ntk_2_2"
+    assert setting("yarn:static:model").config.shift == "model"
+    assert setting("pi:1:1:reversed")[::2] == ("pi_1_1_reversed", "reversed")
+    forms = {method: static_form(method) for method in METHODS if static_form(method) != method}
+    same = dict.fromkeys(("yarn_ntk_only", "yarn_both", "yarn_power", "vision_yarn"), "yarn")
+    assert forms == {"ntk_mult": "ntk"} | same
+
+
+def test_the_table_holds_every_method():
+    """At 2x all methods, dynamic and static; at 4x base and three methods in both forms."""
+    cells = evaluate.plan("default")
+    at = {size: [cell for cell in cells if cell.size == size] for size in (256, 512, 1024)}
+    assert [cell.setting.name for cell in at[256]] == ["base"]
+    twice = {(cell.setting.config.method, cell.setting.config.dype) for cell in at[512]}
+    assert {method for method, dynamic in twice if dynamic} == set(METHODS)
+    assert {(static_form(method), False) for method in METHODS if method != "base"} <= twice
+    assert {cell.count for cell in at[512]} == {64}
+    assert len(at[1024]) == 1 + 3 * 2
+    names = {cell.setting.name: cell for cell in at[512]}
+    pairs = report.compared(names)
+    assert ("yarn_power_2_2", "yarn_static") in pairs
+    assert ("tasr_0_2", "tasr_static") in pairs
+    assert ("pi_static", "base") in pairs
+    assert {name for name, _ in pairs} == names.keys() - {"base"}
+
+
+def test_controls_are_held_against_what_they_control():
+    some = ["yarn", "yarn:reversed", "yarn:static", "yarn:model", "yarn:static:model", "base"]
+    names = {setting(text).name: Cell(64, setting(text), 1) for text in some}
+    pairs = report.compared(names)
+    assert ("yarn_1_2_reversed", "yarn_1_2") in pairs
+    assert ("yarn_1_2_reversed", "yarn_static") in pairs
+    assert ("yarn_1_2_model", "yarn_1_2") in pairs
+    assert ("yarn_1_2_model", "yarn_static_model") in pairs
+    assert ("yarn_1_2_model", "yarn_static") not in pairs
+
+
+SMALL = ["--size", "64", "--steps", "2", "--count", "3"]
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Settings at the demo's base resolution would be stock at 64 px: here it is 32 px."""
+    monkeypatch.setattr(report, "BASE", 32)
+    monkeypatch.setattr(scores, "DRAWS", 20)
+
+
+def drawn(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.png")}
+
+
+def test_table_of_a_run_that_was_interrupted(tmp_path, monkeypatch, capsys, short):
+    """What is there stays, what is missing is drawn, and both are as in one go."""
+    words = [*SMALL, "base", "pi", "pi:static", "pi:reversed"]
+    assert evaluate.main([*words, "--out", str(tmp_path / "whole")]) == 0
+    printed = capsys.readouterr().out
+    write, left = evaluate.records.write, [5]
+
+    def killed(contents):
+        if any(path.suffix == ".png" for path in contents):
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+        write(contents)
+
+    monkeypatch.setattr(evaluate.records, "write", killed)
+    parts = [*words, "--out", str(tmp_path / "parts")]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(parts)
+    assert len(drawn(tmp_path / "parts")) == 4
+    assert evaluate.main([*parts, "--save", str(tmp_path / "saved.json")]) == 0
+    assert left[0] == 5 - 5 - (12 - 4)
+    assert drawn(tmp_path / "parts") == drawn(tmp_path / "whole")
+    assert capsys.readouterr().out == printed
+    found = json.loads((tmp_path / "saved.json").read_text())
+    names = [row["setting"] for row in found["rows"]]
+    assert names == ["truth", "truth_vae", "vae", "base", "pi_2_2", "pi_static",
+                     "pi_2_2_reversed"]  # fmt: skip
+    assert found["rows"][1]["layout"]["mean"] == 1
+    assert found["protocol"]["steps"] == 2
+    pictures = drawn(tmp_path / "whole").values()
+    assert len(set(pictures)) == 12
+
+
+BAD = {
+    "unknown method": "yarm",
+    "too many numbers": "yarn:1:2:3",
+    "no number": "yarn:one",
+    "out of range": "yarn:9",
+    "two tables": "--quick --full",
+    "a table and settings": "--quick base",
+    "odd size": "base --size 100",
+    "no prompts": "base --count 0",
+    "seed": "base --seed -1",
+    "other steps than the folder's": "base --size 64 --steps 3 --out there",
+    "unknown flag": "--sizes 64",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, tmp_path, monkeypatch, capsys):
+    """One sentence, exit code 2, before anything is loaded or written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/protocol.json").write_text('{"steps": 20}')
+    monkeypatch.setattr(evaluate, "load_pipeline", None)
+    assert evaluate.main(BAD[name].split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("python -m dype.demo.evaluate: ")
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize("control", ["", ":reversed"])
+def test_reversed_time(control, tmp_path, short):
+    """The control hands the encoding 1 - sigma at every call."""
+    args = evaluate.parser().parse_args([*SMALL, "base"])
+    pipe = evaluate.load_pipeline("demo")
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+
+    def note(transformer, inputs, kwargs):
+        sigma = float(kwargs["timestep"][0])
+        seen.append((1 - sigma if control else sigma, float(transformer.pos_embed.sigma)))
+
+    cell = Cell(64, setting("pi" + control), 1)
+    pipe.transformer.register_forward_hook(lambda m, a, k, out: note(m, a, k), with_kwargs=True)
+    evaluate.draw(pipe, cell, tmp_path, evaluate.sampled(args), args, evaluate.tqdm(disable=True))
+    assert len(seen) == 2 * 2  # steps, with and without the prompt
+    for expected, sigma in seen:
+        assert sigma == pytest.approx(expected, abs=1e-6)
