@@ -193,6 +193,11 @@ def test_table_of_a_run_that_was_interrupted(tmp_path, monkeypatch, capsys, shor
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(parts)
     assert len(drawn(tmp_path / "parts")) == 4
+    assert evaluate.main([*parts, "--drawn"]) == 0
+    out = capsys.readouterr().out
+    assert "| 64 | `base` | 3 |" in out
+    assert "| 64 | `pi_2_2` | 1 |" in out
+    assert "pi_static" not in out
     assert evaluate.main([*parts, "--save", str(tmp_path / "saved.json")]) == 0
     assert left[0] == 5 - 5 - (12 - 4)
     assert drawn(tmp_path / "parts") == drawn(tmp_path / "whole")
@@ -219,6 +224,7 @@ BAD = {
     "seed": "base --seed -1",
     "other steps than the folder's": "base --size 64 --steps 3 --out there",
     "unknown flag": "--sizes 64",
+    "nothing drawn": "--drawn --out nowhere",
 }
 
 

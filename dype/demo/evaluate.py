@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("settings", nargs="*", help="instead of the table: METHOD[:...]")
     made.add_argument("--quick", action="store_true", help="a table in under 5 minutes")
     made.add_argument("--full", action="store_true", help="a table of everything: a day")
+    made.add_argument("--drawn", action="store_true", help="score what is there, draw nothing")
     made.add_argument("--size", type=int, default=512, help="px, of the settings")
     made.add_argument("--count", type=int, default=64, help="prompts, of the settings")
     made.add_argument("--seed", type=int, default=0, help="of the prompts: 0 to report on")
@@ -153,8 +155,22 @@ def asked(args) -> list[Cell]:
     if min(args.count, args.steps) < 1 or args.seed < 0 or args.size % 16 or args.size < 64:
         raise ValueError("--count and --steps are at least 1, --seed 0, --size a multiple of 16")
     if args.settings:
-        return [Cell(args.size, setting(one), args.count) for one in args.settings]
-    return plan("quick" if args.quick else "full" if args.full else "default")
+        cells = [Cell(args.size, setting(one), args.count) for one in args.settings]
+    else:
+        cells = plan("quick" if args.quick else "full" if args.full else "default")
+    return there(cells, args) if args.drawn else cells
+
+
+def there(cells: list[Cell], args) -> list[Cell]:
+    """The cells with as many pictures as have been drawn. Raises ValueError if there are none."""
+    found = []
+    for cell in cells:
+        paths = (folder_of(cell, args) / f"{i:03}.png" for i in range(cell.count))
+        count = sum(1 for _ in takewhile(Path.exists, paths))
+        found += [cell._replace(count=count)] * (count > 0)
+    if not found:
+        raise ValueError(f"{args.out} has none of these pictures, expected some with --drawn")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
