@@ -1,0 +1,226 @@
+"""What happens along the demo's sampling trajectories: `python -m dype.demo.trajectories`.
+
+Draws a few seeded prompts and writes down, at every step, the radial power spectrum of the latents
+x_t (at the base resolution) and the entropy of attention (there, and at larger sizes under `base`
+and static and dynamic `yarn_paper`), for `python -m dype.figures fig2a`, `fig2b` and `fig18`.
+Every picture is saved when it is done, so that an interrupted run goes on where it was.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
+
+from dype import records
+from dype.config import DyPEConfig, number
+from dype.demo.scenes import sample_scene
+from dype.flags import Parser, UserError
+from dype.models import MODELS
+from dype.patch import apply_dype
+from dype.pipelines import load_pipeline
+
+DEMO = MODELS["demo"]
+OUT = Path("docs/data/trajectories.json")
+SETTINGS = {  # named as in docs/data/ground_truth.json
+    "base": DyPEConfig("base", base_resolution=DEMO.base_resolution),
+    "yarn_paper_static": DyPEConfig("yarn_paper", dype=False, base_resolution=DEMO.base_resolution),
+    "yarn_paper_1_2": DyPEConfig("yarn_paper", base_resolution=DEMO.base_resolution),
+}
+COUNTS = {256: 16, 512: 4, 1024: 2}  # px -> prompts
+QUERIES = 512  # per head, drawn at random where there are more
+
+
+def power_spectrum(x: torch.Tensor) -> torch.Tensor:
+    """Mean power over rings |k| = 1..N/2 and channels, [C, N, N] -> float64 [N / 2].
+
+    Scaled so that white noise of variance 1 has power 1. Ring N/2 is the Nyquist frequency.
+    """
+    side = x.shape[-1]
+    power = torch.fft.fft2(x.double()).abs().square().mean(0) / side**2
+    k = torch.fft.fftfreq(side, 1 / side, dtype=torch.float64)
+    rings = torch.hypot(k[:, None], k).round().long()
+    total = torch.zeros(int(rings.max()) + 1, dtype=torch.float64)
+    count = total.clone().index_add_(0, rings.flatten(), torch.ones(side**2, dtype=torch.float64))
+    total.index_add_(0, rings.flatten(), power.flatten())
+    return (total / count)[1 : side // 2 + 1]
+
+
+def normalised_entropy(query: torch.Tensor, key: torch.Tensor) -> float:
+    """-sum p ln p / ln S of p = softmax(q k / sqrt(d)), the mean over batch, heads and queries.
+
+    [B, heads, S, d] each; 1 is uniform attention over the S keys, 0 attention to one of them.
+    """
+    tokens = key.shape[-2]
+    if query.shape[-2] > QUERIES:
+        chosen = torch.randperm(query.shape[-2], generator=torch.Generator().manual_seed(0))
+        query = query[..., chosen[:QUERIES].to(query.device), :]
+    with torch.autocast(query.device.type, enabled=False):
+        logits = query.float() @ key.float().transpose(-1, -2) / query.shape[-1] ** 0.5
+        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+    return float(entropy.mean() / np.log(tokens))
+
+
+class Watch(TorchFunctionMode):
+    """Notes x_t and the attention entropies at every step of a pipeline, from its first denoiser
+    call there (true CFG makes two: the prompt's, then the negative one's).
+
+    Sees queries and keys as attention gets them: normalised, rotated, times m.
+    """
+
+    def __init__(self, transformer):
+        super().__init__()
+        self.states, self.entropies, self.open = {}, {}, None
+        before = transformer.register_forward_pre_hook(self.enter, with_kwargs=True)
+        self.hooks = before, transformer.register_forward_hook(self.leave)
+
+    def enter(self, module, args, kwargs):
+        sigma = float(kwargs["timestep"][0])
+        if sigma not in self.states:
+            self.states[sigma] = kwargs["hidden_states"].detach().float()
+            self.entropies[sigma], self.open = [], sigma
+
+    def leave(self, module, args, output):
+        self.open = None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention and self.open is not None:
+            found = dict(zip(("query", "key"), args, strict=False)) | (kwargs or {})
+            self.entropies[self.open].append(normalised_entropy(found["query"], found["key"]))
+        return function(*args, **(kwargs or {}))
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+        return super().__exit__(*error)
+
+
+def trajectory(pipe, caption: str, seed: int, size: int, protocol: dict) -> dict:
+    """One picture: sigmas [steps + 1] down to 0, spectra of x_t there, and entropy [steps]."""
+    kind, reduced = pipe.device.type, protocol["dtype"] == "bfloat16"
+    with Watch(pipe.transformer) as seen, torch.autocast(kind, torch.bfloat16, enabled=reduced):
+        last = pipe(
+            caption,
+            negative_prompt=DEMO.negative_prompt,
+            true_cfg_scale=protocol["true_cfg"],
+            guidance_scale=DEMO.guidance,
+            height=size,
+            width=size,
+            num_inference_steps=protocol["steps"],
+            max_sequence_length=DEMO.max_sequence_length,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+        ).images
+    sigmas = pipe.scheduler.sigmas.tolist()  # what the transformer was given is rounded to bfloat16
+    assert len(seen.states) == len(sigmas) - 1
+    found = {"sigmas": [round(sigma, 6) for sigma in sigmas]}
+    found["entropy"] = [round(float(np.mean(values)), 6) for values in seen.entropies.values()]
+    if size == DEMO.base_resolution:
+        states = [*seen.states.values(), last.float()]
+        pixels = [pipe._unpack_latents(x, size, size, pipe.vae_scale_factor)[0] for x in states]
+        found["spectra"] = [[float(f"{s:.5g}") for s in power_spectrum(x)] for x in pixels]
+    return found
+
+
+def plan(counts: dict[int, int], seed: int) -> list[dict]:
+    """What is drawn, the small sizes first: size, setting, prompt and seed of each picture."""
+    rng = np.random.default_rng(seed)
+    captions = [sample_scene(rng).caption for _ in range(max(counts.values()))]
+    found = []
+    for size, count in sorted(counts.items()):
+        names = ["base"] if size == DEMO.base_resolution else SETTINGS
+        for i, name in product(range(count), names):
+            found.append({"size": size, "setting": name, "prompt": captions[i], "seed": i})
+    return found
+
+
+def load(path: Path, protocol: dict) -> list[dict]:
+    """The pictures that are there already. Raises ValueError if their protocol was another."""
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        known = found["protocol"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not of this program; move it away") from error
+    other = [name for name, value in protocol.items() if known.get(name) != value]
+    if other:
+        raise ValueError(
+            f"{path} was made with {other[0]} {known.get(other[0])!r}, not "
+            f"{protocol[other[0]]!r}; expected the same, or another --out"
+        )
+    return found["pictures"]
+
+
+def save(path: Path, protocol: dict, pictures: list[dict]) -> None:
+    """One picture a line, the whole file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(picture) for picture in pictures)
+    head = json.dumps(protocol, indent=1)
+    records.write({path: f'{{"protocol": {head},\n"pictures": [\n{lines}\n]}}\n'.encode()})
+
+
+def parser() -> Parser:
+    made = Parser(
+        prog="python -m dype.demo.trajectories",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    made.add_argument("--out", type=Path, default=OUT)
+    made.add_argument("--sizes", nargs="+", type=int, default=[*COUNTS], help="px")
+    made.add_argument("--counts", nargs="+", type=int, default=[*COUNTS.values()], help="prompts")
+    made.add_argument("--seed", type=int, default=0, help="of the prompts")
+    made.add_argument("--steps", type=int, default=DEMO.steps)
+    made.add_argument("--true_cfg", type=float, default=DEMO.true_cfg)
+    made.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return run(parser().parse_args(argv))
+    except (UserError, ValueError) as error:
+        print(f"dype.demo.trajectories: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"dype.demo.trajectories: {error}", file=sys.stderr)
+        return 1
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw what is not there yet. Raises UserError, ValueError, OSError."""
+    if len(args.sizes) != len(args.counts):
+        raise UserError(f"--counts has {len(args.counts)} numbers, expected {len(args.sizes)}")
+    number("--steps", args.steps, 1, 1000, whole=True)
+    for size, count in zip(args.sizes, args.counts, strict=True):
+        number("--sizes", size, 64, 4096, multiple=16)
+        number("--counts", count, 1, 1000, whole=True)
+    protocol = {"model": "demo", "steps": args.steps, "true_cfg": args.true_cfg, "shift": "cap"}
+    protocol |= {"dtype": args.dtype, "prompts_seed": args.seed, "queries": QUERIES}
+    pictures = load(args.out, protocol)
+    done = {(one["size"], one["setting"], one["prompt"], one["seed"]) for one in pictures}
+    wanted = plan(dict(zip(args.sizes, args.counts, strict=True)), args.seed)
+    rest = [one for one in wanted if tuple(one.values()) not in done]
+    print(f"{args.out}: trajectories {len(wanted)}, there already {len(wanted) - len(rest)}")
+    if not rest:
+        return 0
+    protocol |= {"torch": torch.__version__, "device": platform.machine()}
+    pipe = load_pipeline("demo")
+    pipe.set_progress_bar_config(disable=True)
+    for one in tqdm(rest):
+        apply_dype(pipe, SETTINGS[one["setting"]])
+        found = trajectory(pipe, one["prompt"], one["seed"], one["size"], protocol)
+        pictures.append(one | found)
+        save(args.out, protocol, pictures)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

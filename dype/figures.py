@@ -1,0 +1,102 @@
+"""The paper's figures, and two that it lacks: `python -m dype.figures NAME [--out FILE]`.
+
+Nothing is drawn with a model here: the closed-form figures need no numbers, fig2a, fig2b, fig5,
+fig18 and pairs read those in docs/data, and the rows of pictures a finished sweep's folder, as in
+`python -m dype.figures fig3 outputs/sweep`. Needs the packages of requirements-dev.txt.
+"""
+
+import argparse
+import inspect
+import sys
+from pathlib import Path
+
+from dype.flags import Parser, UserError
+
+try:
+    import matplotlib
+
+    from dype import closed_form, crops, measured, plots, scores
+except ModuleNotFoundError as error:
+    sys.exit(f"there is no {error.name}; pip install -r requirements-dev.txt")
+
+FIGURES = {
+    "fig2a": measured.fig2a,
+    "fig2b": measured.fig2b,
+    "fig5": scores.fig5,
+    "fig6": closed_form.fig6,
+    "fig7": closed_form.fig7,
+    "fig18": measured.fig18,
+    "pairs": scores.pairs,
+    "ratios": closed_form.ratios,
+    **crops.FIGURES,
+}
+
+
+def parser() -> Parser:
+    made = Parser(
+        prog="python -m dype.figures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("name", metavar="NAME", choices=FIGURES, help=", ".join(FIGURES))
+    made.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, help="of a finished sweep")
+    made.add_argument(
+        "--out", metavar="FILE", type=Path, help="(default: outputs/figures/NAME.png)"
+    )
+    for name, default in {
+        "trajectories": measured.TRAJECTORIES,
+        "ground_truth": scores.GROUND_TRUTH,
+    }.items():
+        made.add_argument(f"--{name}", metavar="FILE", type=Path, help=f"(default: {default})")
+    made.add_argument(
+        "--score", metavar="WORD", help=f"{', '.join(scores.SCORES)} (default: joint)"
+    )
+    made.add_argument(
+        "--settings", metavar="NAME", nargs="+", help=f"(default: {' '.join(scores.STANDARD)})"
+    )
+    crops.add_flags(made)
+    return made
+
+
+def draw(args: argparse.Namespace):
+    """The figure asked for. Raises UserError, ValueError for flags that it has no use for."""
+    function = FIGURES[args.name]
+    known = inspect.signature(function).parameters
+    given = {
+        name: value
+        for name, value in vars(args).items()
+        if value is not None and name not in ("name", "out")
+    }
+    for name in given.keys() - known.keys():
+        users = [n for n, f in FIGURES.items() if name in inspect.signature(f).parameters]
+        flag = "FOLDER" if name == "folder" else f"--{name}"
+        raise UserError(f"{flag} is for {', '.join(users)}, expected none with {args.name}")
+    if "folder" in known and "folder" not in given:
+        raise UserError(f"{args.name} shows pictures, expected the FOLDER of a finished sweep")
+    return function(**given)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parser().parse_args(argv)
+        out = args.out or Path("outputs/figures") / f"{args.name}.png"
+        if out.suffix.lower() not in plots.FORMATS:
+            raise UserError(f"--out is {out}, expected a name in {', '.join(plots.FORMATS)}")
+        with matplotlib.rc_context(plots.STYLE):
+            plots.save(draw(args), out)
+    except (UserError, ValueError) as error:
+        return failed(2, error)
+    except OSError as error:
+        return failed(1, error)
+    print(out)
+    return 0
+
+
+def failed(code: int, error: Exception) -> int:
+    print(f"dype.figures: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""What all figures share: column widths, fonts, colours that the colour-blind tell apart."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+SINGLE, DOUBLE = 3.3, 6.9  # inches: the columns of a paper
+STYLE = {  # of matplotlib's rc_context
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 1.8,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "pdf.fonttype": 42,
+    "savefig.dpi": 200,
+}
+# Okabe and Ito
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#888888"
+PROGRESS = colormaps["viridis"].with_extremes(over="white", under="black")
+FORMATS = (".png", ".pdf", ".svg", ".jpg")
+
+
+def figure(width: float, height: float) -> Figure:
+    """An empty figure, inches; not one of pyplot's, which would stay in memory."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def noise_axis(axes, label: bool = True) -> None:
+    """t runs from noise to picture, as sampling does."""
+    axes.set_xlim(1, 0)
+    if label:
+        axes.set_xlabel("noise level t (1: noise)")
+
+
+def frequency_axis(axis, lowest: float) -> None:
+    """Log scale, with ticks at 1, 2 and 5 where the range is short."""
+    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if lowest > 0.02 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def edges(middles) -> np.ndarray:
+    """The borders of cells around `middles`, [n] -> [n + 1]."""
+    between = (middles[1:] + middles[:-1]) / 2
+    return np.array([2 * middles[0] - between[0], *between, 2 * middles[-1] - between[-1]])
+
+
+def by_noise(t: float):
+    """The colour of a noise level: dark is noise, yellow the picture."""
+    return colormaps["viridis"](0.95 * (1 - t))
+
+
+def save(made: Figure, path: Path) -> None:
+    """Write PNG, PDF, SVG or JPEG, by the suffix. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.savefig(path)
