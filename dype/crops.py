@@ -192,9 +192,9 @@ def place(made: Figure, image: Image.Image, where: tuple):
 
 
 def frame(axes, x: int, y: int, side: int, k: int, width: float) -> None:
-    """The square of the k-th crop, its line `width` points wide."""
-    colour = FRAMES[k % len(FRAMES)]
-    axes.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor=colour, linewidth=width))
+    """The square of the k-th crop, its line `width` points wide, on white to be seen anywhere."""
+    for colour, wide in (("white", width + 1.6), (FRAMES[k % len(FRAMES)], width)):
+        axes.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor=colour, linewidth=wide))
 
 
 def opened(path: Path) -> tuple[Image.Image, str]:

@@ -115,9 +115,11 @@ def fig18(trajectories: Path = TRAJECTORIES) -> Figure:
             t, mean = found[0]["sigmas"][:-1], np.mean(each, axis=0)
             axes.plot(t, np.transpose(each), color=colour, linewidth=0.5, alpha=0.4)
             error = abs(mean).mean()
-            axes.plot(t, mean, color=colour, label=f"{label}, mean |.| {error:.4f}")
+            axes.plot(t, mean, color=colour, label=f"{label}: {error:.4f}")
         axes.set_title(f"{size} px ({size / BASE:g}x), {len(found)} prompts")
         plots.noise_axis(axes)
-        axes.legend(loc="best")
+        axes.legend(loc="upper right", title="mean absolute deviation", title_fontsize=7)
+    low, high = made.axes[0].get_ylim()
+    made.axes[0].set_ylim(low, high + 0.4 * (high - low))  # the legend's
     made.axes[0].set_ylabel(f"entropy less that at {BASE} px")
     return made
