@@ -25,9 +25,9 @@ MU, STEPS = 1.15, 28  # of the authors' runs
 HALFWAY = 0.5  # the t of fig7's curves that follow it
 
 
-def mixed(picture, t):
-    """S(f, t) = (1 - t)^2 S(f, 0) + t^2, the noise's power being 1 (DyPE Eq. 11)."""
-    return (1 - t) ** 2 * picture + t**2
+def mixed(picture, t, noise=1.0):
+    """S(f, t) = (1 - t)^2 S(f, 0) + t^2 S(f, 1) (DyPE Eq. 11)."""
+    return (1 - t) ** 2 * picture + t**2 * noise
 
 
 def progress(now, picture, noise):
@@ -240,9 +240,7 @@ def ratio_panel(axes, axis: tuple, name: str, edges: np.ndarray):
     )
     if axis == FLUX:
         steps = np.sqrt(sigmas(STEPS, MU))
-        axes.plot(
-            steps, np.full(STEPS, n - 1.6), "|", color=plots.VERMILLION, markersize=3, mew=0.5
-        )
+        axes.plot(steps, np.full(STEPS, n - 1.6), "|", color=plots.BLACK, markersize=4, mew=0.6)
     ticks = (1, 0.5, 0.1, 0.01)
     axes.set_xticks(np.sqrt(ticks), labels=[f"{t:g}" for t in ticks])
     axes.set(xlim=(1, 0), ylim=(n - 0.5, -0.5), yticks=(0, n // 2, n - 1))

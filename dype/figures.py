@@ -1,8 +1,9 @@
-"""The paper's figures, and two that it lacks: `python -m dype.figures NAME [--out FILE]`.
+"""The paper's figures, and three that it lacks: `python -m dype.figures NAME [--out FILE]`.
 
-Nothing is drawn with a model here: the closed-form figures need no numbers, fig2a, fig2b, fig5,
-fig18 and pairs read those in docs/data, and the rows of pictures a finished sweep's folder, as in
-`python -m dype.figures fig3 outputs/sweep`. Needs the packages of requirements-dev.txt.
+Nothing is drawn with a model here. fig6, fig7 and ratios follow from the formulas; fig2a, fig2b,
+fig5, fig18, eq11 and pairs read numbers saved in docs/data, and the others the pictures of a
+finished sweep: `python -m dype.figures fig3 outputs/sweep`. Needs the packages of
+requirements-dev.txt.
 """
 
 import argparse
@@ -26,6 +27,7 @@ FIGURES = {
     "fig6": closed_form.fig6,
     "fig7": closed_form.fig7,
     "fig18": measured.fig18,
+    "eq11": measured.eq11,
     "pairs": scores.pairs,
     "ratios": closed_form.ratios,
     **crops.FIGURES,
@@ -46,6 +48,7 @@ def parser() -> Parser:
     )
     for name, default in {
         "trajectories": measured.TRAJECTORIES,
+        "unguided": measured.UNGUIDED,
         "ground_truth": scores.GROUND_TRUTH,
     }.items():
         made.add_argument(f"--{name}", metavar="FILE", type=Path, help=f"(default: {default})")
@@ -84,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         if out.suffix.lower() not in plots.FORMATS:
             raise UserError(f"--out is {out}, expected a name in {', '.join(plots.FORMATS)}")
         with matplotlib.rc_context(plots.STYLE):
-            plots.save(draw(args), out)
+            plots.save(draw(args), out, palette=args.name not in crops.FIGURES)
     except (UserError, ValueError) as error:
         return failed(2, error)
     except OSError as error:

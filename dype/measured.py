@@ -10,7 +10,9 @@ from dype import closed_form, plots
 from dype.models import MODELS
 
 BASE = MODELS["demo"].base_resolution
+COMMAND = "python -m dype.demo.trajectories"
 TRAJECTORIES = Path("docs/data/trajectories.json")
+UNGUIDED = Path("docs/data/trajectories_cfg1.json")  # the same without guidance
 FORMS = {  # of fig18
     "base": ("base", plots.BLACK),
     "yarn_paper_static": ("static yarn_paper", plots.ORANGE),
@@ -18,8 +20,8 @@ FORMS = {  # of fig18
 }
 
 
-def read(path: Path, key: str, command: str) -> list[dict]:
-    """The rows that a run saved. Raises ValueError if the file is none of its kind."""
+def read(path: Path, key: str, command: str):
+    """What a run saved, by its key. Raises ValueError if the file is none of its kind."""
     try:
         return json.loads(Path(path).read_text("utf-8"))[key]
     except FileNotFoundError:
@@ -30,7 +32,7 @@ def read(path: Path, key: str, command: str) -> list[dict]:
 
 def pictures(path: Path, size: int, setting: str = "base") -> list[dict]:
     """The trajectories of one size and setting. Raises ValueError if there are none."""
-    rows = read(path, "pictures", "python -m dype.demo.trajectories")
+    rows = read(path, "pictures", COMMAND)
     found = [one for one in rows if (one["size"], one["setting"]) == (size, setting)]
     if not found:
         raise ValueError(f"{path} has no {setting} at {size} px; expected it to be run through")
@@ -98,9 +100,32 @@ def fig2b(trajectories: Path = TRAJECTORIES) -> Figure:
     return made
 
 
+def eq11(trajectories: Path = TRAJECTORIES, unguided: Path = UNGUIDED) -> Figure:
+    """How far sampled spectra are from Eq. 11 of their own ends, ring by ring, over t."""
+    made = plots.figure(plots.DOUBLE, 2.4)
+    grid = made.subplots(1, 2, sharey=True)
+    for axes, path in zip(grid, (trajectories, unguided), strict=True):
+        f, levels, power = mean_spectra(path)
+        expected = closed_form.mixed(power[-1], levels[:, None], power[0])
+        axes.axhline(1, color=plots.GREY, linewidth=0.6)
+        for ring in np.arange(len(f))[::-1]:
+            label = (
+                f"{ring + 1}/{len(f)}" if ring in (0, 1, 2, 3, 7, len(f) - 1) else f"_{ring + 1}"
+            )
+            colour = plots.by_noise(1 - np.log(f[ring]) / np.log(f[0]))
+            axes.plot(levels, power[:, ring] / expected[:, ring], color=colour, label=label)
+        protocol = read(path, "protocol", COMMAND)
+        axes.set_title(f"true CFG {protocol['true_cfg']:g}")
+        plots.noise_axis(axes)
+    grid[0].set_ylabel("power / Eq. 11")
+    handles, labels = grid[0].get_legend_handles_labels()
+    made.legend(handles[::-1], labels[::-1], loc="outside right center", title="frequency")
+    return made
+
+
 def fig18(trajectories: Path = TRAJECTORIES) -> Figure:
     """Attention's normalised entropy less that at the base resolution, prompt by prompt, over t."""
-    rows = read(trajectories, "pictures", "python -m dype.demo.trajectories")
+    rows = read(trajectories, "pictures", COMMAND)
     sizes = sorted({one["size"] for one in rows} - {BASE})
     if not sizes:
         raise ValueError(f"{trajectories} has {BASE} px alone, expected larger sizes too")

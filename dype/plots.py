@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from PIL import Image
 
 SINGLE, DOUBLE = 3.3, 6.9  # inches: the columns of a paper
 STYLE = {  # of matplotlib's rc_context
@@ -63,7 +64,14 @@ def by_noise(t: float):
     return colormaps["viridis"](0.95 * (1 - t))
 
 
-def save(made: Figure, path: Path) -> None:
-    """Write PNG, PDF, SVG or JPEG, by the suffix. Raises OSError."""
+def save(made: Figure, path: Path, palette: bool = True) -> None:
+    """Write PNG, PDF, SVG or JPEG, by the suffix. Raises OSError.
+
+    palette: a PNG has 256 colours, enough for lines and maps and a third of the bytes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     made.savefig(path)
+    if palette and path.suffix.lower() == ".png":
+        with Image.open(path) as picture:
+            small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        small.save(path, optimize=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import run_dype
-from dype import benchmark, flags
-from dype.demo import evaluate, judge, train
+from dype import benchmark, figures, flags
+from dype.demo import evaluate, judge, train, trajectories
 from dype.settings import resolve
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +25,8 @@ PARSERS = {
     "dype.demo.evaluate": evaluate.parser,
     "dype.demo.judge": judge.parser,
     "dype.demo.train": train.parser,
+    "dype.demo.trajectories": trajectories.parser,
+    "dype.figures": figures.parser,
 }
 
 
