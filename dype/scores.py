@@ -1,6 +1,7 @@
 """Figures of the ground-truth table that `python -m dype.demo.evaluate` saved.
 
-Its rows are settings at one size: `base`, METHOD_static, METHOD_LAMBDAS_LAMBDAT, and `truth`.
+Its rows are settings at one size: `base`, METHOD_static, METHOD_LAMBDAS_LAMBDAT, and the floors, of
+which `truth_vae` is as near as the model could come. Its pairs are settings and their static forms.
 """
 
 from pathlib import Path
@@ -12,19 +13,12 @@ from dype.config import one_of
 from dype.measured import BASE, read
 
 GROUND_TRUTH = Path("docs/data/ground_truth.json")
-SCORES = ("joint", "layout", "texture")
+SCORES = ("joint", "layout", "overlap", "spectrum", "patches")
 STANDARD = ("base", "yarn_paper_static", "yarn_paper_1_2")
 COLOURS = (plots.ORANGE, plots.BLUE, plots.GREEN, plots.VERMILLION, plots.PURPLE, plots.SKY)
 MARKERS = "soD^vP"
-
-
-def reported(path: Path) -> list[dict]:
-    """The rows of the report. Raises ValueError if there are none."""
-    command = "python -m dype.demo.evaluate"
-    rows = [one for one in read(path, "rows", command) if one.get("part") == "report"]
-    if not rows:
-        raise ValueError(f"{path} has no rows of the part report; expected what {command} writes")
-    return rows
+COMMAND = "python -m dype.demo.evaluate"
+FLOOR = "truth_vae"
 
 
 def bars(axes, x, scores: list[dict], **look) -> None:
@@ -36,13 +30,13 @@ def bars(axes, x, scores: list[dict], **look) -> None:
 def fig5(ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=STANDARD) -> Figure:
     """A score over the size with its intervals: `base`, a static method and its dynamic form."""
     one_of("--score", score, SCORES)
-    rows = reported(ground_truth)
+    rows = read(ground_truth, "rows", COMMAND)
     for name in settings:
         one_of("--settings", name, list(dict.fromkeys(one["setting"] for one in rows)))
     made = plots.figure(plots.SINGLE, 2.6)
     axes = made.subplots()
     looks = [{"color": c, "marker": m} for c, m in zip(COLOURS, MARKERS, strict=True)]
-    drawn = {"truth": {"color": plots.GREY, "linestyle": ":"}}
+    drawn = {FLOOR: {"color": plots.GREY, "linestyle": ":"}}
     colours = iter(looks * len(settings))
     for name in settings:
         plain = {"color": plots.BLACK, "marker": "x"}
@@ -61,21 +55,22 @@ def fig5(ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=STAND
 
 
 def pairs(ground_truth: Path = GROUND_TRUTH) -> Figure:
-    """Layout against texture, a point per setting; a line leads from static to each dynamic one."""
-    rows = [one for one in reported(ground_truth) if not one["control"]]
+    """Layout against the spectrum's distance, a point per setting; lines lead from static forms."""
+    rows = [one for one in read(ground_truth, "rows", COMMAND) if not one["control"]]
+    moves = [one for one in read(ground_truth, "pairs", COMMAND) if one["against"] != "base"]
     sizes = sorted({one["size"] for one in rows} - {BASE}) or [BASE]
-    methods = [
-        one["method"] for one in rows if one["setting"] not in ("base", "truth", "truth_vae")
-    ]
     looks = {}
-    for i, method in enumerate(dict.fromkeys(methods)):
+    methods = dict.fromkeys(one["method"] for one in rows if one["method"] not in (None, "base"))
+    for i, method in enumerate(methods):
         looks[method] = {"color": COLOURS[i % 6], "marker": MARKERS[(i + i // 6) % 6]}
     made = plots.figure(plots.DOUBLE, 3)
     for axes, size in zip(made.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
-        pairs_panel(axes, [one for one in rows if one["size"] == size], looks)
+        some = {one["setting"]: one for one in rows if one["size"] == size}
+        pairs_panel(axes, some, [one for one in moves if one["size"] == size], looks)
         axes.set_title(f"{size} px ({size / BASE:g}x)")
         axes.set_xlabel("layout score")
-    made.axes[0].set_ylabel("texture score")
+        axes.invert_yaxis()
+    made.axes[0].set_ylabel("spectrum distance (0: truth)")
     found = {}
     for axes in made.axes:
         found |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
@@ -83,25 +78,25 @@ def pairs(ground_truth: Path = GROUND_TRUTH) -> Figure:
     return made
 
 
-def pairs_panel(axes, rows: list[dict], looks: dict[str, dict]) -> None:
+def pairs_panel(axes, rows: dict[str, dict], moves: list[dict], looks: dict[str, dict]) -> None:
     """One size. Lines end at the dynamic form; `base` and truth stand alone."""
 
     def point(one):
-        return one["layout"]["mean"], one["texture"]["mean"]
+        return one["layout"]["mean"], one["spectrum"]["mean"]
 
-    for method, look in looks.items():
-        own = [one for one in rows if one["method"] == method]
-        static = [one for one in own if not one["dype"]]
-        dynamic = [one for one in own if one["dype"]]
-        for start in static:
-            for end in dynamic:
-                axes.plot(*zip(point(start), point(end), strict=True), color=look["color"], lw=0.8)
-            axes.plot(*point(start), **look, mfc="white", markersize=5, linestyle="")
-        for i, end in enumerate(dynamic):
-            label = f"_{method}" if i else method
-            axes.plot(*point(end), **look, markersize=5, linestyle="", label=label)
-    alone = {"base": "X", "truth": "*", "truth_vae": "p"}
-    for name, marker in alone.items():
-        for one in (one for one in rows if one["setting"] == name):
-            label = name.replace("_vae", ", through the VAE")
-            axes.plot(*point(one), marker, color=plots.BLACK, markersize=6, label=label)
+    for move in moves:
+        if {move["setting"], move["against"]} <= rows.keys():
+            ends = rows[move["against"]], rows[move["setting"]]
+            colour = looks[ends[1]["method"]]["color"]
+            axes.plot(*zip(*map(point, ends), strict=True), color=colour, lw=0.8)
+    labelled = set()
+    for one in rows.values():
+        if one["method"] in looks:
+            own = {"label": f"_{one['method']}"} if one["method"] in labelled else {}
+            labelled |= {one["method"]} if one["dype"] else set()
+            own = own if one["dype"] else {"mfc": "white", "label": f"_{one['setting']}"}
+            look = {"label": one["method"], "markersize": 5, "linestyle": ""}
+            axes.plot(*point(one), **look | looks[one["method"]] | own)
+    for name, marker in {"base": "X", FLOOR: "*"}.items():
+        if name in rows:
+            axes.plot(*point(rows[name]), marker, color=plots.BLACK, markersize=6, label=name)

@@ -338,28 +338,30 @@ def test_entropy_deviation(tmp_path):
 def scored(path: Path) -> Path:
     """An invented ground-truth table."""
 
-    def row(size, setting, method, layout, texture, control=""):
-        values = {"layout": layout, "texture": texture, "joint": layout * texture}
+    def row(size, setting, method, layout, spectrum, control=""):
+        values = {"layout": layout, "spectrum": spectrum, "joint": layout * spectrum}
         cells = {n: {"mean": v, "interval": [v - 0.1, v + 0.2]} for n, v in values.items()}
-        one = {"part": "report", "size": size, "setting": setting, "method": method, "n": 2}
+        one = {"size": size, "setting": setting, "method": method, "n": 2}
         return one | {"dype": setting[-1] == "2", "control": control} | cells
 
     rows = [row(256, "base", "base", 0.9, 0.8), row(512, "base", "base", 0.1, 0.7)]
-    rows += [row(512, "truth", "truth", 1.0, 1.0), row(512, "truth_vae", "truth_vae", 1.0, 0.9)]
+    rows += [row(512, "truth", None, 1.0, 0.2), row(512, "truth_vae", None, 1.0, 0.1)]
     rows += [row(512, "yarn_paper_static", "yarn_paper", 0.8, 0.3)]
     rows += [row(512, "yarn_paper_1_2", "yarn_paper", 0.9, 0.5)]
-    rows += [row(512, "yarn_paper_1_2", "yarn_paper", 0.0, 0.0, "reversed")]
-    rows += [row(512, "base", "base", 0.5, 0.5) | {"part": "choose"}]
-    path.write_text(json.dumps({"protocol": {}, "rows": rows}))
+    rows += [row(512, "yarn_paper_1_2_reversed", "yarn_paper", 0.0, 0.0, "reversed")]
+    pairs = [("yarn_paper_1_2", "yarn_paper_static"), ("yarn_paper_1_2", "base")]
+    pairs += [("yarn_paper_1_2_reversed", "yarn_paper_1_2")]
+    pairs = [{"size": 512, "setting": one, "against": other} for one, other in pairs]
+    path.write_text(json.dumps({"protocol": {}, "rows": rows, "pairs": pairs}))
     return path
 
 
 def test_scaling_curve(tmp_path):
-    """fig5: means over the size with their intervals; other parts and controls left out."""
-    axes = scores.fig5(scored(tmp_path / "t.json"), "texture").axes[0]
+    """fig5: means over the size with their intervals; controls left out."""
+    axes = scores.fig5(scored(tmp_path / "t.json"), "spectrum").axes[0]
     found = {label: (list(x), list(y)) for label, (x, y) in lines(axes).items()}
     assert found == {
-        "truth": ([2], [1.0]),
+        "truth_vae": ([2], [0.1]),
         "base": ([1, 2], [0.8, 0.7]),
         "yarn_paper_static": ([2], [0.3]),
         "yarn_paper_1_2": ([2], [0.5]),
@@ -371,14 +373,14 @@ def test_scaling_curve(tmp_path):
 def test_pairs(tmp_path):
     """A line from the static point to the dynamic one, open to filled."""
     axes = scores.pairs(scored(tmp_path / "t.json")).axes[0]
-    line, start, end, base, *truth = axes.lines
+    line, start, end, base, truth = axes.lines
     assert np.allclose(line.get_xydata(), [[0.8, 0.3], [0.9, 0.5]])
     assert np.allclose(start.get_xydata(), [[0.8, 0.3]])
     assert np.allclose(end.get_xydata(), [[0.9, 0.5]])
     assert start.get_markerfacecolor() == "white"
     assert end.get_markerfacecolor() == end.get_color() == line.get_color()
     assert np.allclose(base.get_xydata(), [[0.1, 0.7]])
-    assert [list(one.get_xydata()[0]) for one in truth] == [[1.0, 1.0], [1.0, 0.9]]
+    assert np.allclose(truth.get_xydata(), [[1.0, 0.1]])
 
 
 def swept(folder: Path, methods=("base", "ntk", "dy_ntk", "dy_tasr", "yarn", "dy_yarn"), **more):
