@@ -212,7 +212,7 @@ def locked(folder: Path):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OSError(
-                f"another sweep is running in {folder}; wait for it, or try another --output_dir"
+                f"another run is at work in {folder}; wait for it, or use another folder"
             ) from error
         yield
     finally:

@@ -142,7 +142,7 @@ def clip(name: str, weights: str, processor: str, device: str, value: Callable):
 
     yield measure
     if long:
-        print(f"{name}: of {len(long)} longer prompts CLIP reads the first {most} tokens")
+        print(f"{name}: CLIP reads {most} tokens; longer, and read in part: {len(long)} prompts")
 
 
 def clip_score(weights: str, device: str, python: str):

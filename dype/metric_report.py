@@ -11,6 +11,10 @@ from dype.metric_features import INPUT
 from dype.metric_scores import SETS, SINGLE, size_of
 
 REPORT, TABLE = "metrics.json", "metrics.txt"
+RESIZED = {
+    "antialias": f"brought to {INPUT} px antialiased",
+    "tf1": f"brought to {INPUT} px as TensorFlow 1 did",
+}
 HEAD = "height x width, setting"
 NOTE = (
     "Intervals are of 95 %, by bootstrap over the drawn pictures: percentiles; for FID and "
@@ -53,13 +57,13 @@ def describe(one: dict, columns: dict) -> str:
         more = [how["weights"]] if how.get("weights") else []
         more += [f"prompts of {how['prompts']}"] if how.get("prompts") else []
         return "; ".join([f"{name}: {SINGLE[name].title}", *more])
-    how = one["how"]
-    seen = f"whole pictures, {how['resize']} to {INPUT} px"
+    how, resized = one["how"], RESIZED[one["how"]["resize"]]
+    seen = f"whole pictures {resized}"
     if how["patch"]:
-        seen = f"{how['patches']} patches of {how['patch']} px a picture, {how['resize']}"
-    more = [f"{one['reals']} real, {how['filter']}"] if SETS[name].real else []
-    more += [] if SETS[name].real else [f"{how['splits']} splits"]
-    return "; ".join([f"{name}: {SETS[name].title}", seen, *more])
+        seen = f"{how['patches']} patches of {how['patch']} px of a picture, {resized}"
+    more = f"{one['reals']} real pictures, {how['filter']}" if SETS[name].real else ""
+    more = more or f"{how['splits']} splits"
+    return "; ".join([f"{name}: {SETS[name].title}", seen, more])
 
 
 def text_of(entries: list[dict], columns: dict, notes: list[str]) -> str:
@@ -90,11 +94,11 @@ def notes(rows: list[dict], sets: list[dict], skipped: dict[str, str]) -> list[s
     for one in sets:
         if one["value"] is not None and 0 < one["reals"] < one["pictures"]:
             found.append(
-                f"{one['metric']}: only {one['reals']} real pictures for {one['pictures']} drawn."
+                f"There are only {one['reals']} real pictures for {one['pictures']} drawn ones."
             )
         if one["enlarged"]:
             found.append(
-                f"{one['metric']}: {one['enlarged']} of the real pictures are smaller than "
+                f"{one['enlarged']} of the real pictures are smaller than "
                 f"{one['size'][0]}x{one['size'][1]} and were enlarged."
             )
     found = list(dict.fromkeys(found))

@@ -148,14 +148,18 @@ def gather(paths: list[Path], label: str, skipped: dict, *more) -> dict | None:
     return {name: np.stack([one[name] for one in found]).astype(float) for name in found[0]}
 
 
-def whole_or_patches(how: dict, patched: bool, size: tuple[int, int]) -> dict:
-    """How Inception sees pictures of a size: `patch` None is the whole picture."""
-    if not patched:
-        return how | {"patch": None, "patches": 1}
-    return how | {"patch": how["patch"] or min(INPUT, *size)}
+def how_of(name: str, how: dict, size: tuple[int, int]) -> dict:
+    """What a set metric at (height, width) depends on; patch None is the whole picture."""
+    own = {part: how[part] for part in ("weights", "resize")}
+    if SETS[name].patched:
+        own |= {"patch": how["patch"] or min(INPUT, *size), "patches": how["patches"]}
+    else:
+        own |= {"patch": None, "patches": 1}
+    part = "filter" if SETS[name].real else "splits"
+    return own | {part: how[part]}
 
 
-def cannot(name: str, drawn: dict | None, real: dict | None, splits: int) -> str:
+def cannot(name: str, drawn: dict | None, real: dict | None, splits: int | None) -> str:
     """Why a set metric cannot be computed from what there is, or ""."""
     count = len(drawn["features"]) if drawn else 0
     if count < 2:
@@ -182,7 +186,7 @@ def score_sets(
             paths, size = [folder / row["file"] for row in some], size_of(some[0])
             for name in names:
                 against = reals if SETS[name].real else []
-                own = whole_or_patches(how, SETS[name].patched, size)
+                own = how_of(name, how, size)
                 entry = {"metric": name, "setting": setting, "how": own}
                 entry |= {"drawn": digest(paths), "real": digest(against)}
                 counts = {"pictures": len(paths), "reals": len(against), "reason": ""}
@@ -200,9 +204,9 @@ def score_sets(
 
 def set_entry(name: str, drawn: dict | None, real: dict | None, how: dict) -> dict:
     """A set metric of a setting for metrics.json."""
-    value, interval, reason = None, None, cannot(name, drawn, real, how["splits"])
+    value, interval, reason = None, None, cannot(name, drawn, real, how.get("splits"))
     if not reason:
-        value, interval = SETS[name].compute(real, drawn, how["splits"])
+        value, interval = SETS[name].compute(real, drawn, how.get("splits"))
     counts = [len(one["features"]) if one else 0 for one in (drawn, real)]
     entry = {"value": value, "interval": interval, "reason": reason, "pictures": counts[0]}
     return entry | {"reals": counts[1]}

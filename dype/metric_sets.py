@@ -83,7 +83,7 @@ def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
-def kernel_distance(real: np.ndarray, drawn: np.ndarray, patches: int, weights) -> list[float]:
+def kernel_distance(real: np.ndarray, drawn: np.ndarray, patches: int, weights) -> np.ndarray:
     """KID, the unbiased squared MMD, for every row of weights, [resamples, pictures].
 
     real [m, d] and drawn [pictures * patches, d]. A weight says how often a picture was drawn; it
@@ -97,14 +97,11 @@ def kernel_distance(real: np.ndarray, drawn: np.ndarray, patches: int, weights) 
     np.fill_diagonal(within, 0)
     pairs = within.reshape(pictures, patches, pictures, patches).sum((1, 3))
     across = kernel(drawn, real).reshape(pictures, -1).sum(1)
-    own, found = np.diag(pairs), []
-    for weight in weights:
-        squares = (weight**2).sum()
-        total = weight @ pairs @ weight - weight**2 @ own + weight @ own
-        count = patches**2 * (weight.sum() ** 2 - squares) + patches * (patches - 1) * weight.sum()
-        mixed = weight @ across / (weight.sum() * patches * m)
-        found.append(float(constant + total / count - 2 * mixed))
-    return found
+    own, weights = np.diag(pairs), np.asarray(weights, float)
+    sums, squares = weights.sum(1), (weights**2).sum(1)
+    total = ((weights @ pairs) * weights).sum(1) + (weights - weights**2) @ own
+    count = patches**2 * (sums**2 - squares) + patches * (patches - 1) * sums
+    return constant + total / count - 2 * (weights @ across) / (sums * patches * m)
 
 
 def inception_score(logits: np.ndarray, splits: int) -> float:
@@ -134,13 +131,13 @@ def fid(real: dict, drawn: dict, splits: int) -> tuple[float, list[float]]:
 
 
 def kid(real: dict, drawn: dict, splits: int) -> tuple[float, list[float]]:
-    """The distance and its interval, as `fid`."""
+    """The distance and its interval, as `fid`; a resample of one picture alone has no pairs."""
     pictures, patches, d = drawn["features"].shape
     ours, theirs = drawn["features"].reshape(-1, d), real["features"].reshape(-1, d)
     counts = [np.bincount(one, minlength=pictures) for one in draws(pictures, RESAMPLES)]
-    weights = [np.ones(pictures), *np.array(counts, float)]
+    weights = [np.ones(pictures), *(one for one in counts if (one > 0).sum() > 1)]
     value, *resampled = kernel_distance(theirs, ours, patches, weights)
-    return value, middle(np.array(resampled))
+    return float(value), middle(resampled)
 
 
 def score(real: None, drawn: dict, splits: int) -> tuple[float, list[float]]:

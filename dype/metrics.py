@@ -156,6 +156,7 @@ def run(args, names: list[str], weights: dict[str, str | None], reals: list[Path
     check_device(device, "none")
     if args.overwrite:  # before the report: no value may stand without the way it was made
         scores.write_rows(folder, table)
+    report["sets"] = scores.keep(report["sets"], [], rows, folder)
     metric_report.write_report(folder, rows, report, {})
     loads = {
         name: partial(SINGLE[name].load, weights[name], device, args.python)
@@ -167,20 +168,28 @@ def run(args, names: list[str], weights: dict[str, str | None], reals: list[Path
         with load():  # what the last one lacks is said before the first one works for hours
             pass
     if sets:
-        how = {"weights": weights["inception"] or "pt_inception-2015-12-05"}
-        how |= {n: getattr(args, n) for n in ("resize", "filter", "patch", "patches", "splits")}
-        load = partial(inception, weights["inception"], device, args.resize == "antialias")
-        known = [] if args.overwrite else report["sets"]
-        fresh, skipped = scores.score_sets(folder, rows, sets, reals, how, load, known)
-        report["sets"] = scores.keep(report["sets"], fresh, rows, folder)
+        skipped = run_sets(args, sets, weights["inception"], reals, rows, report, device)
         metric_report.write_report(folder, rows, report, skipped)
     skipped |= scores.score_singles(folder, table, loads, prompts)
     print(metric_report.write_report(folder, rows, report, skipped), end="")
     if skipped:
-        return failed(
-            1, f"{len(skipped)} skipped, the rest is scored; see {folder / metric_report.TABLE}"
-        )
+        path = folder / metric_report.TABLE
+        return failed(1, f"skipped {len(skipped)}, the rest is scored: {path} says which and why")
     return 0
+
+
+def run_sets(
+    args, names: list[str], weights: str | None, reals: list[Path], rows: list[dict],
+    report: dict, device: str,
+) -> dict[str, str]:  # fmt: skip
+    """Put the set metrics into the report; returns why pictures were skipped, by file."""
+    how = {"weights": weights or "pt_inception-2015-12-05"}
+    how |= {n: getattr(args, n) for n in ("resize", "filter", "patch", "patches", "splits")}
+    load = partial(inception, weights, device, args.resize == "antialias")
+    known = [] if args.overwrite else report["sets"]
+    fresh, skipped = scores.score_sets(args.folder, rows, names, reals, how, load, known)
+    report["sets"] = scores.keep(report["sets"], fresh, rows, args.folder)
+    return skipped
 
 
 def failed(code: int, error) -> int:

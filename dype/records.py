@@ -110,7 +110,7 @@ def write(contents: dict[Path, bytes]) -> None:
         for target in fresh:
             target.unlink(missing_ok=True)
         raise OSError(
-            f"cannot write {target}: {error.strerror}; free some space, or try another --output_dir"
+            f"cannot write {target}: {error.strerror}; free some space, or use another folder"
         ) from error
     finally:
         for part in parts.values():

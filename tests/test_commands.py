@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import run_dype
-from dype import benchmark, figures, flags
+from dype import benchmark, figures, flags, metrics
 from dype.demo import evaluate, judge, train, trajectories
 from dype.settings import resolve
 
@@ -27,6 +27,7 @@ PARSERS = {
     "dype.demo.train": train.parser,
     "dype.demo.trajectories": trajectories.parser,
     "dype.figures": figures.parser,
+    "dype.metrics": metrics.parser,
 }
 
 
