@@ -18,6 +18,7 @@ CACHE = "features"  # in the sweep's folder: one file per picture, named by all 
 INPUT = 299  # px, what Inception sees
 BATCH = 8  # patches
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos")}
 
 
@@ -107,6 +108,6 @@ def enlarged(paths: list[Path], size: tuple[int, int]) -> int:
     """How many pictures are smaller than (height, width) on a side."""
     count = 0
     for path in paths:
-        with suppress(OSError), Image.open(path) as image:
+        with suppress(*UNREADABLE), Image.open(path) as image:
             count += image.height < size[0] or image.width < size[1]
     return count

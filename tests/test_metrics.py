@@ -125,6 +125,25 @@ def test_kernel_distance(patches):
     assert found == pytest.approx(expected, rel=1e-9)
 
 
+def test_kernel_distance_of_a_resample():
+    """A picture drawn twice is paired with every other one twice, and never with its copy."""
+    rng = np.random.default_rng(1)
+    real, drawn = rng.normal(size=(5, 4)), rng.normal(0.3, 1, size=(3 * 2, 4))
+    copies = [0, 0, 2]
+    places = [(copy, picture, patch) for copy, picture in enumerate(copies) for patch in (0, 1)]
+    pairs = [
+        (drawn[2 * picture + patch], drawn[2 * other + also])
+        for (copy, picture, patch), (again, other, also) in itertools.permutations(places, 2)
+        if picture != other or copy == again
+    ]
+    rows = metric_sets.rows_of(np.array(copies), 2)
+    value = np.mean([(x @ y / 4 + 1) ** 3 for x, y in pairs])
+    value += np.mean([(x @ y / 4 + 1) ** 3 for x, y in itertools.permutations(real, 2)])
+    value -= 2 * np.mean([(x @ y / 4 + 1) ** 3 for x, y in itertools.product(real, drawn[rows])])
+    (found,) = metric_sets.kernel_distance(real, drawn, 2, [[2, 0, 1]])
+    assert found == pytest.approx(value, rel=1e-9)
+
+
 def test_inception_score():
     """Against scipy's entropies; unequal splits, torch-fidelity's order."""
     logits = np.random.default_rng(2).normal(0, 3, size=(11, 2, CLASSES))
@@ -351,6 +370,15 @@ def test_missing_weights(weights, capsys):
         assert words in line
         assert line.count("\n") == 1
     assert not table()[0].get("clip_score")
+
+
+def test_what_is_missing_is_said_first(weights, inception):
+    """Before the metrics that could be computed are."""
+    folder = sweep({}, {})
+    argv = ["--metrics", "clip_score", "pick_score", "is", "--splits", "1", "--weights"]
+    assert score(folder, *argv, f"clip_score={weights['clip']}") == 1
+    assert not table()[0].get("clip_score")
+    assert report()["sets"] == []
 
 
 def test_missing_inception(monkeypatch, capsys):
