@@ -104,6 +104,12 @@ def features(
     return found
 
 
+def forget(folder: Path) -> None:
+    """Remove what `features` keeps in a sweep's folder."""
+    for kept in (folder / CACHE).glob("*.npz"):
+        kept.unlink()
+
+
 def enlarged(paths: list[Path], size: tuple[int, int]) -> int:
     """How many pictures are smaller than (height, width) on a side."""
     count = 0

@@ -5,6 +5,7 @@ Pictures are what is drawn anew, each with all of its patches; the real ones sta
 """
 
 import numpy as np
+from tqdm import tqdm
 
 SEED = 0  # of every bootstrap
 RESAMPLES = 2000
@@ -67,7 +68,7 @@ def frechet(real: np.ndarray, drawn: np.ndarray, choices) -> list[float]:
     root = root_of_covariance(real)
     across, squares = drawn @ root, (drawn**2).sum(1)
     found = []
-    for choice in choices:
+    for choice in tqdm(choices, "resamples", disable=None, leave=False):
         n, centre = len(choice), drawn[choice].mean(0)
         trace = (squares[choice].sum() - n * (centre**2).sum()) / (n - 1)
         part = across[choice]

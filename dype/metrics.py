@@ -16,7 +16,7 @@ from dype import ablation, memory, metric_report
 from dype import metric_scores as scores
 from dype.checks import read_prompts
 from dype.flags import Parser, UserError
-from dype.metric_features import FILTERS, INPUT, real_files
+from dype.metric_features import FILTERS, INPUT, forget, real_files
 from dype.metric_models import inception
 from dype.metric_scores import SETS, SINGLE, size_of
 from dype.pipelines import UnavailableError, check_device, default_device
@@ -146,6 +146,9 @@ def hows(args, names: list[str], weights: dict[str, str | None]) -> dict[str, di
 def run(args, names: list[str], weights: dict[str, str | None], reals: list[Path]) -> int:
     """Compute what is not there yet, write and print it; returns the exit code."""
     folder = args.folder
+    for name in (ablation.RESULTS, metric_report.REPORT, metric_report.TABLE):
+        for part in folder.glob(f".{name}.*.part"):  # of a killed run
+            part.unlink()
     table = ablation.read_rows(folder)
     rows = [row for row in table if not row["error"]]
     check(args, rows, names)
@@ -186,7 +189,10 @@ def run_sets(
     how = {"weights": weights or "pt_inception-2015-12-05"}
     how |= {n: getattr(args, n) for n in ("resize", "filter", "patch", "patches", "splits")}
     load = partial(inception, weights, device, args.resize == "antialias")
-    known = [] if args.overwrite else report["sets"]
+    known = report["sets"]
+    if args.overwrite:
+        known = []
+        forget(args.folder)
     fresh, skipped = scores.score_sets(args.folder, rows, names, reals, how, load, known)
     report["sets"] = scores.keep(report["sets"], fresh, rows, args.folder)
     return skipped

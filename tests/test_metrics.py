@@ -482,6 +482,19 @@ def test_an_interrupted_run_goes_on(monkeypatch, capsys):
     assert len(calls) == 11
 
 
+def test_an_interrupted_overwrite_leaves_no_old_values(monkeypatch):
+    """Else the next run would take them for values made in the new way."""
+    folder = sweep({}, {})
+    assert score(folder, "--metrics", "glcm") == 0
+
+    def interrupted(picture):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metric_models, "measure_glcm", interrupted)
+    assert score(folder, "--metrics", "glcm", "--overwrite") == 130
+    assert [row["glcm"] for row in table()] == ["", ""]
+
+
 def test_set_metrics(inception, capsys):
     """Of whole pictures and of patches, per setting, against scipy on the same features."""
     folder, real = sweep(*[{}] * 5, *[{"method": "base"}] * 4), reals(6)
@@ -532,6 +545,8 @@ def test_set_metrics_go_on(inception, monkeypatch, capsys):
     assert score(*argv) == 0
     assert len(seen) == 8
     assert report()["sets"][0]["value"] != first[0]["value"]
+    assert score(*argv, "--overwrite") == 0
+    assert len(seen) == 14
 
 
 def test_patches_are_of_the_picture():
@@ -691,6 +706,13 @@ def test_what_the_machine_lacks(capsys):
     Path("out/metrics.json").write_text("[1]")
     assert score(folder) == 2
     assert "metrics.json is no report" in capsys.readouterr().err
+
+
+def test_what_a_kill_left_is_swept():
+    folder = sweep({})
+    Path("out/.results.csv.17.part").write_text("file,mod")
+    assert score(folder, "--metrics", "compression") == 0
+    assert not list(folder.glob(".*.part"))
 
 
 def test_one_run_at_a_time(capsys):
