@@ -154,8 +154,9 @@ def fig6() -> Figure:
             axes.plot(x, np.cos(2 * np.pi * x / period * ratio), color=colour, label=label)
         slow = np.cos(2 * np.pi * marks / 4096 * ratios[1])
         seen = marks <= 4096
-        axes.plot(marks[seen], slow[seen], "o", color=plots.BLUE, markersize=3)
-        axes.plot(marks[~seen], slow[~seen], "s", color=plots.BLUE, markersize=3.5, mfc="white")
+        look = {"color": plots.BLUE, "markersize": 3.5, "clip_on": False}
+        axes.plot(marks[seen], slow[seen], "o", **look)
+        axes.plot(marks[~seen], slow[~seen], "s", **look, mfc="white")
         axes.set_title(f"({letter}) {title}", loc="left", pad=3)
         axes.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=2, borderpad=0)
     rows[0].set(xlim=(0, 8192), ylim=(-1.15, 1.15), yticks=(-1, 0, 1), xticks=range(0, 8193, 1024))
