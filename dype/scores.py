@@ -1,7 +1,7 @@
-"""Figures of the ground-truth table that `python -m dype.demo.evaluate` saved.
+"""Figures of the ground-truth table that `python -m dype.demo.evaluate --save` wrote.
 
-Its rows are settings at one size: `base`, METHOD_static, METHOD_LAMBDAS_LAMBDAT, and the floors, of
-which `truth_vae` is as near as the model could come. Its pairs are settings and their static forms.
+Its rows are settings at one size: `base`, METHOD_static, METHOD_LAMBDAS_LAMBDAT, with the name of
+its control behind where it is one, and rendered truth: `truth`, `truth_vae`, `vae`.
 """
 
 from pathlib import Path
@@ -13,12 +13,26 @@ from dype.config import one_of
 from dype.measured import BASE, read
 
 GROUND_TRUTH = Path("docs/data/ground_truth.json")
-SCORES = ("joint", "layout", "overlap", "spectrum", "patches")
+SCORES = {  # -> what it is
+    "joint": "joint score",
+    "layout": "share with the layout right",
+    "overlap": "overlap with the asked shape",
+    "spectrum": "distance of spectra (0: truth)",
+    "patches": "distance of patches (0: truth)",
+}
+TRUTH = {"truth_vae": "truth, by the VAE"}  # as near as the model could come
+COMMAND = "python -m dype.demo.evaluate"
 STANDARD = ("base", "yarn_paper_static", "yarn_paper_1_2")
 COLOURS = (plots.ORANGE, plots.BLUE, plots.GREEN, plots.VERMILLION, plots.PURPLE, plots.SKY)
 MARKERS = "soD^vP"
-COMMAND = "python -m dype.demo.evaluate"
-FLOOR = "truth_vae"
+
+
+def reported(path: Path) -> list[dict]:
+    """The rows of the table but for the controls. Raises ValueError if there are none."""
+    rows = [one for one in read(path, "rows", COMMAND) if not one["control"]]
+    if not rows:
+        raise ValueError(f"{path} has no rows; expected what {COMMAND} writes")
+    return rows
 
 
 def bars(axes, x, scores: list[dict], **look) -> None:
@@ -36,41 +50,49 @@ def fig5(ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=STAND
     made = plots.figure(plots.SINGLE, 2.6)
     axes = made.subplots()
     looks = [{"color": c, "marker": m} for c, m in zip(COLOURS, MARKERS, strict=True)]
-    drawn = {FLOOR: {"color": plots.GREY, "linestyle": ":"}}
+    drawn = {"truth_vae": {"color": plots.GREY, "linestyle": ":"}}
     colours = iter(looks * len(settings))
     for name in settings:
         plain = {"color": plots.BLACK, "marker": "x"}
         drawn[name] = plain if name == "base" else next(colours)
+    stock = {one["size"]: one for one in rows if one["size"] == BASE and one["setting"] == "base"}
     for name, look in drawn.items():
-        some = [one for one in rows if one["setting"] == name and not one["control"]]
-        some.sort(key=lambda one: one["size"])
-        if some:
-            x = [one["size"] / BASE for one in some]
-            bars(axes, x, [one[score] for one in some], label=name, markersize=4, **look)
+        found = {} if name in TRUTH else dict(stock)  # where nothing is stretched all are stock
+        found |= {one["size"]: one for one in rows if one["setting"] == name}
+        if found:
+            x = [size / BASE for size in sorted(found)]
+            some = [found[size][score] for size in sorted(found)]
+            bars(axes, x, some, label=TRUTH.get(name, name), markersize=4, **look)
     sizes = sorted({one["size"] for one in rows})
     axes.set_xticks([s / BASE for s in sizes], labels=[f"{s / BASE:g}x\n{s}" for s in sizes])
-    axes.set(xlabel="side, times the trained one and px", ylabel=f"{score} score")
+    axes.set(xlabel="side, times the trained one and px", ylabel=SCORES[score])
     made.legend(loc="outside upper center", ncols=2)
     return made
 
 
-def pairs(ground_truth: Path = GROUND_TRUTH) -> Figure:
-    """Layout against the spectrum's distance, a point per setting; lines lead from static forms."""
-    rows = [one for one in read(ground_truth, "rows", COMMAND) if not one["control"]]
-    moves = [one for one in read(ground_truth, "pairs", COMMAND) if one["against"] != "base"]
+def pairs(ground_truth: Path = GROUND_TRUTH, score: str = "spectrum") -> Figure:
+    """Layout against texture, a point per setting; a line leads from static to each dynamic one.
+
+    score: the one of texture, a distance, which falls to the top.
+    """
+    one_of("--score", score, ("spectrum", "patches"))
+    rows = reported(ground_truth)
     sizes = sorted({one["size"] for one in rows} - {BASE}) or [BASE]
+    methods = [one["method"] for one in rows if one["method"] not in (None, "base")]
     looks = {}
     methods = dict.fromkeys(one["method"] for one in rows if one["method"] not in (None, "base"))
     for i, method in enumerate(methods):
         looks[method] = {"color": COLOURS[i % 6], "marker": MARKERS[(i + i // 6) % 6]}
+    forms = [one for one in read(ground_truth, "pairs", COMMAND) if "_static" in one["against"]]
     made = plots.figure(plots.DOUBLE, 3)
     for axes, size in zip(made.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
-        some = {one["setting"]: one for one in rows if one["size"] == size}
-        pairs_panel(axes, some, [one for one in moves if one["size"] == size], looks)
+        here = {one["setting"]: one for one in rows if one["size"] == size}
+        lines = [(one["against"], one["setting"]) for one in forms if one["size"] == size]
+        pairs_panel(axes, here, lines, looks, score)
         axes.set_title(f"{size} px ({size / BASE:g}x)")
-        axes.set_xlabel("layout score")
+        axes.set_xlabel(SCORES["layout"])
         axes.invert_yaxis()
-    made.axes[0].set_ylabel("spectrum distance (0: truth)")
+    made.axes[0].set_ylabel(SCORES[score])
     found = {}
     for axes in made.axes:
         found |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
@@ -78,25 +100,23 @@ def pairs(ground_truth: Path = GROUND_TRUTH) -> Figure:
     return made
 
 
-def pairs_panel(axes, rows: dict[str, dict], moves: list[dict], looks: dict[str, dict]) -> None:
-    """One size. Lines end at the dynamic form; `base` and truth stand alone."""
+def pairs_panel(axes, rows: dict[str, dict], lines: list[tuple], looks: dict, score: str) -> None:
+    """One size: its rows by setting; lines from static to dynamic settings; looks by method."""
 
-    def point(one):
-        return one["layout"]["mean"], one["spectrum"]["mean"]
+    def point(name):
+        return rows[name]["layout"]["mean"], rows[name][score]["mean"]
 
-    for move in moves:
-        if {move["setting"], move["against"]} <= rows.keys():
-            ends = rows[move["against"]], rows[move["setting"]]
-            colour = looks[ends[1]["method"]]["color"]
-            axes.plot(*zip(*map(point, ends), strict=True), color=colour, lw=0.8)
-    labelled = set()
-    for one in rows.values():
-        if one["method"] in looks:
-            own = {"label": f"_{one['method']}"} if one["method"] in labelled else {}
-            labelled |= {one["method"]} if one["dype"] else set()
-            own = own if one["dype"] else {"mfc": "white", "label": f"_{one['setting']}"}
-            look = {"label": one["method"], "markersize": 5, "linestyle": ""}
-            axes.plot(*point(one), **look | looks[one["method"]] | own)
-    for name, marker in {"base": "X", FLOOR: "*"}.items():
-        if name in rows:
-            axes.plot(*point(rows[name]), marker, color=plots.BLACK, markersize=6, label=name)
+    for start, end in lines:
+        if start in rows and end in rows:
+            colour = looks[rows[end]["method"]]["color"]
+            axes.plot(*zip(point(start), point(end), strict=True), color=colour, lw=0.8)
+    for name, row in rows.items():
+        if row["method"] in looks:
+            fill = {} if row["dype"] else {"mfc": "white"}
+            look = looks[row["method"]] | fill
+            label = row["method"] if row["dype"] else f"_{name}"
+            axes.plot(*point(name), **look, markersize=5, linestyle="", label=label)
+        elif name in ("base", *TRUTH):
+            marker = "X" if name == "base" else "*"
+            label = TRUTH.get(name, name)
+            axes.plot(*point(name), marker, color=plots.BLACK, markersize=7, label=label)

@@ -344,48 +344,50 @@ def scored(path: Path) -> Path:
     """An invented ground-truth table."""
 
     def row(size, setting, method, layout, spectrum, control=""):
-        values = {"layout": layout, "spectrum": spectrum, "joint": layout * spectrum}
+        values = {"layout": layout, "spectrum": spectrum, "joint": layout / 2}
         cells = {n: {"mean": v, "interval": [v - 0.1, v + 0.2]} for n, v in values.items()}
-        one = {"size": size, "setting": setting, "method": method, "n": 2}
-        return one | {"dype": setting[-1] == "2", "control": control} | cells
+        one = {"size": size, "setting": setting, "method": method, "n": 2, "control": control}
+        return one | {"dype": method and setting[-1] == "2"} | cells
 
     rows = [row(256, "base", "base", 0.9, 0.8), row(512, "base", "base", 0.1, 0.7)]
-    rows += [row(512, "truth", None, 1.0, 0.2), row(512, "truth_vae", None, 1.0, 0.1)]
+    rows += [row(512, "truth_vae", None, 1.0, 0.0), row(512, "vae", None, 1.0, 0.1)]
     rows += [row(512, "yarn_paper_static", "yarn_paper", 0.8, 0.3)]
     rows += [row(512, "yarn_paper_1_2", "yarn_paper", 0.9, 0.5)]
     rows += [row(512, "yarn_paper_1_2_reversed", "yarn_paper", 0.0, 0.0, "reversed")]
-    pairs = [("yarn_paper_1_2", "yarn_paper_static"), ("yarn_paper_1_2", "base")]
-    pairs += [("yarn_paper_1_2_reversed", "yarn_paper_1_2")]
-    pairs = [{"size": 512, "setting": one, "against": other} for one, other in pairs]
+    forms = [("yarn_paper_1_2", "yarn_paper_static"), ("yarn_paper_static", "base")]
+    forms += [("yarn_paper_1_2_reversed", "yarn_paper_static")]
+    pairs = [{"size": 512, "setting": name, "against": other} for name, other in forms]
     path.write_text(json.dumps({"protocol": {}, "rows": rows, "pairs": pairs}))
     return path
 
 
 def test_scaling_curve(tmp_path):
-    """fig5: means over the size with their intervals; controls left out."""
+    """fig5: means over the size with their intervals."""
     axes = scores.fig5(scored(tmp_path / "t.json"), "spectrum").axes[0]
     found = {label: (list(x), list(y)) for label, (x, y) in lines(axes).items()}
     assert found == {
-        "truth_vae": ([2], [0.1]),
+        "truth, by the VAE": ([2], [0.0]),
         "base": ([1, 2], [0.8, 0.7]),
-        "yarn_paper_static": ([2], [0.3]),
-        "yarn_paper_1_2": ([2], [0.5]),
+        "yarn_paper_static": ([1, 2], [0.8, 0.3]),  # at 1x it is base
+        "yarn_paper_1_2": ([1, 2], [0.8, 0.5]),
     }
     bars = [np.array(bar.get_segments()) for bar in axes.collections]
     assert np.allclose(bars[1], [[[1, 0.7], [1, 1.0]], [[2, 0.6], [2, 0.9]]])
+    assert list(axes.get_xticks()) == [1, 2]
 
 
 def test_pairs(tmp_path):
-    """A line from the static point to the dynamic one, open to filled."""
+    """A line from the static point to the dynamic one, open to filled; no controls."""
     axes = scores.pairs(scored(tmp_path / "t.json")).axes[0]
-    line, start, end, base, truth = axes.lines
+    line, base, truth, start, end = axes.lines
     assert np.allclose(line.get_xydata(), [[0.8, 0.3], [0.9, 0.5]])
     assert np.allclose(start.get_xydata(), [[0.8, 0.3]])
     assert np.allclose(end.get_xydata(), [[0.9, 0.5]])
     assert start.get_markerfacecolor() == "white"
     assert end.get_markerfacecolor() == end.get_color() == line.get_color()
     assert np.allclose(base.get_xydata(), [[0.1, 0.7]])
-    assert np.allclose(truth.get_xydata(), [[1.0, 0.1]])
+    assert np.allclose(truth.get_xydata(), [[1.0, 0.0]])
+    assert axes.yaxis_inverted()
 
 
 def swept(folder: Path, methods=("base", "ntk", "dy_ntk", "dy_tasr", "yarn", "dy_yarn"), **more):
@@ -458,6 +460,7 @@ BAD = [
     (("fig2a", "--trajectories", "scores.json"), "scores.json is not what"),
     (("fig5", "--ground_truth", "broken/ring_base.png"), "is not what"),
     (("fig5", "--ground_truth", "scores.json", "--score", "x"), "--score is 'x', expected one of"),
+    (("pairs", "--ground_truth", "scores.json", "--score", "joint"), "expected one of spectrum"),
     (("fig5", "--ground_truth", "scores.json", "--settings", "pi"), "--settings is 'pi', expected"),
 ]
 
