@@ -16,21 +16,25 @@ from dype.flags import Parser, UserError
 try:
     import matplotlib
 
-    from dype import closed_form, crops, measured, plots, scores
+    from dype import figure_formulas as formulas
+    from dype import figure_pictures as picture_rows
+    from dype import figure_style as style
+    from dype import figure_trajectories as sampled
+    from dype import figure_truth as truth_table
 except ModuleNotFoundError as error:
     sys.exit(f"there is no {error.name}; pip install -r requirements-dev.txt")
 
 FIGURES = {
-    "fig2a": measured.fig2a,
-    "fig2b": measured.fig2b,
-    "fig5": scores.fig5,
-    "fig6": closed_form.fig6,
-    "fig7": closed_form.fig7,
-    "fig18": measured.fig18,
-    "eq11": measured.eq11,
-    "pairs": scores.pairs,
-    "ratios": closed_form.ratios,
-    **crops.FIGURES,
+    "fig2a": sampled.fig2a,
+    "fig2b": sampled.fig2b,
+    "fig5": truth_table.fig5,
+    "fig6": formulas.fig6,
+    "fig7": formulas.fig7,
+    "fig18": sampled.fig18,
+    "eq11": sampled.eq11,
+    "pairs": truth_table.pairs,
+    "ratios": formulas.ratios,
+    **picture_rows.FIGURES,
 }
 
 
@@ -47,18 +51,21 @@ def parser() -> Parser:
         "--out", metavar="FILE", type=Path, help="(default: outputs/figures/NAME.png)"
     )
     for name, default in {
-        "trajectories": measured.TRAJECTORIES,
-        "unguided": measured.UNGUIDED,
-        "ground_truth": scores.GROUND_TRUTH,
+        "trajectories": sampled.TRAJECTORIES,
+        "unguided": sampled.UNGUIDED,
+        "ground_truth": truth_table.GROUND_TRUTH,
     }.items():
         made.add_argument(f"--{name}", metavar="FILE", type=Path, help=f"(default: {default})")
     made.add_argument(
-        "--score", metavar="WORD", help=f"{', '.join(scores.SCORES)} (default: joint)"
+        "--score", metavar="WORD", help=f"{', '.join(truth_table.SCORES)} (default: joint)"
     )
     made.add_argument(
-        "--settings", metavar="NAME", nargs="+", help=f"(default: {' '.join(scores.STANDARD)})"
+        "--settings",
+        metavar="NAME",
+        nargs="+",
+        help=f"(default: {' '.join(truth_table.STANDARD)})",
     )
-    crops.add_flags(made)
+    picture_rows.add_flags(made)
     return made
 
 
@@ -84,10 +91,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         out = args.out or Path("outputs/figures") / f"{args.name}.png"
-        if out.suffix.lower() not in plots.FORMATS:
-            raise UserError(f"--out is {out}, expected a name in {', '.join(plots.FORMATS)}")
-        with matplotlib.rc_context(plots.STYLE):
-            plots.save(draw(args), out, palette=args.name not in crops.FIGURES)
+        if out.suffix.lower() not in style.FORMATS:
+            raise UserError(f"--out is {out}, expected a name in {', '.join(style.FORMATS)}")
+        with matplotlib.rc_context(style.STYLE):
+            style.save(draw(args), out, palette=args.name not in picture_rows.FIGURES)
     except (UserError, ValueError) as error:
         return failed(2, error)
     except OSError as error:

@@ -15,12 +15,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 
-from dype import ablation, closed_form, crops, figures, measured, plots, records, rope, scores
+from dype import ablation, figures, records, rope
+from dype import figure_formulas as formulas
+from dype import figure_pictures as picture_rows
+from dype import figure_style as style
+from dype import figure_trajectories as sampled
+from dype import figure_truth as truth_table
 from dype.config import DyPEConfig
 from dype.demo import trajectories
 
 ROOT = Path(__file__).parent.parent
-SAVED = ROOT / measured.TRAJECTORIES
+SAVED = ROOT / sampled.TRAJECTORIES
 SIGMAS = """1 .9884 .9762 .9634 .9499 .9356 .9205 .9045 .8876 .8696 .8504 .8300 .8081 .7847 .7595
     .7324 .7031 .6714 .6370 .5994 .5582 .5128 .4627 .4071 .3448 .2748 .1955 .1047"""
 
@@ -52,7 +57,7 @@ ANCHORS = {
 
 def test_progress_map_at_the_anchors():
     """Eq. 12 in the generic panel of fig2b, whose lowest and highest rows are 100 and 0.01."""
-    mesh = measured.fig2b(SAVED).axes[0].collections[0]
+    mesh = sampled.fig2b(SAVED).axes[0].collections[0]
     x, y = mesh.get_coordinates()[..., 0][0], mesh.get_coordinates()[..., 1][:, 0]
     t, f = (x[1:] + x[:-1]) / 2, np.sqrt(y[1:] * y[:-1])
     for power, row in ((1e2, 0), (1e-2, -1)):
@@ -65,26 +70,26 @@ def test_progress_map_at_the_anchors():
 
 def test_progress_at_the_other_anchors():
     power, t = np.array([*ANCHORS])[:, None], np.array([0.25, 0.5, 0.75])
-    gamma = closed_form.progress(closed_form.mixed(power, t), power, 1.0)
-    mesh = closed_form.progress_panel(panel(), power[:, 0], t, gamma)
+    gamma = formulas.progress(formulas.mixed(power, t), power, 1.0)
+    mesh = formulas.progress_panel(panel(), power[:, 0], t, gamma)
     assert np.abs(values(mesh) - np.array([*ANCHORS.values()])).max() < 6e-4
 
 
 def test_singular_row_is_masked():
     """Where signal and noise are within a factor of 1.5, and nowhere else."""
-    mesh = measured.fig2b(SAVED).axes[0].collections[0]
+    mesh = sampled.fig2b(SAVED).axes[0].collections[0]
     y = mesh.get_coordinates()[..., 1][:, 0]
     power = 0.01 / (y[1:] * y[:-1])
     hidden = np.ma.getmaskarray(values(mesh))
     near = (power < 1.5) & (power > 1 / 1.5)
     assert near.sum() > 5
     assert (hidden == near[:, None]).all()
-    assert np.isnan(closed_form.progress(0.5, 1.0, 1.0))
+    assert np.isnan(formulas.progress(0.5, 1.0, 1.0))
 
 
 def test_spectra_against_a_transcription():
     """Eq. 11 line by line, and the sampled panel against the saved numbers."""
-    made = measured.fig2a(SAVED)
+    made = sampled.fig2a(SAVED)
     pictures = [p for p in json.loads(SAVED.read_text())["pictures"] if p["size"] == 256]
     t = pictures[0]["sigmas"]
     mean = [
@@ -108,9 +113,9 @@ def test_spectra_against_a_transcription():
 
 def test_sampled_map():
     """Eq. 12 of the saved spectra; t runs from 1 on the left to 0 on the right."""
-    axes = measured.fig2b(SAVED).axes[2]
+    axes = sampled.fig2b(SAVED).axes[2]
     shown = values(axes.collections[0])
-    _, _, mean = measured.mean_spectra(SAVED)
+    _, _, mean = sampled.mean_spectra(SAVED)
     expected = np.log(mean[10] / mean[-1]) / np.log(mean[0] / mean[-1])
     keep = ~np.ma.getmaskarray(shown)[:, 10]
     assert keep.sum() > 8
@@ -122,10 +127,10 @@ def test_sampled_map():
 
 def test_departure_from_eq_11():
     """eq11: the saved spectra over (1 - t)^2 S(0) + t^2 S(1); guidance makes the difference."""
-    made = measured.eq11(ROOT / measured.TRAJECTORIES, ROOT / measured.UNGUIDED)
+    made = sampled.eq11(ROOT / sampled.TRAJECTORIES, ROOT / sampled.UNGUIDED)
     peaks = []
-    for axes, path in zip(made.axes, (measured.TRAJECTORIES, measured.UNGUIDED), strict=True):
-        _, t, mean = measured.mean_spectra(ROOT / path)
+    for axes, path in zip(made.axes, (sampled.TRAJECTORIES, sampled.UNGUIDED), strict=True):
+        _, t, mean = sampled.mean_spectra(ROOT / path)
         lowest = lines(axes)["1/16"][1]
         for i, level in enumerate(t):
             eq11 = (1 - level) ** 2 * mean[-1, 0] + level**2 * mean[0, 0]
@@ -138,7 +143,7 @@ def test_departure_from_eq_11():
 def ratios(axis, name, t) -> np.ndarray:
     """f_i / theta_i as a panel of `ratios` shows them at one noise level."""
     edges = np.array([math.sqrt(t) - 1e-9, math.sqrt(t) + 1e-9])
-    return values(closed_form.ratio_panel(panel(), axis, name, edges))[:, 0]
+    return values(formulas.ratio_panel(panel(), axis, name, edges))[:, 0]
 
 
 QUARTER = 0.25
@@ -156,13 +161,13 @@ RATIOS = {  # method, t -> the ratios of the first pairs, to 3 digits; 1/4 from 
 @pytest.mark.parametrize("case", RATIOS, ids=str)
 def test_ratios_at_the_anchors(case):
     """FLUX at s = 4: both published forms of dynamic YaRN."""
-    found, expected = ratios(closed_form.FLUX, *case), RATIOS[case]
+    found, expected = ratios(formulas.FLUX, *case), RATIOS[case]
     assert np.abs(found[: len(expected)] - expected).max() < 6e-4
     assert np.abs(found[len(expected) :] - QUARTER).max() < 1e-12
 
 
 def test_ratios_of_the_printed_yarn():
-    start, end = (ratios(closed_form.FLUX, "yarn_paper", t) for t in (1.0, 0.1047))
+    start, end = (ratios(formulas.FLUX, "yarn_paper", t) for t in (1.0, 0.1047))
     assert start[0] == pytest.approx(0.472, abs=5e-4)
     assert (abs(start - QUARTER) < 1e-9).sum() == 20
     assert (end == 1).sum() == 11
@@ -175,22 +180,20 @@ def test_ratios_of_the_printed_yarn():
 )
 def test_cutoffs(t, beta, gamma):
     """Of the kappa form: the last pair where a mask is 1 and the first where it is 0."""
-    one = rope.Axis(*closed_form.FLUX, torch.full((1, 1), 4.0, dtype=torch.float64), 4.0)
+    one = rope.Axis(*formulas.FLUX, torch.full((1, 1), 4.0, dtype=torch.float64), 4.0)
     for mask, (low, high) in zip(rope.ramps(one, lambda r: r * t**2), (beta, gamma), strict=True):
         assert (mask == 1).nonzero().max() == low
         assert (mask == 0).nonzero().min() == high
 
 
-@pytest.mark.parametrize(
-    ("axis", "last"), [(closed_form.FLUX, 0.0068), (closed_form.Z_IMAGE, 0.044)]
-)
+@pytest.mark.parametrize(("axis", "last"), [(formulas.FLUX, 0.0068), (formulas.Z_IMAGE, 0.044)])
 def test_unclamped_ramp_collapses(axis, last):
     """To PI at every pair from a small t on; far above it is `yarn`, which tends to 1 instead."""
     for t in (1e-3, last / 2, last - 5e-4):
         assert np.abs(ratios(axis, "yarn, unclamped", t) - QUARTER).max() < 1e-12
     assert np.abs(ratios(axis, "yarn", 1e-3) - 1).max() < 1e-12
     assert (ratios(axis, "yarn, unclamped", last + 5e-4) > 0.9).any()
-    for t in (0.1, 0.5, 1.0) if axis == closed_form.FLUX else (0.2, 0.5, 1.0):
+    for t in (0.1, 0.5, 1.0) if axis == formulas.FLUX else (0.2, 0.5, 1.0):
         assert np.abs(ratios(axis, "yarn, unclamped", t) - ratios(axis, "yarn", t)).max() < 1e-12
 
 
@@ -198,29 +201,29 @@ def test_ratios_show_every_method_and_the_steps(monkeypatch, tmp_path):
     """For both models; FLUX's panels carry the 28 steps of a picture at mu = 1.15."""
     asked = []
     monkeypatch.setattr(
-        closed_form,
+        formulas,
         "ratio_panel",
-        lambda axes, axis, name, edges, real=closed_form.ratio_panel: (
+        lambda axes, axis, name, edges, real=formulas.ratio_panel: (
             asked.append((axis, name)) or real(axes, axis, name, edges[::40])
         ),
     )
-    made = closed_form.ratios()
+    made = formulas.ratios()
     names = [*rope.METHODS, "yarn, unclamped"]
-    models = closed_form.FLUX, closed_form.Z_IMAGE
+    models = formulas.FLUX, formulas.Z_IMAGE
     assert asked == [(axis, name) for axis in models for name in names]
     expected = [float(word) for word in SIGMAS.split()]
     for axes in made.subfigs[0].axes[: len(names)]:
         marks = axes.lines[0].get_xdata() ** 2
         assert np.abs(marks - expected).max() < 5.1e-5
     assert not made.subfigs[1].axes[0].lines
-    plots.save(made, tmp_path / "ratios.png")
+    style.save(made, tmp_path / "ratios.png")
     assert (tmp_path / "ratios.png").stat().st_size > 10_000
     assert made.subfigs[0].axes[0].get_xlim() == (1, 0)
 
 
 def test_wavelengths():
     """fig7: tokens on the left, times RoPE's on the right; s = 4, dynamic forms at t = 0.5."""
-    made = closed_form.fig7()
+    made = formulas.fig7()
     left, right = map(lines, made.axes[:2])
     rope_waves = np.array([2 * math.pi * 10000 ** (2 * i / 56) for i in range(28)])
     expected = {
@@ -245,7 +248,7 @@ def test_sinusoids():
     last = 2 * 0.04, 2 * 0.64  # kappa at t = 0.2 and 0.8
     periods = [(512, 4096), (1024, 8192), (512, 8192)]
     periods += [(512, 4096 * 2**kappa) for kappa in last]
-    for axes, (fast, slow) in zip(closed_form.fig6().axes, periods, strict=True):
+    for axes, (fast, slow) in zip(formulas.fig6().axes, periods, strict=True):
         for line, period in zip(axes.lines, (fast, slow, slow, slow), strict=True):
             x, y = line.get_data()
             assert np.allclose(y, np.cos(2 * np.pi * x / period), atol=1e-9)
@@ -312,7 +315,7 @@ def test_trajectories_go_on_where_they_were(tmp_path, monkeypatch, capsys):
     assert [len(first[0][name]) for name in ("sigmas", "spectra", "entropy")] == [3, 3, 2]
     monkeypatch.setattr(trajectories, "load_pipeline", None)
     assert trajectories.main(both) == 0
-    assert len(measured.fig18(out).axes) == 1
+    assert len(sampled.fig18(out).axes) == 1
     capsys.readouterr()
     assert trajectories.main([*few[:2], "--steps", "3"]) == 2
     assert "steps 2, not 3" in capsys.readouterr().err
@@ -326,13 +329,13 @@ def test_entropy_deviation(tmp_path):
         return one | {"sigmas": [1.0, 0.5, 0.0]}
 
     rows = [row(256, "base", 0, [0.5, 0.4]), row(256, "base", 1, [0.7, 0.6])]
-    for i, setting in enumerate(measured.FORMS):
+    for i, setting in enumerate(sampled.FORMS):
         rows += [row(512, setting, 0, [0.6, 0.4 + i]), row(512, setting, 1, [0.7, 0.9])]
     path = tmp_path / "t.json"
     path.write_text(json.dumps({"protocol": {}, "pictures": rows}))
-    axes = measured.fig18(path).axes[0]
+    axes = sampled.fig18(path).axes[0]
     assert axes.get_title() == "512 px (2x), 2 prompts"
-    for i, (label, _) in enumerate(measured.FORMS.values()):
+    for i, (label, _) in enumerate(sampled.FORMS.values()):
         name = next(name for name in lines(axes) if name.startswith(f"{label}: "))
         t, mean = lines(axes)[name]
         assert list(t) == [1.0, 0.5]
@@ -363,7 +366,7 @@ def scored(path: Path) -> Path:
 
 def test_scaling_curve(tmp_path):
     """fig5: means over the size with their intervals."""
-    axes = scores.fig5(scored(tmp_path / "t.json"), "spectrum").axes[0]
+    axes = truth_table.fig5(scored(tmp_path / "t.json"), "spectrum").axes[0]
     found = {label: (list(x), list(y)) for label, (x, y) in lines(axes).items()}
     assert found == {
         "truth, by the VAE": ([2], [0.0]),
@@ -378,7 +381,7 @@ def test_scaling_curve(tmp_path):
 
 def test_pairs(tmp_path):
     """A line from the static point to the dynamic one, open to filled; no controls."""
-    axes = scores.pairs(scored(tmp_path / "t.json")).axes[0]
+    axes = truth_table.pairs(scored(tmp_path / "t.json")).axes[0]
     line, base, truth, start, end = axes.lines
     assert np.allclose(line.get_xydata(), [[0.8, 0.3], [0.9, 0.5]])
     assert np.allclose(start.get_xydata(), [[0.8, 0.3]])
@@ -413,7 +416,7 @@ def swept(folder: Path, methods=("base", "ntk", "dy_ntk", "dy_tasr", "yarn", "dy
 
 def test_rows_of_pictures(tmp_path):
     """fig3: methods across, prompts down, crops where they are said to be."""
-    made = crops.FIGURES["fig3"](swept(tmp_path / "out"), crops=["0.5,0.25,0.5"])
+    made = picture_rows.FIGURES["fig3"](swept(tmp_path / "out"), crops=["0.5,0.25,0.5"])
     assert [text.get_text() for text in made.texts] == [
         "a ring, seed 0, 64x48",
         "yarn",
@@ -434,9 +437,11 @@ def test_rows_of_pictures_choose(tmp_path):
     swept(folder, ("dy_yarn",), height="32", width="32", dype_exponent="3")
     rows = ablation.read_rows(folder)
     with pytest.raises(ValueError, match="dy_yarn with dype_exponent , 1; expected one of them"):
-        crops.chosen(crops.narrowed(rows, []), ["yarn", "dy_yarn"], 1)
+        picture_rows.chosen(picture_rows.narrowed(rows, []), ["yarn", "dy_yarn"], 1)
     some = [row for row in rows if row["dype_exponent"] or row["method"] == "yarn"]
-    found = crops.chosen(crops.narrowed(some, ["dype_exponent=1"]), ["yarn", "dy_yarn"], 2)
+    found = picture_rows.chosen(
+        picture_rows.narrowed(some, ["dype_exponent=1"]), ["yarn", "dy_yarn"], 2
+    )
     assert [[one["dype_exponent"] for one in line] for line in found] == [["", "1"]] * 2
     assert {one["height"] for line in found for one in line} == {"48"}
 
@@ -502,13 +507,13 @@ def test_every_figure_renders(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = matplotlib.rcParams.copy()
     more = []
-    if name in crops.FIGURES:
+    if name in picture_rows.FIGURES:
         more = [str(swept(Path("out")))]
     elif name in ("fig5", "pairs"):
         more = ["--ground_truth", str(scored(Path("scores.json")))]
     elif name in ("fig2a", "fig2b", "fig18", "eq11"):
         more = ["--trajectories", str(SAVED)]
-        more += ["--unguided", str(ROOT / measured.UNGUIDED)] if name == "eq11" else []
+        more += ["--unguided", str(ROOT / sampled.UNGUIDED)] if name == "eq11" else []
     assert figures.main([name, *more]) == 0
     path = Path("outputs/figures") / f"{name}.png"
     assert capsys.readouterr().out.strip() == str(path)
@@ -520,7 +525,7 @@ def test_every_figure_renders(name, tmp_path, monkeypatch, capsys):
 
 
 def test_other_formats(tmp_path):
-    for suffix in plots.FORMATS:
+    for suffix in style.FORMATS:
         out = tmp_path / "new" / f"a{suffix}"
         assert figures.main(["fig7", "--out", str(out)]) == 0
         assert out.stat().st_size > 5_000

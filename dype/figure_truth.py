@@ -8,9 +8,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from dype import plots
+from dype import figure_style as style
 from dype.config import one_of
-from dype.measured import BASE, read
+from dype.figure_trajectories import BASE, read
 
 GROUND_TRUTH = Path("docs/data/ground_truth.json")
 SCORES = {  # -> what it is
@@ -23,7 +23,14 @@ SCORES = {  # -> what it is
 TRUTH = {"truth_vae": "truth, by the VAE"}  # as near as the model could come
 COMMAND = "python -m dype.demo.evaluate"
 STANDARD = ("base", "yarn_paper_static", "yarn_paper_1_2")
-COLOURS = (plots.ORANGE, plots.BLUE, plots.GREEN, plots.VERMILLION, plots.PURPLE, plots.SKY)
+COLOURS = (
+    style.ORANGE,
+    style.BLUE,
+    style.GREEN,
+    style.VERMILLION,
+    style.PURPLE,
+    style.SKY,
+)
 MARKERS = "soD^vP"
 
 
@@ -47,13 +54,13 @@ def fig5(ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=STAND
     rows = read(ground_truth, "rows", COMMAND)
     for name in settings:
         one_of("--settings", name, list(dict.fromkeys(one["setting"] for one in rows)))
-    made = plots.figure(plots.SINGLE, 2.6)
+    made = style.figure(style.SINGLE, 2.6)
     axes = made.subplots()
     looks = [{"color": c, "marker": m} for c, m in zip(COLOURS, MARKERS, strict=True)]
-    drawn = {"truth_vae": {"color": plots.GREY, "linestyle": ":"}}
+    drawn = {"truth_vae": {"color": style.GREY, "linestyle": ":"}}
     colours = iter(looks * len(settings))
     for name in settings:
-        plain = {"color": plots.BLACK, "marker": "x"}
+        plain = {"color": style.BLACK, "marker": "x"}
         drawn[name] = plain if name == "base" else next(colours)
     stock = {one["size"]: one for one in rows if one["size"] == BASE and one["setting"] == "base"}
     for name, look in drawn.items():
@@ -84,7 +91,7 @@ def pairs(ground_truth: Path = GROUND_TRUTH, score: str = "spectrum") -> Figure:
     for i, method in enumerate(methods):
         looks[method] = {"color": COLOURS[i % 6], "marker": MARKERS[(i + i // 6) % 6]}
     forms = [one for one in read(ground_truth, "pairs", COMMAND) if "_static" in one["against"]]
-    made = plots.figure(plots.DOUBLE, 3)
+    made = style.figure(style.DOUBLE, 3)
     for axes, size in zip(made.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
         here = {one["setting"]: one for one in rows if one["size"] == size}
         lines = [(one["against"], one["setting"]) for one in forms if one["size"] == size]
@@ -119,4 +126,4 @@ def pairs_panel(axes, rows: dict[str, dict], lines: list[tuple], looks: dict, sc
         elif name in ("base", *TRUTH):
             marker = "X" if name == "base" else "*"
             label = TRUTH.get(name, name)
-            axes.plot(*point(name), marker, color=plots.BLACK, markersize=7, label=label)
+            axes.plot(*point(name), marker, color=style.BLACK, markersize=7, label=label)

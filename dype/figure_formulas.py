@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from dype import plots
+from dype import figure_style as style
 from dype.config import DyPEConfig
 from dype.rope import BETA, GAMMA, METHODS, axis_frequencies, ntk_exponent, stock_frequencies
 from dype.rope import Axis as RopeAxis
@@ -59,32 +59,32 @@ def spectra_panel(axes, f, levels, rows, guide: tuple[float, float]) -> None:
         ends = {0: "picture, t = 0", 1: "noise, t = 1"}
         width = 1.8 if t in ends else 0.7
         label = ends.get(t, f"_t = {t:g}")
-        axes.plot(f, row, color=plots.by_noise(t), linewidth=width, label=label)
+        axes.plot(f, row, color=style.by_noise(t), linewidth=width, label=label)
     c, omega = guide
     label = rf"$1/f^\omega$, $\omega$ = {omega:.2f}"
-    axes.plot(f, c / f**omega, ":", color=plots.VERMILLION, label=label)
+    axes.plot(f, c / f**omega, ":", color=style.VERMILLION, label=label)
     axes.loglog()
     axes.set_xlim(f[0], f[-1])
     axes.set_xlabel("frequency (1: Nyquist)")
-    plots.frequency_axis(axes.xaxis, f[0])
+    style.frequency_axis(axes.xaxis, f[0])
 
 
 def progress_panel(axes, f, levels, gamma):
     """gamma over t and f, [f, t]: grey where masked, white above 1, black below 0."""
     axes.set_facecolor("silver")
     mesh = axes.pcolormesh(
-        plots.edges(levels),
-        np.exp(plots.edges(np.log(f))),
+        style.edges(levels),
+        np.exp(style.edges(np.log(f))),
         np.ma.masked_invalid(gamma),
-        cmap=plots.PROGRESS,
+        cmap=style.PROGRESS,
         vmin=0,
         vmax=1,
         rasterized=True,
     )
     axes.set_yscale("log")
     axes.set_ylim(f[0], f[-1])
-    plots.frequency_axis(axes.yaxis, f[0])
-    plots.noise_axis(axes)
+    style.frequency_axis(axes.yaxis, f[0])
+    style.noise_axis(axes)
     return mesh
 
 
@@ -141,20 +141,20 @@ def fig6() -> Figure:
         ("dynamic NTK, t = 0.2", "ntk", 0.2),
         ("dynamic NTK, t = 0.8", "ntk", 0.8),
     ]
-    made = plots.figure(plots.DOUBLE, 5.2)
+    made = style.figure(style.DOUBLE, 5.2)
     rows = made.subplots(len(panels), sharex=True, sharey=True)
     x, marks = np.arange(0, 8193, 8), np.arange(0, 8193, 256)
     for axes, letter, (title, method, t) in zip(rows, "abcde", panels, strict=True):
         ratios = ratios_of((4, 64.0, 4096), t or 0, DyPEConfig(method, dype=t is not None), 2)
-        axes.axvspan(0, 4096, color=plots.SKY, alpha=0.15, linewidth=0)
-        axes.axvspan(4096, 8192, color=plots.GREY, alpha=0.15, linewidth=0)
-        waves = zip((512, 4096), ratios, (plots.ORANGE, plots.BLUE), strict=True)
+        axes.axvspan(0, 4096, color=style.SKY, alpha=0.15, linewidth=0)
+        axes.axvspan(4096, 8192, color=style.GREY, alpha=0.15, linewidth=0)
+        waves = zip((512, 4096), ratios, (style.ORANGE, style.BLUE), strict=True)
         for period, ratio, colour in waves:
             label = f"period {period / ratio:,.0f}"
             axes.plot(x, np.cos(2 * np.pi * x / period * ratio), color=colour, label=label)
         slow = np.cos(2 * np.pi * marks / 4096 * ratios[1])
         seen = marks <= 4096
-        look = {"color": plots.BLUE, "markersize": 3.5, "clip_on": False}
+        look = {"color": style.BLUE, "markersize": 3.5, "clip_on": False}
         axes.plot(marks[seen], slow[seen], "o", **look)
         axes.plot(marks[~seen], slow[~seen], "s", **look, mfc="white")
         axes.set_title(f"({letter}) {title}", loc="left", pad=3)
@@ -168,15 +168,15 @@ def fig6() -> Figure:
 def fig7() -> Figure:
     """Wavelengths of one axis of FLUX at s = 4, and what they are stretched by."""
     curves = [
-        ("RoPE", "base", False, plots.BLACK, "-"),
-        ("PI", "pi", False, plots.VERMILLION, "-"),
-        ("NTK", "ntk", False, plots.BLUE, "-"),
-        ("time-aware (TASR)", "tasr", True, plots.PURPLE, "--"),
-        ("dynamic PI", "pi", True, plots.VERMILLION, "--"),
-        ("dynamic NTK", "ntk", True, plots.BLUE, "--"),
-        ("dynamic YaRN", "yarn", True, plots.GREEN, "--"),
+        ("RoPE", "base", False, style.BLACK, "-"),
+        ("PI", "pi", False, style.VERMILLION, "-"),
+        ("NTK", "ntk", False, style.BLUE, "-"),
+        ("time-aware (TASR)", "tasr", True, style.PURPLE, "--"),
+        ("dynamic PI", "pi", True, style.VERMILLION, "--"),
+        ("dynamic NTK", "ntk", True, style.BLUE, "--"),
+        ("dynamic YaRN", "yarn", True, style.GREEN, "--"),
     ]
-    made = plots.figure(plots.DOUBLE, 2.9)
+    made = style.figure(style.DOUBLE, 2.9)
     left, right = made.subplots(1, 2)
     i = np.arange(FLUX[0] // 2)
     theta = stock_frequencies(*FLUX[:2]).numpy()
@@ -188,7 +188,7 @@ def fig7() -> Figure:
             right.plot(i, 1 / ratios, line, color=colour, label=label)
     lengths = {FLUX[2]: "trained", STRETCH * FLUX[2]: "wanted"}
     for tokens, name in lengths.items():
-        left.axhline(tokens, color=plots.GREY, linewidth=0.6)
+        left.axhline(tokens, color=style.GREY, linewidth=0.6)
         left.text(27, tokens * 1.06, f"{name}: {tokens}", ha="right", va="bottom", fontsize=7)
     left.set(yscale="log", xlabel="pair index i", ylabel="wavelength (tokens)")
     right.set(xlabel="pair index i", ylabel="wavelength / RoPE's")
@@ -201,7 +201,7 @@ def ratios() -> Figure:
     names = [*METHODS, "yarn, unclamped"]
     across = 4
     down = -(-len(names) // across)
-    made = plots.figure(plots.DOUBLE, 2 * (1.02 * down + 0.55))
+    made = style.figure(style.DOUBLE, 2 * (1.02 * down + 0.55))
     edges = np.linspace(0, 1, 161)
     parts = made.subfigures(2, 1)
     for part, title, axis in zip(parts, ("FLUX", "Z-Image"), (FLUX, Z_IMAGE), strict=True):
@@ -241,7 +241,7 @@ def ratio_panel(axes, axis: tuple, name: str, edges: np.ndarray):
     )
     if axis == FLUX:
         steps = np.sqrt(sigmas(STEPS, MU))
-        axes.plot(steps, np.full(STEPS, n - 1.6), "|", color=plots.BLACK, markersize=4, mew=0.6)
+        axes.plot(steps, np.full(STEPS, n - 1.6), "|", color=style.BLACK, markersize=4, mew=0.6)
     ticks = (1, 0.5, 0.1, 0.01)
     axes.set_xticks(np.sqrt(ticks), labels=[f"{t:g}" for t in ticks])
     axes.set(xlim=(1, 0), ylim=(n - 0.5, -0.5), yticks=(0, n // 2, n - 1))

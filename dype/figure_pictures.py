@@ -10,13 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, PngImagePlugin
 
-from dype import plots, records
+from dype import figure_style as style
+from dype import records
 from dype.ablation import COLUMNS, read_rows
 from dype.config import METHOD_SCALES, DyPEConfig
 
 MIDDLE = "0.4,0.4,0.2"
 PLACES = ("method", "prompt", "file", "seconds", "peak_memory", "error")  # no filters for --where
-FRAMES = (plots.ORANGE, plots.SKY, plots.VERMILLION, plots.GREEN)
+FRAMES = (style.ORANGE, style.SKY, style.VERMILLION, style.GREEN)
 GAP, LINE = 0.04, 0.14  # inches
 PIXELS = 1000  # of a whole picture's longer side, at most
 
@@ -145,13 +146,13 @@ def picture_rows(name: str, folder: Path, crops=None, methods=None, where=()) ->
 
 def drawn(grid: list[list[dict]], folder: Path, crops) -> Figure:
     """A block per prompt: its words, the pictures, their crops below."""
-    width = (plots.DOUBLE - GAP * (len(grid[0]) + 1)) / len(grid[0])
+    width = (style.DOUBLE - GAP * (len(grid[0]) + 1)) / len(grid[0])
     small = (width - GAP * (len(crops) - 1)) / max(1, len(crops))
     sizes = {tuple(int(one[side]) for side in ("height", "width")) for line in grid for one in line}
     aspect = max(high / wide for high, wide in sizes)
     block = LINE + GAP + width * aspect + (GAP + small if crops else 0) + 2 * GAP
     head = LINE + 2 * GAP
-    made = Figure(figsize=(plots.DOUBLE, head + block * len(grid)))
+    made = Figure(figsize=(style.DOUBLE, head + block * len(grid)))
     for row, line in enumerate(grid):
         top, first = head + row * block, line[0]
         words = f"{first['prompt']}, seed {first['seed']}, {first['width']}x{first['height']}"

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from dype import closed_form, plots
+from dype import figure_formulas as formulas
+from dype import figure_style as style
 from dype.models import MODELS
 
 BASE = MODELS["demo"].base_resolution
@@ -14,9 +15,9 @@ COMMAND = "python -m dype.demo.trajectories"
 TRAJECTORIES = Path("docs/data/trajectories.json")
 UNGUIDED = Path("docs/data/trajectories_cfg1.json")  # the same without guidance
 FORMS = {  # of fig18
-    "base": ("base", plots.BLACK),
-    "yarn_paper_static": ("static yarn_paper", plots.ORANGE),
-    "yarn_paper_1_2": ("dynamic yarn_paper", plots.BLUE),
+    "base": ("base", style.BLACK),
+    "yarn_paper_static": ("static yarn_paper", style.ORANGE),
+    "yarn_paper_1_2": ("dynamic yarn_paper", style.BLUE),
 }
 
 
@@ -56,67 +57,67 @@ def fig2a(trajectories: Path = TRAJECTORIES) -> Figure:
     The guide in the last two is the straight line through the latents' spectrum.
     """
     f, levels, power = mean_spectra(trajectories)
-    made = plots.figure(plots.DOUBLE, 2.5)
+    made = style.figure(style.DOUBLE, 2.5)
     grid = made.subplots(1, 3)
     grid[2].sharey(grid[1])
     fine, (c, omega) = np.geomspace(0.01, 1, 100), GENERIC
-    rows = [closed_form.mixed(c / fine**omega, t) for t in levels]
-    closed_form.spectra_panel(grid[0], fine, levels, rows, GENERIC)
-    guide = closed_form.fit(f, power[-1])
-    rows = [closed_form.mixed(power[-1], t) for t in levels]
-    closed_form.spectra_panel(grid[1], f, levels, rows, guide)
-    closed_form.spectra_panel(grid[2], f, levels, power, guide)
+    rows = [formulas.mixed(c / fine**omega, t) for t in levels]
+    formulas.spectra_panel(grid[0], fine, levels, rows, GENERIC)
+    guide = formulas.fit(f, power[-1])
+    rows = [formulas.mixed(power[-1], t) for t in levels]
+    formulas.spectra_panel(grid[1], f, levels, rows, guide)
+    formulas.spectra_panel(grid[2], f, levels, power, guide)
     for axes, title in zip(grid, PANELS, strict=True):
         axes.set_title(title)
     grid[0].set_ylabel("power (noise: 1)")
     grid[0].legend(loc="upper right", borderpad=0)
     grid[1].legend(handles=grid[1].lines[-1:], loc="upper right", borderpad=0)
     grid[2].tick_params(labelleft=False)
-    closed_form.noise_bar(made, grid)
+    formulas.noise_bar(made, grid)
     return made
 
 
 def fig2b(trajectories: Path = TRAJECTORIES) -> Figure:
     """gamma over t and frequency (Eq. 12): of Eq. 11 as in fig2a, and measured."""
     f, levels, power = mean_spectra(trajectories)
-    made = plots.figure(plots.DOUBLE, 2.5)
+    made = style.figure(style.DOUBLE, 2.5)
     grid = made.subplots(1, 3)
     grid[2].sharey(grid[1])
     fine, t = np.geomspace(0.01, 1, 161), np.linspace(1, 0, 161)
     picture = GENERIC[0] / fine[:, None] ** GENERIC[1]
-    gamma = closed_form.progress(closed_form.mixed(picture, t), picture, 1.0)
-    closed_form.progress_panel(grid[0], fine, t, gamma)
+    gamma = formulas.progress(formulas.mixed(picture, t), picture, 1.0)
+    formulas.progress_panel(grid[0], fine, t, gamma)
     picture, noise = power[-1][:, None], power[0][:, None]
-    gamma = closed_form.progress(closed_form.mixed(picture, t), picture, 1.0)
-    closed_form.progress_panel(grid[1], f, t, gamma)
-    gamma = closed_form.progress(power.T, picture, noise)
-    mesh = closed_form.progress_panel(grid[2], f, levels, gamma)
+    gamma = formulas.progress(formulas.mixed(picture, t), picture, 1.0)
+    formulas.progress_panel(grid[1], f, t, gamma)
+    gamma = formulas.progress(power.T, picture, noise)
+    mesh = formulas.progress_panel(grid[2], f, levels, gamma)
     for axes, title in zip(grid, PANELS, strict=True):
         axes.set_title(title)
     grid[0].set_ylabel("frequency (1: Nyquist)")
     grid[2].tick_params(labelleft=False)
     label = r"$\gamma$ (1: noise, 0: the picture)"
-    closed_form.colour_bar(made, grid, mesh, label, extend="both")
+    formulas.colour_bar(made, grid, mesh, label, extend="both")
     return made
 
 
 def eq11(trajectories: Path = TRAJECTORIES, unguided: Path = UNGUIDED) -> Figure:
     """How far sampled spectra are from Eq. 11 of their own ends, ring by ring, over t."""
-    made = plots.figure(plots.DOUBLE, 2.4)
+    made = style.figure(style.DOUBLE, 2.4)
     grid = made.subplots(1, 2, sharey=True)
     for axes, path in zip(grid, (trajectories, unguided), strict=True):
         f, levels, power = mean_spectra(path)
-        expected = closed_form.mixed(power[-1], levels[:, None], power[0])
-        axes.axhline(1, color=plots.GREY, linewidth=0.6)
+        expected = formulas.mixed(power[-1], levels[:, None], power[0])
+        axes.axhline(1, color=style.GREY, linewidth=0.6)
         for ring in np.arange(len(f))[::-1]:
             label = (
                 f"{ring + 1}/{len(f)}" if ring in (0, 1, 2, 3, 7, len(f) - 1) else f"_{ring + 1}"
             )
-            colour = plots.by_noise(1 - np.log(f[ring]) / np.log(f[0]))
+            colour = style.by_noise(1 - np.log(f[ring]) / np.log(f[0]))
             axes.plot(levels, power[:, ring] / expected[:, ring], color=colour, label=label)
         protocol = read(path, "protocol", COMMAND)
         axes.set_title(f"true CFG {protocol['true_cfg']:g}")
-        plots.noise_axis(axes)
+        style.noise_axis(axes)
     grid[0].set_ylabel("power / Eq. 11")
     handles, labels = grid[0].get_legend_handles_labels()
     made.legend(handles[::-1], labels[::-1], loc="outside right center", title="frequency")
@@ -130,10 +131,10 @@ def fig18(trajectories: Path = TRAJECTORIES) -> Figure:
     if not sizes:
         raise ValueError(f"{trajectories} has {BASE} px alone, expected larger sizes too")
     own = {(one["prompt"], one["seed"]): one["entropy"] for one in pictures(trajectories, BASE)}
-    made = plots.figure(plots.DOUBLE if len(sizes) > 1 else plots.SINGLE, 2.6)
+    made = style.figure(style.DOUBLE if len(sizes) > 1 else style.SINGLE, 2.6)
     grid = made.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
     for axes, size in zip(grid, sizes, strict=True):
-        axes.axhline(0, color=plots.GREY, linewidth=0.6)
+        axes.axhline(0, color=style.GREY, linewidth=0.6)
         for setting, (label, colour) in FORMS.items():
             found = pictures(trajectories, size, setting)
             each = [np.subtract(x["entropy"], own[x["prompt"], x["seed"]]) for x in found]
@@ -142,7 +143,7 @@ def fig18(trajectories: Path = TRAJECTORIES) -> Figure:
             error = abs(mean).mean()
             axes.plot(t, mean, color=colour, label=f"{label}: {error:.4f}")
         axes.set_title(f"{size} px ({size / BASE:g}x), {len(found)} prompts")
-        plots.noise_axis(axes)
+        style.noise_axis(axes)
         axes.legend(loc="upper right", title="mean absolute deviation", title_fontsize=7)
     low, high = made.axes[0].get_ylim()
     made.axes[0].set_ylim(low, high + 0.4 * (high - low))  # the legend's
