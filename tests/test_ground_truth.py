@@ -107,10 +107,42 @@ def test_differences_are_paired():
     some = scenes(4)
     truth = scores.judged([render(scene, 128) for scene in some], some)
     same = scores.difference(truth, truth, truth)
+    layout = same.pop("layout")
     assert all(found == {"mean": 0, "interval": [0, 0]} for found in same.values())
+    assert layout["mean"] == 0
+    assert layout["interval"] == pytest.approx([-1.96 / 6, 1.96 / 6])  # n + 2 = 6
     worse = truth._replace(overlap=truth.overlap - 0.25)
     found = scores.difference(worse, truth, truth)["overlap"]
     assert [found["mean"], *found["interval"]] == pytest.approx([-0.25] * 3)
+
+
+def test_intervals_of_distances_hold_the_value(monkeypatch):
+    """A set drawn with replacement is farther off: percentiles would lie beside a small distance.
+
+    Two sets of one law, and sets 0.5 apart: the intervals hold the value always, and the distance
+    that many pictures would have in 85 of 100 and more.
+    """
+    monkeypatch.setattr(scores, "DRAWS", 200)
+    rng, held = np.random.default_rng(2), 0
+    for _ in range(100):
+        some, others = rng.normal(0.5, 1, (32, 16)), rng.normal(0, 1, (32, 16))
+        for these, true in ((some, 0.5), (rng.normal(0, 1, (32, 16)), 0)):
+            found = scores.around(lambda i, a=these, b=others: spectrum_error(a[i], b[i]), 32)
+            low, high = found["interval"]
+            assert low <= found["mean"] <= high
+            held += true == 0.5 and low < np.hypot(0.5, (2 / 32) ** 0.5) < high
+    assert held >= 85
+
+
+def test_shares_of_the_same_pictures(monkeypatch):
+    """The paired interval covers the true gain, also where few pictures differ."""
+    rng, covered = np.random.default_rng(3), 0
+    for _ in range(400):
+        other = rng.random(32) < 0.9
+        right = np.where(rng.random(32) < 0.1, True, other)  # mends a tenth of what is wrong
+        low, high = scores.paired_shares(right.astype(float), other.astype(float))["interval"]
+        covered += low < 0.1 * 0.1 < high
+    assert covered >= 380
 
 
 def test_wilson():
@@ -144,7 +176,7 @@ def test_the_table_holds_every_method():
     names = {cell.setting.name: cell for cell in at[512]}
     pairs = report.compared(names)
     assert ("yarn_power_2_2", "yarn_static") in pairs
-    assert ("tasr_0_2", "tasr_static") in pairs
+    assert ("tasr", "tasr_static") in pairs
     assert ("pi_static", "base") in pairs
     assert {name for name, _ in pairs} == names.keys() - {"base"}
 
@@ -190,8 +222,8 @@ def test_table_of_a_run_that_was_interrupted(tmp_path, monkeypatch, capsys, shor
 
     monkeypatch.setattr(evaluate.records, "write", killed)
     parts = [*words, "--out", str(tmp_path / "parts")]
-    with pytest.raises(KeyboardInterrupt):
-        evaluate.main(parts)
+    assert evaluate.main(parts) == 130
+    assert capsys.readouterr().err.endswith("interrupted; the same command draws the rest\n")
     assert len(drawn(tmp_path / "parts")) == 4
     assert evaluate.main([*parts, "--drawn"]) == 0
     out = capsys.readouterr().out
@@ -199,7 +231,7 @@ def test_table_of_a_run_that_was_interrupted(tmp_path, monkeypatch, capsys, shor
     assert "| 64 | `pi_2_2` | 1 |" in out
     assert "pi_static" not in out
     assert evaluate.main([*parts, "--save", str(tmp_path / "saved.json")]) == 0
-    assert left[0] == 5 - 5 - (12 - 4)
+    assert left[0] == -8  # pictures that the second run drew: 12 less the 4 of the first
     assert drawn(tmp_path / "parts") == drawn(tmp_path / "whole")
     assert capsys.readouterr().out == printed
     found = json.loads((tmp_path / "saved.json").read_text())
@@ -213,33 +245,55 @@ def test_table_of_a_run_that_was_interrupted(tmp_path, monkeypatch, capsys, shor
 
 
 BAD = {
-    "unknown method": "yarm",
-    "too many numbers": "yarn:1:2:3",
-    "no number": "yarn:one",
-    "out of range": "yarn:9",
-    "two tables": "--quick --full",
-    "a table and settings": "--quick base",
-    "odd size": "base --size 100",
-    "no prompts": "base --count 0",
-    "seed": "base --seed -1",
-    "other steps than the folder's": "base --size 64 --steps 3 --out there",
-    "unknown flag": "--sizes 64",
-    "nothing drawn": "--drawn --out nowhere",
+    "yarm": "method is 'yarm', expected one of base",
+    "yarn:1:2:3": "'yarn:1:2:3', expected METHOD",
+    "yarn:one": "'yarn:one', expected METHOD",
+    "yarn:": "'yarn:', expected METHOD",
+    "yarn:9": "dype_scale is 9.0",
+    "base:1": "'base:1', expected METHOD",
+    "tasr:1:2": "'tasr:1:2', expected METHOD",
+    "yarn:static:reversed": "'yarn:static:reversed', expected METHOD",
+    "--quick --full": "expected at most one",
+    "--quick base": "expected at most one",
+    "base --size 100": "--size a multiple of 16",
+    "base --count 0": "--count and --steps are at least 1",
+    "base --seed -1": "--seed 0",
+    "base --strip a.xyz": "--strip is a.xyz, expected",
+    "base --size 64 --steps 3 --out there": "steps is 3, but there was drawn with 20",
+    "base --out odd": "odd/protocol.json is not of this program",
+    "--sizes 64": "unrecognized arguments",
+    "--drawn --out nowhere": "nowhere has none of these pictures",
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input(words, tmp_path, monkeypatch, capsys):
     """One sentence, exit code 2, before anything is loaded or written."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there/protocol.json").write_text('{"steps": 20}')
+    for name, text in (("there", '{"steps": 20}'), ("odd", "[1]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "protocol.json").write_text(text)
     monkeypatch.setattr(evaluate, "load_pipeline", None)
-    assert evaluate.main(BAD[name].split()) == 2
+    assert evaluate.main(words.split()) == 2
     err = capsys.readouterr().err
     assert err.startswith("python -m dype.demo.evaluate: ")
+    assert BAD[words] in err
     assert err.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["odd", "there"]
+
+
+def test_a_picture_that_is_cut_off(tmp_path, capsys, short):
+    """Named, exit code 1; deleted, it is drawn again."""
+    words = ["base", *SMALL, "--count", "1", "--out", str(tmp_path)]
+    assert evaluate.main(words) == 0
+    [path] = tmp_path.rglob("*.png")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    assert evaluate.main(words) == 1
+    assert f"{path} cannot be read; delete it" in capsys.readouterr().err
+    path.unlink()
+    assert evaluate.main(words) == 0
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("control", ["", ":reversed"])

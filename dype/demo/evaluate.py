@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="autocast or not"
     )
     made.add_argument("--out", type=Path, default=Path("outputs/ground_truth"), help="folder")
-    made.add_argument("--save", type=Path, help="the numbers as JSON, here too")
+    made.add_argument("--save", type=Path, help="the numbers as JSON")
     made.add_argument("--strip", type=Path, help="PNG or JPEG of six pictures per setting")
     return made
 
@@ -136,7 +136,10 @@ def agreed(args) -> None:
     """Write the folder's protocol, or see that it is this one's. Raises ValueError, OSError."""
     path = args.out / "protocol.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        try:
+            before = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not of this program; move it away") from error
         for name, now in protocol(args).items():
             if before.get(name) != now:
                 raise ValueError(
@@ -154,6 +157,8 @@ def asked(args) -> list[Cell]:
         raise ValueError("--quick, --full and SETTINGS, expected at most one of them")
     if min(args.count, args.steps) < 1 or args.seed < 0 or args.size % 16 or args.size < 64:
         raise ValueError("--count and --steps are at least 1, --seed 0, --size a multiple of 16")
+    if args.strip and args.strip.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise ValueError(f"--strip is {args.strip}, expected a name in .png or .jpg")
     if args.settings:
         cells = [Cell(args.size, setting(one), args.count) for one in args.settings]
     else:
@@ -173,14 +178,10 @@ def there(cells: list[Cell], args) -> list[Cell]:
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parser().parse_args(argv)
-        cells = asked(args)
-        agreed(args)
-    except (UserError, ValueError, OSError) as error:
-        print(f"python -m dype.demo.evaluate: {error}", file=sys.stderr)
-        return 1 if isinstance(error, OSError) else 2
+def run(args) -> None:
+    """Draw what is not there, score, print and write. Raises ValueError, OSError."""
+    cells = asked(args)
+    agreed(args)
     scenes = sampled(args)
     pipe = load_pipeline("demo")
     pipe.set_progress_bar_config(disable=True)
@@ -191,14 +192,31 @@ def main(argv: list[str] | None = None) -> int:
     print(report.printed(found["rows"], ("size", "setting", "n"), signed=False))
     print()
     print(report.printed(found["pairs"], ("size", "setting", "against", "n"), signed=True))
-    text = json.dumps({"protocol": protocol(args) | {"seed": args.seed}, **found}, indent=1)
-    files = {args.out / "ground_truth.json": text.encode()}
-    if args.save:
-        files[args.save] = text.encode()
+    whole = {"protocol": protocol(args) | {"seed": args.seed, "held_out": args.held_out}, **found}
+    files = {args.save: json.dumps(whole, indent=1).encode()} if args.save else {}
     if args.strip:
         files[args.strip] = report.strips(cells, lambda cell: folder_of(cell, args), args.strip)
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
     records.write(files)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
+    try:
+        run(parser().parse_args(argv))
+    except (UserError, ValueError) as error:
+        return failed(2, error)
+    except OSError as error:
+        return failed(1, error)
+    except KeyboardInterrupt:
+        return failed(130, "interrupted; the same command draws the rest")
     return 0
+
+
+def failed(code: int, error) -> int:
+    print(f"python -m dype.demo.evaluate: {error}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

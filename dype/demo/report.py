@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from dype import records
-from dype.config import DyPEConfig
+from dype.config import METHOD_SCALES, DyPEConfig
 from dype.demo import scores
 from dype.demo.scenes import Scene, render
 from dype.models import MODELS
@@ -39,25 +39,29 @@ class Cell(NamedTuple):
 
 
 def setting(text: str) -> Setting:
-    """METHOD[:static | :SCALE[:EXPONENT]][:reversed | :model]. Raises ValueError."""
+    """METHOD[:static | :SCALE[:EXPONENT]][:reversed | :model]. Raises ValueError.
+
+    Its name has the numbers that have an effect: METHOD_SCALE_EXPONENT, METHOD_static, `base`.
+    """
     method, *more = text.split(":")
     control = more.pop() if more and more[-1] in CONTROLS else ""
-    config = {"method": method, "base_resolution": BASE}
-    if control == "model":
-        config["shift"] = "model"
-    if more == ["static"]:
-        config["dype"] = False
-    else:
-        if len(more) > 2:
-            raise ValueError(
-                f"setting {text!r}, expected METHOD[:static|:SCALE:EXPONENT][:CONTROL]"
-            )
-        config |= zip(("dype_scale", "dype_exponent"), map(float, more), strict=False)
-    made = DyPEConfig(**config)
-    name = method
-    if method != "base":
-        name += f"_{made.lambda_s:g}_{made.dype_exponent:g}" if made.dype else "_static"
-    return Setting("_".join([name, control] if control else [name]), made, control)
+    config = {"method": method, "base_resolution": BASE, "dype": more != ["static"]}
+    config |= {"shift": "model"} if control == "model" else {}
+    try:
+        numbers = [float(part) for part in more] if config["dype"] else []
+    except ValueError:
+        numbers = [0.0] * 3
+    made = DyPEConfig(**config | dict(zip(("dype_scale", "dype_exponent"), numbers, strict=False)))
+    still = method == "base" or not made.dype
+    if len(numbers) > 2 * (METHOD_SCALES[method] is not None) or (still and control == "reversed"):
+        raise ValueError(
+            f"setting {text!r}, expected METHOD[:static|:SCALE[:EXPONENT]][:reversed|:model], and "
+            "no numbers or reversal where they change nothing"
+        )
+    parts = [method] if method == "base" or made.dype else [method, "static"]
+    if made.dype and METHOD_SCALES[method] is not None:
+        parts += [f"{made.lambda_s:g}", f"{made.dype_exponent:g}"]
+    return Setting("_".join([*parts, control] if control else parts), made, control)
 
 
 def static_form(method: str) -> str:
@@ -110,16 +114,27 @@ def floors(vae, scenes: list[Scene], size: int) -> tuple[scores.Judged, dict]:
 
 def pictures_of(cell: Cell, folder_of: Callable, most: int | None = None) -> list[np.ndarray]:
     """A cell's pictures, or the first of them, uint8 [H, W, 3]."""
-    names = [f"{i:03}.png" for i in range(cell.count)][:most]
-    return [np.asarray(records.open_picture(folder_of(cell) / name)) for name in names]
+    paths = [folder_of(cell) / f"{i:03}.png" for i in range(cell.count)][:most]
+    return [opened(path) for path in paths]
+
+
+def opened(path: Path) -> np.ndarray:
+    """Raises OSError, saying what to do."""
+    try:
+        return np.asarray(records.open_picture(path))
+    except OSError as error:
+        raise OSError(f"{path} cannot be read; delete it to have it drawn again") from error
 
 
 def cell_row(size: int, name: str, of: Setting | None, found, truth) -> dict:
     n = len(found.right)
-    config = {} if of is None else of.config.to_dict()
-    row = {"size": size, "setting": name, "n": n, "control": "" if of is None else of.control}
-    row |= {key: config.get(key) for key in ("method", "dype")}
-    row |= {"lambda_s": of.config.lambda_s if of else None, "lambda_t": config.get("dype_exponent")}
+    row = {"size": size, "setting": name, "n": n, "control": "", "method": None, "dype": None}
+    row |= {"lambda_s": None, "lambda_t": None}
+    if of is not None:
+        config = of.config
+        row |= {"control": of.control, "method": config.method, "dype": config.dype}
+        if config.dype and METHOD_SCALES[config.method] is not None:
+            row |= {"lambda_s": config.lambda_s, "lambda_t": config.dype_exponent}
     return row | scores.score(found, scores.taken(truth, np.arange(n)))
 
 
@@ -180,5 +195,7 @@ def strips(cells: list[Cell], folder_of: Callable, path: Path, side: int = 192) 
             small = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(small, (column * side, top + bar))
     content = io.BytesIO()
-    sheet.save(content, Image.registered_extensions()[path.suffix], optimize=True, quality=85)
+    sheet.save(
+        content, Image.registered_extensions()[path.suffix.lower()], optimize=True, quality=85
+    )
     return content.getvalue()

@@ -70,12 +70,25 @@ def taken(of: Judged, index: np.ndarray) -> Judged:
     return Judged(*(part[index] for part in of))
 
 
+def resampled(statistic: Callable[[np.ndarray], float], n: int) -> np.ndarray:
+    """`statistic` of as many sets as DRAWS, each of n pictures drawn with replacement: indices."""
+    rng = np.random.default_rng(SEED)
+    return np.array([statistic(rng.integers(n, size=n)) for _ in range(DRAWS)])
+
+
 def bootstrap(statistic: Callable[[np.ndarray], float], n: int) -> dict:
     """`statistic` of all n pictures and its percentile 95 % interval over sets drawn from them."""
-    rng = np.random.default_rng(SEED)
-    drawn = [statistic(rng.integers(n, size=n)) for _ in range(DRAWS)]
-    low, high = np.percentile(drawn, (2.5, 97.5))
+    low, high = np.percentile(resampled(statistic, n), (2.5, 97.5))
     return {"mean": statistic(np.arange(n)), "interval": [float(low), float(high)]}
+
+
+def around(statistic: Callable[[np.ndarray], float], n: int) -> dict:
+    """The same for distances: the value and 1.96 standard deviations of the sets about it.
+
+    A picture drawn twice puts a set farther off by itself: percentiles would lie beside the value.
+    """
+    value, half = statistic(np.arange(n)), 1.96 * resampled(statistic, n).std()
+    return {"mean": value, "interval": [max(float(value - half), 0.0), float(value + half)]}
 
 
 def wilson(right: np.ndarray) -> dict:
@@ -86,14 +99,29 @@ def wilson(right: np.ndarray) -> dict:
     return {"mean": p, "interval": [max(float(middle - half), 0.0), min(float(middle + half), 1.0)]}
 
 
+def paired_shares(right: np.ndarray, other: np.ndarray) -> dict:
+    """The difference of two shares of the same pictures and its 95 % interval.
+
+    Agresti and Min (2005): half a picture more in each of the four cells, so that it has a width
+    where no picture differs.
+    """
+    n, gained, lost = len(right), np.sum(right > other), np.sum(right < other)
+    middle = float(gained - lost) / (n + 2)
+    half = 1.96 * float(np.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (n + 2))) / (n + 2)
+    interval = [max(middle - half, -1.0), min(middle + half, 1.0)]
+    return {"mean": float(np.mean(right) - np.mean(other)), "interval": interval}
+
+
 def score(of: Judged, truth: Judged) -> dict:
     """Every score of a setting with its interval."""
+
+    def of_sets(f):
+        return lambda i: f(taken(of, i), taken(truth, i))
+
     n = len(of.right)
-    found = {
-        name: bootstrap(lambda i, f=f: f(taken(of, i), taken(truth, i)), n)
-        for name, f in SCORES.items()
-    }
-    return found | {"layout": wilson(of.right)}
+    distances = {f.__name__: around(of_sets(f), n) for f in (spectrum, patches, joint)}
+    found = {"layout": wilson(of.right), "overlap": bootstrap(of_sets(overlap), n)} | distances
+    return {name: found[name] for name in SCORES}
 
 
 def difference(of: Judged, other: Judged, truth: Judged) -> dict:
@@ -102,7 +130,8 @@ def difference(of: Judged, other: Judged, truth: Judged) -> dict:
     def paired(f):
         return lambda i: f(taken(of, i), taken(truth, i)) - f(taken(other, i), taken(truth, i))
 
-    return {name: bootstrap(paired(f), len(of.right)) for name, f in SCORES.items()}
+    found = {name: bootstrap(paired(f), len(of.right)) for name, f in SCORES.items()}
+    return found | {"layout": paired_shares(of.right, other.right)}
 
 
 def shown(found: dict, signed: bool = False) -> str:
