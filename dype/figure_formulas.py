@@ -181,11 +181,10 @@ def fig7() -> Figure:
     i = np.arange(FLUX[0] // 2)
     theta = stock_frequencies(*FLUX[:2]).numpy()
     for label, method, dynamic, colour, line in curves:
-        if method in METHODS:
-            ratios = ratios_of(FLUX, HALFWAY, DyPEConfig(method, dype=dynamic))
-            label += f", t = {HALFWAY:g}" if dynamic else ""
-            left.plot(i, 2 * np.pi / (theta * ratios), line, color=colour, label=label)
-            right.plot(i, 1 / ratios, line, color=colour, label=label)
+        ratios = ratios_of(FLUX, HALFWAY, DyPEConfig(method, dype=dynamic))
+        label += f", t = {HALFWAY:g}" if dynamic else ""
+        left.plot(i, 2 * np.pi / (theta * ratios), line, color=colour, label=label)
+        right.plot(i, 1 / ratios, line, color=colour, label=label)
     lengths = {FLUX[2]: "trained", STRETCH * FLUX[2]: "wanted"}
     for tokens, name in lengths.items():
         left.axhline(tokens, color=style.GREY, linewidth=0.6)

@@ -23,14 +23,7 @@ SCORES = {  # -> what it is
 TRUTH = {"truth_vae": "truth, by the VAE"}  # as near as the model could come
 COMMAND = "python -m dype.demo.evaluate"
 STANDARD = ("base", "yarn_paper_static", "yarn_paper_1_2")
-COLOURS = (
-    style.ORANGE,
-    style.BLUE,
-    style.GREEN,
-    style.VERMILLION,
-    style.PURPLE,
-    style.SKY,
-)
+COLOURS = (style.ORANGE, style.BLUE, style.GREEN, style.VERMILLION, style.PURPLE, style.SKY)
 MARKERS = "soD^vP"
 
 
@@ -51,7 +44,7 @@ def bars(axes, x, scores: list[dict], **look) -> None:
 def fig5(ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=STANDARD) -> Figure:
     """A score over the size with its intervals: `base`, a static method and its dynamic form."""
     one_of("--score", score, SCORES)
-    rows = read(ground_truth, "rows", COMMAND)
+    rows = reported(ground_truth)
     for name in settings:
         one_of("--settings", name, list(dict.fromkeys(one["setting"] for one in rows)))
     made = style.figure(style.SINGLE, 2.6)
@@ -87,8 +80,7 @@ def pairs(ground_truth: Path = GROUND_TRUTH, score: str = "spectrum") -> Figure:
     sizes = sorted({one["size"] for one in rows} - {BASE}) or [BASE]
     methods = [one["method"] for one in rows if one["method"] not in (None, "base")]
     looks = {}
-    methods = dict.fromkeys(one["method"] for one in rows if one["method"] not in (None, "base"))
-    for i, method in enumerate(methods):
+    for i, method in enumerate(dict.fromkeys(methods)):
         looks[method] = {"color": COLOURS[i % 6], "marker": MARKERS[(i + i // 6) % 6]}
     forms = [one for one in read(ground_truth, "pairs", COMMAND) if "_static" in one["against"]]
     made = style.figure(style.DOUBLE, 3)

@@ -80,14 +80,21 @@ def write_rows(folder: Path, rows: list[dict]) -> None:
 
 def settle(rows: list[dict], report: dict, hows: dict[str, dict], overwrite: bool) -> None:
     """Empty the columns to be computed anew, and note how each is made. Raises UserError."""
+    for name, row in ((name, row) for name in SINGLE for row in rows if row.get(name)):
+        try:
+            float(row[name])
+        except ValueError:
+            raise UserError(
+                f"{ablation.RESULTS} has {name} {row[name]!r} of {row['file']}, expected a number"
+            ) from None
     for name, how in hows.items():
         before = report["columns"].get(name, {})
         if any(row.get(name) for row in rows) and not overwrite:
-            other = [part for part in how if how[part] != before.get(part)]
+            other = [part for part in how | before if how.get(part) != before.get(part)]
             if other:
                 raise UserError(
                     f"{name} in {ablation.RESULTS} is by {other[0]} {before.get(other[0])!r}, "
-                    f"asked for {how[other[0]]!r}, expected the same or --overwrite"
+                    f"asked for {how.get(other[0])!r}, expected the same or --overwrite"
                 )
     for name, how in hows.items():
         for row in rows:

@@ -87,22 +87,22 @@ def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def kernel_distance(real: np.ndarray, drawn: np.ndarray, patches: int, weights) -> np.ndarray:
     """KID, the unbiased squared MMD, for every row of weights, [resamples, pictures].
 
-    real [m, d] and drawn [pictures * patches, d]. A weight says how often a picture was drawn; it
-    is never paired with its own copies, which would add what no new picture adds. All pairs count:
-    this is what KID's random subsets estimate.
+    real [m * patches, d] and drawn [pictures * patches, d]. A weight says how often a picture was
+    drawn. All pairs of pictures count, which is what KID's random subsets estimate; patches of the
+    same picture, or of its copies, are alike and would add what no new picture adds.
     """
-    m, pictures = len(real), len(drawn) // patches
-    among = kernel(real, real)
-    constant = (among.sum() - np.trace(among)) / (m * (m - 1))
-    within = kernel(drawn, drawn)
+
+    def between(some, others):
+        return kernel(some, others).reshape(len(some) // patches, patches, -1, patches).sum((1, 3))
+
+    among, within, across = between(real, real), between(drawn, drawn), between(drawn, real)
+    np.fill_diagonal(among, 0)
     np.fill_diagonal(within, 0)
-    pairs = within.reshape(pictures, patches, pictures, patches).sum((1, 3))
-    across = kernel(drawn, real).reshape(pictures, -1).sum(1)
-    own, weights = np.diag(pairs), np.asarray(weights, float)
+    m, weights = len(among), np.asarray(weights, float)
     sums, squares = weights.sum(1), (weights**2).sum(1)
-    total = ((weights @ pairs) * weights).sum(1) + (weights - weights**2) @ own
-    count = patches**2 * (sums**2 - squares) + patches * (patches - 1) * sums
-    return constant + total / count - 2 * (weights @ across) / (sums * patches * m)
+    total = ((weights @ within) * weights).sum(1) / (sums**2 - squares)
+    total += among.sum() / (m * (m - 1)) - 2 * (weights @ across.sum(1)) / (sums * m)
+    return total / patches**2
 
 
 def inception_score(logits: np.ndarray, splits: int) -> float:
@@ -148,4 +148,4 @@ def score(real: None, drawn: dict, splits: int) -> tuple[float, list[float]]:
     order = np.random.RandomState(SHUFFLE).permutation(len(logits))
     value = inception_score(logits[order], splits)
     choices = [rows_of(choice, patches) for choice in draws(pictures, SLOW_RESAMPLES)]
-    return value, around(value, [inception_score(logits[one], splits) for one in choices])
+    return value, around(value, [inception_score(logits[one][order], splits) for one in choices])

@@ -103,45 +103,63 @@ def test_frechet_distance(real, drawn):
     assert metric_sets.frechet(a, a, [np.arange(real)])[0] == pytest.approx(0, abs=1e-5)
 
 
-def plain_kid(real: np.ndarray, drawn: np.ndarray) -> float:
-    """Pair by pair."""
+def plain_kid(real: np.ndarray, drawn: np.ndarray, patches: int = 1) -> float:
+    """Pair by pair, of different pictures."""
 
     def mean(pairs):
         return np.mean([(np.dot(x, y) / len(x) + 1) ** 3 for x, y in pairs])
 
-    within = [mean(itertools.permutations(some, 2)) for some in (real, drawn)]
-    return sum(within) - 2 * mean(itertools.product(real, drawn))
+    def within(some):
+        pairs = itertools.permutations(enumerate(some), 2)
+        return mean((x, y) for (i, x), (j, y) in pairs if i // patches != j // patches)
+
+    return within(real) + within(drawn) - 2 * mean(itertools.product(real, drawn))
 
 
 @pytest.mark.parametrize("patches", [1, 3])
 def test_kernel_distance(patches):
     """Against a plain transcription; of a resample that repeats nothing, of those pictures."""
     rng = np.random.default_rng(1)
-    real, drawn = rng.normal(size=(8, 4)), rng.normal(0.3, 1, size=(6 * patches, 4))
+    real, drawn = rng.normal(size=(8 * patches, 4)), rng.normal(0.3, 1, size=(6 * patches, 4))
     some = np.array([1, 1, 0, 1, 0, 1.0])
     found = metric_sets.kernel_distance(real, drawn, patches, [np.ones(6), some])
     rows = metric_sets.rows_of(np.flatnonzero(some), patches)
-    expected = [plain_kid(real, drawn), plain_kid(real, drawn[rows])]
+    expected = [plain_kid(real, drawn, patches), plain_kid(real, drawn[rows], patches)]
     assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_kernel_distance_of_a_resample():
     """A picture drawn twice is paired with every other one twice, and never with its copy."""
     rng = np.random.default_rng(1)
-    real, drawn = rng.normal(size=(5, 4)), rng.normal(0.3, 1, size=(3 * 2, 4))
+    real, drawn = rng.normal(size=(5 * 2, 4)), rng.normal(0.3, 1, size=(3 * 2, 4))
     copies = [0, 0, 2]
-    places = [(copy, picture, patch) for copy, picture in enumerate(copies) for patch in (0, 1)]
     pairs = [
         (drawn[2 * picture + patch], drawn[2 * other + also])
-        for (copy, picture, patch), (again, other, also) in itertools.permutations(places, 2)
-        if picture != other or copy == again
+        for picture, other in itertools.permutations(copies, 2)
+        for patch, also in itertools.product((0, 1), repeat=2)
+        if picture != other
     ]
     rows = metric_sets.rows_of(np.array(copies), 2)
     value = np.mean([(x @ y / 4 + 1) ** 3 for x, y in pairs])
-    value += np.mean([(x @ y / 4 + 1) ** 3 for x, y in itertools.permutations(real, 2)])
+    others = itertools.permutations(range(len(real)), 2)
+    value += np.mean([(real[i] @ real[j] / 4 + 1) ** 3 for i, j in others if i // 2 != j // 2])
     value -= 2 * np.mean([(x @ y / 4 + 1) ** 3 for x, y in itertools.product(real, drawn[rows])])
     (found,) = metric_sets.kernel_distance(real, drawn, 2, [[2, 0, 1]])
     assert found == pytest.approx(value, rel=1e-9)
+
+
+def test_kernel_distance_is_unbiased():
+    """Pictures of one law are at 0 in the mean, however alike a picture's own patches are."""
+    rng, found = np.random.default_rng(5), []
+
+    def sampled(count):
+        return (rng.normal(size=(count, 1, 8)) + 0.3 * rng.normal(size=(count, 6, 8))).reshape(
+            -1, 8
+        )
+
+    for _ in range(300):
+        found += list(metric_sets.kernel_distance(sampled(10), sampled(12), 6, [np.ones(12)]))
+    assert abs(np.mean(found)) < 3 * np.std(found) / len(found) ** 0.5
 
 
 def test_inception_score():
@@ -455,6 +473,12 @@ def test_columns_and_means():
     assert "96x128, base" in text
 
 
+def test_a_spoiled_column(capsys):
+    folder = sweep({"glcm": "much"})
+    assert score(folder, "--metrics", "compression") == 2
+    assert "glcm 'much' of" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_goes_on(monkeypatch, capsys):
     """What was computed stays, to the digit, and is not computed again; a later picture is."""
     folder = sweep({}, {}, {}, {})
@@ -509,7 +533,7 @@ def test_set_metrics(inception, capsys):
     entries = {(one["metric"], one["setting"]): one for one in report()["sets"]}
     assert len(entries) == 6
     one = entries["patch_kid", "96x128, dy_yarn"]
-    assert one["value"] == pytest.approx(plain_kid(theirs, ours), rel=1e-6)
+    assert one["value"] == pytest.approx(plain_kid(theirs, ours, 3), rel=1e-6)
     assert (one["pictures"], one["reals"]) == (5, 6)
     root = scipy.linalg.sqrtm(np.cov(ours.T) @ np.cov(theirs.T)).real
     distance = ((ours.mean(0) - theirs.mean(0)) ** 2).sum()
@@ -642,6 +666,8 @@ def test_prompts(weights, capsys):
     Path("same.txt").write_text(f"{PROMPT}\n\na blue disk on red leaves\n")
     assert score(folder, *argv, "--prompts", "same.txt") == 2
     assert "is by prompts None, asked for 'same.txt" in capsys.readouterr().err
+    assert score(folder, "--metrics", "clip_score") == 2  # and without its weights
+    assert "clip_score in results.csv is by weights" in capsys.readouterr().err
     assert score(folder, *argv, "--prompts", "same.txt", "--overwrite") == 0
     assert [row["clip_score"] for row in table()] == own
     Path("other.txt").write_text("a blue disk on red leaves\na green cross\n")

@@ -126,10 +126,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def protocol(args) -> dict:
-    """What every picture of a folder has in common, the weights among it."""
-    weights = Path(DEMO.repo) / "transformer" / "diffusion_pytorch_model.safetensors"
+    """What every picture of a folder has in common."""
     found = {name: getattr(args, name) for name in ("steps", "true_cfg", "dtype")}
-    return found | {"weights": hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}
+    return found | {"weights": weights_hash()}
+
+
+def weights_hash() -> str:
+    """The demo transformer's, to tell one training from another."""
+    path = Path(DEMO.repo) / "transformer" / "diffusion_pytorch_model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def agreed(args) -> None:

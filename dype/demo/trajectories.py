@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from dype import records
 from dype.config import DyPEConfig, number
+from dype.demo.evaluate import weights_hash
 from dype.demo.scenes import sample_scene
 from dype.flags import Parser, UserError
 from dype.models import MODELS
@@ -147,7 +148,7 @@ def load(path: Path, protocol: dict) -> list[dict]:
         return []
     try:
         found = json.loads(path.read_text("utf-8"))
-        known = found["protocol"]
+        known, pictures = dict(found["protocol"]), list(found["pictures"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not of this program; move it away") from error
     other = [name for name, value in protocol.items() if known.get(name) != value]
@@ -156,7 +157,7 @@ def load(path: Path, protocol: dict) -> list[dict]:
             f"{path} was made with {other[0]} {known.get(other[0])!r}, not "
             f"{protocol[other[0]]!r}; expected the same, or another --out"
         )
-    return found["pictures"]
+    return pictures
 
 
 def save(path: Path, protocol: dict, pictures: list[dict]) -> None:
@@ -192,6 +193,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"dype.demo.trajectories: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("dype.demo.trajectories: interrupted; run it again for the rest", file=sys.stderr)
+        return 130
 
 
 def run(args: argparse.Namespace) -> int:
@@ -204,6 +208,7 @@ def run(args: argparse.Namespace) -> int:
         number("--counts", count, 1, 1000, whole=True)
     protocol = {"model": "demo", "steps": args.steps, "true_cfg": args.true_cfg, "shift": "cap"}
     protocol |= {"dtype": args.dtype, "prompts_seed": args.seed, "queries": QUERIES}
+    protocol |= {"weights": weights_hash()}
     pictures = load(args.out, protocol)
     done = {(one["size"], one["setting"], one["prompt"], one["seed"]) for one in pictures}
     wanted = plan(dict(zip(args.sizes, args.counts, strict=True)), args.seed)
