@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import sys
+import types
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -407,6 +408,42 @@ def test_missing_inception(monkeypatch, capsys):
     assert score(folder, "--metrics", "glcm", "is", "--splits", 1) == 1
     assert "pip install torchmetrics==1.9.0 torch-fidelity==0.4.0" in capsys.readouterr().err
     assert not table()[0].get("glcm")
+
+
+def test_inception_is_torchmetrics(monkeypatch):
+    """As its FID is given it: 2048 features, its resizing, a weights file; logits without bias."""
+    asked = []
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(2048, CLASSES)
+
+        def forward(self, pictures):
+            assert pictures.dtype == torch.uint8
+            return pictures.float().mean((2, 3)) @ torch.ones(3, 2048)
+
+    network = Network()
+
+    class FrechetInceptionDistance:
+        def __init__(self, *given, **named):
+            asked.append((given, named))
+            self.inception = network
+
+    stub = types.SimpleNamespace(FrechetInceptionDistance=FrechetInceptionDistance)
+    for name in ("torchmetrics", "torchmetrics.image", "torchmetrics.image.fid"):
+        monkeypatch.setitem(sys.modules, name, stub)
+    pictures = np.full((2, 3, 8, 8), 5, np.uint8)
+    for weights, more in ((None, {}), ("a.pth", {"feature_extractor_weights_path": "a.pth"})):
+        with metric_models.inception(weights, "cpu", False) as extract:
+            features, logits = extract(pictures)
+        assert asked[-1] == ((2048,), {"antialias": False} | more)
+        assert (features == 15).all()
+        assert features.shape == (2, 2048)
+        assert logits.shape == (2, CLASSES)
+        np.testing.assert_allclose(
+            logits, features @ network.fc.weight.detach().numpy().T, rtol=1e-5
+        )
 
 
 def test_torch_fidelity_agrees(inception_weights):

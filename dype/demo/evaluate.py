@@ -34,6 +34,8 @@ except ModuleNotFoundError as error:
     sys.exit(f"there is no {error.name}; pip install -r requirements-dev.txt")
 
 DEMO = MODELS["demo"]
+CONTROLLED = ["yarn_paper:reversed", "pi:1:1:reversed"]
+CONTROLLED += ["base:model", "yarn_paper:static:model", "yarn_paper:model"]
 BEST = ("yarn_paper", "pi:1:1", "yarn")  # by the joint score on prompts of seed 1 (docs/log.md)
 
 
@@ -43,10 +45,12 @@ def plan(name: str) -> list[Cell]:
     statics = dict.fromkeys(f"{static_form(method)}:static" for method in dynamic)
     everything = ["base", *statics, *dynamic, "pi:1:1"]
     finalists = ["base", *(f"{one.split(':')[0]}:static" for one in BEST), *BEST]
+    scaling = ["base", "yarn_paper:static", "yarn_paper"]  # of fig5, with 1x, 2x and 4x
     lines = {
         "quick": [(256, ["base"], 8), (512, finalists, 8)],
         "default": [(256, ["base"], 64), (512, everything, 64), (1024, finalists, 16)],
-        "full": [(256, ["base"], 64)] + [(size, everything, 64) for size in (512, 768, 1024)],
+        "full": [(256, ["base"], 64), (512, everything + CONTROLLED, 64), (1024, everything, 64)]
+        + [(size, scaling, 16) for size in (768, 1280, 1536)],
     }[name]
     return [Cell(size, setting(one), count) for size, some, count in lines for one in some]
 
@@ -108,7 +112,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("settings", nargs="*", help="instead of the table: METHOD[:...]")
     made.add_argument("--quick", action="store_true", help="a table in under 5 minutes")
-    made.add_argument("--full", action="store_true", help="a table of everything: a day")
+    made.add_argument(
+        "--full", action="store_true", help="a table of everything, at sizes up to 6x: half a day"
+    )
     made.add_argument("--drawn", action="store_true", help="score what is there, draw nothing")
     made.add_argument("--size", type=int, default=512, help="px, of the settings")
     made.add_argument("--count", type=int, default=64, help="prompts, of the settings")
