@@ -78,7 +78,7 @@ def add_flags(parser) -> None:
         help=f"shares of width, height and the shorter side (default: {MIDDLE}; fig16 none)",
     )
     parser.add_argument(
-        "--methods", metavar="NAME", nargs="+", help="side by side (default: the paper's)"
+        "--methods", metavar="NAME,...", nargs="+", help="side by side (default: the paper's)"
     )
     parser.add_argument(
         "--where",
@@ -129,7 +129,7 @@ def chosen(rows: list[dict], methods: list[str], prompts: int) -> list[list[dict
 def picture_rows(name: str, folder: Path, crops=None, methods=None, where=()) -> Figure:
     """The pictures of one of the paper's figures, from results.csv. Raises ValueError."""
     shown = SHOWN[name]
-    methods = list(methods or shown.methods)
+    methods = [one for word in methods or shown.methods for one in word.split(",") if one]
     rows = [one for one in read_rows(folder) if not one["error"]]
     if not rows:
         raise ValueError(f"{folder} has no finished sweep, expected pictures and results.csv")

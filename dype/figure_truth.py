@@ -21,7 +21,7 @@ SCORES = {  # -> what it is
     "patches": "distance of patches (0: truth)",
 }
 TRUTH = {"truth_vae": "truth, by the VAE"}  # as near as the model could come
-COMMAND = "python -m dype.demo.evaluate"
+COMMAND = f"python -m dype.demo.evaluate --drawn --save {GROUND_TRUTH}"
 STANDARD = ("base", "yarn_paper_static", "yarn_paper_1_2")
 COLOURS = (style.ORANGE, style.BLUE, style.GREEN, style.VERMILLION, style.PURPLE, style.SKY)
 MARKERS = "soD^vP"

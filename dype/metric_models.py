@@ -90,7 +90,8 @@ def missing(name: str, weights: str, error: Exception) -> UnavailableError:
 
 
 def reason_of(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+    """The first sentence of a library's error, which may go on for a page."""
+    return " ".join(str(error).split()).split(". ")[0][:160]
 
 
 def loaded(name: str, kind, weights: str, processor: str, device: str) -> tuple:

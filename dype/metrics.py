@@ -32,7 +32,7 @@ def parser() -> Parser:
     flag = made.add_argument
     flag("folder", type=Path, metavar="FOLDER", help="of a finished sweep, with its results.csv")
     flag("--metrics", nargs="+", metavar="NAME", help=f"{', '.join(SINGLE | SETS)}, or all "
-         "(default: glcm compression, with --real also fid kid)")  # fmt: skip
+         "(default: glcm compression; --real adds fid kid, --prompts clip_score)")  # fmt: skip
     flag("--prompts", type=Path, metavar="FILE", help="score against these, one per line, the n-th "
          "for the sweep's n-th prompt (default: the prompts that drew the pictures)")  # fmt: skip
     flag("--real", type=Path, metavar="FOLDER", help="pictures for FID and KID")

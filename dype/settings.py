@@ -150,9 +150,9 @@ def swept(given: dict, model: Model) -> list[dict]:
     print(f"--sweep {given['sweep']} stands for")
     for line in lines:
         print(f"  {sweeps.spelled(line)}")
-    left_out = sweeps.SWEEPS[given["sweep"]][2]
-    if left_out:
-        print(f"left out, since no method here expresses it: {left_out}")
+    note = sweeps.SWEEPS[given["sweep"]][2]
+    if note:
+        print(note)
     return lines
 
 

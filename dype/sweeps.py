@@ -15,7 +15,7 @@ RANGE = re.compile(r"(\d+)-(\d+)")
 
 TABLE1_SIZES = "2x:3x,3x:2x,3x,4x"
 
-# name -> (its lines, those with --quick, what is left out of the paper's table). A line is flags; a
+# name -> (its lines, those with --quick, what to know of the paper's table). A line is flags; a
 # size of 1.5x is that many times the base resolution, of 2x:3x that many in width and height.
 SWEEPS = {
     "methods": (
@@ -43,7 +43,7 @@ SWEEPS = {
     "paper-table3": (
         [{"size": "2x,4x", "method": "yarn", "dype": "on"}],
         None,
-        "every other row of the table, none of which is a position encoding",
+        "left out: every other row of the table, none of which is a position encoding",
     ),
     "paper-table6": (
         [
@@ -75,7 +75,7 @@ SWEEPS = {
             {"size": "4096", "method": "yarn", "dype": "off,on"},
         ],
         None,
-        None,
+        "the paper's table is of Qwen-Image: --model qwen-image",
     ),
 }
 

@@ -229,11 +229,12 @@ def test_table_of_a_run_that_was_interrupted(tmp_path, monkeypatch, capsys, shor
     out = capsys.readouterr().out
     assert "| 64 | `base` | 3 |" in out
     assert "| 64 | `pi_2_2` | 1 |" in out
-    assert "pi_static" not in out
+    assert "not all drawn: pi_2_2 64 px 1, pi_static 64 px 0, pi_2_2_reversed 64 px 0" in out
+    assert "| `pi_static` |" not in out
     assert evaluate.main([*parts, "--save", str(tmp_path / "saved.json")]) == 0
     assert left[0] == -8  # pictures that the second run drew: 12 less the 4 of the first
     assert drawn(tmp_path / "parts") == drawn(tmp_path / "whole")
-    assert capsys.readouterr().out == printed
+    assert capsys.readouterr().out == f"{printed}{tmp_path / 'saved.json'}\n"
     found = json.loads((tmp_path / "saved.json").read_text())
     names = [row["setting"] for row in found["rows"]]
     assert names == ["truth", "truth_vae", "vae", "base", "pi_2_2", "pi_static",
@@ -255,9 +256,11 @@ BAD = {
     "yarn:static:reversed": "'yarn:static:reversed', expected METHOD",
     "--quick --full": "expected at most one",
     "--quick base": "expected at most one",
-    "base --size 100": "--size a multiple of 16",
-    "base --count 0": "--count and --steps are at least 1",
-    "base --seed -1": "--seed 0",
+    "base --size 100": "--size is 100, expected a multiple of 16",
+    "base --count 0": "--count is 0, expected a whole number at least 1",
+    "base --steps 0": "--steps is 0, expected",
+    "base --seed -1": "--seed is -1, expected a whole number at least 0",
+    "base --out there/protocol.json": "--out is there/protocol.json, expected a folder",
     "base --strip a.xyz": "--strip is a.xyz, expected",
     "base --size 64 --steps 3 --out there": "steps is 3, but there was drawn with 20",
     "base --out odd": "odd/protocol.json is not of this program",
@@ -276,7 +279,7 @@ def test_bad_input(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "load_pipeline", None)
     assert evaluate.main(words.split()) == 2
     err = capsys.readouterr().err
-    assert err.startswith("python -m dype.demo.evaluate: ")
+    assert err.startswith("dype.demo.evaluate: ")
     assert BAD[words] in err
     assert err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd", "there"]

@@ -179,6 +179,7 @@ def test_named_sweeps_are_presets_of_the_list_flags(line, model, capsys):
 
     assert sorted(map(key, again)) == sorted(map(key, found))
     assert ("left out" in " ".join(printed)) == ("table3" in line)
+    assert ("--model qwen-image" in " ".join(printed)) == ("table8" in line)
 
 
 def test_sizes_of_a_named_sweep_are_whole_tokens():

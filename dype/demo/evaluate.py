@@ -1,4 +1,4 @@
-"""The ground-truth table: `python -m dype.demo.evaluate`, in under two hours on two CPU cores.
+"""The ground-truth table: `python -m dype.demo.evaluate`, in about two hours on two CPU cores.
 
 Draws seeded prompts with the demo model under many settings, and scores layout, texture and both
 against rendered scenes of the same size. A picture that is there is not drawn again. A setting is
@@ -7,10 +7,10 @@ control) or `:model` (the model's own noise schedule instead of the capped one).
 are there to report, those of another seed to choose by. Needs requirements-dev.txt.
 """
 
-import argparse
 import hashlib
 import io
 import json
+import math
 import sys
 from itertools import takewhile
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from dype import records
+from dype.config import number
 from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, sample_scene
 from dype.flags import Parser, UserError
 from dype.models import MODELS
@@ -104,30 +105,26 @@ def reverse(transformer, args, kwargs) -> None:
     transformer.pos_embed.set_timestep(1 - kwargs["timestep"].flatten()[0])
 
 
-def parser() -> argparse.ArgumentParser:
-    made = Parser(
-        prog="python -m dype.demo.evaluate",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    made.add_argument("settings", nargs="*", help="instead of the table: METHOD[:...]")
-    made.add_argument("--quick", action="store_true", help="a table in under 5 minutes")
-    made.add_argument(
-        "--full", action="store_true", help="a table of everything, at sizes up to 6x: half a day"
-    )
-    made.add_argument("--drawn", action="store_true", help="score what is there, draw nothing")
-    made.add_argument("--size", type=int, default=512, help="px, of the settings")
-    made.add_argument("--count", type=int, default=64, help="prompts, of the settings")
-    made.add_argument("--seed", type=int, default=0, help="of the prompts: 0 to report on")
-    made.add_argument("--held_out", action="store_true", help="only triples never trained on")
-    made.add_argument("--steps", type=int, default=DEMO.steps)
-    made.add_argument("--true_cfg", type=float, default=DEMO.true_cfg)
-    made.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="autocast or not"
-    )
-    made.add_argument("--out", type=Path, default=Path("outputs/ground_truth"), help="folder")
-    made.add_argument("--save", type=Path, help="the numbers as JSON")
-    made.add_argument("--strip", type=Path, help="PNG or JPEG of six pictures per setting")
+def parser() -> Parser:
+    made = Parser(prog="python -m dype.demo.evaluate", description=__doc__)
+    flag = made.add_argument
+    flag("settings", nargs="*", metavar="METHOD[:...]", help="instead of the table's")
+    flag("--quick", action="store_true", help="a table in under 5 minutes")
+    flag("--full", action="store_true", help="everything, at sizes up to 6x: half a day")
+    flag("--drawn", action="store_true", help="score what is there, draw nothing")
+    flag("--size", type=int, default=512, metavar="PX", help="of the settings (default: 512)")
+    flag("--count", type=int, default=64, metavar="N", help="prompts of each (default: 64)")
+    flag("--seed", type=int, default=0, metavar="N", help="of the prompts (default: 0, to report)")
+    flag("--held_out", action="store_true", help="only triples never trained on")
+    flag("--steps", type=int, default=DEMO.steps, metavar="N", help=f"(default: {DEMO.steps})")
+    flag("--true_cfg", type=float, default=DEMO.true_cfg, metavar="X", help="(default: "
+         f"{DEMO.true_cfg:g})")  # fmt: skip
+    flag("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
+         help="autocast to bfloat16 (the default) or not")  # fmt: skip
+    flag("--out", type=Path, default=Path("outputs/ground_truth"), metavar="FOLDER",
+         help="of the pictures (default: outputs/ground_truth)")  # fmt: skip
+    flag("--save", type=Path, metavar="FILE", help="the numbers as JSON, for dype.figures")
+    flag("--strip", type=Path, metavar="FILE", help="PNG or JPEG of six pictures per setting")
     return made
 
 
@@ -166,8 +163,11 @@ def asked(args) -> list[Cell]:
     """The cells that the flags ask for. Raises ValueError."""
     if args.quick + args.full + bool(args.settings) > 1:
         raise ValueError("--quick, --full and SETTINGS, expected at most one of them")
-    if min(args.count, args.steps) < 1 or args.seed < 0 or args.size % 16 or args.size < 64:
-        raise ValueError("--count and --steps are at least 1, --seed 0, --size a multiple of 16")
+    for name, least in (("count", 1), ("steps", 1), ("seed", 0)):
+        number(f"--{name}", getattr(args, name), least, math.inf, whole=True)
+    number("--size", args.size, 64, 4096, multiple=16)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out is {args.out}, expected a folder")
     if args.strip and args.strip.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ValueError(f"--strip is {args.strip}, expected a name in .png or .jpg")
     if args.settings:
@@ -179,11 +179,14 @@ def asked(args) -> list[Cell]:
 
 def there(cells: list[Cell], args) -> list[Cell]:
     """The cells with as many pictures as have been drawn. Raises ValueError if there are none."""
-    found = []
+    found, short = [], []
     for cell in cells:
         paths = (folder_of(cell, args) / f"{i:03}.png" for i in range(cell.count))
         count = sum(1 for _ in takewhile(Path.exists, paths))
         found += [cell._replace(count=count)] * (count > 0)
+        short += [f"{cell.setting.name} {cell.size} px {count}"] * (count < cell.count)
+    if short and found:
+        print(f"not all drawn: {', '.join(short)}")
     if not found:
         raise ValueError(f"{args.out} has none of these pictures, expected some with --drawn")
     return found
@@ -196,13 +199,15 @@ def run(args) -> None:
     scenes = sampled(args)
     pipe = load_pipeline("demo")
     pipe.set_progress_bar_config(disable=True)
-    with tqdm(total=sum(cell.count for cell in cells), unit="picture", desc="drawing") as bar:
+    count = sum(cell.count for cell in cells)
+    with tqdm(total=count, unit="picture", desc="drawing", disable=args.drawn) as bar:
         for cell in cells:
             draw(pipe, cell, folder_of(cell, args), scenes, args, bar)
     found = report.table(pipe.vae, cells, scenes, lambda cell: folder_of(cell, args))
     print(report.printed(found["rows"], ("size", "setting", "n"), signed=False))
-    print()
-    print(report.printed(found["pairs"], ("size", "setting", "against", "n"), signed=True))
+    if found["pairs"]:
+        print()
+        print(report.printed(found["pairs"], ("size", "setting", "against", "n"), signed=True))
     whole = {"protocol": protocol(args) | {"seed": args.seed, "held_out": args.held_out}, **found}
     files = {args.save: json.dumps(whole, indent=1).encode()} if args.save else {}
     if args.strip:
@@ -210,6 +215,8 @@ def run(args) -> None:
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
     records.write(files)
+    for path in files:
+        print(path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -226,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def failed(code: int, error) -> int:
-    print(f"python -m dype.demo.evaluate: {error}", file=sys.stderr)
+    print(f"dype.demo.evaluate: {error}", file=sys.stderr)
     return code
 
 
