@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 from PIL import Image, ImageFilter
 
 from dype.demo import evaluate, report, scores
@@ -240,6 +242,7 @@ def test_table_of_a_run_that_was_interrupted(tmp_path, monkeypatch, capsys, shor
     assert names == ["truth", "truth_vae", "vae", "base", "pi_2_2", "pi_static",
                      "pi_2_2_reversed"]  # fmt: skip
     assert found["rows"][1]["layout"]["mean"] == 1
+    assert found["rows"][1]["spectrum"]["mean"] > 0.01  # other leaves, not the same
     assert found["protocol"]["steps"] == 2
     pictures = drawn(tmp_path / "whole").values()
     assert len(set(pictures)) == 12
@@ -297,6 +300,25 @@ def test_a_picture_that_is_cut_off(tmp_path, capsys, short):
     path.unlink()
     assert evaluate.main(words) == 0
     assert path.read_bytes() == whole
+
+
+def test_each_prompt_has_its_noise(tmp_path, monkeypatch):
+    """Seed 10000 of the prompts' seed + i: halves of different prompts share none."""
+    seen = []
+
+    class Pipe:
+        device, transformer = torch.device("cpu"), torch.nn.Identity()
+
+        def __call__(self, caption, generator, **more):
+            seen.append((caption, generator.initial_seed()))
+            return SimpleNamespace(images=[Image.new("RGB", (64, 64))])
+
+    monkeypatch.setattr(evaluate, "apply_dype", lambda *_: None)
+    args = evaluate.parser().parse_args(["base", "--seed", "3"])
+    scenes = evaluate.sampled(args)
+    cell = Cell(64, setting("base"), 2)
+    evaluate.draw(Pipe(), cell, tmp_path, scenes, args, evaluate.tqdm(disable=True))
+    assert seen == [(scenes[0].caption, 30_000), (scenes[1].caption, 30_001)]
 
 
 @pytest.mark.parametrize("control", ["", ":reversed"])

@@ -183,9 +183,9 @@ def psnr(picture: np.ndarray, other: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean((picture.astype(float) - other) ** 2)))
 
 
-def strips(cells: list[Cell], folder_of: Callable, path: Path, side: int = 192) -> bytes:
+def strips(cells: list[Cell], folder_of: Callable, path: Path, side: int = 160) -> bytes:
     """A labelled row of the first six pictures per cell, in the format of the path's suffix."""
-    font, bar = ImageFont.load_default(18), 30
+    font, bar = ImageFont.load_default(16), 26
     sheet = Image.new("RGB", (6 * side, len(cells) * (side + bar)), "white")
     pen = ImageDraw.Draw(sheet)
     for row, cell in enumerate(cells):
@@ -196,6 +196,6 @@ def strips(cells: list[Cell], folder_of: Callable, path: Path, side: int = 192) 
             sheet.paste(small, (column * side, top + bar))
     content = io.BytesIO()
     sheet.save(
-        content, Image.registered_extensions()[path.suffix.lower()], optimize=True, quality=85
+        content, Image.registered_extensions()[path.suffix.lower()], optimize=True, quality=80
     )
     return content.getvalue()
