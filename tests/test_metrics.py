@@ -361,7 +361,12 @@ def test_image_reward(monkeypatch, capsys):
     assert line.count("\n") == 1
     Path("ImageReward.py").write_text(REWARD)
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
-    assert score(folder, "--metrics", "image_reward", "--python", sys.executable) == 0
+    own = ["--metrics", "image_reward", "--python", sys.executable]
+    Path("other").mkdir()
+    assert score(folder, *own, "--weights", "image_reward=other") == 0
+    assert score(folder, *own) == 2  # other weights than those of the column
+    assert "image_reward in results.csv is by weights" in capsys.readouterr().err
+    assert score(folder, *own, "--overwrite") == 0
     for row in table():
         size = (folder / row["file"]).stat().st_size
         assert float(row["image_reward"]) == pytest.approx(len(row["prompt"]) + size / 1e6)
@@ -444,6 +449,16 @@ def test_inception_is_torchmetrics(monkeypatch):
         np.testing.assert_allclose(
             logits, features @ network.fc.weight.detach().numpy().T, rtol=1e-5
         )
+
+
+def test_resampled_scores_are_of_the_value(monkeypatch):
+    """The Inception score of a resample that is the set itself is computed as the value is."""
+    seen, logits = [], np.random.default_rng(0).normal(size=(6, 3, CLASSES))
+    monkeypatch.setattr(metric_sets, "draws", lambda count, _: [np.arange(count)] * 2)
+    monkeypatch.setattr(metric_sets, "inception_score", lambda x, splits: seen.append(x) or 1.0)
+    metric_sets.score(None, {"logits": logits}, 2)
+    assert len(seen) == 3
+    assert all((one == seen[0]).all() for one in seen)
 
 
 def test_torch_fidelity_agrees(inception_weights):
@@ -703,8 +718,6 @@ def test_prompts(weights, capsys):
     Path("same.txt").write_text(f"{PROMPT}\n\na blue disk on red leaves\n")
     assert score(folder, *argv, "--prompts", "same.txt") == 2
     assert "is by prompts None, asked for 'same.txt" in capsys.readouterr().err
-    assert score(folder, "--metrics", "clip_score") == 2  # and without its weights
-    assert "clip_score in results.csv is by weights" in capsys.readouterr().err
     assert score(folder, *argv, "--prompts", "same.txt", "--overwrite") == 0
     assert [row["clip_score"] for row in table()] == own
     Path("other.txt").write_text("a blue disk on red leaves\na green cross\n")
