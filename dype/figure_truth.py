@@ -84,14 +84,16 @@ def pairs(ground_truth: Path = GROUND_TRUTH, score: str = "spectrum") -> Figure:
         looks[method] = {"color": COLOURS[i % 6], "marker": MARKERS[(i + i // 6) % 6]}
     forms = [one for one in read(ground_truth, "pairs", COMMAND) if "_static" in one["against"]]
     made = style.figure(style.DOUBLE, 3)
-    for axes, size in zip(made.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+    for axes, size in zip(
+        made.subplots(1, len(sizes), squeeze=False, sharey=True)[0], sizes, strict=True
+    ):
         here = {one["setting"]: one for one in rows if one["size"] == size}
         lines = [(one["against"], one["setting"]) for one in forms if one["size"] == size]
         pairs_panel(axes, here, lines, looks, score)
         axes.set_title(f"{size} px ({size / BASE:g}x)")
-        axes.set_xlabel(SCORES["layout"])
-        axes.invert_yaxis()
+    made.axes[0].invert_yaxis()
     made.axes[0].set_ylabel(SCORES[score])
+    made.supxlabel(SCORES["layout"], fontsize=style.STYLE["axes.labelsize"])
     found = {}
     for axes in made.axes:
         found |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))

@@ -265,7 +265,7 @@ MODELS = {
         height=512,
         width=512,
         prompt="a red ring on teal leaves",
-        # the nearest texture of those that keep the layout at 512 px (docs/log.md)
+        # the nearest texture of those that keep the layout at 512 px (docs/reproduce.md)
         dype={"method": "yarn_paper"},
         steps=20,
         true_cfg=5.0,
