@@ -194,7 +194,7 @@ def test_controls_are_held_against_what_they_control():
     assert ("yarn_1_2_model", "yarn_static") not in pairs
 
 
-SMALL = ["--size", "64", "--steps", "2", "--count", "3"]
+SMALL = ["--size", "64", "--steps", "2", "--count", "3", "--processes", "1"]
 
 
 @pytest.fixture
@@ -248,6 +248,17 @@ def test_table_of_a_run_that_was_interrupted(tmp_path, monkeypatch, capsys, shor
     assert len(set(pictures)) == 12
 
 
+def test_two_processes_draw_what_one_does(tmp_path):
+    words = ["base", "pi", "--size", "64", "--steps", "1", "--count", "2", "--out"]
+    assert evaluate.main([*words, str(tmp_path / "one"), "--processes", "1"]) == 0
+    assert evaluate.main([*words, str(tmp_path / "two"), "--processes", "2"]) == 0
+    assert len(drawn(tmp_path / "two")) == 4
+    pairs = zip(*(sorted((tmp_path / name).rglob("*.png")) for name in ("one", "two")), strict=True)
+    for first, second in pairs:
+        gap = abs(report.opened(first).astype(int) - report.opened(second))
+        assert gap.max() <= 2  # of 255: another number of threads rounds otherwise
+
+
 BAD = {
     "yarm": "method is 'yarm', expected one of base",
     "yarn:1:2:3": "'yarn:1:2:3', expected METHOD",
@@ -262,6 +273,7 @@ BAD = {
     "base --size 100": "--size is 100, expected a multiple of 16",
     "base --count 0": "--count is 0, expected a whole number at least 1",
     "base --steps 0": "--steps is 0, expected",
+    "base --processes 0": "--processes is 0, expected",
     "base --seed -1": "--seed is -1, expected a whole number at least 0",
     "base --out there/protocol.json": "--out is there/protocol.json, expected a folder",
     "base --strip a.xyz": "--strip is a.xyz, expected",
@@ -317,7 +329,8 @@ def test_each_prompt_has_its_noise(tmp_path, monkeypatch):
     args = evaluate.parser().parse_args(["base", "--seed", "3"])
     scenes = evaluate.sampled(args)
     cell = Cell(64, setting("base"), 2)
-    evaluate.draw(Pipe(), cell, tmp_path, scenes, args, evaluate.tqdm(disable=True))
+    for i in range(2):
+        evaluate.draw(Pipe(), cell, i, tmp_path / f"{i}.png", scenes[i], args)
     assert seen == [(scenes[0].caption, 30_000), (scenes[1].caption, 30_001)]
 
 
@@ -335,7 +348,7 @@ def test_reversed_time(control, tmp_path, short):
 
     cell = Cell(64, setting("pi" + control), 1)
     pipe.transformer.register_forward_hook(lambda m, a, k, out: note(m, a, k), with_kwargs=True)
-    evaluate.draw(pipe, cell, tmp_path, evaluate.sampled(args), args, evaluate.tqdm(disable=True))
+    evaluate.draw(pipe, cell, 0, tmp_path / "0.png", evaluate.sampled(args)[0], args)
     assert len(seen) == 2 * 2  # steps, with and without the prompt
     for expected, sigma in seen:
         assert sigma == pytest.approx(expected, abs=1e-6)

@@ -11,8 +11,12 @@ import hashlib
 import io
 import json
 import math
+import os
+import signal
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from itertools import takewhile
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +39,8 @@ except ModuleNotFoundError as error:
     sys.exit(f"there is no {error.name}; pip install -r requirements-dev.txt")
 
 DEMO = MODELS["demo"]
+PROCESSES = min(os.cpu_count() or 1, 8)
+PIPE = None  # a worker process's own
 CONTROLLED = ["yarn_paper:reversed", "pi:1:1:reversed"]
 CONTROLLED += ["base:model", "yarn_paper:static:model", "yarn_paper:model"]
 BEST = ("yarn_paper", "pi:1:1", "yarn")  # by the joint score on prompts of seed 1 (docs/log.md)
@@ -68,41 +74,71 @@ def folder_of(cell: Cell, args) -> Path:
     return args.out / part / str(cell.size) / cell.setting.name
 
 
-def draw(pipe, cell: Cell, folder: Path, scenes: list[Scene], args, bar: tqdm) -> None:
-    """Draw a cell's pictures that are not there, the i-th from noise of seed 10000 `--seed` + i."""
-    paths = [folder / f"{i:03}.png" for i in range(cell.count)]
-    if all(path.exists() for path in paths):
-        bar.update(cell.count)
-        return
+def missing(cells: list[Cell], args) -> list[tuple[Cell, int, Path]]:
+    """The pictures that are not there: cell, number of the prompt, and where it goes."""
+    places = [(cell, i, folder_of(cell, args) / f"{i:03}.png") for cell in cells
+              for i in range(cell.count)]  # fmt: skip
+    return [place for place in places if not place[2].exists()]
+
+
+def draw(pipe, cell: Cell, i: int, path: Path, scene: Scene, args) -> None:
+    """Draw a picture of the i-th prompt, from noise of seed 10000 `--seed` + i."""
     apply_dype(pipe, cell.setting.config)
     hook = pipe.transformer.register_forward_pre_hook(reverse, with_kwargs=True)
     if cell.setting.control != "reversed":
         hook.remove()
-    for i, path in enumerate(paths):
-        if not path.exists():
-            with torch.autocast(pipe.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                [picture] = pipe(
-                    scenes[i].caption,
-                    negative_prompt=DEMO.negative_prompt or "",
-                    true_cfg_scale=args.true_cfg,
-                    guidance_scale=DEMO.guidance,
-                    height=cell.size,
-                    width=cell.size,
-                    num_inference_steps=args.steps,
-                    max_sequence_length=DEMO.max_sequence_length,
-                    generator=torch.Generator().manual_seed(10_000 * args.seed + i),
-                ).images
-            content = io.BytesIO()
-            picture.save(content, "png")
-            folder.mkdir(parents=True, exist_ok=True)
-            records.write({path: content.getvalue()})
-        bar.update()
+    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        [picture] = pipe(
+            scene.caption,
+            negative_prompt=DEMO.negative_prompt or "",
+            true_cfg_scale=args.true_cfg,
+            guidance_scale=DEMO.guidance,
+            height=cell.size,
+            width=cell.size,
+            num_inference_steps=args.steps,
+            max_sequence_length=DEMO.max_sequence_length,
+            generator=torch.Generator().manual_seed(10_000 * args.seed + i),
+        ).images
     hook.remove()
+    content = io.BytesIO()
+    picture.save(content, "png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records.write({path: content.getvalue()})
 
 
 def reverse(transformer, args, kwargs) -> None:
     """A later pre-hook than DyPE's own: the encoding at 1 - sigma."""
     transformer.pos_embed.set_timestep(1 - kwargs["timestep"].flatten()[0])
+
+
+def quiet_pipeline():
+    pipe = load_pipeline("demo")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def start() -> None:
+    """A worker process: a pipeline of its own, one thread; Ctrl-C is the parent's to handle."""
+    global PIPE
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    PIPE = quiet_pipeline()
+
+
+def work(job: tuple) -> None:
+    draw(PIPE, *job)
+
+
+def draw_all(pipe, jobs: list[tuple], processes: int, bar: tqdm) -> None:
+    """Draw in this process, or in several: small matrices don't keep many threads busy."""
+    if processes == 1:
+        for job in jobs:
+            draw(pipe, *job)
+            bar.update()
+    elif jobs:
+        with ProcessPoolExecutor(processes, get_context("spawn"), start) as pool:
+            for _ in pool.map(work, jobs):
+                bar.update()
 
 
 def parser() -> Parser:
@@ -123,6 +159,8 @@ def parser() -> Parser:
          help="autocast to bfloat16 (the default) or not")  # fmt: skip
     flag("--out", type=Path, default=Path("outputs/ground_truth"), metavar="FOLDER",
          help="of the pictures (default: outputs/ground_truth)")  # fmt: skip
+    flag("--processes", type=int, default=PROCESSES, metavar="N",
+         help=f"that draw at once (default: {PROCESSES}, one per core up to 8)")  # fmt: skip
     flag("--save", type=Path, metavar="FILE", help="the numbers as JSON, for dype.figures")
     flag("--strip", type=Path, metavar="FILE", help="PNG or JPEG of six pictures per setting")
     return made
@@ -163,7 +201,7 @@ def asked(args) -> list[Cell]:
     """The cells that the flags ask for. Raises ValueError."""
     if args.quick + args.full + bool(args.settings) > 1:
         raise ValueError("--quick, --full and SETTINGS, expected at most one of them")
-    for name, least in (("count", 1), ("steps", 1), ("seed", 0)):
+    for name, least in (("count", 1), ("steps", 1), ("seed", 0), ("processes", 1)):
         number(f"--{name}", getattr(args, name), least, math.inf, whole=True)
     number("--size", args.size, 64, 4096, multiple=16)
     if args.out.exists() and not args.out.is_dir():
@@ -197,12 +235,11 @@ def run(args) -> None:
     cells = asked(args)
     agreed(args)
     scenes = sampled(args)
-    pipe = load_pipeline("demo")
-    pipe.set_progress_bar_config(disable=True)
-    count = sum(cell.count for cell in cells)
-    with tqdm(total=count, unit="picture", desc="drawing", disable=args.drawn) as bar:
-        for cell in cells:
-            draw(pipe, cell, folder_of(cell, args), scenes, args, bar)
+    pipe = quiet_pipeline()
+    count, rest = sum(cell.count for cell in cells), missing(cells, args)
+    jobs = [(cell, i, path, scenes[i], args) for cell, i, path in rest]
+    with tqdm(total=count, initial=count - len(jobs), unit="picture", disable=args.drawn) as bar:
+        draw_all(pipe, jobs, args.processes, bar)
     found = report.table(pipe.vae, cells, scenes, lambda cell: folder_of(cell, args))
     print(report.printed(found["rows"], ("size", "setting", "n"), signed=False))
     if found["pairs"]:
