@@ -1,4 +1,4 @@
-"""The ground-truth table: `python -m dype.demo.evaluate`, in about two hours on two CPU cores.
+"""The ground-truth table: `python -m dype.demo.evaluate`, in under two hours on two CPU cores.
 
 Draws seeded prompts with the demo model under many settings, and scores layout, texture and both
 against rendered scenes of the same size. A picture that is there is not drawn again. A setting is
