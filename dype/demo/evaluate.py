@@ -246,7 +246,7 @@ def run(args) -> None:
         print()
         print(report.printed(found["pairs"], ("size", "setting", "against", "n"), signed=True))
     whole = {"protocol": protocol(args) | {"seed": args.seed, "held_out": args.held_out}, **found}
-    files = {args.save: json.dumps(whole, indent=1).encode()} if args.save else {}
+    files = {args.save: saved(whole)} if args.save else {}
     if args.strip:
         files[args.strip] = report.strips(cells, lambda cell: folder_of(cell, args), args.strip)
     for path in files:
@@ -254,6 +254,15 @@ def run(args) -> None:
     records.write(files)
     for path in files:
         print(path)
+
+
+def saved(whole: dict) -> bytes:
+    """JSON with a row to a line."""
+    parts = [f'"protocol": {json.dumps(whole["protocol"])}']
+    for name in ("rows", "pairs"):
+        lines = ",\n".join(json.dumps(row) for row in whole[name])
+        parts.append(f'"{name}": [\n{lines}\n]')
+    return ("{" + ",\n".join(parts) + "}\n").encode()
 
 
 def main(argv: list[str] | None = None) -> int:
