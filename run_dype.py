@@ -1,12 +1,14 @@
 """Draw pictures beyond the training resolution with DyPE: `python run_dype.py --prompt "..."`."""
 
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
-from dype import ablation, apply_dype, load_pipeline, memory, records, sheets
+from dype import ablation, apply_dype, load_pipeline, memory, parallel, records, sheets, speed
 from dype.cells import Cell, describe_schedule, drawn, encoder, out_of_memory, plan
 from dype.flags import UserError, parse
-from dype.pipelines import UnavailableError, local_scheduler
+from dype.parallel import ElsewhereError, Team
+from dype.pipelines import UnavailableError, default_device, local_scheduler
 from dype.settings import CITATION, Settings, resolve
 
 
@@ -20,19 +22,34 @@ def main(argv: list[str] | None = None) -> int:
         if given["grid_from"]:
             return sheet(Path(given["grid_from"]), given["cols"])
         given, settings = resolve(given)
-        if len(settings) == len(settings[0].prompts) == 1 and "sweep" not in given:
-            return single(given, settings[0])
-        return sweep(given, settings)
+        return draw(given, settings)
+    except ElsewhereError:
+        return 1
     except UserError as error:
         return failed(2, error)
     except (UnavailableError, OSError) as error:
         return failed(1, error)
     except (RuntimeError, MemoryError) as error:
+        if speed.of_compiler(error):
+            return failed(1, f"cannot compile: {speed.shortened(error)}; try --compile off")
         if not memory.ran_out(error):
             raise
         return failed(1, "out of memory before drawing; try --offload group or --quantize int8")
     except KeyboardInterrupt:
         return failed(130, "interrupted; of a sweep the same command draws the rest")
+
+
+def draw(given: dict, settings: list[Settings]) -> int:
+    """Draw a picture or a sweep, on one process or several."""
+    one = len(settings) == len(settings[0].prompts) == 1 and "sweep" not in given
+    if given.get("dry_run"):
+        return dry_run(settings[0]) if one else dry_sweep(given, settings)
+    team = parallel.join(settings[0].flags, alone=one)
+    try:
+        with nullcontext() if team.main else redirect_stdout(None):
+            return single(given, settings[0], team) if one else sweep(given, settings, team)
+    finally:
+        parallel.leave()
 
 
 def failed(code: int, error) -> int:
@@ -42,25 +59,30 @@ def failed(code: int, error) -> int:
 
 def load(settings: Settings, pixels: int):
     """The pipeline, with DyPE applied once to see that it can be."""
-    flags = settings.flags
-    names = ("revision", "dtype", "device", "text_encoder_device", "vae_device", "offload")
+    flags, device = settings.flags, parallel.own_device(settings.flags)
+    names = ("revision", "dtype", "text_encoder_device", "vae_device", "offload", "quantize")
+    speed.check_attention(flags["attention"], device or default_device(), flags["dtype"])
+    speed.check_compiler(flags["compile"], device or default_device())
     pipe = load_pipeline(
         flags["model"],
-        **{name: flags[name] for name in (*names, "quantize")},
+        **{name: flags[name] for name in names},
+        device=device,
         loras=settings.loras,
         pixels=pixels,
     )
+    if flags["cache"] != "off":
+        print(speed.CACHE_WARNING.format(flags["cache"]))
     try:
         apply_dype(pipe, settings.config)
+        parallel.check_heads(pipe.transformer, flags["ulysses"])
+        speed.compile_steps(pipe, flags["compile"])
     except (TypeError, ValueError) as error:  # what only the loaded checkpoint can tell
         raise UserError(f"{flags['model']}: {error}") from error
     return pipe
 
 
-def single(given: dict, settings: Settings) -> int:
+def single(given: dict, settings: Settings, team: Team) -> int:
     """Load, draw one picture, save it."""
-    if given.get("dry_run"):
-        return dry_run(settings)
     path = output_path(given, settings)
     flags = settings.flags
     pipe = load(settings, flags["height"] * flags["width"])
@@ -72,17 +94,37 @@ def single(given: dict, settings: Settings) -> int:
         if not memory.ran_out(error):
             raise
         return failed(1, out_of_memory(pipe, settings))
-    path = records.save(image, path, record, given.get("overwrite", False))
+    if team.main:
+        path = records.save(image, path, record, given.get("overwrite", False))
     print(f"{path}  {record['seconds']:.1f} s")
     return 0
 
 
-def sweep(given: dict, settings: list[Settings]) -> int:
-    """Draw every cell that is not there yet, then the contact sheets and the summary."""
+def planned(given: dict, settings: list[Settings]) -> tuple[Path, list[Cell]]:
+    """The folder of a sweep and its cells. Raises UserError."""
     if "output" in given:
         raise UserError("--output names one file, expected one picture or --output_dir")
     folder = Path(given.get("output_dir", Path("outputs") / given.get("sweep", "sweep")))
-    cells = plan(settings, folder)
+    try:
+        sheets.check_columns(given.get("cols"))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return folder, plan(settings, folder)
+
+
+def dry_sweep(given: dict, settings: list[Settings]) -> int:
+    """Print what a sweep would draw."""
+    folder, cells = planned(given, settings)
+    try:
+        print(ablation.outline(cells, folder, given.get("overwrite", False)))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return 0
+
+
+def sweep(given: dict, settings: list[Settings], team: Team) -> int:
+    """Draw every cell that is not there yet, then the contact sheets and the summary."""
+    folder, cells = planned(given, settings)
     overwrite = given.get("overwrite", False)
 
     def ready(rest):
@@ -91,14 +133,12 @@ def sweep(given: dict, settings: list[Settings]) -> int:
         return pipe, encoder(pipe, rest)
 
     try:
-        sheets.check_columns(given.get("cols"))
-        if given.get("dry_run"):
-            print(ablation.outline(cells, folder, overwrite))
-            return 0
         records.check_writable(folder)
-        failures = ablation.run(cells, folder, ready, overwrite)
+        failures = ablation.run(cells, folder, ready, overwrite, team)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if not team.main:
+        return 0
     sheet(folder, given.get("cols"))
     if failures:
         return failed(

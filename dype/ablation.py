@@ -10,7 +10,7 @@ import io
 import os
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 
 from dype import memory, records
 from dype.cells import AXES, Cell, axes, drawn, identity, key, out_of_memory, short, work
+from dype.parallel import ALONE, Team
 
 RESULTS = "results.csv"
 COLUMNS = ["file", "model", "height", "width", "method", *AXES, "multipass", "seed", "prompt"]
@@ -114,12 +115,11 @@ def table(rows: list[dict], names: list[str]) -> str:
 
 
 def append(path: Path, found: dict) -> None:
-    """Add a row to results.csv, in the order of its header, and see it written."""
+    """Add a row to results.csv, in the order of its header: at once, as other processes may too."""
     with path.open(encoding="utf-8", newline="") as file:
         names = next(csv.reader(file))
-    with path.open("a", encoding="utf-8", newline="") as file:
-        file.write(table([found], names))
-        file.flush()
+    with path.open("ab", buffering=0) as file:
+        file.write(table([found], names).encode())
 
 
 def reconcile(folder: Path, cells: list[Cell], found: dict[Path, dict]) -> None:
@@ -151,42 +151,71 @@ def reconcile(folder: Path, cells: list[Cell], found: dict[Path, dict]) -> None:
     records.write({folder / RESULTS: table([{n: n for n in names}, *kept], [*names]).encode()})
 
 
-def run(cells: list[Cell], folder: Path, load: Callable, overwrite: bool) -> int:
+def run(
+    cells: list[Cell], folder: Path, load: Callable, overwrite: bool, team: Team = ALONE
+) -> int:
     """Draw what is not there yet; returns how many cells failed. Raises ValueError, OSError.
 
     load: the cells to be drawn -> the pipeline and the function from a text to its embeddings;
-    called if there are any. A cell that fails is written down, and the rest go on.
+    called if there are any. A cell that fails is written down, and the rest go on. Of several
+    processes each draws its share; where they draw each picture together, a failure ends the run,
+    since the others would wait for this one.
     """
-    with locked(folder):
-        cells = located(cells, folder)
-        found = finished(cells, overwrite)
-        reconcile(folder, cells, found)
-        rest = [cell for cell in cells if cell.path not in found]
-        print(f"{folder}: pictures {len(cells)}, there already {len(found)}")
-        if not rest:
-            return 0
-        pipe, encode = load(rest)
-        failed, start = 0, time.perf_counter()
-        done, left = 0.0, sum(work(cell.settings) for cell in rest)
-        for count, cell in enumerate(rest, len(found) + 1):
-            failure = attempt(pipe, cell, encode, folder, overwrite)
-            failed += bool(failure)
-            done, left = done + work(cell.settings), left - work(cell.settings)
-            seconds = (time.perf_counter() - start) * left / done
-            more = f", about {span(seconds)} left" if count < len(cells) else ""
-            print(f"[{count}/{len(cells)}] {cell.path.name}  {failure or 'done'}{more}", flush=True)
-        return failed
+    with locked(folder) if team.main else nullcontext():
+        places = team.agreed(lambda: prepared(cells, folder, overwrite))
+        cells = [replace(cell, path=path) for cell, (path, _) in zip(cells, places, strict=True)]
+        rest = [cell for cell, (_, done) in zip(cells, places, strict=True) if not done]
+        print(f"{folder}: pictures {len(cells)}, there already {len(cells) - len(rest)}")
+        mine, whole = team.share(rest), f"{len(cells)}"
+        there = len(cells) - len(rest)
+        if len(mine) < len(rest):
+            there, whole = 0, f"{len(mine)} of this process"
+        return team.total(
+            draw_all(mine, folder, load, overwrite, team, there, whole) if mine else 0
+        )
 
 
-def attempt(pipe, cell: Cell, encode: Callable, folder: Path, overwrite: bool) -> str:
+def prepared(cells: list[Cell], folder: Path, overwrite: bool) -> list[tuple[Path, bool]]:
+    """Make the folder's records say what its pictures say: each cell's place, and if it is done."""
+    cells = located(cells, folder)
+    found = finished(cells, overwrite)
+    reconcile(folder, cells, found)
+    return [(cell.path, cell.path in found) for cell in cells]
+
+
+def draw_all(
+    mine: list[Cell], folder: Path, load: Callable, overwrite: bool, team: Team, there: int, whole
+) -> int:
+    """Draw this process's share of the cells; returns how many failed."""
+    pipe, encode = load(mine)
+    pipe.set_progress_bar_config(disable=not team.main)
+    failed, start = 0, time.perf_counter()
+    done, left = 0.0, sum(work(cell.settings) for cell in mine)
+    for count, cell in enumerate(mine, there + 1):
+        failure = attempt(pipe, cell, encode, folder, overwrite, team)
+        failed += bool(failure)
+        done, left = done + work(cell.settings), left - work(cell.settings)
+        seconds = (time.perf_counter() - start) * left / done
+        more = f", about {span(seconds)} left" if cell is not mine[-1] else ""
+        print(f"[{count}/{whole}] {cell.path.name}  {failure or 'done'}{more}", flush=True)
+    return failed
+
+
+def attempt(
+    pipe, cell: Cell, encode: Callable, folder: Path, overwrite: bool, team: Team = ALONE
+) -> str:
     """Draw a cell and write it down; returns why it failed, or "". Raises OSError."""
     failure, record = "", None
     try:
         image, record = drawn(pipe, cell.settings, cell.prompt, encode)
+        if team.together and not team.main:
+            return ""
         records.save(image, cell.path, record, overwrite)
     except OSError:  # a full disk would fail every other cell too
         raise
     except Exception as error:  # whatever one setting does to a model, the others are drawn
+        if team.together:
+            raise
         failure = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if memory.ran_out(error):
             failure = out_of_memory(pipe, cell.settings)

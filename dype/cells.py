@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dype import generate, memory, records, rope
+from dype import generate, memory, parallel, records, rope, speed
 from dype.config import METHOD_SCALES, DyPEConfig
 from dype.patch import apply_dype
 from dype.placement import execution_device, set_tiling
@@ -31,6 +31,8 @@ AXES = {
 LAMBDAS = ("dype_scale", "dype_exponent", "dype_start_sigma")
 # where and in what pieces the work is done, which is no part of what is asked for
 PLACES = ("device", "offload", "text_encoder_device", "vae_device", "tiled_vae", "tile_size")
+PLACES += ("compile", "ulysses", "ring")
+LATER = {"cache": "off", "attention": None}  # flags that older records lack: what they had
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,22 @@ def drawn(pipe, settings: Settings, prompt: str, encode: Callable) -> tuple[Imag
     apply_dype(pipe, settings.config)
     tiled = set_tiling(pipe, flags["tiled_vae"], flags["tile_size"], height * width)
     schedule = describe_schedule(pipe.scheduler, settings)
-    call = {name: flags[name] for name in ("guidance", "seed", "max_sequence_length", "true_cfg")}
+    names = ("guidance", "seed", "max_sequence_length", "true_cfg", "cache")
+    call = {name: flags[name] for name in names}
     memory.reset_peak()
     negative = against(pipe, flags)
     call["negative_prompt"] = None if negative is None else encode(negative)
-    text, start = encode(prompt), time.perf_counter()
-    if flags["init_image"]:
-        call |= {"image": records.open_picture(flags["init_image"]), "strength": flags["strength"]}
-        call |= {"height": height, "width": width, "steps": flags["steps"]}
-        image = generate.draw(pipe, text, **call)
-    else:
-        image = generate.multipass(pipe, text, height, width, passes(flags), **call)
+    text = encode(prompt)
+    parallel.check_text(flags, text)
+    start = time.perf_counter()
+    split = parallel.split(pipe.transformer, flags["ulysses"], flags["ring"])
+    with speed.attending(flags["attention"]), split:
+        if flags["init_image"]:
+            picture = records.open_picture(flags["init_image"])
+            call |= {"image": picture, "strength": flags["strength"], "steps": flags["steps"]}
+            image = generate.draw(pipe, text, height=height, width=width, **call)
+        else:
+            image = generate.multipass(pipe, text, height, width, passes(flags), **call)
     seconds = time.perf_counter() - start
     record = {"prompt": prompt, "flags": flags, "config": settings.config.to_dict(), **schedule}
     return image, record | {"tiled_vae": tiled, **records.machine(pipe, seconds)}
@@ -153,7 +160,7 @@ def identity(flags: dict, config: dict, prompt: str) -> dict:
     config |= {name: None for name in LAMBDAS if name not in moving} | {"dype": bool(moving)}
     if config["dype_scale"] is None and "dype_scale" in moving:
         config["dype_scale"] = DyPEConfig(config["method"]).lambda_s
-    flags = {name: value for name, value in flags.items() if name not in PLACES}
+    flags = LATER | {name: value for name, value in flags.items() if name not in PLACES}
     if flags.get("init_image") is None:
         flags.pop("strength", None)
     passes = len(generate.PASSES[flags["multipass"]])

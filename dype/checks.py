@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dype import records
+from dype import parallel, records, speed
 from dype.config import number, one_of
 from dype.flags import CHOICES, UserError
 from dype.generate import PASSES, STRENGTHS
@@ -22,6 +22,8 @@ NUMBERS = {
     "true_cfg": (float, 1, 100, None),
     "max_sequence_length": (int, 1, 1024, None),
     "tile_size": (int, 128, 4096, 64),
+    "ulysses": (int, 1, 64, None),
+    "ring": (int, 1, 64, None),
     "strength": (float, 0, 1, None),
     "pass2_strength": (float, 0, 1, None),
     "pass3_strength": (float, 0, 1, None),
@@ -42,6 +44,7 @@ def check_flags(flags: dict, model: Model) -> None:
     for name, accepted in CHOICES.items():
         if name in flags:
             one_of(f"--{name}", flags[name], accepted)
+    check_speed(flags, model)
     for name in ("device", "text_encoder_device", "vae_device"):
         try:
             torch.device(flags[name] or "cpu")
@@ -56,6 +59,25 @@ def check_flags(flags: dict, model: Model) -> None:
             f"--offload is {flags['offload']!r}, but --vae_device puts a part in a place of its "
             "own, expected --offload none"
         )
+
+
+def check_speed(flags: dict, model: Model) -> None:
+    """Raise ValueError for what makes steps cheaper, but not for this model, or not together."""
+    if flags["attention"] is not None:
+        one_of("--attention", flags["attention"], speed.backends())
+    if flags["cache"] != "off" and model.pipeline not in speed.CACHES[flags["cache"]]:
+        raise ValueError(f"--cache is {flags['cache']!r}, but {speed.unsupported(model.pipeline)}")
+    if flags["compile"] != "off" and flags["cache"] != "off":
+        raise ValueError(
+            f"--compile is {flags['compile']!r}, but --cache decides anew at every step what to "
+            "run, expected one of them off"
+        )
+    if flags["compile"] != "off" and flags["offload"] in ("group", "sequential"):
+        raise ValueError(
+            f"--compile is {flags['compile']!r}, but --offload {flags['offload']} moves weights "
+            "within a step, expected one of them off"
+        )
+    parallel.check(flags, model)
 
 
 def check_passes(given: dict, cells: list[dict]) -> None:

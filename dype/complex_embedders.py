@@ -4,6 +4,8 @@ A table holds m exp(i position f) per token and pair. While nothing is stretched
 answers, or its own arithmetic (float32 angles), so that the bits are the stock model's.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -47,17 +49,22 @@ class QwenDyPE(DyPE, torch.nn.Module):
         inv_freq, m = self.frequencies(self.grid, device)
         longest = max(height, width)
         middle = longest - longest // 2
-        at = torch.arange(-middle, longest - middle, device=m.device)
-        both = turns(at, inv_freq, m[:, None]).to(device)
+        both = turns(self.steps(-middle, longest - middle, m.device), inv_freq, m[:, None])
         rows, columns = (
-            both[middle - (n - n // 2) :, axis][:n] for axis, n in enumerate((height, width))
+            both[middle - (n - n // 2) :, axis][:n].to(device)
+            for axis, n in enumerate((height, width))
         )
-        first = rope.stock_frequencies(self.axes_dim[0], self.theta, m.device)
-        first = turns(frames, first, torch.ones_like(m[0])).to(device)
-        pairs, others = rows.shape[1], first.shape[1]
+        first = self.once("frames", frames, device, make=lambda: self.frames(frames, device))
+        pairs, others = rows.shape[1], self.axes_dim[0] // 2
         rows = F.pad(rows, (others, pairs))
-        columns = F.pad(columns, (others + pairs, 0)) + F.pad(first, (0, 2 * pairs))[:, None]
+        columns = F.pad(columns, (others + pairs, 0)) + first
         return (rows[:, None] + columns[:, None]).flatten(0, 2)  # one pass: x + 0 is x
+
+    def frames(self, frames: int, device) -> torch.Tensor:
+        """The first axis, which is stock, and 0 on the two others: complex64 [frames, 1, D / 2]."""
+        stock = rope.stock_frequencies(self.axes_dim[0], self.theta, float64_device(device))
+        table = turns(self.steps(0, frames, stock.device), stock, torch.ones_like(stock))
+        return F.pad(table.to(device), (0, self.axes_dim[1]))[:, None]
 
 
 class ZImageDyPE(DyPE):
@@ -102,23 +109,29 @@ class ZImageDyPE(DyPE):
         needed = (self.places, *longest)
         if not active and all(n <= limit for n, limit in zip(needed, limits, strict=True)):
             return self.stock(ids)
-        device = float64_device(ids.device)
-        place = rope.stock_frequencies(self.axes_dim[0], self.theta, device)
-        one = torch.ones((), dtype=torch.float64, device=device) if active else None
-        tables = [[turns(self.places, place, one)], [], []]
+        first = partial(self.places_table, active, ids.device)
+        tables = [[self.once("places", self.places, active, ids.device, make=first)], [], []]
         for size in sizes:
-            for table, *axis in zip(tables[1:], size, *self.axes(size, device), strict=True):
-                table.append(turns(*axis))
+            for table, lines in zip(tables[1:], self.lines(size, ids.device), strict=True):
+                table.append(lines)
         at = ids if len(sizes) == 1 else self.shifted(ids, sizes)
-        found = [torch.cat(t).to(ids.device)[at[:, axis]] for axis, t in enumerate(tables)]
-        return torch.cat(found, -1)
+        joined = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in tables)
+        return torch.cat([table[at[:, axis]] for axis, table in enumerate(joined)], -1)
 
-    def axes(self, grid, device):
-        """Frequencies and scales of one picture's two axes; scales None: the stock encoding."""
+    def places_table(self, active: bool, device) -> torch.Tensor:
+        """The first axis, which is stock, complex64 [places, n]; with stock's bits if all is."""
+        stock = rope.stock_frequencies(self.axes_dim[0], self.theta, float64_device(device))
+        m = torch.ones_like(stock) if active else None
+        return turns(self.steps(0, self.places, stock.device), stock, m).to(device)
+
+    def lines(self, grid: tuple[int, int], device) -> list[torch.Tensor]:
+        """Rows' and columns' tables of one picture, complex64 [side, n] each."""
         if self.active(grid):
-            return self.frequencies(grid, device)
-        stock = rope.stock_frequencies(self.axes_dim[1], self.theta, device)
-        return (stock, stock), (None, None)
+            inv_freq, m = self.frequencies(grid, device)
+            both = turns(self.steps(0, max(grid), m.device), inv_freq, m[:, None]).to(device)
+            return [both[:side, axis] for axis, side in enumerate(grid)]
+        stock = rope.stock_frequencies(self.axes_dim[1], self.theta, float64_device(device))
+        return [turns(self.steps(0, side, stock.device), stock).to(device) for side in grid]
 
     def shifted(self, ids: torch.Tensor, sizes: list) -> torch.Tensor:
         """The ids with rows and columns moved to where their picture's tables begin."""
@@ -148,15 +161,13 @@ def pictures(shapes) -> list[tuple[int, int, int]]:
     return first if isinstance(first, list) else [first]
 
 
-def turns(at, inv_freq: torch.Tensor, m: torch.Tensor | None = None) -> torch.Tensor:
+def turns(at: torch.Tensor, inv_freq: torch.Tensor, m: torch.Tensor | None = None) -> torch.Tensor:
     """m exp(i at f), complex64 [positions, *f.shape]; m None: in stock's float32, with its bits.
 
-    at: positions, or how many of them from 0; m: broadcast over f.
+    at: float64 positions; m: broadcast over f.
     """
-    if isinstance(at, int):
-        at = torch.arange(at, device=inv_freq.device)
-    angle = at.double().view(-1, *[1] * inv_freq.ndim) * inv_freq
+    angle = at.view(-1, *[1] * inv_freq.ndim) * inv_freq
     if m is None:
         angle = angle.float()
         return torch.polar(torch.ones_like(angle), angle)
-    return torch.complex((m * angle.cos()).float(), (m * angle.sin()).float())
+    return torch.polar(m, angle).to(torch.complex64)

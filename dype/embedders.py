@@ -5,6 +5,7 @@ with the arguments of every denoiser call to read both from them. The complex fo
 `complex_embedders`.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from dype import rope
 from dype.config import DyPEConfig
 
+MOST_KEPT = 16  # an embedder remembers so many constants: those of a few sizes
 
 class DyPE:
     """What every format shares: the noise level, the grid, and the mathematics of its two axes.
@@ -30,6 +32,7 @@ class DyPE:
         self.axes_dim = tuple(getattr(stock, "axes_dim", None) or stock.axes_dims)
         self.trained_tokens = trained_tokens
         self.sigma = noise_level()
+        self.memory = {}
         self.set_grid(1, 1)
 
     @property
@@ -57,14 +60,28 @@ class DyPE:
     def frequencies(self, grid, device) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows' and columns' frequencies, float64 [2, n], and their attention scales [2]."""
         device = float64_device(device)
-        return rope.frequencies(
-            self.axes_dim[1],
-            self.theta,
-            self.trained_tokens,
-            grid,
-            self.sigma.to(device),
-            self.config,
-        )
+        of_axis = self.axes_dim[1], self.theta, self.trained_tokens, grid, device, self.config
+        axis = self.once("axis", grid, device, make=lambda: rope.axes(*of_axis))
+        return rope.frequencies(axis, self.sigma.to(device), self.config)
+
+    def steps(self, start: int, end: int, device) -> torch.Tensor:
+        """Positions from start to end - 1, float64."""
+        make = partial(torch.arange, start, end, dtype=torch.float64, device=device)
+        return self.once("steps", start, end, device, make=make)
+
+    def once(self, *key, make):
+        """What `make` returns: made once per key, as no noise level changes it.
+
+        A compiler sees it made anew, and folds it away.
+        """
+        if torch.compiler.is_compiling():
+            return make()
+        if key not in self.memory:
+            if len(self.memory) >= MOST_KEPT:
+                self.memory.clear()
+            with torch.inference_mode(False):
+                self.memory[key] = make()
+        return self.memory[key]
 
 
 class FluxDyPE(DyPE, torch.nn.Module):
@@ -110,49 +127,68 @@ class FluxDyPE(DyPE, torch.nn.Module):
         return call | {family.ids: exact}
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        inv_freq, m = self.frequencies(self.grid, ids.device)
         layout = self.layout or find_layout(ids, self.grid)
         if layout is None or len(ids) != layout[0] + self.grid[0] * self.grid[1] + layout[1]:
-            table = self.rotate(ids, inv_freq, m)  # a shard under context parallelism, or odd ids
+            table = self.rotate(ids)  # a shard under context parallelism, or odd ids
         else:
-            table = self.fill(ids, layout, inv_freq, m)
+            table = self.fill(ids, *layout)
         return table[0], table[1]
 
-    def rotate(self, ids: torch.Tensor, inv_freq: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-        """cos and sin of any ids, token by token: float32 [2, S, D]."""
-        at = ids.to(inv_freq.device, torch.float64)
-        drawn = at[:, :1] == 0
-        parts = []
-        for axis, dim in enumerate(self.axes_dim):
-            f = rope.stock_frequencies(dim, self.theta, at.device).expand(len(at), -1)
-            scale = torch.ones_like(at[:, :1])
-            if axis in (1, 2):
-                f = torch.where(drawn, inv_freq[axis - 1], f)
-                scale = torch.where(drawn, m[axis - 1], scale)
-            parts.append(cos_sin(at[:, axis : axis + 1] * f, scale))
-        return torch.cat(parts, -1).to(ids.device)
+    def rotate(self, ids: torch.Tensor, references: bool = True) -> torch.Tensor:
+        """cos and sin of any ids, token by token: float32 [2, S, D].
 
-    def fill(self, ids, layout, inv_freq: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        references: whether there may be tokens of a kind other than 0.
+        """
+        inv_freq, m = self.frequencies(self.grid, ids.device)
+        pairs = [dim // 2 for dim in self.axes_dim]
+        stock, one, axis_of = self.once("stock", m.device, make=lambda: self.stock_pairs(m.device))
+        f = torch.cat([stock[: pairs[0]], inv_freq.flatten(), stock[sum(pairs[:3]) :]])
+        of_axes = [scale.expand(count) for scale, count in zip(m, pairs[1:3], strict=True)]
+        scale = torch.cat([one[: pairs[0]], *of_axes, one[sum(pairs[:3]) :]])
+        at = ids.to(m.device, torch.float64)
+        if references:
+            drawn = at[:, :1] == 0
+            f, scale = torch.where(drawn, f, stock), torch.where(drawn, scale, one)
+        return cos_sin(at[:, axis_of] * f, scale).to(ids.device)
+
+    def stock_pairs(self, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of every pair of all axes, [D / 2]: the stock frequency, the scale 1, and its axis."""
+        stock = [rope.stock_frequencies(dim, self.theta, device) for dim in self.axes_dim]
+        axes = [torch.full(part.shape, axis, device=device) for axis, part in enumerate(stock)]
+        stock = torch.cat(stock)
+        return stock, torch.ones_like(stock), torch.cat(axes)
+
+    def fill(self, ids: torch.Tensor, before: int, after: int) -> torch.Tensor:
         """The same for a known layout, with trigonometry for single rows and columns alone."""
-        (height, width), (before, after) = self.grid, layout
-        first, dim, rest = self.axes_dim[0], self.axes_dim[1], sum(self.axes_dim[3:])
-        steps = torch.arange(max(height, width), dtype=torch.float64, device=m.device)
-        tables = cos_sin(steps[:, None] * inv_freq[:, None], m[:, None, None]).to(ids.device)
-        rows = F.pad(tables[:, 0, :height], (first, dim + rest))
-        columns = F.pad(tables[:, 1, :width], (first + dim, rest))
-        columns[0, :, :first] = columns[0, :, first + 2 * dim :] = 1  # at 0 on the other axes
-        table = columns.new_empty(2, len(ids), columns.shape[-1])
+        (height, width), device = self.grid, ids.device
+        lines, of_rows, of_columns = self.once(
+            "lines", self.grid, device, make=lambda: self.lines(device)
+        )
         end = before + height * width
+        some = torch.cat([ids[:before], lines, ids[end:]])
+        parts = before, height, width, after
+        text, rows, columns, others = self.rotate(some, after > 0).split(parts, dim=1)
+        rows, columns = (rows * of_rows)[:, :, None], (columns * of_columns)[:, None]
+        table = rows.new_empty(2, len(ids), rows.shape[-1])
         picture = table[:, before:end].view(2, height, width, -1)
-        rows, columns = rows[:, :, None], columns[:, None]
         if torch.compiler.is_compiling():  # which does without `out`
             picture.copy_(rows + columns)
         else:
-            torch.add(rows, columns, out=picture)  # one pass, and exact: the other is 0
-        table[:, :before] = self.rotate(ids[:before], inv_freq, m)
+            torch.add(rows, columns, out=picture)  # one pass, and exact: one of them is 0
+        table[:, :before] = text
         if after:
-            table[:, end:] = self.rotate(ids[end:], inv_freq, m)
+            table[:, end:] = others
         return table
+
+    def lines(self, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids of the first column's rows and the first row's columns [H + W, A]; which of a
+        token's entries come from its row (1, else 0), and which from its column: [D]."""
+        height, width = self.grid
+        more, first = len(self.axes_dim) - 3, self.axes_dim[0]
+        ids = torch.cat([grid_ids(0, height, 1, device), grid_ids(0, 1, width, device)])
+        of_rows = torch.zeros(sum(self.axes_dim), device=device)
+        of_rows[first : first + self.axes_dim[1]] = 1
+        return F.pad(ids, (0, more)), of_rows, 1 - of_rows
 
 
 class MatrixDyPE(FluxDyPE):
@@ -215,16 +251,17 @@ def read_ids(ids: torch.Tensor, texts: int = 0) -> tuple[torch.Tensor, tuple, in
     return exact.expand(ids.shape), grid or (1, 1), after
 
 
-def grid_ids(kind: int, height: int, width: int) -> torch.Tensor:
+def grid_ids(kind: int, height: int, width: int, device=None) -> torch.Tensor:
     """Positions (kind, row, column) row by row, float32 [height * width, 3]."""
-    axes = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    steps = [torch.arange(side, device=device) for side in (height, width)]
+    axes = torch.meshgrid(*steps, indexing="ij")
     return torch.stack([torch.full_like(axes[0], kind), *axes], -1).flatten(0, 1).float()
 
 
 def cos_sin(angle: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """float64 angles [..., n] -> float32 [2, ..., 2n]: scaled cos and sin, each twice."""
     both = torch.stack([angle.cos(), angle.sin()]) * scale
-    return both.repeat_interleave(2, dim=-1).float()
+    return both.float().repeat_interleave(2, dim=-1)
 
 
 def float64_device(device: torch.device) -> torch.device:

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from dype import figure_style as style
 from dype.config import DyPEConfig
-from dype.rope import BETA, GAMMA, METHODS, axis_frequencies, ntk_exponent, stock_frequencies
-from dype.rope import Axis as RopeAxis
+from dype.rope import BETA, GAMMA, METHODS, axis_frequencies, stock_frequencies
+from dype.rope import axes as rope_axes
 
 FLUX = (56, 10000.0, 64)  # D, theta, L in tokens
 Z_IMAGE = (48, 256.0, 64)
@@ -123,9 +123,9 @@ def unclamped(axis: tuple, t: float, s: float = STRETCH) -> np.ndarray:
         low, high = max(math.floor(low), 0), min(math.ceil(high), n)
         return 1 - np.clip((i - low) / (high - low + 0.001 * (high == low)), 0, 1)
 
-    one = RopeAxis(dim, theta, trained, torch.full((1, 1), float(s), dtype=torch.float64), s)
+    one = rope_axes(*axis, [s * trained], None, DyPEConfig())
     beta, gamma = mask(BETA), mask(GAMMA)
-    interpolated = (1 - beta) / s + beta / s ** ntk_exponent(one).numpy()
+    interpolated = (1 - beta) / s + beta / s ** one.exponent.numpy()
     return (1 - gamma) * interpolated + gamma
 
 

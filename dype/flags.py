@@ -8,6 +8,7 @@ from dype.config import METHOD_SCALES, PRESETS, SHIFTS
 from dype.generate import PASSES
 from dype.models import DEFAULT_MODEL, MODELS
 from dype.pipelines import DTYPES, OFFLOADS, QUANTIZED
+from dype.speed import CACHES, COMPILES
 from dype.sweeps import LISTS, MOST, SWEEPS
 
 
@@ -106,6 +107,18 @@ FLAGS = {
         ("--tiled_vae", "HOW", "auto, on, off (default: auto, on where it would not fit untiled)",
          {"choices": ("auto", "on", "off")}),
         ("--tile_size", "PX", "(default: the autoencoder's)", {}),
+    ],
+    "speed (docs/performance.md)": [
+        ("--compile", "HOW", "off; blocks: each kind of transformer block once; full: the whole "
+         "transformer (default: off)", {"choices": COMPILES}),
+        ("--attention", "NAME", "diffusers' attention backend, as native, _native_cudnn, flash_hub, "
+         "_flash_3_hub, sage_hub, ... (default: diffusers' own)", {}),
+        ("--cache", "NAME", "off; first_block, taylorseer, magcache: skip work by reusing features "
+         "of earlier steps, made under older frequencies (default: off)", {"choices": CACHES}),
+        ("--ulysses", "N", "under torchrun: split each picture's tokens between N GPUs, heads "
+         "exchanged (default: 1)", {}),
+        ("--ring", "N", "the same, keys and values passed round; needs another --attention "
+         "than native (default: 1)", {}),
     ],
     "sweeps: every flag with ,... takes a list, as base,yarn or 0-3 or 1:3:0.5": [
         ("--sweep", "NAME", f"a prepared one: {', '.join(SWEEPS)} (default: none)",

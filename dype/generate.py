@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dype import speed
 from dype.config import number
 from dype.latents import encode_picture, noised
 from dype.models import FLUX, TOKEN, Family, family_of, family_of_pipeline
@@ -96,13 +97,14 @@ def draw(
     true_cfg: float = 1.0,
     image: Image.Image | None = None,
     strength: float = 1.0,
+    cache: str = "off",
 ) -> Image.Image:
     """One picture of `height` x `width` px, by a text-to-image pipeline of `models.PIPELINES`.
 
     prompt, negative_prompt: text, or what `encode` made of it. guidance: None is the pipeline's own
     default. image: start from this picture, enlarged to the size and noised, instead of from noise;
     strength in (0, 1] is the share of the steps that are then run, the last ones of the schedule
-    for this size, as in diffusers' image-to-image pipelines. The noise is drawn on the CPU: a seed
+    for this size, as in diffusers' image-to-image pipelines. cache: a key of `speed.CACHES`. The noise is drawn on the CPU: a seed
     means the same start on every device, and at strength 1 the same as without a picture.
     """
     known = inspect.signature(pipe.__call__).parameters
@@ -127,7 +129,8 @@ def draw(
     if image is not None:
         call |= started(pipe, image, strength, call)
     apart = getattr(pipe, "dype_apart", {})
-    with set_aside(pipe, *apart):
+    count = len(call.get("sigmas", range(steps)))
+    with set_aside(pipe, *apart), speed.caching(pipe, cache, count):
         found = pipe(**call, output_type="latent" if "vae" in apart else "pil").images
     return decode(pipe, found, height, width) if "vae" in apart else found[0]
 

@@ -4,7 +4,8 @@ One axis of RoPE has D dimensions, n = D / 2 pairs and the frequencies theta_i =
 i = 0..n-1 (radians per token). L is the trained and L' the wanted length in tokens,
 s = max(1, L'/L) the scale, t = sigma in [0, 1] the noise level (1 is noise). Every method maps
 (axis, kappa, u, config) to the frequencies f_i and the attention scale m, which multiplies cos
-and sin. All of it is float64, without branches on values, so that a device never waits.
+and sin. All of it is float64, without branches on values, so that a device never waits. What no
+noise level changes is kept on the axis: a step of a picture launches few kernels.
 """
 
 import math
@@ -21,23 +22,25 @@ NTK_SCALE = 2.0  # lambda_s of the NTK term beside thresholds with lambda_s = 1 
 
 
 class Axis(NamedTuple):
-    """One axis, or several of equal D and theta in a batch [A]."""
+    """One axis, or several of equal D and theta in a batch [A], and what follows from s alone.
+
+    All float64, on one device; `axes` makes them.
+    """
 
     dim: int  # D
     base: float  # theta
     trained: float  # L, tokens
-    s: torch.Tensor  # [A, 1], >= 1
     s_max: float  # the largest scale over the picture's axes
-
-    @property
-    def theta(self) -> torch.Tensor:
-        """theta_i, float64 [n]."""
-        return stock_frequencies(self.dim, self.base, self.s.device)
-
-    @property
-    def pairs(self) -> torch.Tensor:
-        """i = 0..n-1, float64 [n]."""
-        return torch.arange(self.dim // 2, dtype=torch.float64, device=self.s.device)
+    theta: torch.Tensor  # theta_i [n]
+    pairs: torch.Tensor  # i = 0..n-1 [n]
+    s: torch.Tensor  # [A, 1], >= 1
+    exponent: torch.Tensor  # 2i / (D - 2), NTK's power of s: 0 at the first pair, 1 at the last [n]
+    pi: torch.Tensor  # theta_i / s (Eq. 5) [A, n]
+    ntk: torch.Tensor  # theta_i / s^(2i/(D-2)) (Eq. 6) [A, n]
+    ntk_max: torch.Tensor  # the same by s_max
+    one: torch.Tensor  # 1, the attention scale of methods without one [A, 1]
+    tau: torch.Tensor  # 0.1 ln s + 1 (Eq. 9), on cos and sin, as in the code: logits get m^2 [A, 1]
+    thresholds: torch.Tensor  # (r_hi, r_lo) of YaRN's two bands [2, 2]
 
 
 def stock_frequencies(dim: int, theta: float, device=None) -> torch.Tensor:
@@ -53,23 +56,25 @@ def schedule(sigma: torch.Tensor, config: DyPEConfig) -> tuple[torch.Tensor, tor
     """
     if not config.dype:
         return torch.ones_like(sigma), torch.ones_like(sigma)
-    u = torch.where(sigma > config.dype_start_sigma, 1.0, sigma / config.dype_start_sigma)
+    start, u = config.dype_start_sigma, sigma
+    if start < 1:
+        u = torch.where(sigma > start, 1.0, sigma / start)
     return config.lambda_s * u**config.dype_exponent, u
 
 
 def base(axis: Axis, kappa, u, config):
     """The model's own encoding: f = theta_i (Eq. 2), m = 1."""
-    return axis.theta.expand(axis.s.shape[0], -1), torch.ones_like(axis.s)
+    return axis.theta.expand(axis.s.shape[0], -1), axis.one
 
 
 def pi(axis: Axis, kappa, u, config):
     """Position interpolation: f = theta_i / s (Eq. 5), dynamic f = theta_i / s^kappa (Eq. 14)."""
-    return axis.theta / axis.s**kappa, torch.ones_like(axis.s)
+    return axis.theta / axis.s**kappa, axis.one
 
 
 def ntk(axis: Axis, kappa, u, config):
     """NTK-aware: f = theta_i / s^(2i/(D-2)) (Eq. 6), dynamic: the exponent times kappa (Eq. 15)."""
-    return axis.theta / axis.s ** (kappa * ntk_exponent(axis)), torch.ones_like(axis.s)
+    return axis.theta / axis.s ** (kappa * axis.exponent), axis.one
 
 
 def ntk_mult(axis: Axis, kappa, u, config):
@@ -77,7 +82,7 @@ def ntk_mult(axis: Axis, kappa, u, config):
 
     s kappa is at least 1 here; as printed it compresses below and divides by zero at t = 0.
     """
-    return axis.theta / (axis.s * kappa).clamp(min=1) ** ntk_exponent(axis), torch.ones_like(axis.s)
+    return axis.theta / (axis.s * kappa).clamp(min=1) ** axis.exponent, axis.one
 
 
 def tasr(axis: Axis, kappa, u, config):
@@ -88,7 +93,7 @@ def tasr(axis: Axis, kappa, u, config):
     """
     d = (axis.dim - 1) * (1 - u) + 1
     f = axis.theta * torch.maximum(axis.s ** (-2 * axis.pairs / d), 1 / axis.s)
-    return f, torch.ones_like(axis.s)
+    return f, axis.one
 
 
 def yarn(axis: Axis, kappa, u, config):
@@ -96,12 +101,12 @@ def yarn(axis: Axis, kappa, u, config):
 
     Eq. 16, 17 in form. The paper prints one ramp (`yarn_paper`); the code has two, after FiT.
     """
-    return two_ramps(axis, lambda r: r * kappa), yarn_scale(axis.s)
+    return two_ramps(axis, lambda r: r * kappa), axis.tau
 
 
 def yarn_ntk_only(axis: Axis, kappa, u, config):
     """`yarn` whose NTK term alone is dynamic, its exponent times kappa (Table 7)."""
-    return two_ramps(axis, lambda r: r, kappa=kappa), yarn_scale(axis.s)
+    return two_ramps(axis, lambda r: r, ntk(axis, kappa, u, config)[0]), axis.tau
 
 
 def yarn_both(axis: Axis, kappa, u, config):
@@ -109,13 +114,13 @@ def yarn_both(axis: Axis, kappa, u, config):
 
     The paper has lambda_s = 1 for the thresholds and 2 for the NTK term.
     """
-    ntk_kappa = NTK_SCALE * kappa if config.dype else kappa
-    return two_ramps(axis, lambda r: r * kappa, kappa=ntk_kappa), yarn_scale(axis.s)
+    ntk_term, _ = ntk(axis, NTK_SCALE * kappa if config.dype else kappa, u, config)
+    return two_ramps(axis, lambda r: r * kappa, ntk_term), axis.tau
 
 
 def yarn_power(axis: Axis, kappa, u, config):
     """YaRN as the authors' code had it before: every threshold r becomes r^kappa."""
-    return two_ramps(axis, lambda r: r**kappa), yarn_scale(axis.s)
+    return two_ramps(axis, lambda r: r**kappa), axis.tau
 
 
 def yarn_paper(axis: Axis, kappa, u, config):
@@ -126,8 +131,8 @@ def yarn_paper(axis: Axis, kappa, u, config):
     """
     r = axis.trained * axis.theta / (2 * math.pi)
     gamma = ((r - config.alpha * kappa) / ((config.beta - config.alpha) * kappa)).clamp(0, 1)
-    f = (1 - gamma) * axis.theta / axis.s + gamma * axis.theta
-    return f, yarn_scale(axis.s)
+    f = (1 - gamma) * axis.pi + gamma * axis.theta
+    return f, axis.tau
 
 
 def vision_yarn(axis: Axis, kappa, u, config):
@@ -135,9 +140,8 @@ def vision_yarn(axis: Axis, kappa, u, config):
 
     m = 1 + 0.1 ln(s_max) u^lambda_t. From the ComfyUI port; not in the paper.
     """
-    s_max = torch.full_like(axis.s, axis.s_max)
-    f = two_ramps(axis, lambda r: r**kappa, s_max)
-    return f, 1 + 0.1 * torch.log(s_max) * u**config.dype_exponent
+    f = two_ramps(axis, lambda r: r**kappa, axis.ntk_max)
+    return f, 1 + 0.1 * math.log(axis.s_max) * axis.one * u**config.dype_exponent
 
 
 METHODS = {
@@ -155,44 +159,33 @@ METHODS = {
 }
 
 
-def yarn_scale(s: torch.Tensor) -> torch.Tensor:
-    """m = tau(s) = 0.1 ln s + 1 (Eq. 9). On cos and sin, as in the code: logits get m^2."""
-    return 0.1 * torch.log(s) + 1
-
-
-def ntk_exponent(axis: Axis) -> torch.Tensor:
-    """2i / (D - 2), float64 [n]: 0 at the first pair, 1 at the last."""
-    return 2 * axis.pairs / (axis.dim - 2)
-
-
-def two_ramps(axis: Axis, at, s_ntk: torch.Tensor | None = None, kappa=1.0) -> torch.Tensor:
+def two_ramps(axis: Axis, at, ntk: torch.Tensor | None = None) -> torch.Tensor:
     """PI -> NTK over the band BETA, then -> theta_i over the band GAMMA; `at(r)` moves thresholds.
 
-    f = theta/s (1 - mask_beta) + theta/s_ntk^(kappa 2i/(D-2)) mask_beta      s_ntk: s by default
+    f = theta/s (1 - mask_beta) + ntk mask_beta        ntk: theta/s^(2i/(D-2)) by default
     f = f (1 - mask_gamma) + theta mask_gamma
     """
-    theta, (mask_beta, mask_gamma) = axis.theta, ramps(axis, at)
-    s_ntk = axis.s if s_ntk is None else s_ntk
-    f = torch.lerp(theta / axis.s, theta / s_ntk ** (kappa * ntk_exponent(axis)), mask_beta)
-    return torch.lerp(f, theta.expand_as(f), mask_gamma)
+    past_beta, past_gamma = ramps(axis, at)  # 1 - mask
+    f = torch.lerp(axis.ntk if ntk is None else ntk, axis.pi, past_beta)
+    return torch.lerp(axis.theta.expand_as(f), f, past_gamma)
 
 
 def ramps(axis: Axis, at) -> torch.Tensor:
-    """mask_i = 1 - clip((i - low) / (high - low), 0, 1) of both bands, float64 [2, n].
+    """1 - mask_i = clip((i - low) / (high - low), 0, 1) of both bands, float64 [2, n].
 
     The edges are floor(c(r_hi)) and ceil(c(r_lo)), both clamped to [0, n]. The authors' code clamps
     each at one end only, so that at small t its ramp turns round and everything becomes PI.
     """
-    n = axis.dim // 2
-    edges = pair_at(axis, at(filled(BETA + GAMMA, axis.s.device).view(2, 2)))
-    low, high = edges[:, :1].floor().clamp(0, n), edges[:, 1:].ceil().clamp(0, n)
-    high = torch.where(low == high, high + 0.001, high)
-    return 1 - ((axis.pairs - low) / (high - low)).clamp(0, 1)
+    edges = pair_at(axis, at(axis.thresholds)).clamp(0, axis.dim // 2)
+    low, high = edges[:, :1].floor(), edges[:, 1:].ceil()
+    high = torch.maximum(high, low + 0.001)  # which only tells where they are equal
+    return ((axis.pairs - low) / (high - low)).clamp(0, 1)
 
 
 def pair_at(axis: Axis, r: torch.Tensor) -> torch.Tensor:
     """c(r) = D ln(L / (2 pi r)) / (2 ln theta): the pair that makes r turns over L tokens."""
-    return axis.dim * torch.log(axis.trained / (2 * math.pi * r)) / (2 * math.log(axis.base))
+    pairs_per_e = axis.dim / (2 * math.log(axis.base))
+    return pairs_per_e * torch.log(axis.trained / (2 * math.pi) / r)
 
 
 def scale(trained_tokens: float, tokens: float) -> float:
@@ -205,17 +198,39 @@ def filled(values, device) -> torch.Tensor:
     return torch.cat([torch.full((1,), x, dtype=torch.float64, device=device) for x in values])
 
 
-def frequencies(dim, theta, trained_tokens, tokens, sigma, config, max_scale=None):
-    """`axis_frequencies` of several axes of equal `dim` and `theta` in one batch.
-
-    tokens: [A] ints, sigma: a 0-dim float64 tensor. Returns float64 [A, dim // 2] and [A].
-    """
+def axes(dim, theta, trained_tokens, tokens, device, config, max_scale=None) -> Axis:
+    """Axes of equal `dim` and `theta` in one batch; tokens: [A] numbers."""
     scales = [scale(trained_tokens, count) for count in tokens]
     s_max = max(scales) if max_scale is None else max_scale
     if not config.anisotropic:
         scales = [s_max] * len(scales)
-    axis = Axis(dim, theta, trained_tokens, filled(scales, sigma.device)[:, None], s_max)
-    method = METHODS[config.method if s_max > 1 else "base"]
+    stock, s = stock_frequencies(dim, theta, device), filled(scales, device)[:, None]
+    pairs = torch.arange(dim // 2, dtype=torch.float64, device=device)
+    exponent = 2 * pairs / (dim - 2)
+    return Axis(
+        dim=dim,
+        base=theta,
+        trained=trained_tokens,
+        s_max=s_max,
+        theta=stock,
+        pairs=pairs,
+        s=s,
+        exponent=exponent,
+        pi=stock / s,
+        ntk=stock / s**exponent,
+        ntk_max=stock / torch.full_like(s, s_max) ** exponent,
+        one=torch.ones_like(s),
+        tau=0.1 * torch.log(s) + 1,
+        thresholds=filled(BETA + GAMMA, device).view(2, 2),
+    )
+
+
+def frequencies(axis: Axis, sigma: torch.Tensor, config) -> tuple[torch.Tensor, torch.Tensor]:
+    """`axis_frequencies` of several axes: float64 [A, dim // 2] and [A].
+
+    sigma: a 0-dim float64 tensor on the device of `axis`.
+    """
+    method = METHODS[config.method if axis.s_max > 1 else "base"]
     inv_freq, m = method(axis, *schedule(sigma, config), config)
     return inv_freq, m[:, 0]
 
@@ -236,5 +251,6 @@ def axis_frequencies(
     Returns inv_freq, float64 [dim // 2] in radians per token, and m, a 0-dim float64 tensor.
     """
     sigma = torch.as_tensor(sigma, dtype=torch.float64)
-    inv_freq, m = frequencies(dim, theta, trained_tokens, [tokens], sigma, config, max_scale)
+    axis = axes(dim, theta, trained_tokens, [tokens], sigma.device, config, max_scale)
+    inv_freq, m = frequencies(axis, sigma, config)
     return inv_freq[0], m[0]

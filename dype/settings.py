@@ -175,6 +175,7 @@ def merge(given: dict, source: dict, name: str, model: Model, prompts: list, not
     flags = {"model": name, "revision": None, "lora": [], "seed": 42}
     flags |= {"tiled_vae": "auto", "tile_size": None, "device": None, "offload": "auto"}
     flags |= {"text_encoder_device": None, "vae_device": None, "quantize": "none"}
+    flags |= {"compile": "off", "attention": None, "cache": "off", "ulysses": 1, "ring": 1}
     flags |= {"multipass": "single", "pass2_strength": 0.5, "pass3_strength": 0.4}
     flags |= {"init_image": None, "init_sha256": None, "strength": 0.5}
     flags |= {name: getattr(model, name) for name in MODEL_FLAGS}

@@ -71,7 +71,7 @@ def set_trap(event: str, count: int) -> None:
     else:
         opened = pathlib.Path.open
         ending = {"png": ".png.", "json": ".json.", "table": f"{ablation.RESULTS}."}
-        mode_of = {"csv": "a"} | dict.fromkeys(ending, "wb")
+        mode_of = {"csv": "ab"} | dict.fromkeys(ending, "wb")
 
         def opening(path, mode="r", *args, **kwargs):
             file = opened(path, mode, *args, **kwargs)

@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 from tiny import qwen_vae
 
 import run_dype
-from dype import cells, generate, pipelines, placement, records
+from dype import cells, generate, pipelines, placement, records, speed
 from dype.memory import decoding
 from dype.models import MODELS
 from dype.placement import set_tiling
@@ -21,7 +21,8 @@ LINE = """--model demo --revision abc --dtype bfloat16 --device cpu --vae_device
  --text_encoder_device cpu --tiled_vae on --tile_size 128 --true_cfg 3 --negative_prompt fog
  --seed 7 --steps 3 --max_sequence_length 12 --height 64 --width 96 --lora a/b:0.5 --prompt x
  --method ntk --dype_scale 1.5 --dype_exponent 0.5 --dype_start_sigma 0.9 --base_resolution 32
- --isotropic --shift model --base_shift 0.25 --max_shift 2"""
+ --isotropic --shift model --base_shift 0.25 --max_shift 2 --attention native
+ --compile blocks"""
 FLAGS = LINE.split()
 
 
@@ -44,6 +45,8 @@ def calls(tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "set_tiling", recorded("tiling", True))
     monkeypatch.setattr(cells, "apply_dype", recorded("apply", None))
     monkeypatch.setattr(run_dype, "apply_dype", recorded("apply", None))
+    monkeypatch.setattr(speed, "check_compiler", recorded("compiler", None))
+    monkeypatch.setattr(speed, "compile_steps", recorded("compile", None))
     monkeypatch.setattr(generate, "encode", lambda pipe, text, length: text)
     monkeypatch.setattr(generate, "draw", recorded("draw", Image.new("RGB", (96, 64))))
     return seen
@@ -94,7 +97,10 @@ def test_every_flag_arrives_and_comes_back(calls):
         "negative_prompt": "fog",
         "true_cfg": 3.0,
         "image": None,
+        "cache": "off",
     }
+    assert first["compiler"][0] == ("blocks", "cpu")
+    assert first["compile"][0][1:] == ("blocks",)
     calls.clear()
     assert run_dype.main(["--from", "a.png", "--output", "b.png"]) == 0
     assert calls == first

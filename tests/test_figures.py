@@ -180,8 +180,9 @@ def test_ratios_of_the_printed_yarn():
 )
 def test_cutoffs(t, beta, gamma):
     """Of the kappa form: the last pair where a mask is 1 and the first where it is 0."""
-    one = rope.Axis(*formulas.FLUX, torch.full((1, 1), 4.0, dtype=torch.float64), 4.0)
-    for mask, (low, high) in zip(rope.ramps(one, lambda r: r * t**2), (beta, gamma), strict=True):
+    one = rope.axes(*formulas.FLUX, [256], None, DyPEConfig())
+    masks = 1 - rope.ramps(one, lambda r: r * t**2)
+    for mask, (low, high) in zip(masks, (beta, gamma), strict=True):
         assert (mask == 1).nonzero().max() == low
         assert (mask == 0).nonzero().min() == high
 

@@ -357,28 +357,6 @@ def test_base_resolution_follows_what_was_loaded(tmp_path):
     assert base_resolution(transformer) == 256
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_no_sync_on_cuda(pipe):
-    """Would show that no step but the first of a picture waits for the device."""
-    pipe.to("cuda")
-    apply_dype(pipe, CONFIG)
-    call = {
-        "hidden_states": torch.randn(1, 256, 16, device="cuda"),
-        "encoder_hidden_states": torch.randn(1, 4, 128, device="cuda"),
-        "pooled_projections": torch.randn(1, 128, device="cuda"),
-        "timestep": torch.tensor([0.75], device="cuda"),
-        "img_ids": grid_ids(0, 16, 16).cuda(),
-        "txt_ids": torch.zeros(4, 3, device="cuda"),
-    }
-    pipe.transformer(**call)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        pipe.transformer(**call)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.weights
 @pytest.mark.skipif("DYPE_FLUX" not in os.environ, reason="needs DYPE_FLUX, a FLUX.1 folder")
 def test_real_weights_inactive_equals_stock():

@@ -11,7 +11,7 @@ import torch
 
 from dype import DyPEConfig
 from dype.config import METHOD_SCALES
-from dype.rope import METHODS, axis_frequencies, frequencies, scale, stock_frequencies
+from dype.rope import METHODS, axes, axis_frequencies, frequencies, scale, stock_frequencies
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "rope_reference.npz")
 CASES = json.loads(str(GOLDEN["index"]))
@@ -170,7 +170,8 @@ def test_scales_of_a_non_square_picture():
     assert torch.equal(own, alone)
     assert torch.equal(largest, axis_frequencies(*FLUX, 256, 0.5, DyPEConfig("ntk"))[0])
     sigma = torch.tensor(0.5, dtype=torch.float64)
-    both, m = frequencies(*FLUX, [128, 256], sigma, DyPEConfig("yarn", anisotropic=False))
+    config = DyPEConfig("yarn", anisotropic=False)
+    both, m = frequencies(axes(*FLUX, [128, 256], None, config), sigma, config)
     f, scale = axis_frequencies(*FLUX, 256, 0.5, DyPEConfig("yarn"))
     assert torch.equal(both, f.expand(2, -1))
     assert torch.equal(m, scale.expand(2))

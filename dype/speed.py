@@ -1,0 +1,139 @@
+"""Cheaper steps by what the ecosystem has: compilers, attention kernels, caches of features."""
+
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from dype import memory
+from dype.pipelines import DTYPES, UnavailableError
+
+COMPILES = ("off", "blocks", "full")
+# --cache -> the pipelines where diffusers supports it: its blocks are known there, and every
+# denoiser call names itself. On FLUX.2 its first-block cache stumbles over the second kind of
+# block (diffusers 0.42.1); MagCache's ratios were measured on FLUX.1-dev alone.
+CACHES = {
+    "off": (),
+    "first_block": ("FluxPipeline", "QwenImagePipeline"),
+    "taylorseer": ("FluxPipeline", "Flux2KleinPipeline", "QwenImagePipeline"),
+    "magcache": ("FluxPipeline",),
+}
+CACHE_WARNING = (
+    "--cache {}: steps reuse features that were made under older frequencies; not for results "
+    "that are to be compared"
+)
+HEADS, HEAD_DIM = 2, 128  # of the trial
+
+
+def backends() -> list[str]:
+    """The attention backends that diffusers knows, installed or not."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    return [backend.value for backend in AttentionBackendName]
+
+
+@contextmanager
+def attending(name: str | None):
+    """Attention by one of `backends()` for a while; None changes nothing.
+
+    diffusers has one backend per process where a model has none of its own, and that one is put
+    back on leaving. Raises RuntimeError, or whatever the backend does, if it cannot be used.
+    """
+    if name is None:
+        yield
+        return
+    from diffusers.models.attention_dispatch import attention_backend
+
+    with attention_backend(name):
+        yield
+
+
+def check_attention(name: str | None, device: str, dtype: str) -> None:
+    """Try a backend on a few tokens. Raises `UnavailableError` if it is not installed, or not for
+    this device or number format."""
+    if name is None:
+        return
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    try:
+        with attending(name):
+            token = torch.zeros(1, 16, HEADS, HEAD_DIM, device=device, dtype=DTYPES[dtype])
+            dispatch_attention_fn(token, token, token)
+    except Exception as error:  # whatever somebody's kernel says
+        raise UnavailableError(
+            f"--attention {name} cannot be used here: {shortened(error)}; try --attention native"
+        ) from error
+
+
+def check_compiler(how: str, device: str) -> None:
+    """Compile a line. Raises `UnavailableError` if there is no compiler, or a broken one."""
+    if how == "off":
+        return
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(16, device=device))
+    except Exception as error:  # whatever compilers say
+        raise UnavailableError(
+            f"--compile {how} needs a working compiler: {shortened(error)}; try --compile off"
+        ) from error
+
+
+def shortened(error: Exception) -> str:
+    """The first line of an error, at most 200 characters of it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(". ")
+
+
+def of_compiler(error: Exception) -> bool:
+    """Whether torch.compile says that it cannot."""
+    return any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__)
+
+
+def compile_steps(pipe, how: str, **more) -> None:
+    """Compile the transformer in place: "blocks" each kind of block once, "full" the whole.
+
+    One graph serves all steps of a size. more: of `torch.compile`. Raises ValueError where weights
+    are moved within a step, and for a transformer that is not one graph.
+    """
+    if how != "off" and pipe.dype_offload in ("group", "sequential"):
+        raise ValueError(f"--compile is {how!r}, but --offload {pipe.dype_offload} moves weights "
+                         "within a step, expected --compile off")  # fmt: skip
+    if how == "blocks":
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, **more)
+    elif how == "full":
+        pipe.transformer.compile(fullgraph=True, **more)
+
+
+def caching(pipe, name: str, steps: int):
+    """A context in which denoiser calls may reuse features of earlier ones: a key of CACHES.
+
+    steps: that the drawing takes. Raises ValueError where diffusers has no support for it.
+    """
+    if name == "off":
+        return nullcontext()
+    kind = type(pipe).__name__
+    if kind not in CACHES[name]:
+        raise ValueError(f"--cache is {name!r}, but {unsupported(kind)}")
+    return cached(pipe.transformer, settings_of(name, steps))
+
+
+def unsupported(kind: str) -> str:
+    """Which caches a class of pipelines has, as the end of a sentence."""
+    known = [name for name, kinds in CACHES.items() if kind in kinds]
+    return f"a {kind} has {', '.join(known) or 'no support for any'}, expected one of those or off"
+
+
+def settings_of(name: str, steps: int):
+    """diffusers' configuration, with its own defaults."""
+    from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+    from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
+
+    if name == "magcache":
+        return MagCacheConfig(num_inference_steps=steps, mag_ratios=FLUX_MAG_RATIOS)
+    return {"first_block": FirstBlockCacheConfig, "taylorseer": TaylorSeerCacheConfig}[name]()
+
+
+@contextmanager
+def cached(transformer, settings):
+    transformer.enable_cache(settings)
+    try:
+        yield
+    finally:
+        transformer.disable_cache()
