@@ -53,7 +53,9 @@ def draw(given: dict, settings: list[Settings]) -> int:
 
 
 def failed(code: int, error) -> int:
-    print(f"run_dype.py: {' '.join(str(error).split())}", file=sys.stderr)
+    """Say what went wrong; a mistake, which every process sees, by one of them alone."""
+    if code == 1 or parallel.started()[0] == 0:
+        print(f"run_dype.py: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 
 
@@ -86,6 +88,7 @@ def single(given: dict, settings: Settings, team: Team) -> int:
     path = output_path(given, settings)
     flags = settings.flags
     pipe = load(settings, flags["height"] * flags["width"])
+    pipe.set_progress_bar_config(disable=not team.main)
     print(headline(settings, describe_schedule(pipe.scheduler, settings)))
     cell = Cell(settings, settings.prompts[0], path)
     try:

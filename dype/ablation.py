@@ -147,8 +147,7 @@ def reconcile(folder: Path, cells: list[Cell], found: dict[Path, dict]) -> None:
                 kept.append(row(cell, found[cell.path]))
         else:
             beside.unlink(missing_ok=True)  # of a picture that is gone, or is drawn anew
-    names = dict.fromkeys([*COLUMNS, *(name for one in kept for name in one)])  # others' too
-    records.write({folder / RESULTS: table([{n: n for n in names}, *kept], [*names]).encode()})
+    rewrite(folder, kept)
 
 
 def run(
@@ -170,9 +169,24 @@ def run(
         there = len(cells) - len(rest)
         if len(mine) < len(rest):
             there, whole = 0, f"{len(mine)} of this process"
-        return team.total(
-            draw_all(mine, folder, load, overwrite, team, there, whole) if mine else 0
-        )
+        found = draw_all(mine, folder, load, overwrite, team, there, whole) if mine else 0
+        failed = team.total(found)
+        if team.main and team.count > 1:
+            arrange(folder, cells)
+        return failed
+
+
+def arrange(folder: Path, cells: list[Cell]) -> None:
+    """Put the rows of results.csv into the order of the cells, whoever came first; others' first."""
+    place = {cell.path.name: i for i, cell in enumerate(cells)}
+    rows = sorted(read_rows(folder), key=lambda one: place.get(one["file"], -1))
+    rewrite(folder, rows)
+
+
+def rewrite(folder: Path, rows: list[dict]) -> None:
+    """results.csv anew, whole or not at all; with the columns that others have put in."""
+    names = dict.fromkeys([*COLUMNS, *(name for one in rows for name in one)])
+    records.write({folder / RESULTS: table([{n: n for n in names}, *rows], [*names]).encode()})
 
 
 def prepared(cells: list[Cell], folder: Path, overwrite: bool) -> list[tuple[Path, bool]]:

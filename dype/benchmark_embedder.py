@@ -201,7 +201,12 @@ def run(args: argparse.Namespace) -> dict:
     warm_allocator()
     names = ("copy", "ours", "stock", "literal")
     ratios = {"ours/copy": 0, "stock/copy": 0, "ours/stock": 0, "literal/ours": 0}
-    print("family      px   ", *(f"{name + ' ms':>10}" for name in names), *(f"{r:>12}" for r in ratios), " launches")
+    print(
+        "family      px   ",
+        *(f"{name + ' ms':>10}" for name in names),
+        *(f"{r:>12}" for r in ratios),
+        " launches",
+    )
     rows = {}
     for family in args.families:
         for size in args.sizes:

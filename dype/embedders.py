@@ -16,6 +16,7 @@ from dype.config import DyPEConfig
 
 MOST_KEPT = 16  # an embedder remembers so many constants: those of a few sizes
 
+
 class DyPE:
     """What every format shares: the noise level, the grid, and the mathematics of its two axes.
 

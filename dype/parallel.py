@@ -6,7 +6,9 @@ split between them (diffusers' context parallelism); else each draws its share o
 that dies ends the others: torchrun sees to that.
 """
 
+import logging
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,7 +171,21 @@ def join(flags: dict, alone: bool) -> Team:
     if together and torch.accelerator.device_count() == 0:
         raise UnavailableError("--ulysses and --ring need a GPU per process, and there is none")
     PartialState(cpu=on_cpu, **{} if together else {"timeout": PATIENCE})
+    mute(rank)
     return Team(rank, count, together)
+
+
+def mute(rank: int) -> None:
+    """Progress bars from one process alone; silence, one message at a time, what libraries say of
+    each other."""
+    from diffusers.utils.logging import disable_progress_bar
+
+    if rank:
+        disable_progress_bar()
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(
+        lambda record: "enable_parallelism` is an experimental" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", "`torch.distributed._functional_collectives", FutureWarning)
 
 
 def leave() -> None:

@@ -1,0 +1,121 @@
+"""What DyPE costs: `python -m dype.benchmark [embedder|step|pipeline|cost]`.
+
+embedder: a call of each family's embedder, beside stock and a plain copy. step: a denoiser step
+with and without DyPE, in pairs. pipeline: whole pictures. cost: nothing is run, what a step takes
+by counting. Ratios come first; the last line is all of it as JSON.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from dype import benchmark_embedder, benchmark_step, costs
+from dype.config import METHOD_SCALES
+from dype.flags import Parser, UserError
+from dype.models import TOKEN
+from dype.pipelines import UnavailableError, check_device, default_device
+from dype.speed import COMPILES, backends, check_attention, check_compiler
+
+RUNS = {
+    "embedder": benchmark_embedder.run,
+    "step": benchmark_step.steps,
+    "pipeline": benchmark_step.pictures,
+    "cost": costs.run,
+}
+SIZES = {
+    "embedder": [1024, 2048, 4096, 8192],
+    "step": [512, 1024],
+    "pipeline": [512],
+    "cost": [1024, 2048, 4096],
+}
+REPEATS = {"embedder": 9, "step": 15, "pipeline": 2, "cost": 1}
+
+
+def parser() -> Parser:
+    made = Parser(prog="python -m dype.benchmark", description=__doc__)
+    flag = made.add_argument
+    flag("what", nargs="?", choices=RUNS, default="embedder")
+    flag(
+        "--sizes",
+        nargs="+",
+        type=int,
+        metavar="PX",
+        help=f"(default: {'; '.join(f'{w} {s}' for w, s in SIZES.items())}; on a GPU 1024 to 4096)",
+    )
+    flag("--repeats", type=int, metavar="N", help=f"(default: {REPEATS})")
+    flag("--device", metavar="NAME", help="cpu or cuda (default: cpu for embedder, else the best)")
+    flag(
+        "--families",
+        nargs="+",
+        choices=benchmark_embedder.FAMILIES,
+        default=[*benchmark_embedder.FAMILIES],
+        help="of embedder (default: all)",
+    )
+    flag(
+        "--model",
+        choices=benchmark_step.MODELS,
+        help="of step, pipeline: demo, or the real size "
+        "with random weights (default: demo on a CPU, flux on a GPU)",
+    )
+    flag("--method", choices=METHOD_SCALES, default="yarn", help="(default: yarn)")
+    flag("--attention", metavar="NAME", help="of step, pipeline (default: diffusers' own)")
+    flag("--compile", choices=COMPILES, default="off", help="of step, pipeline (default: off)")
+    flag("--steps", type=int, metavar="N", help="of pipeline (default: the model's)")
+    return made  # fmt: skip
+
+
+def completed(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags with their defaults, checked. Raises UserError, `UnavailableError`."""
+    args.sizes = args.sizes or SIZES[args.what]
+    args.repeats = REPEATS[args.what] if args.repeats is None else args.repeats
+    if args.repeats < 1 or any(size < TOKEN or size % TOKEN for size in args.sizes):
+        raise UserError(f"--repeats is at least 1, --sizes are multiples of {TOKEN}")
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps is {args.steps}, expected at least 1")
+    if args.attention is not None and args.attention not in backends():
+        raise UserError(f"--attention is {args.attention!r}, expected {', '.join(backends())}")
+    args.device = args.device or ("cpu" if args.what == "embedder" else default_device())
+    check_device(args.device, "none")
+    args.model = args.model or ("demo" if args.device == "cpu" else "flux")
+    if args.what in ("step", "pipeline"):
+        check_attention(args.attention, args.device, benchmark_step.MODELS[args.model].dtype)
+        check_compiler(args.compile, args.device)
+    return args
+
+
+def machine(device: str) -> dict:
+    """What the figures hold for."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((one.split(": ")[1] for one in lines if one.startswith("model name")), name)
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {"device": name, "torch": torch.__version__}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
+    try:
+        args = completed(parser().parse_args(argv))
+        print(json.dumps({"benchmark": args.what, **machine(args.device), **RUNS[args.what](args)}))
+    except UserError as error:
+        return failed(2, error)
+    except (UnavailableError, OSError) as error:
+        return failed(1, error)
+    except KeyboardInterrupt:
+        return failed(130, "interrupted")
+    return 0
+
+
+def failed(code: int, error) -> int:
+    print(f"dype.benchmark: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""`run_dype.py` on a CPU where diffusers wants to see an accelerator per process.
+
+    torchrun --nproc-per-node=2 tests/ranks.py [EXTRA] ARGUMENTS...
+
+EXTRA is `die:RANK`: that process ends without a word at its second denoiser call; or `save:FILE`:
+afterwards the latents of tiny pipelines, drawn by all processes together, go there.
+"""
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import tiny
+from conftest import latents, quiet, tiny_components
+from diffusers import FluxPipeline, FluxTransformer2DModel
+
+import run_dype
+from dype import DyPEConfig, apply_dype, parallel
+
+CONFIG = DyPEConfig("yarn", base_resolution=64)
+FAMILIES = {
+    "flux": (lambda: quiet(FluxPipeline(**tiny_components())), latents),
+    "flux2": tiny.FAMILIES["flux2"],
+    "qwen-image": tiny.FAMILIES["qwen-image"],
+}
+
+
+def drawn(ulysses: int) -> dict[str, torch.Tensor]:
+    """A family -> latents of two pictures of different aspect, by so many processes each."""
+    found = {}
+    for name, (build, draw) in FAMILIES.items():
+        pipe, pictures = build(), []
+        for size in ((128, 192), (192, 128)):
+            apply_dype(pipe, CONFIG)
+            with parallel.split(pipe.transformer, ulysses):
+                pictures.append(draw(pipe, *size).flatten())
+        found[name] = torch.stack(pictures)
+    return found
+
+
+def mortal(rank: int) -> None:
+    """Let one process die at its second denoiser call."""
+    forward, calls = FluxTransformer2DModel.forward, []
+
+    @functools.wraps(forward)
+    def dying(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == 2 and int(os.environ["RANK"]) == rank:
+            os._exit(3)
+        return forward(*args, **kwargs)
+
+    FluxTransformer2DModel.forward = dying
+
+
+def main(extra: str, *words: str) -> int:
+    torch.accelerator.device_count = lambda: 1  # there is none to count on this machine
+    torch.set_num_threads(1)
+    kind, _, value = extra.partition(":")
+    if kind == "die":
+        mortal(int(value))
+    if kind == "save":
+        leave, parallel.leave = parallel.leave, lambda: None  # the group is still needed
+    code = run_dype.main([*words] if kind in ("die", "save") else [extra, *words])
+    if kind == "save":
+        found = drawn(2)
+        if int(os.environ["RANK"]) == 0:
+            torch.save(found, value)
+        leave()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
