@@ -69,8 +69,10 @@ def drawn(pipe, settings: Settings, prompt: str, encode: Callable) -> tuple[Imag
             call |= {"image": picture, "strength": flags["strength"], "steps": flags["steps"]}
             image = generate.draw(pipe, text, height=height, width=width, **call)
         else:
-            image = generate.multipass(pipe, text, height, width, passes(flags), **call)
+            image = generate.multipass(pipe, text, height, width, settings.passes, **call)
     seconds = time.perf_counter() - start
+    if flags["multipass"] == "progressive":  # which the picture itself has settled
+        schedule["passes"][1]["sigmas"] = pipe.scheduler.sigmas.tolist()
     record = {"prompt": prompt, "flags": flags, "config": settings.config.to_dict(), **schedule}
     return image, record | {"tiled_vae": tiled, **records.machine(pipe, seconds)}
 
@@ -79,12 +81,6 @@ def against(pipe, flags: dict) -> str | None:
     """The negative prompt, or the one that a pipeline with guidance implies; None: none at all."""
     given = flags["negative_prompt"]
     return generate.implied(pipe, flags["guidance"]) if given is None else given
-
-
-def passes(flags: dict) -> list[dict]:
-    """The passes that the flags ask for, for `generate.multipass`."""
-    strengths = flags["pass2_strength"], flags["pass3_strength"]
-    return generate.passes_of(flags["multipass"], flags["steps"], *strengths)
 
 
 def describe_schedule(scheduler, settings: Settings) -> dict:
@@ -101,11 +97,12 @@ def describe_schedule(scheduler, settings: Settings) -> dict:
     shift = settings.config.shift or family.shift
     found = {"shift": "static" if mu is None else shift, "lambda_s": settings.config.lambda_s}
     found |= {"mu": mu, "sigmas": sigmas, "kappas": kappa.tolist(), "passes": []}
-    run = generate.sized(passes(flags), flags["height"], flags["width"])
+    run = generate.sized(settings.passes, flags["height"], flags["width"])
     if flags["init_image"]:
         run[0]["strength"] = flags["strength"]
     for one in run:
-        first = generate.skipped(one["steps"], one.get("strength", 1.0))
+        strength = one.get("strength", 1.0)
+        first = 0 if strength is None else generate.skipped(one["steps"], strength)
         sigmas = schedule(one["height"], one["width"], one["steps"])[1][first:]
         found["passes"].append(one | {"sigmas": sigmas})
     return found
@@ -205,8 +202,9 @@ def work(settings: Settings) -> float:
     scale = flags[model.cfg] if model.cfg else model.cfg_off
     even = 34_000 * (model.billions / 12) ** (1 / 3)
     total = 0.0
-    for one in generate.sized(passes(flags), flags["height"], flags["width"]):
+    for one in generate.sized(settings.passes, flags["height"], flags["width"]):
         strength = flags["strength"] if flags["init_image"] else one.get("strength", 1.0)
+        strength = 0.5 if strength is None else strength  # about; the picture settles it
         calls = one["steps"] - generate.skipped(one["steps"], strength)
         tokens = one["height"] * one["width"] / generate.TOKEN**2
         total += calls * 2e9 * model.billions * tokens * (1 + tokens / even)

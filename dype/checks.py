@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dype import parallel, records, speed
+from dype import records, speed
 from dype.config import number, one_of
 from dype.flags import CHOICES, UserError
 from dype.generate import PASSES, STRENGTHS
@@ -77,7 +77,6 @@ def check_speed(flags: dict, model: Model) -> None:
             f"--compile is {flags['compile']!r}, but --offload {flags['offload']} moves weights "
             "within a step, expected one of them off"
         )
-    parallel.check(flags, model)
 
 
 def check_passes(given: dict, cells: list[dict]) -> None:

@@ -56,8 +56,11 @@ FLAGS = {
     ],
     "several passes": [
         ("--multipass --dype_multipass", "NAME,...", "single; twopass: at half the size, then "
-         "enlarged and refined; threepass: at a quarter, at half, in full (default: single)",
+         "enlarged and refined; threepass: at a quarter, at half, in full; progressive (default: "
+         "single)",
          {"choices": tuple(PASSES)}),
+        ("--progressive", None, "as --multipass progressive: the base resolution first, then at full "
+         "size only the steps in which more is to be seen (default: off)", SWITCH),
         ("--pass2_strength", "X,...", "the share of the steps that the second pass runs "
          "(default: 0.5)", {}),
         ("--pass3_strength", "X,...", "(default: 0.4)", {}),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dype import speed
 from dype.config import number
-from dype.latents import encode_picture, noised
+from dype.latents import encode_picture, missing, noised, settled
 from dype.models import FLUX, TOKEN, Family, family_of, family_of_pipeline
 from dype.patch import denoisers
 from dype.placement import execution_device, set_aside, text_device
@@ -96,7 +96,7 @@ def draw(
     negative_prompt: str | dict | None = None,
     true_cfg: float = 1.0,
     image: Image.Image | None = None,
-    strength: float = 1.0,
+    strength: float | None = 1.0,
     cache: str = "off",
 ) -> Image.Image:
     """One picture of `height` x `width` px, by a text-to-image pipeline of `models.PIPELINES`.
@@ -104,8 +104,10 @@ def draw(
     prompt, negative_prompt: text, or what `encode` made of it. guidance: None is the pipeline's own
     default. image: start from this picture, enlarged to the size and noised, instead of from noise;
     strength in (0, 1] is the share of the steps that are then run, the last ones of the schedule
-    for this size, as in diffusers' image-to-image pipelines. cache: a key of `speed.CACHES`. The noise is drawn on the CPU: a seed
-    means the same start on every device, and at strength 1 the same as without a picture.
+    for this size, as in diffusers' image-to-image pipelines; None: those in which what the picture
+    lacks is to be seen, begun with that much of it as noise (`latents.settled`, `missing`). cache:
+    a key of `speed.CACHES`. The noise is drawn on the CPU: a seed means the same start on every
+    device, and at strength 1 the same as without a picture.
     """
     known = inspect.signature(pipe.__call__).parameters
     if guidance is None:
@@ -152,23 +154,30 @@ def implied(pipe, guidance: float) -> str | None:
     return "" if own and guidance > 0 else None
 
 
-def started(pipe, image: Image.Image, strength: float, call: dict) -> dict:
+def started(pipe, image: Image.Image, strength: float | None, call: dict) -> dict:
     """The `latents` and `sigmas` with which a text-to-image pipeline refines a picture."""
-    number("strength", strength, 0, 1, above=True)
+    number("strength", strength, 0, 1, above=True, optional=True)
     apart, device = getattr(pipe, "dype_apart", {}), execution_device(pipe)
     with set_aside(pipe, *apart):
         pipe.maybe_free_model_hooks()  # a text encoder may still be on the card
     height, width, steps = (call[name] for name in ("height", "width", "num_inference_steps"))
     family = family_of_pipeline(pipe, family_of(denoisers(pipe)[0]))
     _, sigmas = noise_schedule(pipe.scheduler, height, width, steps, family)
-    first = skipped(steps, strength)
-    image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    latents = encode_picture(pipe, image, torch.device(apart.get("vae", device))).to(device)
+    where, more = torch.device(apart.get("vae", device)), None
+    larger = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    latents = encode_picture(pipe, larger, where).to(device)
+    if strength is None:
+        small = encode_picture(pipe, image, where).to(device)
+        c, omega, more = missing(latents[0], small[0])
+        level = settled(c, omega, math.sqrt(latents[0].numel() / small[0].numel()))
+        first = min(sum(sigma > level for sigma in sigmas[:-1]), steps - 1)
+    else:
+        first = skipped(steps, strength)
     embeds = call["prompt_embeds"]
     dtype = embeds[0].dtype if isinstance(embeds, list) else embeds.dtype
     seed = call["generator"].initial_seed()
     return {
-        "latents": noised(pipe, latents, sigmas[first], seed, dtype),
+        "latents": noised(pipe, latents, sigmas[first], seed, dtype, more),
         "sigmas": unshifted(steps)[first:],
     }
 
@@ -194,7 +203,22 @@ def decode(pipe, packed: torch.Tensor, height: int, width: int) -> Image.Image:
 
 # --multipass -> the scale of each pass
 PASSES = {"single": (1.0,), "twopass": (0.5, 1.0), "threepass": (0.25, 0.5, 1.0)}
+PASSES["progressive"] = ()  # see `progressive`, which has its own
 STRENGTHS = {2: "pass2_strength", 3: "pass3_strength"}  # by the number of passes that have it
+
+
+def progressive(height: int, width: int, base_resolution: int, steps: int) -> list[dict]:
+    """Passes for `multipass`: a picture of the base resolution's area first; then, enlarged, the
+    steps alone in which something finer is to be seen. Raises ValueError if the size is no larger.
+    """
+    scale = base_resolution / math.sqrt(height * width)
+    if scale >= 1:
+        raise ValueError(
+            f"progressive passes begin at {base_resolution}x{base_resolution} px, expected a "
+            f"larger picture than {width}x{height}"
+        )
+    both = [{"scale": scale, "steps": steps}, {"scale": 1.0, "steps": steps}]
+    return [both[0], both[1] | {"strength": None}]
 
 
 def passes_of(name: str, steps: int, *strengths: float) -> list[dict]:
@@ -209,7 +233,7 @@ def multipass(pipe, prompt, height: int, width: int, passes: list[dict], **setti
     """A picture of `height` x `width` px in several passes, each refining the one before.
 
     passes: dicts with `scale` (of both sides; growing, at last 1), `steps`, and from the second on
-    `strength` in (0, 1]. The picture of each pass is enlarged and noised to the level that the
+    `strength` in (0, 1], or None as in `draw`. The picture of each pass is enlarged and noised to the level that the
     next one's schedule has there, which depends on the size where the shift does. settings: the
     others of `draw`. Hand-over is in pixels: no family's autoencoder commutes with enlarging
     (docs/log.md). Raises ValueError for passes that make no sense.
@@ -234,7 +258,7 @@ def sized(passes: list[dict], height: int, width: int) -> list[dict]:
             )
         number("scale", one["scale"], before, 1, above=True)
         number("steps", one["steps"], 1, 1000, whole=True)
-        number("strength", one.get("strength", 1.0), 0, 1, above=True)
+        number("strength", one.get("strength", 1.0), 0, 1, above=True, optional=True)
         before = one["scale"]
         sides = {"height": resized(height, before), "width": resized(width, before)}
         found.append(sides | {name: one[name] for name in ("steps", "strength") if name in one})

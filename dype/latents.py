@@ -1,8 +1,12 @@
-"""Pictures to latents, by the parts of the text-to-image pipelines."""
+"""Pictures to latents, by the parts of the text-to-image pipelines; and the latents' spectra."""
+
+import math
 
 import numpy as np
 import torch
 from PIL import Image
+
+OPEN = 0.2  # of the noise's power: what counts as none of the picture's (docs/log.md)
 
 
 @torch.no_grad()
@@ -51,11 +55,83 @@ NORMALIZED = {
 }
 
 
-def noised(pipe, latents: torch.Tensor, sigma: float, seed: int, dtype) -> torch.Tensor:
+def frequencies(height: int, width: int) -> torch.Tensor:
+    """f of every entry of `torch.fft.fft2`, in shares of Nyquist: float64 [height, width]."""
+    sides = (torch.fft.fftfreq(side, dtype=torch.float64) for side in (height, width))
+    return 2 * torch.hypot(*torch.meshgrid(*sides, indexing="ij"))
+
+
+def rings(height: int, width: int) -> torch.Tensor:
+    """The ring of every frequency, 0 .. [height, width]; the n-th, n = min(sides) // 2, is Nyquist."""
+    return (frequencies(height, width) * (min(height, width) // 2)).round().long()
+
+
+def power_spectrum(x: torch.Tensor) -> torch.Tensor:
+    """Mean power over rings 1 .. Nyquist of each channel, [C, height, width] -> float64 [C, n].
+
+    Scaled so that white noise of variance 1 has power 1.
+    """
+    height, width = x.shape[-2:]
+    power = torch.fft.fft2(x.double()).abs().square() / (height * width)
+    ring = rings(height, width).flatten().to(x.device)
+    total = power.new_zeros(len(x), int(ring.max()) + 1).index_add_(1, ring, power.flatten(1))
+    return (total / ring.bincount())[:, 1 : min(height, width) // 2 + 1]
+
+
+def power_law(power: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """C and omega of C / f^omega, by least squares over ln f: float64 [..., n] -> [...] each."""
+    f = torch.arange(1, power.shape[-1] + 1, dtype=torch.float64, device=power.device)
+    at = (f / len(f)).log()
+    off = at - at.mean()
+    slope = (power.log() * off).sum(-1) / off.square().sum()
+    return (power.log().mean(-1) - slope * at.mean()).exp(), -slope
+
+
+def settled(c: float, omega: float, s: float) -> float:
+    """The noise level above which nothing finer than a picture smaller by s can be seen.
+
+    At frequency 1/s of the large picture's Nyquist, the first that the small one lacks, Eq. 11 has
+    (1 - t)^2 C s^omega of the picture and t^2 of the noise; this is where the first is OPEN times
+    the second.
+    """
+    ratio = math.sqrt(c * s**omega / OPEN)
+    return ratio / (1 + ratio)
+
+
+def missing(large: torch.Tensor, small: torch.Tensor) -> tuple[float, float, torch.Tensor]:
+    """What a picture lacks that was enlarged: C and omega of its own latents, and power.
+
+    large, small: the latents of the enlarged and of the first one, [C, h, w] each. Beyond the
+    small one's Nyquist its own law is continued, channel by channel; the third is by how much the
+    large one falls short of that, [C, h, w].
+    """
+    power = power_spectrum(small)
+    c, omega = (part[:, None, None] for part in power_law(power))
+    height, width = large.shape[-2:]
+    f, ring = (part.to(large.device) for part in (frequencies(height, width), rings(height, width)))
+    s = math.sqrt(height * width / small[0].numel())
+    found = power_spectrum(large)
+    has = found[:, ring.clamp(1, found.shape[1]) - 1]
+    short = (c / f.clamp(min=1 / s) ** omega - has).clamp(min=0) * (f > 1 / s)
+    whole = power_law(power.mean(0))
+    return float(whole[0]), float(whole[1]), short
+
+
+def shaped(noise: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
+    """White noise of variance 1 with that much power more at each frequency: [..., h, w] each."""
+    spectrum = torch.fft.fft2(noise.double()) * (1 + power).sqrt()
+    return torch.fft.ifft2(spectrum).real.to(noise.dtype)
+
+
+def noised(
+    pipe, latents: torch.Tensor, sigma: float, seed: int, dtype, more: torch.Tensor | None = None
+) -> torch.Tensor:
     """x_t = (1 - t) x + t eps (paper Eq. 1), in the shape of the pipeline's `latents` argument.
 
     eps is what the pipeline itself would draw for this seed and size, so that at sigma = 1 its
-    own start comes out. dtype: of the prompt's embeddings, in which most pipelines draw.
+    own start comes out. dtype: of the prompt's embeddings, in which most pipelines draw. more:
+    power that x is to have beside its own, [C, h, w]: Eq. 11 says how much of it is in x_t, and
+    its phases are the noise's.
     """
     packs = hasattr(pipe, "_pack_latents")  # Z-Image keeps rows and columns, and float32
     noise = torch.randn(
@@ -63,7 +139,10 @@ def noised(pipe, latents: torch.Tensor, sigma: float, seed: int, dtype) -> torch
         generator=torch.Generator("cpu").manual_seed(seed),
         dtype=dtype if packs else torch.float32,
     )
-    mixed = (1 - sigma) * latents.float() + sigma * noise.to(latents.device).float()
+    eps = noise.to(latents.device).float()
+    if more is not None:
+        eps = shaped(eps, ((1 - sigma) / sigma) ** 2 * more)
+    mixed = (1 - sigma) * latents.float() + sigma * eps
     mixed = mixed.to(noise.dtype)
     if not packs or hasattr(pipe, "_patchify_latents"):  # FLUX.2 packs what it is given
         return mixed

@@ -17,8 +17,8 @@ from functools import lru_cache
 
 import torch
 
-from dype import generate
 from dype.flags import UserError
+from dype.models import TOKEN
 from dype.pipelines import UnavailableError
 
 # the pipelines whose transformers say how their tokens may be split, and if their texts all have
@@ -93,8 +93,11 @@ def degree(flags: dict) -> int:
     return flags["ulysses"] * flags["ring"]
 
 
-def check(flags: dict, model) -> None:
-    """Raise ValueError for a picture that cannot be split as the flags ask."""
+def check(flags: dict, model, passes: list[dict]) -> None:
+    """Raise ValueError for a picture that cannot be split as the flags ask.
+
+    passes: with their sizes, as of `generate.sized`.
+    """
     count, (_, started_count) = degree(flags), started()
     if count == 1:
         return
@@ -117,14 +120,9 @@ def check(flags: dict, model) -> None:
     if flags["compile"] == "full":
         raise ValueError(f"--compile is 'full', expected blocks or off with --{name}")
     check_backend(name, count, flags["attention"] or "native")
-    sizes = [{"height": flags["height"], "width": flags["width"]}]
-    if flags["init_image"] is None:
-        strengths = flags["pass2_strength"], flags["pass3_strength"]
-        passes = generate.passes_of(flags["multipass"], flags["steps"], *strengths)
-        sizes = generate.sized(passes, flags["height"], flags["width"])
-    for size in sizes:
-        height, width = size["height"], size["width"]
-        divides(name, count, height * width // generate.TOKEN**2, f"tokens of {width}x{height} px")
+    for one in passes:
+        tokens = one["height"] * one["width"] // TOKEN**2
+        divides(name, count, tokens, f"tokens of {one['width']}x{one['height']} px")
     if SPLIT[model.pipeline]:
         divides(name, count, flags["max_sequence_length"], "tokens of --max_sequence_length")
 

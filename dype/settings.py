@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from dype import records, sweeps
+from dype import generate, parallel, records, sweeps
 from dype.checks import (
     CONFIG_NUMBERS,
     NUMBERS,
@@ -54,6 +54,16 @@ class Settings:
     prompts: list[str]
     loras: list[tuple[str, float]]
 
+    @property
+    def passes(self) -> list[dict]:
+        """The passes that the flags ask for, for `generate.multipass`. Raises ValueError."""
+        flags = self.flags
+        if flags["multipass"] == "progressive":
+            sides, base = (flags["height"], flags["width"]), self.config.base_resolution
+            return generate.progressive(*sides, base, flags["steps"])
+        strengths = flags["pass2_strength"], flags["pass3_strength"]
+        return generate.passes_of(flags["multipass"], flags["steps"], *strengths)
+
 
 def typed(raw: dict) -> dict:
     """Flags as they were given, one value each, as values. Raises ValueError."""
@@ -75,6 +85,12 @@ def typed(raw: dict) -> dict:
     if "dype" in given:
         one_of("--dype", given["dype"], ("on", "off"))
         given["dype"] = given["dype"] == "on"
+    if given.pop("progressive", False):
+        if given.setdefault("multipass", "progressive") != "progressive":
+            raise ValueError(
+                f"--progressive and --multipass {given['multipass']} contradict each other, "
+                "expected one of them"
+            )
     if given.pop("isotropic", False):
         given["anisotropic"] = False
     if "init_image" in given:
@@ -197,7 +213,9 @@ def merge(given: dict, source: dict, name: str, model: Model, prompts: list, not
         prompts = [prompt + model.suffix for prompt in prompts]
     loras = [lora(text) for text in flags["lora"]]
     flags["lora"] = [f"{path}:{scale}" for path, scale in loras]
-    return Settings(model, config, flags, prompts, loras)
+    made = Settings(model, config, flags, prompts, loras)
+    parallel.check(flags, model, generate.sized(made.passes, flags["height"], flags["width"]))
+    return made
 
 
 def merge_config(given: dict, source: dict, flags: dict, model: Model, notes: set) -> DyPEConfig:

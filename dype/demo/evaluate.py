@@ -3,8 +3,9 @@
 Draws seeded prompts with the demo model under many settings, and scores layout, texture and both
 against rendered scenes of the same size. A picture that is there is not drawn again. A setting is
 METHOD, METHOD:static or METHOD:SCALE:EXPONENT, then `:reversed` (time runs the wrong way: a
-control) or `:model` (the model's own noise schedule instead of the capped one). Prompts of seed 0
-are there to report, those of another seed to choose by. Needs requirements-dev.txt.
+control), `:model` (the model's own noise schedule instead of the capped one) or `:progressive` (as
+`run_dype.py --progressive`). Prompts of seed 0 are there to report, those of another seed to choose
+by. Needs requirements-dev.txt.
 """
 
 import hashlib
@@ -15,15 +16,17 @@ import os
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from itertools import takewhile
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from dype import records
+from dype import generate, records
 from dype.config import number
 from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, sample_scene
 from dype.flags import Parser, UserError
@@ -84,26 +87,48 @@ def missing(cells: list[Cell], args) -> list[tuple[Cell, int, Path]]:
 def draw(pipe, cell: Cell, i: int, path: Path, scene: Scene, args) -> None:
     """Draw a picture of the i-th prompt, from noise of seed 10000 `--seed` + i."""
     apply_dype(pipe, cell.setting.config)
-    hook = pipe.transformer.register_forward_pre_hook(reverse, with_kwargs=True)
-    if cell.setting.control != "reversed":
-        hook.remove()
-    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        [picture] = pipe(
-            scene.caption,
-            negative_prompt=DEMO.negative_prompt or "",
-            true_cfg_scale=args.true_cfg,
-            guidance_scale=DEMO.guidance,
-            height=cell.size,
-            width=cell.size,
-            num_inference_steps=args.steps,
-            max_sequence_length=DEMO.max_sequence_length,
-            generator=torch.Generator().manual_seed(10_000 * args.seed + i),
-        ).images
-    hook.remove()
+    control, hook = cell.setting.control, nullcontext()
+    if control == "reversed":
+        hook = pipe.transformer.register_forward_pre_hook(reverse, with_kwargs=True)
+    drawing = in_passes if control == "progressive" else in_one
+    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"), hook:
+        picture = drawing(pipe, scene.caption, cell.size, 10_000 * args.seed + i, args)
     content = io.BytesIO()
     picture.save(content, "png")
     path.parent.mkdir(parents=True, exist_ok=True)
     records.write({path: content.getvalue()})
+
+
+def in_one(pipe, caption: str, size: int, seed: int, args) -> Image.Image:
+    """By the pipeline as it is."""
+    [picture] = pipe(
+        caption,
+        negative_prompt=DEMO.negative_prompt or "",
+        true_cfg_scale=args.true_cfg,
+        guidance_scale=DEMO.guidance,
+        height=size,
+        width=size,
+        num_inference_steps=args.steps,
+        max_sequence_length=DEMO.max_sequence_length,
+        generator=torch.Generator().manual_seed(seed),
+    ).images
+    return picture
+
+
+def in_passes(pipe, caption: str, size: int, seed: int, args) -> Image.Image:
+    """The base resolution first."""
+    return generate.multipass(
+        pipe,
+        caption,
+        size,
+        size,
+        generate.progressive(size, size, DEMO.base_resolution, args.steps),
+        negative_prompt=DEMO.negative_prompt or "",
+        true_cfg=args.true_cfg,
+        guidance=DEMO.guidance,
+        max_sequence_length=DEMO.max_sequence_length,
+        seed=seed,
+    )
 
 
 def reverse(transformer, args, kwargs) -> None:
@@ -209,6 +234,8 @@ def asked(args) -> list[Cell]:
     if args.strip and args.strip.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ValueError(f"--strip is {args.strip}, expected a name in .png or .jpg")
     if args.settings:
+        if any(setting(one).control == "progressive" for one in args.settings):
+            generate.progressive(args.size, args.size, DEMO.base_resolution, args.steps)
         cells = [Cell(args.size, setting(one), args.count) for one in args.settings]
     else:
         cells = plan("quick" if args.quick else "full" if args.full else "default")

@@ -19,7 +19,7 @@ from dype.models import MODELS
 from dype.rope import METHODS, axis_frequencies
 
 BASE = MODELS["demo"].base_resolution
-CONTROLS = ("reversed", "model")
+CONTROLS = ("reversed", "model", "progressive")
 
 
 class Setting(NamedTuple):
@@ -39,7 +39,7 @@ class Cell(NamedTuple):
 
 
 def setting(text: str) -> Setting:
-    """METHOD[:static | :SCALE[:EXPONENT]][:reversed | :model]. Raises ValueError.
+    """METHOD[:static | :SCALE[:EXPONENT]][:CONTROL], of CONTROLS. Raises ValueError.
 
     Its name has the numbers that have an effect: METHOD_SCALE_EXPONENT, METHOD_static, `base`.
     """
@@ -55,7 +55,7 @@ def setting(text: str) -> Setting:
     still = method == "base" or not made.dype
     if len(numbers) > 2 * (METHOD_SCALES[method] is not None) or (still and control == "reversed"):
         raise ValueError(
-            f"setting {text!r}, expected METHOD[:static|:SCALE[:EXPONENT]][:reversed|:model], and "
+            f"setting {text!r}, expected METHOD[:static|:SCALE[:EXPONENT]][:reversed|:model|:progressive], and "
             "no numbers or reversal where they change nothing"
         )
     parts = [method] if method == "base" or made.dype else [method, "static"]
