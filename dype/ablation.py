@@ -177,7 +177,7 @@ def run(
 
 
 def arrange(folder: Path, cells: list[Cell]) -> None:
-    """Put the rows of results.csv into the order of the cells, whoever came first; others' first."""
+    """Put the rows of results.csv into the order of the cells, whoever drew them first."""
     place = {cell.path.name: i for i, cell in enumerate(cells)}
     rows = sorted(read_rows(folder), key=lambda one: place.get(one["file"], -1))
     rewrite(folder, rows)

@@ -1,4 +1,4 @@
-"""What DyPE costs: `python -m dype.benchmark [embedder|step|pipeline|cost]`.
+"""What DyPE costs: `python -m dype.benchmark [embedder | step | pipeline | cost]`.
 
 embedder: a call of each family's embedder, beside stock and a plain copy. step: a denoiser step
 with and without DyPE, in pairs. pipeline: whole pictures. cost: nothing is run, what a step takes
@@ -27,12 +27,18 @@ RUNS = {
     "cost": costs.run,
 }
 SIZES = {
-    "embedder": [1024, 2048, 4096, 8192],
-    "step": [512, 1024],
-    "pipeline": [512],
-    "cost": [1024, 2048, 4096],
+    "embedder": (1024, 2048, 4096, 8192),
+    "step": (512, 1024),
+    "pipeline": (512,),
+    "cost": (1024, 2048, 4096),
 }
-REPEATS = {"embedder": 9, "step": 15, "pipeline": 2, "cost": 1}
+LARGE = (1024, 2048, 4096)  # of step and pipeline on a GPU
+REPEATS = {"embedder": (9,), "step": (15,), "pipeline": (2,), "cost": (1,)}
+
+
+def listed(defaults: dict) -> str:
+    """embedder 9, step 15, ...: a default per sub-command."""
+    return ", ".join(f"{name} {' '.join(map(str, some))}" for name, some in defaults.items())
 
 
 def parser() -> Parser:
@@ -44,9 +50,9 @@ def parser() -> Parser:
         nargs="+",
         type=int,
         metavar="PX",
-        help=f"(default: {'; '.join(f'{w} {s}' for w, s in SIZES.items())}; on a GPU 1024 to 4096)",
+        help=f"(default: {listed(SIZES)}; on a GPU step and pipeline {listed({'': LARGE})})",
     )
-    flag("--repeats", type=int, metavar="N", help=f"(default: {REPEATS})")
+    flag("--repeats", type=int, metavar="N", help=f"(default: {listed(REPEATS)})")
     flag("--device", metavar="NAME", help="cpu or cuda (default: cpu for embedder, else the best)")
     flag(
         "--families",
@@ -65,21 +71,23 @@ def parser() -> Parser:
     flag("--attention", metavar="NAME", help="of step, pipeline (default: diffusers' own)")
     flag("--compile", choices=COMPILES, default="off", help="of step, pipeline (default: off)")
     flag("--steps", type=int, metavar="N", help="of pipeline (default: the model's)")
+    flag("--alone", action="store_true", help="of pipeline: with DyPE only (default: in turns)")
     return made  # fmt: skip
 
 
 def completed(args: argparse.Namespace) -> argparse.Namespace:
     """The flags with their defaults, checked. Raises UserError, `UnavailableError`."""
-    args.sizes = args.sizes or SIZES[args.what]
-    args.repeats = REPEATS[args.what] if args.repeats is None else args.repeats
+    args.device = args.device or ("cpu" if args.what == "embedder" else default_device())
+    check_device(args.device, "none")
+    large = args.device != "cpu" and args.what in ("step", "pipeline")
+    args.sizes = args.sizes or (LARGE if large else SIZES[args.what])
+    args.repeats = REPEATS[args.what][0] if args.repeats is None else args.repeats
     if args.repeats < 1 or any(size < TOKEN or size % TOKEN for size in args.sizes):
         raise UserError(f"--repeats is at least 1, --sizes are multiples of {TOKEN}")
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps is {args.steps}, expected at least 1")
     if args.attention is not None and args.attention not in backends():
         raise UserError(f"--attention is {args.attention!r}, expected {', '.join(backends())}")
-    args.device = args.device or ("cpu" if args.what == "embedder" else default_device())
-    check_device(args.device, "none")
     args.model = args.model or ("demo" if args.device == "cpu" else "flux")
     if args.what in ("step", "pipeline"):
         check_attention(args.attention, args.device, benchmark_step.MODELS[args.model].dtype)

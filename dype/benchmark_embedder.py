@@ -133,10 +133,10 @@ FAMILIES = {
 }
 
 
-def costs(family: str, size: int, repeats: int, device: torch.device) -> dict:
+def costs(family: str, size: int, repeats: int, device: torch.device, method: str) -> dict:
     """Of one call at `size` x `size` px: launches, and median milliseconds by what was called."""
     with torch.device(device):
-        stock, ours, args = FAMILIES[family](size // TOKEN, DyPEConfig())
+        stock, ours, args = FAMILIES[family](size // TOKEN, DyPEConfig(method))
     ours.set_timestep(torch.tensor(0.6, device=device))
     tables = ours(*args)
     tables = tables if isinstance(tables, tuple) else (tables,)
@@ -210,7 +210,7 @@ def run(args: argparse.Namespace) -> dict:
     rows = {}
     for family in args.families:
         for size in args.sizes:
-            found = costs(family, size, args.repeats, torch.device(args.device))
+            found = costs(family, size, args.repeats, torch.device(args.device), args.method)
             for name in ratios:
                 one, other = name.split("/")
                 ratios[name] = found[one] / found[other]

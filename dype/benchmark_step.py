@@ -244,38 +244,47 @@ def pair_costs(call: Callable, stock, ours, repeats: int, device: torch.device) 
 
 
 def pictures(args: argparse.Namespace) -> dict:
-    """Print what whole pictures cost; returns it, ratios first."""
+    """Print what whole pictures cost, text encoders aside; returns it, ratios first."""
     device, benched = torch.device(args.device), MODELS[args.model]
     prepare(device)
     rate, pipe = matrix_rate(device, DTYPES[benched.dtype]), benched.pipeline(args.device)
-    known, config = NAMED[benched.model], encoding(args, benched)
+    known = NAMED[benched.model]
     speed.compile_steps(pipe, args.compile)
     count = args.steps or known.steps
-    call = {"steps": count, "guidance": known.guidance, "true_cfg": known.true_cfg}
-    call |= {"negative_prompt": known.negative_prompt}
-    call |= {"max_sequence_length": known.max_sequence_length}
     calls = count * (2 if known.true_cfg > 1 else 1)
     print("px     ratio  seconds without, with   peak GiB   tiled   share of matrix rate")
     rows = {}
     for size in args.sizes:
         tiled = set_tiling(pipe, "auto", None, size * size)
-        seconds = {False: [], True: []}
         with speed.attending(args.attention):
-            for with_dype in [False, True] * (args.repeats + (args.compile != "off")):
-                remove_dype(pipe)
-                apply_dype(pipe, config if with_dype else DyPEConfig("base"))
-                memory.reset_peak()
-                start = time.perf_counter()
-                prompt = benched.prompt(args.device)
-                generate.draw(pipe, prompt, height=size, width=size, **call)
-                seconds[with_dype].append(time.perf_counter() - start)
-        timed_ones = [values[-args.repeats :] for values in seconds.values()]  # compiled before
-        without, with_dype = map(statistics.median, timed_ones)
+            without, with_dype = picture_seconds(pipe, args, benched, size, count)
         flop = calls * sum(shape_of(benched, pipe.transformer).flop(size, size))
-        row = {"ratio": round(with_dype / without, 3), "without": round(without, 2)}
-        row |= {"with": round(with_dype, 2), "peak_memory": memory.peak(device), "tiled": tiled}
+        row = {"ratio": without and round(with_dype / without, 3), "without": without}
+        row |= {"with": with_dype, "peak_memory": memory.peak(device), "tiled": tiled}
         row |= {"flop": flop, "share": round(flop / with_dype / rate, 3), "steps": count}
         rows[str(size)] = row
-        print(f"{size:<5} {row['ratio']:6.3f} {without:10.2f} {with_dype:10.2f} "
-              f"{(row['peak_memory'] or 0) / 2**30:12.2f} {tiled!s:>8} {row['share']:12.0%}")  # fmt: skip
+        shown = [f"{value:10.3f}" if value else f"{'-':>10}" for value in list(row.values())[:3]]
+        gib = (row["peak_memory"] or 0) / memory.GIB
+        print(f"{size:<5}", *shown, f"{gib:10.2f} {tiled!s:>8} {row['share']:12.0%}")
     return described(args, rate) | {"sizes": rows}
+
+
+def picture_seconds(pipe, args, benched: Benched, size: int, count: int) -> list[float | None]:
+    """Median seconds of a picture without DyPE (None if --alone) and with, after one step each."""
+    known, kinds = NAMED[benched.model], [True] if args.alone else [False, True]
+    call = {"guidance": known.guidance, "true_cfg": known.true_cfg, "height": size, "width": size}
+    names = ("negative_prompt", "max_sequence_length")
+    call |= {name: getattr(known, name) for name in names}
+    seconds = {kind: [] for kind in kinds}
+    for steps in [1] + [count] * args.repeats:
+        for kind in kinds:
+            remove_dype(pipe)
+            if kind:
+                apply_dype(pipe, encoding(args, benched))
+            prompt = benched.prompt(args.device)
+            memory.reset_peak()
+            start = time.perf_counter()
+            generate.draw(pipe, prompt, steps=steps, **call)
+            seconds[kind].append(time.perf_counter() - start)
+    middle = {kind: round(statistics.median(some[1:]), 3) for kind, some in seconds.items()}
+    return [middle.get(False), middle[True]]

@@ -59,7 +59,7 @@ CARDS = {  # card -> dense bfloat16 TFLOP/s and GiB, from the makers' data sheet
 
 
 def setting(gib: float, name: str, pixels: int) -> str:
-    """The fastest way of offloading that fits a card, in bfloat16, and by --quantize if none does."""
+    """The fastest --offload that fits a card, in bfloat16 or, where only layers would, in int8."""
     shape, free = ARCHITECTURES[name], FREE * gib * memory.GIB
     for quantize, size in (("", 2), ("int8, ", 1)):
         parts = {"transformer": 1e9 * MODELS[name].billions * size, "vae": 0.2 * memory.GIB}
@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> dict:
             found["flop"].setdefault(name, {})[str(size)] = row
             print(f"{name:14} {size:<5} {size**2 // TOKEN**2:6} {total / 1e15:10.3f} "
                   f"{attention / total:9.0%} {table / 1e6:9.1f}")  # fmt: skip
-    print(f"\nseconds per picture: counted FLOP at {EAGER:.0%} (eager) and {COMPILED:.0%} (compiled)"
-          " of the card's peak")  # fmt: skip
+    print(f"\nseconds per picture, at {EAGER:.0%} (eager) and {COMPILED:.0%} (compiled) of the "
+          "card's peak")  # fmt: skip
     print("card         model           px   steps    eager  compiled  offload, quantization")
     for card, (tflops, gib) in CARDS.items():
         for name, shape in ARCHITECTURES.items():

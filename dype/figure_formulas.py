@@ -7,7 +7,6 @@ power of x_t at frequency f; S(f, 0) = C / f^omega is the picture's, S(f, 1) = 1
 import math
 
 import numpy as np
-import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure

@@ -59,8 +59,8 @@ FLAGS = {
          "enlarged and refined; threepass: at a quarter, at half, in full; progressive (default: "
          "single)",
          {"choices": tuple(PASSES)}),
-        ("--progressive", None, "as --multipass progressive: the base resolution first, then at full "
-         "size only the steps in which more is to be seen (default: off)", SWITCH),
+        ("--progressive", None, "as --multipass progressive: the base resolution first, then at "
+         "full size only the steps in which more is to be seen (default: off)", SWITCH),
         ("--pass2_strength", "X,...", "the share of the steps that the second pass runs "
          "(default: 0.5)", {}),
         ("--pass3_strength", "X,...", "(default: 0.4)", {}),
@@ -114,8 +114,8 @@ FLAGS = {
     "speed (docs/performance.md)": [
         ("--compile", "HOW", "off; blocks: each kind of transformer block once; full: the whole "
          "transformer (default: off)", {"choices": COMPILES}),
-        ("--attention", "NAME", "diffusers' attention backend, as native, _native_cudnn, flash_hub, "
-         "_flash_3_hub, sage_hub, ... (default: diffusers' own)", {}),
+        ("--attention", "NAME", "diffusers' attention backend, as native, _native_cudnn, "
+         "flash_hub, _flash_3_hub, sage_hub, ... (default: diffusers' own)", {}),
         ("--cache", "NAME", "off; first_block, taylorseer, magcache: skip work by reusing features "
          "of earlier steps, made under older frequencies (default: off)", {"choices": CACHES}),
         ("--ulysses", "N", "under torchrun: split each picture's tokens between N GPUs, heads "

@@ -233,10 +233,10 @@ def multipass(pipe, prompt, height: int, width: int, passes: list[dict], **setti
     """A picture of `height` x `width` px in several passes, each refining the one before.
 
     passes: dicts with `scale` (of both sides; growing, at last 1), `steps`, and from the second on
-    `strength` in (0, 1], or None as in `draw`. The picture of each pass is enlarged and noised to the level that the
-    next one's schedule has there, which depends on the size where the shift does. settings: the
-    others of `draw`. Hand-over is in pixels: no family's autoencoder commutes with enlarging
-    (docs/log.md). Raises ValueError for passes that make no sense.
+    `strength` in (0, 1], or None as in `draw`. The picture of each pass is enlarged and noised to
+    the level that the next one's schedule has there, which depends on the size where the shift
+    does. settings: the others of `draw`. Hand-over is in pixels: no family's autoencoder commutes
+    with enlarging (docs/log.md). Raises ValueError for passes that make no sense.
     """
     image = None
     for one in sized(passes, height, width):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-OPEN = 0.2  # of the noise's power: what counts as none of the picture's (docs/log.md)
+OPEN = 0.1  # of the noise's power: so little of the picture's is not seen in it (docs/log.md)
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def frequencies(height: int, width: int) -> torch.Tensor:
 
 
 def rings(height: int, width: int) -> torch.Tensor:
-    """The ring of every frequency, 0 .. [height, width]; the n-th, n = min(sides) // 2, is Nyquist."""
+    """The ring of every frequency, whole numbers; the n-th, n = min(sides) // 2, is Nyquist."""
     return (frequencies(height, width) * (min(height, width) // 2)).round().long()
 
 
@@ -78,13 +78,18 @@ def power_spectrum(x: torch.Tensor) -> torch.Tensor:
     return (total / ring.bincount())[:, 1 : min(height, width) // 2 + 1]
 
 
-def power_law(power: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """C and omega of C / f^omega, by least squares over ln f: float64 [..., n] -> [...] each."""
-    f = torch.arange(1, power.shape[-1] + 1, dtype=torch.float64, device=power.device)
-    at = (f / len(f)).log()
-    off = at - at.mean()
-    slope = (power.log() * off).sum(-1) / off.square().sum()
-    return (power.log().mean(-1) - slope * at.mean()).exp(), -slope
+def power_law(power: torch.Tensor, least: float = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """C and omega of C / f^omega, by least squares over ln f: float64 [..., n] -> [...] each.
+
+    least: the f from which on it is to hold.
+    """
+    n = power.shape[-1]
+    first = min(max(math.ceil(least * n), 1), n)
+    at = torch.arange(first, n + 1, dtype=torch.float64, device=power.device).div(n).log()
+    off, power = at - at.mean(), power[..., first - 1 :]
+    logs = power.clamp(min=1e-12).log()  # a flat picture has none
+    slope = (logs * off).sum(-1) / off.square().sum().clamp(min=1e-12)  # one ring: white
+    return (logs.mean(-1) - slope * at.mean()).exp(), -slope
 
 
 def settled(c: float, omega: float, s: float) -> float:
@@ -101,19 +106,19 @@ def settled(c: float, omega: float, s: float) -> float:
 def missing(large: torch.Tensor, small: torch.Tensor) -> tuple[float, float, torch.Tensor]:
     """What a picture lacks that was enlarged: C and omega of its own latents, and power.
 
-    large, small: the latents of the enlarged and of the first one, [C, h, w] each. Beyond the
-    small one's Nyquist its own law is continued, channel by channel; the third is by how much the
-    large one falls short of that, [C, h, w].
+    large, small: the latents of the enlarged and of the first one, [C, h, w] each. At equal shares
+    of their Nyquist frequencies pictures of two sizes have equal texture; so beyond 1/s, where the
+    large one has nothing, the small one's law over the same f >= 1/s is what it should have,
+    channel by channel, and the third is by how much it falls short, [C, h, w].
     """
-    power = power_spectrum(small)
-    c, omega = (part[:, None, None] for part in power_law(power))
     height, width = large.shape[-2:]
+    s, power = math.sqrt(height * width / small[0].numel()), power_spectrum(small)
+    c, omega = (part[:, None, None] for part in power_law(power, 1 / s))
     f, ring = (part.to(large.device) for part in (frequencies(height, width), rings(height, width)))
-    s = math.sqrt(height * width / small[0].numel())
     found = power_spectrum(large)
     has = found[:, ring.clamp(1, found.shape[1]) - 1]
     short = (c / f.clamp(min=1 / s) ** omega - has).clamp(min=0) * (f > 1 / s)
-    whole = power_law(power.mean(0))
+    whole = power_law(power.mean(0), 1 / s)
     return float(whole[0]), float(whole[1]), short
 
 

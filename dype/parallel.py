@@ -54,14 +54,14 @@ class Team:
         return cells if self.together else cells[self.rank :: self.count]
 
     def agreed(self, make: Callable):
-        """What `make` returned to the main one. Raises what it raised there, ElsewhereError here."""
+        """What `make` returned to the main one. Raises what it raised there, or ElsewhereError."""
         if self.count == 1:
             return make()
         found, error = None, None
         if self.main:
             try:
                 found = [make()]
-            except Exception as raised:  # noqa: BLE001: raised again below
+            except Exception as raised:  # again below, once the others know
                 error = raised
         found = [found]
         torch.distributed.broadcast_object_list(found)

@@ -85,12 +85,12 @@ def typed(raw: dict) -> dict:
     if "dype" in given:
         one_of("--dype", given["dype"], ("on", "off"))
         given["dype"] = given["dype"] == "on"
-    if given.pop("progressive", False):
-        if given.setdefault("multipass", "progressive") != "progressive":
-            raise ValueError(
-                f"--progressive and --multipass {given['multipass']} contradict each other, "
-                "expected one of them"
-            )
+    progressive = given.pop("progressive", False)
+    if progressive and given.setdefault("multipass", "progressive") != "progressive":
+        raise ValueError(
+            f"--progressive and --multipass {given['multipass']} contradict each other, expected "
+            "one of them"
+        )
     if given.pop("isotropic", False):
         given["anisotropic"] = False
     if "init_image" in given:

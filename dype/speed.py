@@ -4,7 +4,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from dype import memory
 from dype.pipelines import DTYPES, UnavailableError
 
 COMPILES = ("off", "blocks", "full")

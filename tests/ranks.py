@@ -15,12 +15,12 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-import tiny
-from conftest import latents, quiet, tiny_components
-from diffusers import FluxPipeline, FluxTransformer2DModel
+import tiny  # noqa: E402
+from conftest import latents, quiet, tiny_components  # noqa: E402
+from diffusers import FluxPipeline, FluxTransformer2DModel  # noqa: E402
 
-import run_dype
-from dype import DyPEConfig, apply_dype, parallel
+import run_dype  # noqa: E402
+from dype import DyPEConfig, apply_dype, parallel  # noqa: E402
 
 CONFIG = DyPEConfig("yarn", base_resolution=64)
 FAMILIES = {

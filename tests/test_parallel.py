@@ -118,7 +118,7 @@ def test_shares():
     """Every cell is in one share; all are in each where pictures are drawn together."""
     cells = list(range(7))
     shares = [Team(rank, 3).share(cells) for rank in range(3)]
-    assert sorted(sum(shares, [])) == cells
+    assert sorted(cell for share in shares for cell in share) == cells
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert Team(1, 3, together=True).share(cells) == cells
 

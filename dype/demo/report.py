@@ -55,8 +55,8 @@ def setting(text: str) -> Setting:
     still = method == "base" or not made.dype
     if len(numbers) > 2 * (METHOD_SCALES[method] is not None) or (still and control == "reversed"):
         raise ValueError(
-            f"setting {text!r}, expected METHOD[:static|:SCALE[:EXPONENT]][:reversed|:model|:progressive], and "
-            "no numbers or reversal where they change nothing"
+            f"setting {text!r}, expected METHOD[:static|:SCALE[:EXPONENT]], then at most one of "
+            f"{', '.join(CONTROLS)}; and no numbers or reversal where they change nothing"
         )
     parts = [method] if method == "base" or made.dype else [method, "static"]
     if made.dype and METHOD_SCALES[method] is not None:

@@ -24,6 +24,7 @@ from dype.config import DyPEConfig, number
 from dype.demo.evaluate import weights_hash
 from dype.demo.scenes import sample_scene
 from dype.flags import Parser, UserError
+from dype.latents import power_spectrum
 from dype.models import MODELS
 from dype.patch import apply_dype
 from dype.pipelines import load_pipeline
@@ -37,21 +38,6 @@ SETTINGS = {  # named as in docs/data/ground_truth.json
 }
 COUNTS = {256: 16, 512: 4, 1024: 2}  # px -> prompts
 QUERIES = 512  # per head, drawn at random where there are more
-
-
-def power_spectrum(x: torch.Tensor) -> torch.Tensor:
-    """Mean power over rings |k| = 1..N/2 and channels, [C, N, N] -> float64 [N / 2].
-
-    Scaled so that white noise of variance 1 has power 1. Ring N/2 is the Nyquist frequency.
-    """
-    side = x.shape[-1]
-    power = torch.fft.fft2(x.double()).abs().square().mean(0) / side**2
-    k = torch.fft.fftfreq(side, 1 / side, dtype=torch.float64)
-    rings = torch.hypot(k[:, None], k).round().long()
-    total = torch.zeros(int(rings.max()) + 1, dtype=torch.float64)
-    count = total.clone().index_add_(0, rings.flatten(), torch.ones(side**2, dtype=torch.float64))
-    total.index_add_(0, rings.flatten(), power.flatten())
-    return (total / count)[1 : side // 2 + 1]
 
 
 def normalised_entropy(query: torch.Tensor, key: torch.Tensor) -> float:
@@ -126,7 +112,8 @@ def trajectory(pipe, caption: str, seed: int, size: int, protocol: dict) -> dict
     if size == DEMO.base_resolution:
         states = [*seen.states.values(), last.float()]
         pixels = [pipe._unpack_latents(x, size, size, pipe.vae_scale_factor)[0] for x in states]
-        found["spectra"] = [[float(f"{s:.5g}") for s in power_spectrum(x)] for x in pixels]
+        rows = [power_spectrum(x).mean(0) for x in pixels]
+        found["spectra"] = [[float(f"{s:.5g}") for s in row] for row in rows]
     return found
 
 
