@@ -22,8 +22,8 @@ from dype import figure_style as style
 from dype import figure_trajectories as sampled
 from dype import figure_truth as truth_table
 from dype.config import DyPEConfig
-from dype.latents import power_spectrum
 from dype.demo import trajectories
+from dype.latents import power_spectrum
 
 ROOT = Path(__file__).parent.parent
 SAVED = ROOT / sampled.TRAJECTORIES
