@@ -1,5 +1,6 @@
 """Draw pictures beyond the training resolution with DyPE: `python run_dype.py --prompt "..."`."""
 
+import os
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -8,16 +9,26 @@ from dype import ablation, apply_dype, load_pipeline, memory, parallel, records,
 from dype.cells import Cell, describe_schedule, drawn, encoder, out_of_memory, plan
 from dype.flags import UserError, parse
 from dype.parallel import ElsewhereError, Team
-from dype.pipelines import UnavailableError, default_device, local_scheduler
+from dype.pipelines import UnavailableError, check_device, default_device, local_scheduler
 from dype.settings import CITATION, Settings, resolve
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
+    with open(os.devnull, "w") as silence:
+        quiet = redirect_stdout(silence) if parallel.started()[0] else nullcontext()
+        with quiet:  # of several processes one speaks
+            return guarded(argv)
+
+
+def guarded(argv: list[str] | None) -> int:
+    """What was asked for, and one sentence if it cannot be done; returns the exit code."""
     try:
         given = vars(parse(sys.argv[1:] if argv is None else argv))
         if given["cite"]:
             print(CITATION)
+            return 0
+        if parallel.started()[0] and (given["grid_from"] or given["dry_run"]):
             return 0
         if given["grid_from"]:
             return sheet(Path(given["grid_from"]), given["cols"])
@@ -45,11 +56,9 @@ def draw(given: dict, settings: list[Settings]) -> int:
     if given.get("dry_run"):
         return dry_run(settings[0]) if one else dry_sweep(given, settings)
     team = parallel.join(settings[0].flags, alone=one)
-    try:
-        with nullcontext() if team.main else redirect_stdout(None):
-            return single(given, settings[0], team) if one else sweep(given, settings, team)
-    finally:
-        parallel.leave()
+    code = single(given, settings[0], team) if one else sweep(given, settings, team)
+    parallel.leave()  # not after an error, when the others may not be there to be taken leave of
+    return code
 
 
 def failed(code: int, error) -> int:
@@ -63,7 +72,10 @@ def load(settings: Settings, pixels: int):
     """The pipeline, with DyPE applied once to see that it can be."""
     flags, device = settings.flags, parallel.own_device(settings.flags)
     names = ("revision", "dtype", "text_encoder_device", "vae_device", "offload", "quantize")
-    speed.check_attention(flags["attention"], device or default_device(), flags["dtype"])
+    if flags["attention"] or flags["compile"] != "off":
+        check_device(device or default_device(), "none")
+    masked = settings.model.pipeline in speed.MASKED
+    speed.check_attention(flags["attention"], device or default_device(), flags["dtype"], masked)
     speed.check_compiler(flags["compile"], device or default_device())
     pipe = load_pipeline(
         flags["model"],
@@ -136,7 +148,6 @@ def sweep(given: dict, settings: list[Settings], team: Team) -> int:
         return pipe, encoder(pipe, rest)
 
     try:
-        records.check_writable(folder)
         failures = ablation.run(cells, folder, ready, overwrite, team)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -189,7 +200,8 @@ def dry_run(settings: Settings) -> int:
     whole = len(schedule["passes"]) == 1 and "strength" not in schedule["passes"][0]
     for one in [] if whole else schedule["passes"]:
         sigmas = " ".join(f"{sigma:.4f}" for sigma in one["sigmas"])
-        print(f"  pass at {one['height']}x{one['width']}: sigmas {sigmas}")
+        first = ", begun where the picture before settles it" * (one.get("strength", 1) is None)
+        print(f"  pass at {one['height']}x{one['width']}: sigmas {sigmas}{first}")
     print("  step   sigma   kappa")
     for step, (sigma, kappa) in enumerate(
         zip(schedule["sigmas"], schedule["kappas"], strict=False)

@@ -10,7 +10,7 @@ import io
 import os
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,17 +160,17 @@ def run(
     processes each draws its share; where they draw each picture together, a failure ends the run,
     since the others would wait for this one.
     """
-    with locked(folder) if team.main else nullcontext():
-        places = team.agreed(lambda: prepared(cells, folder, overwrite))
+    with ExitStack() as open_until_done:
+        places = team.agreed(lambda: prepared(cells, folder, overwrite, open_until_done))
         cells = [replace(cell, path=path) for cell, (path, _) in zip(cells, places, strict=True)]
         rest = [cell for cell, (_, done) in zip(cells, places, strict=True) if not done]
         print(f"{folder}: pictures {len(cells)}, there already {len(cells) - len(rest)}")
-        mine, whole = team.share(rest), f"{len(cells)}"
-        there = len(cells) - len(rest)
+        mine = team.share(rest)
+        first, whole = len(cells) - len(rest), f"{len(cells)}"
         if len(mine) < len(rest):
-            there, whole = 0, f"{len(mine)} of this process"
-        found = draw_all(mine, folder, load, overwrite, team, there, whole) if mine else 0
-        failed = team.total(found)
+            first, whole = 0, f"{len(mine)} of this process"
+        labels = [f"[{count}/{whole}]" for count in range(first + 1, first + 1 + len(mine))]
+        failed = team.total(draw_all(mine, labels, folder, load, overwrite, team) if mine else 0)
         if team.main and team.count > 1:
             arrange(folder, cells)
         return failed
@@ -189,8 +189,15 @@ def rewrite(folder: Path, rows: list[dict]) -> None:
     records.write({folder / RESULTS: table([{n: n for n in names}, *rows], [*names]).encode()})
 
 
-def prepared(cells: list[Cell], folder: Path, overwrite: bool) -> list[tuple[Path, bool]]:
-    """Make the folder's records say what its pictures say: each cell's place, and if it is done."""
+def prepared(
+    cells: list[Cell], folder: Path, overwrite: bool, stack: ExitStack
+) -> list[tuple[Path, bool]]:
+    """Make the folder's records say what its pictures say: each cell's place, and if it is done.
+
+    The folder is locked until the stack is left. Raises ValueError, OSError.
+    """
+    records.check_writable(folder)
+    stack.enter_context(locked(folder))
     cells = located(cells, folder)
     found = finished(cells, overwrite)
     reconcile(folder, cells, found)
@@ -198,20 +205,20 @@ def prepared(cells: list[Cell], folder: Path, overwrite: bool) -> list[tuple[Pat
 
 
 def draw_all(
-    mine: list[Cell], folder: Path, load: Callable, overwrite: bool, team: Team, there: int, whole
+    mine: list[Cell], labels: list[str], folder: Path, load: Callable, overwrite: bool, team: Team
 ) -> int:
     """Draw this process's share of the cells; returns how many failed."""
     pipe, encode = load(mine)
     pipe.set_progress_bar_config(disable=not team.main)
     failed, start = 0, time.perf_counter()
     done, left = 0.0, sum(work(cell.settings) for cell in mine)
-    for count, cell in enumerate(mine, there + 1):
+    for label, cell in zip(labels, mine, strict=True):
         failure = attempt(pipe, cell, encode, folder, overwrite, team)
         failed += bool(failure)
         done, left = done + work(cell.settings), left - work(cell.settings)
         seconds = (time.perf_counter() - start) * left / done
         more = f", about {span(seconds)} left" if cell is not mine[-1] else ""
-        print(f"[{count}/{whole}] {cell.path.name}  {failure or 'done'}{more}", flush=True)
+        print(f"{label} {cell.path.name}  {failure or 'done'}{more}", flush=True)
     return failed
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from dype import benchmark_embedder, benchmark_step, costs
+from dype import benchmark_embedder, benchmark_step, costs, memory
 from dype.config import METHOD_SCALES
 from dype.flags import Parser, UserError
 from dype.models import TOKEN
 from dype.pipelines import UnavailableError, check_device, default_device
-from dype.speed import COMPILES, backends, check_attention, check_compiler
+from dype.speed import COMPILES, backends, check_attention, check_compiler, of_compiler, shortened
 
 RUNS = {
     "embedder": benchmark_embedder.run,
@@ -79,6 +79,8 @@ def completed(args: argparse.Namespace) -> argparse.Namespace:
     """The flags with their defaults, checked. Raises UserError, `UnavailableError`."""
     args.device = args.device or ("cpu" if args.what == "embedder" else default_device())
     check_device(args.device, "none")
+    if torch.device(args.device).type not in ("cpu", "cuda"):
+        raise UserError(f"--device is {args.device!r}, expected cpu or cuda")
     large = args.device != "cpu" and args.what in ("step", "pipeline")
     args.sizes = args.sizes or (LARGE if large else SIZES[args.what])
     args.repeats = REPEATS[args.what][0] if args.repeats is None else args.repeats
@@ -115,6 +117,10 @@ def main(argv: list[str] | None = None) -> int:
         return failed(2, error)
     except (UnavailableError, OSError) as error:
         return failed(1, error)
+    except (RuntimeError, MemoryError) as error:
+        if not (memory.ran_out(error) or of_compiler(error)):
+            raise
+        return failed(1, f"{shortened(error)}; try smaller --sizes, or --compile off")
     except KeyboardInterrupt:
         return failed(130, "interrupted")
     return 0

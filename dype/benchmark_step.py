@@ -119,6 +119,21 @@ def z_image_call(transformer, height: int, width: int) -> dict:
     return {"x": [latents], "t": torch.full((1,), 1 - SIGMA, **like), "cap_feats": [text]}
 
 
+def demo_prompt(pipe) -> dict:
+    known = NAMED["demo"]
+    return generate.encode(pipe, known.prompt, known.max_sequence_length)
+
+
+def flux_prompt(pipe) -> dict:
+    like = {"device": pipe.device, "dtype": torch.bfloat16}
+    texts = torch.randn(1, TEXT, 4096, **like), torch.randn(1, 768, **like)
+    return dict(zip(("prompt_embeds", "pooled_prompt_embeds"), texts, strict=True))
+
+
+def z_image_prompt(pipe) -> dict:
+    return {"prompt_embeds": [torch.randn(TEXT, 2560, device=pipe.device, dtype=torch.bfloat16)]}
+
+
 class Benched(NamedTuple):
     """A model that is timed."""
 
@@ -127,17 +142,7 @@ class Benched(NamedTuple):
     call: Callable
     dtype: str = "bfloat16"
     shape: Architecture | None = None
-    prompt: Callable = lambda device: NAMED["demo"].prompt  # what `generate.draw` takes for it
-
-
-def flux_prompt(device: str) -> dict:
-    like = {"device": device, "dtype": torch.bfloat16}
-    texts = torch.randn(1, TEXT, 4096, **like), torch.randn(1, 768, **like)
-    return dict(zip(("prompt_embeds", "pooled_prompt_embeds"), texts, strict=True))
-
-
-def z_image_prompt(device: str) -> dict:
-    return {"prompt_embeds": [torch.randn(TEXT, 2560, device=device, dtype=torch.bfloat16)]}
+    prompt: Callable = demo_prompt  # pipeline -> what `generate.draw` takes for a prompt
 
 
 MODELS = {
@@ -244,7 +249,10 @@ def pair_costs(call: Callable, stock, ours, repeats: int, device: torch.device) 
 
 
 def pictures(args: argparse.Namespace) -> dict:
-    """Print what whole pictures cost, text encoders aside; returns it, ratios first."""
+    """Print what whole pictures cost, text encoders aside; returns it, ratios first.
+
+    The share is of the transformer's operations in the whole time, the decoder's included.
+    """
     device, benched = torch.device(args.device), MODELS[args.model]
     prepare(device)
     rate, pipe = matrix_rate(device, DTYPES[benched.dtype]), benched.pipeline(args.device)
@@ -276,12 +284,15 @@ def picture_seconds(pipe, args, benched: Benched, size: int, count: int) -> list
     names = ("negative_prompt", "max_sequence_length")
     call |= {name: getattr(known, name) for name in names}
     seconds = {kind: [] for kind in kinds}
-    for steps in [1] + [count] * args.repeats:
-        for kind in kinds:
+    prompt = benched.prompt(pipe)
+    if call["negative_prompt"] is not None:
+        text = call["negative_prompt"]
+        call["negative_prompt"] = generate.encode(pipe, text, known.max_sequence_length)
+    for i, steps in enumerate([1] + [count] * args.repeats):
+        for kind in kinds[:: 1 - 2 * (i % 2)]:  # in turns
             remove_dype(pipe)
             if kind:
                 apply_dype(pipe, encoding(args, benched))
-            prompt = benched.prompt(args.device)
             memory.reset_peak()
             start = time.perf_counter()
             generate.draw(pipe, prompt, steps=steps, **call)

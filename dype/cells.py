@@ -60,9 +60,9 @@ def drawn(pipe, settings: Settings, prompt: str, encode: Callable) -> tuple[Imag
     negative = against(pipe, flags)
     call["negative_prompt"] = None if negative is None else encode(negative)
     text = encode(prompt)
-    parallel.check_text(flags, text)
     start = time.perf_counter()
-    split = parallel.split(pipe.transformer, flags["ulysses"], flags["ring"])
+    evenly = parallel.SPLIT.get(settings.model.pipeline, True)
+    split = parallel.split(pipe.transformer, flags["ulysses"], flags["ring"], evenly)
     with speed.attending(flags["attention"]), split:
         if flags["init_image"]:
             picture = records.open_picture(flags["init_image"])

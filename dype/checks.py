@@ -72,11 +72,7 @@ def check_speed(flags: dict, model: Model) -> None:
             f"--compile is {flags['compile']!r}, but --cache decides anew at every step what to "
             "run, expected one of them off"
         )
-    if flags["compile"] != "off" and flags["offload"] in ("group", "sequential"):
-        raise ValueError(
-            f"--compile is {flags['compile']!r}, but --offload {flags['offload']} moves weights "
-            "within a step, expected one of them off"
-        )
+    speed.check_offload(flags["compile"], flags["offload"])
 
 
 def check_passes(given: dict, cells: list[dict]) -> None:

@@ -9,10 +9,8 @@ from typing import NamedTuple
 from dype import memory
 from dype.models import MODELS, TOKEN
 
-EAGER, COMPILED = (
-    0.31,
-    0.49,
-)  # share of a card's peak: FLUX.1 at 1024 px on an H100, as xDiT reports
+# of a card's peak: FLUX.1 at 1024 px on an H100, eager and compiled, from xDiT's report
+EAGER, COMPILED = 0.31, 0.49
 FREE = 0.95  # share of a card's memory that a process can have
 
 

@@ -102,7 +102,8 @@ class FluxDyPE(DyPE, torch.nn.Module):
         self.layout = None
 
     def set_layout(self, before: int, after: int) -> None:
-        """The ids to come are `before` of text, the grid row by row, and `after` of references.
+        """The ids to come are `before` of text (kind 0), the grid row by row, and `after` of
+        references.
 
         Rows and columns are then written by one broadcast, and the grid's ids are not looked at.
         """
@@ -122,8 +123,10 @@ class FluxDyPE(DyPE, torch.nn.Module):
             self.seen = (ids, version, *read_ids(ids, texts.within))
         _, _, exact, grid, after = self.seen
         self.set_grid(*grid)
-        # a separate call for as many text tokens as the picture has could not be told from its own
-        if after is not None and texts.apart != grid[0] * grid[1] + after:
+        # a separate call for as many text tokens as the picture has could not be told from its own,
+        # nor a shard of them where tokens are split between processes
+        split = getattr(module, "_parallel_config", None) is not None
+        if after is not None and not split and texts.apart != grid[0] * grid[1] + after:
             self.set_layout(texts.before, after)
         return call | {family.ids: exact}
 

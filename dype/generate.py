@@ -10,7 +10,7 @@ from PIL import Image
 
 from dype import speed
 from dype.config import number
-from dype.latents import encode_picture, missing, noised, settled
+from dype.latents import encode_picture, missing, noised, settled, unpatched
 from dype.models import FLUX, TOKEN, Family, family_of, family_of_pipeline
 from dype.patch import denoisers
 from dype.placement import execution_device, set_aside, text_device
@@ -167,9 +167,9 @@ def started(pipe, image: Image.Image, strength: float | None, call: dict) -> dic
     larger = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     latents = encode_picture(pipe, larger, where).to(device)
     if strength is None:
-        small = encode_picture(pipe, image, where).to(device)
-        c, omega, more = missing(latents[0], small[0])
-        level = settled(c, omega, math.sqrt(latents[0].numel() / small[0].numel()))
+        small = encode_picture(pipe, image, where)
+        c, omega, more = missing(unpatched(pipe, latents)[0], unpatched(pipe, small)[0])
+        level = settled(c, omega, math.sqrt(latents.numel() / small.numel()))
         first = min(sum(sigma > level for sigma in sigmas[:-1]), steps - 1)
     else:
         first = skipped(steps, strength)

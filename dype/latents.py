@@ -55,6 +55,18 @@ NORMALIZED = {
 }
 
 
+def unpatched(pipe, latents: torch.Tensor) -> torch.Tensor:
+    """Latents with a row per row: FLUX.2's hold 2 x 2 of them in their channels."""
+    unpatchify = getattr(pipe, "_unpatchify_latents", None)
+    return unpatchify(latents) if unpatchify else latents
+
+
+def patched(pipe, latents: torch.Tensor) -> torch.Tensor:
+    """The way back."""
+    patchify = getattr(pipe, "_patchify_latents", None)
+    return patchify(latents) if patchify else latents
+
+
 def frequencies(height: int, width: int) -> torch.Tensor:
     """f of every entry of `torch.fft.fft2`, in shares of Nyquist: float64 [height, width]."""
     sides = (torch.fft.fftfreq(side, dtype=torch.float64) for side in (height, width))
@@ -69,11 +81,12 @@ def rings(height: int, width: int) -> torch.Tensor:
 def power_spectrum(x: torch.Tensor) -> torch.Tensor:
     """Mean power over rings 1 .. Nyquist of each channel, [C, height, width] -> float64 [C, n].
 
-    Scaled so that white noise of variance 1 has power 1.
+    Scaled so that white noise of variance 1 has power 1. On the CPU: not every device has float64,
+    and every process is to find the same.
     """
     height, width = x.shape[-2:]
-    power = torch.fft.fft2(x.double()).abs().square() / (height * width)
-    ring = rings(height, width).flatten().to(x.device)
+    power = torch.fft.fft2(x.cpu().double()).abs().square() / (height * width)
+    ring = rings(height, width).flatten()
     total = power.new_zeros(len(x), int(ring.max()) + 1).index_add_(1, ring, power.flatten(1))
     return (total / ring.bincount())[:, 1 : min(height, width) // 2 + 1]
 
@@ -85,7 +98,7 @@ def power_law(power: torch.Tensor, least: float = 0) -> tuple[torch.Tensor, torc
     """
     n = power.shape[-1]
     first = min(max(math.ceil(least * n), 1), n)
-    at = torch.arange(first, n + 1, dtype=torch.float64, device=power.device).div(n).log()
+    at = torch.arange(first, n + 1, dtype=torch.float64).div(n).log()
     off, power = at - at.mean(), power[..., first - 1 :]
     logs = power.clamp(min=1e-12).log()  # a flat picture has none
     slope = (logs * off).sum(-1) / off.square().sum().clamp(min=1e-12)  # one ring: white
@@ -114,7 +127,7 @@ def missing(large: torch.Tensor, small: torch.Tensor) -> tuple[float, float, tor
     height, width = large.shape[-2:]
     s, power = math.sqrt(height * width / small[0].numel()), power_spectrum(small)
     c, omega = (part[:, None, None] for part in power_law(power, 1 / s))
-    f, ring = (part.to(large.device) for part in (frequencies(height, width), rings(height, width)))
+    f, ring = frequencies(height, width), rings(height, width)
     found = power_spectrum(large)
     has = found[:, ring.clamp(1, found.shape[1]) - 1]
     short = (c / f.clamp(min=1 / s) ** omega - has).clamp(min=0) * (f > 1 / s)
@@ -135,8 +148,8 @@ def noised(
 
     eps is what the pipeline itself would draw for this seed and size, so that at sigma = 1 its
     own start comes out. dtype: of the prompt's embeddings, in which most pipelines draw. more:
-    power that x is to have beside its own, [C, h, w]: Eq. 11 says how much of it is in x_t, and
-    its phases are the noise's.
+    power that x is to have beside its own, [C, h, w], of `unpatched` latents: Eq. 11 says how much
+    of it is in x_t, and its phases are the noise's.
     """
     packs = hasattr(pipe, "_pack_latents")  # Z-Image keeps rows and columns, and float32
     noise = torch.randn(
@@ -144,10 +157,10 @@ def noised(
         generator=torch.Generator("cpu").manual_seed(seed),
         dtype=dtype if packs else torch.float32,
     )
-    eps = noise.to(latents.device).float()
+    eps = noise.float()
     if more is not None:
-        eps = shaped(eps, ((1 - sigma) / sigma) ** 2 * more)
-    mixed = (1 - sigma) * latents.float() + sigma * eps
+        eps = patched(pipe, shaped(unpatched(pipe, eps), ((1 - sigma) / sigma) ** 2 * more))
+    mixed = (1 - sigma) * latents.float() + sigma * eps.to(latents.device)
     mixed = mixed.to(noise.dtype)
     if not packs or hasattr(pipe, "_patchify_latents"):  # FLUX.2 packs what it is given
         return mixed

@@ -21,8 +21,8 @@ from dype.flags import UserError
 from dype.models import TOKEN
 from dype.pipelines import UnavailableError
 
-# the pipelines whose transformers say how their tokens may be split, and if their texts all have
-# --max_sequence_length tokens
+# the pipelines whose transformers say how their tokens may be split, and if evenly: their texts all
+# have --max_sequence_length tokens, Qwen-Image's as many as their words
 SPLIT = {
     "FluxPipeline": True,
     "Flux2Pipeline": True,
@@ -93,12 +93,17 @@ def degree(flags: dict) -> int:
     return flags["ulysses"] * flags["ring"]
 
 
-def check(flags: dict, model, passes: list[dict]) -> None:
+def check(flags: dict, model, passes: list[dict], dry: bool) -> None:
     """Raise ValueError for a picture that cannot be split as the flags ask.
 
-    passes: with their sizes, as of `generate.sized`.
+    passes: with their sizes, as of `generate.sized`. dry: nothing is drawn, by however many.
     """
     count, (_, started_count) = degree(flags), started()
+    if started_count > 1 and flags["device"] and torch.device(flags["device"]).index is not None:
+        raise ValueError(
+            f"--device is {flags['device']!r}, expected no number: each of the {started_count} "
+            "processes has a card of its own"
+        )
     if count == 1:
         return
     if flags["ulysses"] > 1 and flags["ring"] > 1:
@@ -109,7 +114,7 @@ def check(flags: dict, model, passes: list[dict]) -> None:
             f"--{name} is {count}, but a {model.pipeline} cannot be split, expected "
             f"{', '.join(SPLIT)}"
         )
-    if count != started_count:
+    if count != started_count and not dry:
         raise ValueError(
             f"--{name} is {count}, but there {'is' if started_count == 1 else 'are'} "
             f"{started_count} process{'es' * (started_count > 1)}, expected torchrun "
@@ -120,11 +125,12 @@ def check(flags: dict, model, passes: list[dict]) -> None:
     if flags["compile"] == "full":
         raise ValueError(f"--compile is 'full', expected blocks or off with --{name}")
     check_backend(name, count, flags["attention"] or "native")
+    if not SPLIT[model.pipeline]:
+        return
     for one in passes:
         tokens = one["height"] * one["width"] // TOKEN**2
         divides(name, count, tokens, f"tokens of {one['width']}x{one['height']} px")
-    if SPLIT[model.pipeline]:
-        divides(name, count, flags["max_sequence_length"], "tokens of --max_sequence_length")
+    divides(name, count, flags["max_sequence_length"], "tokens of --max_sequence_length")
 
 
 def divides(name: str, count: int, tokens: int, what: str) -> None:
@@ -166,9 +172,13 @@ def join(flags: dict, alone: bool) -> Team:
     from accelerate import PartialState
 
     on_cpu = flags["device"] == "cpu" or not torch.accelerator.is_available()
-    if together and torch.accelerator.device_count() == 0:
-        raise UnavailableError("--ulysses and --ring need a GPU per process, and there is none")
-    PartialState(cpu=on_cpu, **{} if together else {"timeout": PATIENCE})
+    cards, here = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    if cards < here and (together or not on_cpu):
+        raise UnavailableError(f"{here} processes need a GPU each, and there are {cards}")
+    try:
+        PartialState(cpu=on_cpu, **{} if together else {"timeout": PATIENCE})
+    except (RuntimeError, ValueError, NotImplementedError, OSError) as error:
+        raise UnavailableError(f"the {count} processes cannot join: {error}") from error
     mute(rank)
     return Team(rank, count, together)
 
@@ -194,11 +204,12 @@ def leave() -> None:
 
 def own_device(flags: dict) -> str | None:
     """--device, or among several processes this one's card; None: what there is."""
-    if flags["device"] or started()[1] == 1:
+    if started()[1] == 1 or flags["device"] == "cpu":
         return flags["device"]
     from accelerate import PartialState
 
-    return str(PartialState().device)
+    own = PartialState().device
+    return flags["device"] if own.type == "cpu" else str(own)
 
 
 def check_heads(transformer: torch.nn.Module, ulysses: int) -> None:
@@ -210,17 +221,6 @@ def check_heads(transformer: torch.nn.Module, ulysses: int) -> None:
         )
 
 
-def check_text(flags: dict, embeddings: dict) -> None:
-    """Raise UserError if a text's tokens cannot be split; only Qwen-Image's are not padded."""
-    if degree(flags) == 1:
-        return
-    try:
-        name = "ulysses" if flags["ulysses"] > 1 else "ring"
-        divides(name, degree(flags), embeddings["prompt_embeds"].shape[1], "tokens of the prompt")
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
 @lru_cache
 def mesh(device: str, ring: int, ulysses: int):
     """The processes as diffusers wants them; made once, since each makes new groups."""
@@ -229,10 +229,11 @@ def mesh(device: str, ring: int, ulysses: int):
 
 
 @contextmanager
-def split(transformer: torch.nn.Module, ulysses: int = 1, ring: int = 1):
+def split(transformer: torch.nn.Module, ulysses: int = 1, ring: int = 1, evenly: bool = True):
     """Split the tokens of every denoiser call between the processes of the group, for a while.
 
-    DyPE is to be applied before: on Qwen-Image the split is a hook on the embedder.
+    DyPE is to be applied before: on Qwen-Image the split is a hook on the embedder. evenly: every
+    number of tokens can be divided; else the shares may differ.
     """
     if ulysses * ring == 1:
         yield
@@ -242,7 +243,9 @@ def split(transformer: torch.nn.Module, ulysses: int = 1, ring: int = 1):
 
     where = torch.accelerator.current_accelerator() or torch.device("cpu")
     groups = mesh(where.type, ring, ulysses)
-    config = ContextParallelConfig(ulysses_degree=ulysses, ring_degree=ring, mesh=groups)
+    uneven = {"ulysses_anything": ulysses > 1, "ring_anything": ring > 1} if not evenly else {}
+    degrees = {"ulysses_degree": ulysses, "ring_degree": ring}
+    config = ContextParallelConfig(**degrees, **uneven, mesh=groups)
     transformer.enable_parallelism(config=config)
     try:
         yield

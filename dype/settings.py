@@ -214,7 +214,8 @@ def merge(given: dict, source: dict, name: str, model: Model, prompts: list, not
     loras = [lora(text) for text in flags["lora"]]
     flags["lora"] = [f"{path}:{scale}" for path, scale in loras]
     made = Settings(model, config, flags, prompts, loras)
-    parallel.check(flags, model, generate.sized(made.passes, flags["height"], flags["width"]))
+    passes = generate.sized(made.passes, flags["height"], flags["width"])
+    parallel.check(flags, model, passes, given.get("dry_run", False))
     return made
 
 
@@ -243,6 +244,8 @@ def load_source(name: str) -> dict:
         config = DyPEConfig.from_dict(record["config"]).to_dict()
         if flags["revision"] is None:
             flags["revision"] = record["commit"]  # what was drawn, not what is newest
+        for name in ("ulysses", "ring"):  # as many processes as there are now
+            flags.pop(name, None)
         if flags["tiled_vae"] == "auto":
             flags["tiled_vae"] = "on" if record["tiled_vae"] else "off"
         texts = [flags["model"], *flags["lora"], flags["negative_prompt"] or "", prompt]

@@ -20,7 +20,9 @@ CACHE_WARNING = (
     "--cache {}: steps reuse features that were made under older frequencies; not for results "
     "that are to be compared"
 )
+MASKED = ("ChromaPipeline", "Krea2Pipeline")  # whose attention always has a mask of text tokens
 HEADS, HEAD_DIM = 2, 128  # of the trial
+MOST_GRAPHS = 256  # settings and sizes of one sweep that may each be compiled anew
 
 
 def backends() -> list[str]:
@@ -46,9 +48,9 @@ def attending(name: str | None):
         yield
 
 
-def check_attention(name: str | None, device: str, dtype: str) -> None:
+def check_attention(name: str | None, device: str, dtype: str, masked: bool = False) -> None:
     """Try a backend on a few tokens. Raises `UnavailableError` if it is not installed, or not for
-    this device or number format."""
+    this device, number format or, if `masked`, a mask of tokens."""
     if name is None:
         return
     from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -56,7 +58,8 @@ def check_attention(name: str | None, device: str, dtype: str) -> None:
     try:
         with attending(name):
             token = torch.zeros(1, 16, HEADS, HEAD_DIM, device=device, dtype=DTYPES[dtype])
-            dispatch_attention_fn(token, token, token)
+            mask = torch.ones(1, 1, 16, 16, device=device, dtype=torch.bool) if masked else None
+            dispatch_attention_fn(token, token, token, attn_mask=mask)
     except Exception as error:  # whatever somebody's kernel says
         raise UnavailableError(
             f"--attention {name} cannot be used here: {shortened(error)}; try --attention native"
@@ -80,6 +83,16 @@ def shortened(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(". ")
 
 
+def check_offload(how: str, offload: str) -> None:
+    """Raise ValueError if weights are moved within what is compiled."""
+    moving = {"blocks": ("group", "sequential"), "full": ("model", "group", "sequential")}
+    if offload in moving.get(how, ()):
+        raise ValueError(
+            f"--compile is {how!r}, but --offload {offload} moves weights within it, expected one "
+            "of them off"
+        )
+
+
 def of_compiler(error: Exception) -> bool:
     """Whether torch.compile says that it cannot."""
     return any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__)
@@ -88,12 +101,12 @@ def of_compiler(error: Exception) -> bool:
 def compile_steps(pipe, how: str, **more) -> None:
     """Compile the transformer in place: "blocks" each kind of block once, "full" the whole.
 
-    One graph serves all steps of a size. more: of `torch.compile`. Raises ValueError where weights
-    are moved within a step, and for a transformer that is not one graph.
+    One graph serves all steps of a size and method. more: of `torch.compile`. Raises ValueError
+    where weights are moved within what is compiled.
     """
-    if how != "off" and pipe.dype_offload in ("group", "sequential"):
-        raise ValueError(f"--compile is {how!r}, but --offload {pipe.dype_offload} moves weights "
-                         "within a step, expected --compile off")  # fmt: skip
+    if how != "off":
+        check_offload(how, pipe.dype_offload)
+        torch._dynamo.config.recompile_limit = MOST_GRAPHS
     if how == "blocks":
         pipe.transformer.compile_repeated_blocks(fullgraph=True, **more)
     elif how == "full":
@@ -116,7 +129,8 @@ def caching(pipe, name: str, steps: int):
 def unsupported(kind: str) -> str:
     """Which caches a class of pipelines has, as the end of a sentence."""
     known = [name for name, kinds in CACHES.items() if kind in kinds]
-    return f"a {kind} has {', '.join(known) or 'no support for any'}, expected one of those or off"
+    has = ", ".join(known) or "none in diffusers"
+    return f"a {kind} has {has}, expected {', '.join([*known, 'off'])}"
 
 
 def settings_of(name: str, steps: int):

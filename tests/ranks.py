@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node=2 tests/ranks.py [EXTRA] ARGUMENTS...
 
-EXTRA is `die:RANK`: that process ends without a word at its second denoiser call; or `save:FILE`:
-afterwards the latents of tiny pipelines, drawn by all processes together, go there.
+EXTRA is `die:RANK`: that process ends without a word at its second denoiser call; `raise:RANK`: it
+raises an error there that the program knows nothing of; or `save:FILE`: afterwards the latents of
+tiny pipelines, drawn by all processes together, go there.
 """
 
 import functools
@@ -26,46 +27,49 @@ CONFIG = DyPEConfig("yarn", base_resolution=64)
 FAMILIES = {
     "flux": (lambda: quiet(FluxPipeline(**tiny_components())), latents),
     "flux2": tiny.FAMILIES["flux2"],
-    "qwen-image": tiny.FAMILIES["qwen-image"],
+    "qwen-image": (tiny.qwen, functools.partial(tiny.draw_qwen, tokens=15)),
 }
+SIZES = (128, 192), (192, 128), (64, 128)  # the last has as many tokens as twice FLUX.2's text
 
 
 def drawn(ulysses: int) -> dict[str, torch.Tensor]:
-    """A family -> latents of two pictures of different aspect, by so many processes each."""
+    """A family -> latents of a picture of each size, by so many processes each."""
     found = {}
     for name, (build, draw) in FAMILIES.items():
         pipe, pictures = build(), []
-        for size in ((128, 192), (192, 128)):
+        for size in SIZES:
             apply_dype(pipe, CONFIG)
-            with parallel.split(pipe.transformer, ulysses):
+            with parallel.split(pipe.transformer, ulysses, evenly=name != "qwen-image"):
                 pictures.append(draw(pipe, *size).flatten())
-        found[name] = torch.stack(pictures)
+        found[name] = pictures
     return found
 
 
-def mortal(rank: int) -> None:
-    """Let one process die at its second denoiser call."""
+def mortal(rank: int, how: str) -> None:
+    """Let one process die at its second denoiser call, or raise an error."""
     forward, calls = FluxTransformer2DModel.forward, []
 
     @functools.wraps(forward)
     def dying(*args, **kwargs):
         calls.append(0)
         if len(calls) == 2 and int(os.environ["RANK"]) == rank:
-            os._exit(3)
+            if how == "die":
+                os._exit(3)
+            raise KeyError("no such thing")
         return forward(*args, **kwargs)
 
     FluxTransformer2DModel.forward = dying
 
 
 def main(extra: str, *words: str) -> int:
-    torch.accelerator.device_count = lambda: 1  # there is none to count on this machine
+    torch.accelerator.device_count = lambda: 2  # there is none to count on this machine
     torch.set_num_threads(1)
     kind, _, value = extra.partition(":")
-    if kind == "die":
-        mortal(int(value))
+    if kind in ("die", "raise"):
+        mortal(int(value), kind)
     if kind == "save":
         leave, parallel.leave = parallel.leave, lambda: None  # the group is still needed
-    code = run_dype.main([*words] if kind in ("die", "save") else [extra, *words])
+    code = run_dype.main([*words] if value else [extra, *words])
     if kind == "save":
         found = drawn(2)
         if int(os.environ["RANK"]) == 0:

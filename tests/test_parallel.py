@@ -15,7 +15,6 @@ from conftest import TINY, run, table, tiny_transformer
 from PIL import Image
 
 from dype import parallel, records
-from dype.flags import UserError
 from dype.parallel import Team
 
 ROOT = Path(__file__).parent.parent
@@ -57,16 +56,16 @@ def together(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ranks.FAMILIES)
 def test_split_latents(together, name):
-    """Two processes by Ulysses draw what one does, within 1e-4; two aspects in turn."""
+    """Two processes by Ulysses draw what one does, within 1e-4; three sizes in turn."""
     found = torch.load(together / "two.pt", weights_only=True)[name]
     build, draw = ranks.FAMILIES[name]
-    for latents, size in zip(found, ((128, 192), (192, 128)), strict=True):
+    for latents, size in zip(found, ranks.SIZES, strict=True):
         pipe = build()
         ranks.apply_dype(pipe, ranks.CONFIG)
         expected = draw(pipe, *size).flatten()
         torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
         ranks.apply_dype(pipe, ranks.DyPEConfig("base", base_resolution=64))
-        assert (draw(pipe, *size).flatten() - expected).abs().max() > 1e-3  # not by chance
+        assert (draw(pipe, *size).flatten() - expected).abs().max() > 5e-4  # not by chance
 
 
 def test_split_picture(together, own_folder):
@@ -78,10 +77,11 @@ def test_split_picture(together, own_folder):
     assert sorted(path.name for path in together.iterdir()) == ["two.json", "two.png", "two.pt"]
 
 
-def test_one_that_dies_ends_the_run(tmp_path):
+@pytest.mark.parametrize("how", ["die", "raise"])
+def test_one_that_fails_ends_the_run(how, tmp_path):
     """With an error, not with the other one waiting for it."""
     start = time.monotonic()
-    done = torchrun("die:1", *ONE, "--steps", "3", "--ulysses", "2", folder=tmp_path)
+    done = torchrun(f"{how}:1", *ONE, "--steps", "3", "--ulysses", "2", folder=tmp_path)
     assert done.returncode != 0
     assert time.monotonic() - start < 100
     assert not list(tmp_path.rglob("*.png"))
@@ -135,6 +135,7 @@ MISTAKES = {  # flags, processes -> what is said
     ("--ulysses 2 --attention flex", 2): "--attention flex cannot be split so, expected",
     ("--model z-image --ulysses 2", 2): "a ZImagePipeline cannot be split, expected FluxPipeline",
     ("--ulysses 2 --cache taylorseer", 2): "--cache is 'taylorseer', expected off with --ulysses",
+    ("--ulysses 2 --device cuda:1", 2): "--device is 'cuda:1', expected no number",
     ("--ulysses 2 --compile full", 2): "--compile is 'full', expected blocks or off with --ulysses",
 }
 
@@ -158,17 +159,13 @@ def test_no_gpu_for_each(own_folder, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
     assert run("--model", "demo", "--ulysses", "2") == 1
-    assert "--ulysses and --ring need a GPU per process" in capsys.readouterr().err
+    assert "2 processes need a GPU each, and there are 0" in capsys.readouterr().err
 
 
-def test_what_only_the_model_and_the_prompt_tell():
+def test_what_only_the_model_tells():
     with pytest.raises(ValueError, match="--ulysses is 3, expected a divisor of its 2 heads"):
         parallel.check_heads(tiny_transformer(), 3)
     parallel.check_heads(tiny_transformer(), 2)
-    flags = {"ulysses": 2, "ring": 1}
-    with pytest.raises(UserError, match="a divisor of the 15 tokens of the prompt"):
-        parallel.check_text(flags, {"prompt_embeds": torch.zeros(1, 15, 4)})
-    parallel.check_text(flags, {"prompt_embeds": torch.zeros(1, 16, 4)})
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Reg
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dype import DyPEConfig, apply_dype, benchmark_embedder, records, remove_dype, speed
+from dype import DyPEConfig, apply_dype, benchmark_embedder, embedders, records, remove_dype, speed
 from dype.pipelines import UnavailableError
 from dype.rope import METHODS
 
@@ -98,7 +98,7 @@ class Waits(TorchDispatchMode):
     def __init__(self, transformer):
         super().__init__()
         self.inside, self.steps = False, []
-        transformer.register_forward_pre_hook(self.enter)
+        transformer.register_forward_pre_hook(self.enter, prepend=True)  # before DyPE's own
         transformer.register_forward_hook(self.leave)
 
     def enter(self, *args):
@@ -115,19 +115,21 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_step_waits(family):
-    """Inside the transformer DyPE asks the device for no value; the stock model's own aside."""
+def test_no_step_waits(family, monkeypatch):
+    """DyPE asks the device for no value, but for the ids, once per picture; stock's waits aside."""
     build, draw = FAMILIES[family]
-    found = []
+    found, reads, read = [], [], embedders.read_ids
+    monkeypatch.setattr(embedders, "read_ids", lambda *a: reads.append(0) or read(*a))
     for config in (None, CONFIG):
         pipe = build()
         if config:
-            apply_dype(pipe, config)  # its hook, which reads the ids once, comes before Waits'
+            apply_dype(pipe, config)
         with Waits(pipe.transformer) as waits:
             draw(pipe, 128, 192)
         found.append(waits.steps)
     assert len(found[0]) == 3
-    assert found[1] == found[0]
+    assert found[1][1:] == found[0][1:]
+    assert len(reads) == (family not in ("z-image", "qwen-image"))  # whose calls say the sizes
 
 
 @pytest.mark.parametrize(("family", "cache"), PAIRS)
@@ -161,7 +163,7 @@ def test_cache(family, cache, monkeypatch):
 @pytest.mark.parametrize("family", ["z-image", "krea2", "chroma"])
 def test_no_cache_for(family):
     pipe = FAMILIES[family][0]()
-    with pytest.raises(ValueError, match="has no support for any, expected one of those or off"):
+    with pytest.raises(ValueError, match="has none in diffusers, expected off"):
         speed.caching(pipe, "first_block", 4)
 
 
@@ -185,6 +187,9 @@ def test_attention_that_is_not_there():
         with pytest.raises(UnavailableError, match=f"--attention {name} cannot be used here: .+"):
             speed.check_attention(name, "cpu", "float32")
     speed.check_attention("native", "cpu", "float32")
+    speed.check_attention("_native_flash", "cpu", "float32")
+    with pytest.raises(UnavailableError, match="`attn_mask` is not supported"):
+        speed.check_attention("_native_flash", "cpu", "float32", masked=True)
     assert {"native", "flash_hub", "sage"} <= set(speed.backends())
 
 
@@ -208,11 +213,13 @@ def test_cache_of_the_command_line(own_folder, capsys):
 MISTAKES = {
     "--attention quick": (2, "--attention is 'quick', expected one of flash, "),
     "--attention flash": (1, "--attention flash cannot be used here: Flash Attention backend"),
+    "--attention native --device cuda:9": (1, "this machine has no device cuda:9"),
     "--cache quick": (2, "argument --cache: invalid choice: 'quick' (choose from 'off', "),
     "--cache first_block --compile blocks": (2, "--compile is 'blocks', but --cache decides anew"),
-    "--compile full --offload group": (2, "but --offload group moves weights within a step"),
-    "--model z-image --cache taylorseer": (2, "but a ZImagePipeline has no support for any"),
-    "--model qwen-image --cache magcache": (2, "QwenImagePipeline has first_block, taylorseer"),
+    "--compile full --offload model": (2, "but --offload model moves weights within it"),
+    "--compile blocks --offload group": (2, "but --offload group moves weights within it"),
+    "--model z-image --cache taylorseer": (2, "but a ZImagePipeline has none in diffusers"),
+    "--model qwen-image --cache magcache": (2, "a QwenImagePipeline has first_block, taylorseer"),
 }
 
 
@@ -253,7 +260,7 @@ def test_no_sync_on_a_gpu(family):
         calls.append(0)
         torch.cuda.set_sync_debug_mode("error" if len(calls) > 1 else "default")
 
-    pipe.transformer.register_forward_pre_hook(strict, with_kwargs=True)
+    pipe.transformer.register_forward_pre_hook(strict, with_kwargs=True, prepend=True)
     pipe.transformer.register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("default"))
     draw(pipe, 128, 192)
     assert len(calls) == 3

@@ -136,7 +136,7 @@ def qwen() -> QwenImagePipeline:
 
 def text_of(pipe, batch: int, *shape) -> dict:
     """Embeddings and masks of a prompt and of a negative prompt, for pipelines that take both."""
-    mask = torch.ones(batch, TEXT, dtype=torch.long)
+    mask = torch.ones(batch, shape[0], dtype=torch.long)
     found = {}
     for seed, prefix in enumerate(("", "negative_"), 1):
         text = seeded((1, *shape), seed).to(pipe.dtype)
@@ -145,8 +145,8 @@ def text_of(pipe, batch: int, *shape) -> dict:
     return found
 
 
-def draw_qwen(pipe, height, width, steps=3, seed=0, batch=1, guidance=1.0, **more):
-    call = text_of(pipe, batch, TEXT, TEXT) | settings(height, width, steps, seed)
+def draw_qwen(pipe, height, width, steps=3, seed=0, batch=1, guidance=1.0, tokens=TEXT, **more):
+    call = text_of(pipe, batch, tokens, TEXT) | settings(height, width, steps, seed)
     return pipe(**call, true_cfg_scale=guidance, **more).images
 
 
