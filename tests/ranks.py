@@ -29,7 +29,7 @@ FAMILIES = {
     "flux2": tiny.FAMILIES["flux2"],
     "qwen-image": (tiny.qwen, functools.partial(tiny.draw_qwen, tokens=15)),
 }
-SIZES = (128, 192), (192, 128), (64, 128)  # the last has as many tokens as twice FLUX.2's text
+SIZES = (128, 192), (192, 128), (32, 64)  # the last has as many tokens as half of FLUX.2's text
 
 
 def drawn(ulysses: int) -> dict[str, torch.Tensor]:

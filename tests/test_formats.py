@@ -14,7 +14,7 @@ from tiny import FAMILIES, HEADS, TEXT, draw_zimage, qwen_transformer, seeded, z
 from torch import nn
 
 from dype import DyPEConfig, apply_dype
-from dype.complex_embedders import padded
+from dype.complex_embedders import QwenDyPE, ZImageDyPE, padded
 from dype.embedders import MatrixDyPE, grid_ids
 from dype.patch import dype_applied
 from dype.rope import axis_frequencies, stock_frequencies
@@ -283,3 +283,29 @@ def test_z_image_is_continuous_down_to_the_last_sigma(steps):
     assert ratio.isfinite().all()
     assert (ratio.diff(dim=0) >= -1e-12).all()  # from stretched back to the model's own, never back
     assert torch.equal(ratio[-1], torch.ones(24, dtype=torch.float64))
+
+
+def test_constants_belong_to_their_call():
+    """An embedder that has seen other sizes gives what a fresh one gives, bit for bit."""
+    config = DyPEConfig("yarn")
+
+    def z_image(embedder, side):
+        embedder.set_timestep(0.5)
+        embedder.set_grid(side, side)
+        return embedder(grid_ids(3, side, side).int())
+
+    def qwen(embedder, frames):
+        embedder.set_timestep(0.5)
+        embedder.set_grid(9, 7)
+        return embedder([[(frames, 9, 7)]], torch.device("cpu"), 4)[0]
+
+    z_stock, qwen_stock = zimage_transformer().rope_embedder, qwen_transformer().pos_embed
+    cases = [
+        # stock, beyond its table of 32; stretched; and again
+        (z_image, lambda: ZImageDyPE(z_stock, config, 40), (36, 48, 36)),
+        (qwen, lambda: QwenDyPE(qwen_stock, config, 4), (1, 2, 1)),
+    ]
+    for draw, make, kinds in cases:
+        seen = make()
+        for kind in kinds:
+            assert torch.equal(draw(seen, kind), draw(make(), kind))

@@ -93,26 +93,21 @@ def test_noised_has_what_eq_11_says():
 
 def test_passes_in_a_pipeline(pipe, seen, monkeypatch):  # noqa: F811
     """Every step at 64 px, and at full size those whose noise is below the switch alone."""
-    levels, original = [], generate.settled
-    monkeypatch.setattr(
-        generate, "settled", lambda *law: levels.append(original(*law)) or levels[-1]
-    )
+    laws, family = [], generate.family_of(pipe.transformer)
+    family = generate.family_of_pipeline(pipe, family)
+    _, sigmas = generate.noise_schedule(pipe.scheduler, 128, 192, 6, family)
+    level = (sigmas[2] + sigmas[3]) / 2
+    monkeypatch.setattr(generate, "settled", lambda *law: laws.append(law) or level)
     passes = generate.progressive(128, 192, 64, steps=6)
     image = generate.multipass(pipe, prompt_of(pipe), 128, 192, passes, **SETTINGS)
     assert image.size == (192, 128)
     scale = 64 / math.sqrt(128 * 192)
     small = tuple(generate.resized(side, scale) // 16 for side in (128, 192))
-    grids = [grid for _, grid in seen]
-    large = grids.count((8, 12))
-    assert grids == [small] * 6 + [(8, 12)] * large
-    _, sigmas = generate.noise_schedule(
-        pipe.scheduler, 128, 192, 6,
-        generate.family_of_pipeline(pipe, generate.family_of(pipe.transformer)),
-    )  # fmt: skip
-    [level] = levels
-    assert [sigma for sigma, _ in seen[6:]] == pytest.approx(
-        [s for s in sigmas[:-1] if s <= level] or sigmas[-2:-1], abs=1e-5
-    )
+    assert [grid for _, grid in seen] == [small] * 6 + [(8, 12)] * 3
+    assert [sigma for sigma, _ in seen[6:]] == pytest.approx(sigmas[3:6], abs=1e-5)
+    [(c, _, s)] = laws
+    assert c > 0
+    assert s == pytest.approx(math.sqrt(8 * 12 / math.prod(small)))
 
 
 def test_at_the_base_resolution_there_is_nothing_to_save():
@@ -127,8 +122,9 @@ def test_at_the_base_resolution_there_is_nothing_to_save():
 SMALL = ["--model", "demo", "--size", "128", "--steps", "4", "--base_resolution", "64"]
 
 
-def test_command_line(own_folder, capsys):
+def test_command_line(own_folder, capsys, monkeypatch):
     """Named, recorded with the steps that were run, and drawn again to the pixel."""
+    monkeypatch.setattr(generate, "settled", lambda *law: 0.7)
     assert run(*SMALL, "--progressive") == 0
     [name] = [line.split()[0] for line in capsys.readouterr().out.splitlines() if ".png" in line]
     assert name == "outputs/seed_42_method_dy_yarn_paper_res_128x128_progressive.png"
@@ -136,8 +132,7 @@ def test_command_line(own_folder, capsys):
     first, second = record["passes"]
     assert (first["height"], len(first["sigmas"])) == (64, 5)
     assert (second["height"], second["strength"]) == (128, None)
-    assert 2 <= len(second["sigmas"]) <= 5
-    assert second["sigmas"] == pytest.approx(record["sigmas"][-len(second["sigmas"]) :], abs=1e-6)
+    assert second["sigmas"] == pytest.approx([s for s in record["sigmas"] if s <= 0.7], abs=1e-6)
     assert run("--from", name, "--output", "again.png") == 0
     again = records.open_picture("again.png")
     assert (pixels(again) == pixels(records.open_picture(name))).all()
