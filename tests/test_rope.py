@@ -195,8 +195,8 @@ def test_sigma_may_be_a_tensor():
 @pytest.mark.parametrize("method", METHODS)
 def test_finite_at_the_ends_of_every_setting(method):
     """Where both edges of a band meet, at pair 0 (large thresholds) or n (small ones)."""
-    for scale in (0, 1, 8) if METHOD_SCALES[method] else (None,):
+    for lambda_s in (0, 1, 8) if METHOD_SCALES[method] else (None,):
         for t in (0.0, 1e-6, 0.3, 1.0):
-            f, m = axis_frequencies(*FLUX, 256, t, DyPEConfig(method, dype_scale=scale))
+            f, m = axis_frequencies(*FLUX, 256, t, DyPEConfig(method, dype_scale=lambda_s))
             assert f.isfinite().all()
             assert m.isfinite()
