@@ -93,10 +93,8 @@ def z_image(device: str):
 def flux_call(transformer, height: int, width: int, text: int = TEXT) -> dict:
     """A denoiser call of FLUX.1, at `height` x `width` px."""
     config, device = transformer.config, transformer.device
-    picture, like = (
-        (height // TOKEN, width // TOKEN),
-        {"device": device, "dtype": transformer.dtype},
-    )
+    picture = height // TOKEN, width // TOKEN
+    like = {"device": device, "dtype": transformer.dtype}
     call = {
         "hidden_states": torch.randn(1, math.prod(picture), config.in_channels, **like),
         "encoder_hidden_states": torch.randn(1, text, config.joint_attention_dim, **like),

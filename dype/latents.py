@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-OPEN = 0.1  # of the noise's power: so little of the picture's is not seen in it (docs/log.md)
+OPEN = 0.15  # of the noise's power: so little of the picture's is not seen in it (docs/log.md)
 
 
 @torch.no_grad()

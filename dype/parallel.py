@@ -57,19 +57,18 @@ class Team:
         """What `make` returned to the main one. Raises what it raised there, or ElsewhereError."""
         if self.count == 1:
             return make()
-        found, error = None, None
+        message, error = [None], None
         if self.main:
             try:
-                found = [make()]
+                message = [(make(),)]
             except Exception as raised:  # again below, once the others know
                 error = raised
-        found = [found]
-        torch.distributed.broadcast_object_list(found)
+        torch.distributed.broadcast_object_list(message)
         if error is not None:
             raise error
-        if found[0] is None:
+        if message[0] is None:
             raise ElsewhereError
-        return found[0][0]
+        return message[0][0]
 
     def total(self, number: int) -> int:
         """The sum over all, when all have come this far."""
