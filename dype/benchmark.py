@@ -77,15 +77,21 @@ def parser() -> Parser:
 
 def completed(args: argparse.Namespace) -> argparse.Namespace:
     """The flags with their defaults, checked. Raises UserError, `UnavailableError`."""
-    args.device = args.device or ("cpu" if args.what == "embedder" else default_device())
-    check_device(args.device, "none")
-    if torch.device(args.device).type not in ("cpu", "cuda"):
+    counted = args.what in ("embedder", "cost")
+    args.device = args.device or ("cpu" if counted else default_device())
+    if args.device.partition(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device is {args.device!r}, expected cpu or cuda")
+    if args.what == "cost":  # which runs nothing
+        args.device = "cpu"
+    check_device(args.device, "none")
     large = args.device != "cpu" and args.what in ("step", "pipeline")
     args.sizes = args.sizes or (LARGE if large else SIZES[args.what])
     args.repeats = REPEATS[args.what][0] if args.repeats is None else args.repeats
-    if args.repeats < 1 or any(size < TOKEN or size % TOKEN for size in args.sizes):
-        raise UserError(f"--repeats is at least 1, --sizes are multiples of {TOKEN}")
+    if args.repeats < 1:
+        raise UserError(f"--repeats is {args.repeats}, expected at least 1")
+    for size in args.sizes:
+        if size < TOKEN or size % TOKEN:
+            raise UserError(f"--sizes has {size}, expected multiples of {TOKEN} px")
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps is {args.steps}, expected at least 1")
     if args.attention is not None and args.attention not in backends():

@@ -72,7 +72,8 @@ def drawn(pipe, settings: Settings, prompt: str, encode: Callable) -> tuple[Imag
             image = generate.multipass(pipe, text, height, width, settings.passes, **call)
     seconds = time.perf_counter() - start
     if flags["multipass"] == "progressive":  # which the picture itself has settled
-        schedule["passes"][1]["sigmas"] = pipe.scheduler.sigmas.tolist()
+        run = schedule["passes"][1]["sigmas"] = pipe.scheduler.sigmas.tolist()
+        print(f"full size: {len(run) - 1} of {flags['steps']} steps, from sigma {run[0]:.2f}")
     record = {"prompt": prompt, "flags": flags, "config": settings.config.to_dict(), **schedule}
     return image, record | {"tiled_vae": tiled, **records.machine(pipe, seconds)}
 

@@ -71,18 +71,18 @@ def setting(gib: float, name: str, pixels: int) -> str:
 def run(args: argparse.Namespace) -> dict:
     """Print FLOP per model and size, then seconds per picture and card; returns both."""
     found = {"flop": {}, "seconds": {}}
-    print("model           px   tokens  PFLOP/call  attention  table MB")
+    print("model           px   image tokens  PFLOP/call  attention  table MB")
     for name, shape in ARCHITECTURES.items():
         for size in args.sizes:
             linear, attention = shape.flop(size, size)
             total, table = linear + attention, shape.table(size, size)
             row = {"linear": linear, "attention": attention, "table_bytes": table}
             found["flop"].setdefault(name, {})[str(size)] = row
-            print(f"{name:14} {size:<5} {size**2 // TOKEN**2:6} {total / 1e15:10.3f} "
+            print(f"{name:14} {size:<5} {size**2 // TOKEN**2:12} {total / 1e15:10.3f} "
                   f"{attention / total:9.0%} {table / 1e6:9.1f}")  # fmt: skip
     print(f"\nseconds per picture, at {EAGER:.0%} (eager) and {COMPILED:.0%} (compiled) of the "
           "card's peak")  # fmt: skip
-    print("card         model           px   steps    eager  compiled  offload, quantization")
+    print("card         model           px   steps    eager  compiled  quantization, offload")
     for card, (tflops, gib) in CARDS.items():
         for name, shape in ARCHITECTURES.items():
             for size in args.sizes:

@@ -17,8 +17,8 @@ CACHES = {
     "magcache": ("FluxPipeline",),
 }
 CACHE_WARNING = (
-    "--cache {}: steps reuse features that were made under older frequencies; not for results "
-    "that are to be compared"
+    "--cache {}: steps may reuse features that were made under older frequencies; not for "
+    "results that are to be compared"
 )
 MASKED = ("ChromaPipeline", "Krea2Pipeline")  # whose attention always has a mask of text tokens
 HEADS, HEAD_DIM = 2, 128  # of the trial

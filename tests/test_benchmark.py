@@ -150,7 +150,9 @@ def test_cost_table(capsys):
 
 
 MISTAKES = {
-    "--sizes 100": (2, "--sizes are multiples of 16"),
+    "--sizes 100": (2, "--sizes has 100, expected multiples of 16 px"),
+    "--repeats 0": (2, "--repeats is 0, expected at least 1"),
+    "step --device xyz": (2, "--device is 'xyz', expected cpu or cuda"),
     "step --attention quick": (2, "--attention is 'quick', expected flash, "),
     "step --attention flash": (1, "--attention flash cannot be used here"),
     "pipeline --steps 0": (2, "--steps is 0, expected at least 1"),
