@@ -200,10 +200,9 @@ def dry_run(settings: Settings) -> int:
     whole = len(schedule["passes"]) == 1 and "strength" not in schedule["passes"][0]
     for one in [] if whole else schedule["passes"]:
         sigmas = " ".join(f"{sigma:.4f}" for sigma in one["sigmas"])
-        first = ", from a later one that the first picture decides" * (
-            one.get("strength", 1) is None
-        )
-        print(f"  pass at {one['height']}x{one['width']}: sigmas {sigmas}{first}")
+        part = ", from a later one that the first pass decides"
+        part *= one.get("strength", 1) is None
+        print(f"  pass at {one['height']}x{one['width']}: sigmas {sigmas}{part}")
     print("  step   sigma   kappa")
     for step, (sigma, kappa) in enumerate(
         zip(schedule["sigmas"], schedule["kappas"], strict=False)
