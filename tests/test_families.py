@@ -33,7 +33,6 @@ from tiny import (
     zimage_transformer,
 )
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 
 from dype import DyPEConfig, apply_dype, remove_dype
 from dype.complex_embedders import padded
@@ -314,22 +313,6 @@ def test_second_apply_and_deep_copy(family):
     draw(pipe, 64, 64, steps=2)
     pipe.transformer = other
     assert torch.equal(draw(pipe, 128, 192), expected)
-
-
-@pytest.mark.parametrize("name", ["z-image", "qwen-image", "flux2"])
-def test_one_compiled_graph(name):
-    """One graph for all steps of two runs."""
-    build, draw = FAMILIES[name]
-    pipe = build()
-    apply_dype(pipe, CONFIG)
-    expected = draw(pipe, 128, 192)
-    counter = CompileCounter()
-    pipe.transformer.compile(backend=counter)
-    draw(pipe, 128, 192)
-    graphs = counter.frame_count
-    for _ in range(2):
-        torch.testing.assert_close(draw(pipe, 128, 192), expected, atol=1e-5, rtol=1e-5)
-    assert counter.frame_count == graphs
 
 
 def test_quantized_transformer():
