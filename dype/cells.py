@@ -22,6 +22,8 @@ AXES = {
     "dype_scale": "scale",
     "dype_exponent": "exponent",
     "dype_start_sigma": "start",
+    "cutoff": "cutoff",
+    "attention_scale": "attention",
     "steps": "steps",
     "guidance": "guidance",
     "true_cfg": "cfg",
@@ -29,6 +31,7 @@ AXES = {
     "pass3_strength": "pass3",
 }
 LAMBDAS = ("dype_scale", "dype_exponent", "dype_start_sigma")
+ENCODING = (*LAMBDAS, "cutoff", "attention_scale")
 # where and in what pieces the work is done, which is no part of what is asked for
 PLACES = ("device", "offload", "text_encoder_device", "vae_device", "tiled_vae", "tile_size")
 PLACES += ("compile", "ulysses", "ring")
@@ -137,26 +140,30 @@ def short(value: float) -> str:
 def axes(settings: Settings) -> dict:
     """What may be swept, None where it has no effect."""
     config = settings.config
-    moving = lambdas(config.method, config.dype)
+    felt = effective(config.method, config.dype)
     passes = len(generate.PASSES[settings.flags["multipass"]])
     found = {name: settings.flags.get(name) for name in AXES}
     found |= {name: None for count, name in generate.STRENGTHS.items() if passes < count}
-    return found | {name: getattr(config, name) if name in moving else None for name in LAMBDAS}
+    return found | {name: getattr(config, name) if name in felt else None for name in ENCODING}
 
 
-def lambdas(method: str, dype: bool) -> tuple[str, ...]:
-    """The settings of kappa that have an effect: none if static, on TASR only where it starts."""
-    if not dype or method == "base":
+def effective(method: str, dype: bool) -> tuple[str, ...]:
+    """The settings of the encoding that have an effect. Without a kappa only its start has one."""
+    if method == "base":
         return ()
-    return LAMBDAS if METHOD_SCALES[method] else ("dype_start_sigma",)
+    found = ("attention_scale", *["cutoff"] * method.startswith("cutoff"))
+    if not dype:
+        return found
+    return found + (LAMBDAS if METHOD_SCALES[method] else ("dype_start_sigma",))
 
 
 def identity(flags: dict, config: dict, prompt: str) -> dict:
     """All that decides what is in a picture, from a setting or a record."""
-    config = dict(config)
-    moving = lambdas(config["method"], config["dype"])
-    config |= {name: None for name in LAMBDAS if name not in moving} | {"dype": bool(moving)}
-    if config["dype_scale"] is None and "dype_scale" in moving:
+    config = DyPEConfig().to_dict() | config  # older records lack some settings
+    felt = effective(config["method"], config["dype"])
+    config |= {name: None for name in ENCODING if name not in felt}
+    config["dype"] &= config["method"] != "base"
+    if config["dype_scale"] is None and "dype_scale" in felt:
         config["dype_scale"] = DyPEConfig(config["method"]).lambda_s
     flags = LATER | {name: value for name, value in flags.items() if name not in PLACES}
     if flags.get("init_image") is None:

@@ -30,7 +30,16 @@ NUMBERS = {
 }
 # of DyPEConfig, which knows their ranges
 CONFIG_NUMBERS = {"base_resolution": int} | dict.fromkeys(
-    ("dype_scale", "dype_exponent", "dype_start_sigma", "base_shift", "max_shift"), float
+    (
+        "dype_scale",
+        "dype_exponent",
+        "dype_start_sigma",
+        "cutoff",
+        "attention_scale",
+        "base_shift",
+        "max_shift",
+    ),
+    float,
 )
 
 

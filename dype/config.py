@@ -17,6 +17,8 @@ METHOD_SCALES = {
     "yarn_power": 2.0,
     "yarn_paper": 1.0,
     "vision_yarn": 2.0,
+    "cutoff": None,
+    "cutoff_free": 1.0,
 }
 SHIFTS = ("cap", "model")
 PRESETS = ("off", "auto", "4k")
@@ -33,6 +35,11 @@ class DyPEConfig:
     dype_start_sigma: float = 1.0  # t_start in (0, 1]: above it the encoding stays as at t = 1
     alpha: float = 1.0  # yarn_paper alone: the ramp's ends, turns over the trained length
     beta: float = 32.0
+    cutoff: float = 1.0  # c of cutoff and cutoff_free: a wavelength, times the trained length
+    cutoff_width: float = 0.5  # delta, of ln wavelength
+    spectrum_exponent: float = 2.0  # omega of C / f^omega (Eq. 10), of cutoff alone
+    attention_scale: float | None = None  # a of m = 1 + a ln s u^q in [0, 2]; None: the method's
+    attention_exponent: float = 0.0  # q in [0, 1000], of that a: 0 is constant
     base_resolution: int | None = None  # px; None: the model's own
     anisotropic: bool = True  # each axis by its own scale; False: every axis by the largest
     shift: str | None = None  # "cap", "model", or None: the model's default
@@ -51,6 +58,10 @@ class DyPEConfig:
         number("dype_start_sigma", self.dype_start_sigma, 0, 1, above=True)
         number("alpha", self.alpha, 0, math.inf, above=True)
         number("beta", self.beta, self.alpha, math.inf, above=True)
+        for name in ("cutoff", "cutoff_width", "spectrum_exponent"):
+            number(name, getattr(self, name), 0, 1000, above=True)
+        number("attention_scale", self.attention_scale, 0, 2, optional=True)
+        number("attention_exponent", self.attention_exponent, 0, 1000)
         number("base_resolution", self.base_resolution, 16, 16384, optional=True, multiple=16)
         number("base_shift", self.base_shift, -10, 20, optional=True)
         number("max_shift", self.max_shift, -10, 20, optional=True)

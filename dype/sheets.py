@@ -16,6 +16,8 @@ LABELS = {
     "dype_scale": "scale {}",
     "dype_exponent": "exponent {}",
     "dype_start_sigma": "start {}",
+    "cutoff": "cutoff {}",
+    "attention_scale": "attention scale {}",
     "steps": "{} steps",
     "guidance": "guidance {}",
     "true_cfg": "true CFG {}",

@@ -7,8 +7,8 @@ from itertools import product
 
 # Flags that take a list, in the order in which a sweep goes through them, the last the fastest.
 WORDS = ("size", "multipass", "method", "dype")
-NUMBERS = ("dype_scale", "dype_exponent", "dype_start_sigma", "steps", "guidance", "true_cfg")
-NUMBERS += ("pass2_strength", "pass3_strength")
+NUMBERS = ("dype_scale", "dype_exponent", "dype_start_sigma", "cutoff", "attention_scale")
+NUMBERS += ("steps", "guidance", "true_cfg", "pass2_strength", "pass3_strength")
 LISTS = (*WORDS, *NUMBERS, "seed")
 MOST = 10_000  # pictures without --yes
 RANGE = re.compile(r"(\d+)-(\d+)")

@@ -53,9 +53,37 @@ def one_ramp(dim, base, length, s, alpha, beta):
     return out
 
 
-def frequencies(method, dim, base, length, tokens, t, s_max=None, *, lambda_s, lambda_t=2.0,
-                t_start=1.0, dynamic=True):  # fmt: skip
-    """(list of n frequencies, attention scale) of one axis."""
+def cut(dim, base, s, wavelength, width):
+    """Wavelengths far above the cut are stretched by s, those far below are not."""
+    out = []
+    for i in range(dim // 2):
+        theta = base ** (-2 * i / dim)
+        if wavelength == 0:
+            w = 1.0
+        elif wavelength == math.inf:
+            w = 0.0
+        else:
+            w = min(max(math.log(2 * math.pi / theta / wavelength) / width + 0.5, 0), 1)
+        out.append(theta / s**w)
+    return out
+
+
+def frequencies(method, dim, base, length, tokens, t, s_max=None, *, attention=None, decay_of_m=0.0,
+                t_start=1.0, dynamic=True, **settings):  # fmt: skip
+    """(list of n frequencies, attention scale) of one axis; attention: a of m = 1 + a ln s u^q."""
+    found, m = own_frequencies(
+        method, dim, base, length, tokens, t, s_max, t_start=t_start, dynamic=dynamic, **settings
+    )
+    stretched = method != "base" and max(tokens / length, s_max or 1.0) > 1
+    if attention is not None and stretched:
+        u = min(t / t_start, 1.0) if dynamic else 1.0
+        m = 1 + attention * math.log(max(1.0, tokens / length)) * u**decay_of_m
+    return found, m
+
+
+def own_frequencies(method, dim, base, length, tokens, t, s_max=None, *, lambda_s, lambda_t=2.0,
+                    t_start=1.0, dynamic=True, c=1.0, width=0.5, omega=2.0):  # fmt: skip
+    """The same with the method's own attention scale."""
     s = max(1.0, tokens / length)
     s_max = s if s_max is None else s_max
     kappa, decay = kappa_and_decay(t, lambda_s, lambda_t, t_start, dynamic)
@@ -77,6 +105,13 @@ def frequencies(method, dim, base, length, tokens, t, s_max=None, *, lambda_s, l
             longer_base = (base * s ** (dim / ((dim - 1) * (1 - u) + 1))) ** (-2 * i / dim)
             out.append(longer_base if longer_base > f / s else f / s)
         return out, 1.0
+    if method.startswith("cutoff"):
+        wavelength = c * length
+        if dynamic and method == "cutoff":
+            wavelength = wavelength * ((1 - u) / u) ** (2 / omega) if u else math.inf
+        elif dynamic:
+            wavelength = math.pi * (wavelength / math.pi) ** (1 - kappa)
+        return cut(dim, base, s, wavelength, width), 1 + 0.3 * math.log(s)
     m = 0.1 * math.log(s) + 1
     if method == "yarn_ntk_only":
         return two_ramps(dim, base, length, s, s, lambda r: r, kappa), m

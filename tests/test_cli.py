@@ -83,6 +83,8 @@ BAD = {
     "dype_scale nan": (2, "--dype_scale nan"),
     "dype_scale a word": (2, "--dype_scale big"),
     "dype_exponent": (2, "--dype_exponent 1001"),
+    "cutoff": (2, "--cutoff 0"),
+    "attention_scale": (2, "--attention_scale 3"),
     "dype_start_sigma 0": (2, "--dype_start_sigma 0"),
     "dype_start_sigma above 1": (2, "--dype_start_sigma 1.5"),
     "base_resolution": (2, "--base_resolution 100"),

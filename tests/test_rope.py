@@ -2,12 +2,16 @@
 docs/method.md claims."""
 
 import json
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from dype import DyPEConfig
 from dype.config import METHOD_SCALES
@@ -16,6 +20,8 @@ from dype.rope import METHODS, axes, axis_frequencies, frequencies, scale, stock
 GOLDEN = np.load(Path(__file__).parent / "golden" / "rope_reference.npz")
 CASES = json.loads(str(GOLDEN["index"]))
 STRETCHED = [name for name in METHODS if name != "base"]
+CUTOFFS = ("cutoff", "cutoff_free")
+CUT = {"cutoff": 2.5, "cutoff_width": 1.2, "spectrum_exponent": 1.6}
 TAU = 0.1 * np.log(4) + 1  # m of the YaRNs at s = 4
 FLUX, Z_IMAGE = (56, 10000.0, 64), (48, 256.0, 64)  # dim, theta, trained tokens
 
@@ -84,13 +90,80 @@ def test_no_stretch_is_stock(method):
             assert m == 1
 
 
-@pytest.mark.parametrize("method", [name for name in STRETCHED if name != "yarn_both"])
+@pytest.mark.parametrize("method", sorted({*STRETCHED} - {"yarn_both", *CUTOFFS}))
 def test_kappa_one_is_static(method):
     """kappa(1) = lambda_s = 1 is the static method, bit for bit; the NTK term of yarn_both is 2."""
     dynamic, m = axis_frequencies(*FLUX, 256, 1.0, DyPEConfig(method, dype_scale=1.0))
     static, static_m = axis_frequencies(*FLUX, 256, 0.3, DyPEConfig(method, dype=False))
     assert torch.equal(dynamic, static)
     assert m == static_m
+
+
+@pytest.mark.parametrize("method", CUTOFFS)
+def test_settings_of_the_cutoffs_agree(method):
+    """Constant, width and exponent, dynamic and static, against plain Python."""
+    for axis in (FLUX, Z_IMAGE):
+        for dynamic, sigma in product((True, False), (0.0, 0.2, 0.9, 0.99)):
+            config = DyPEConfig(method, dynamic, dype_exponent=0.7, **CUT)
+            more = {"lambda_s": 1.0, "lambda_t": 0.7, "dynamic": dynamic}
+            more |= {"c": 2.5, "width": 1.2, "omega": 1.6}
+            expected, m = reference.frequencies(method, *axis, 200, sigma, **more)
+            ours, our_m = axis_frequencies(*axis, 200, sigma, config)
+            np.testing.assert_allclose(ours, expected, rtol=1e-12)
+            assert our_m.item() == pytest.approx(m, rel=1e-14)
+
+
+@pytest.mark.parametrize(("method", "half"), [("cutoff", 0.5), ("cutoff_free", 0.0)])
+def test_a_cutoff_from_end_to_end(method, half):
+    """t = 1: PI bit for bit at every L; t = 0 of `cutoff`: stock bit for bit; continuous between.
+
+    At one noise level it is the static cut.
+    """
+    for axis in (FLUX, Z_IMAGE, (56, 10000.0, 16)):
+        for settings in ({}, CUT):
+            config = DyPEConfig(method, **settings)
+            levels = torch.linspace(0, 1, 401, dtype=torch.float64)
+            f = [axis_frequencies(*axis, 3 * axis[2], t, config)[0] for t in levels]
+            theta = stock_frequencies(*axis[:2])
+            assert torch.equal(f[-1], theta / 3)
+            assert method == "cutoff_free" or torch.equal(f[0], theta)
+            static = axis_frequencies(*axis, 3 * axis[2], 0.9, replace(config, dype=False))[0]
+            same = axis_frequencies(*axis, 3 * axis[2], half, config)[0]
+            torch.testing.assert_close(same, static, rtol=1e-15, atol=0)
+            stretch = (theta / torch.stack(f)).log() / np.log(3)  # w, in [0, 1]
+            # at t = 0.05 and 0.95 the slope of w is 2 / (omega delta) / (t (1 - t)), at most 42
+            assert stretch.diff(dim=0)[20:-20].abs().max() < 42.2 / 400
+
+
+@pytest.mark.parametrize("method", STRETCHED)
+def test_attention_scale(method):
+    """m = 1 + a ln s u^q for every method, 1 without a stretch; the frequencies stay."""
+    config = DyPEConfig(method, attention_scale=0.4, attention_exponent=1.5, dype_start_sigma=0.8)
+    for tokens, sigma in product((64, 96, 256), (0.0, 0.3, 0.9)):
+        f, m = axis_frequencies(*FLUX, tokens, sigma, config)
+        expected = 1 + 0.4 * np.log(tokens / 64) * min(sigma / 0.8, 1) ** 1.5
+        assert m.item() == pytest.approx(expected, rel=1e-14)
+        assert torch.equal(f, axis_frequencies(*FLUX, tokens, sigma, own(config))[0])
+    _, m = axis_frequencies(*FLUX, 256, 0.1, replace(config, dype=False))
+    assert m.item() == pytest.approx(1 + 0.4 * np.log(4), rel=1e-14)
+
+
+def own(config):
+    return replace(config, attention_scale=None)
+
+
+@pytest.mark.parametrize("method", ["pi", "cutoff", "cutoff_free"])
+def test_one_graph_serves_every_noise_level(method):
+    counter, config = CompileCounter(), DyPEConfig(method)
+    axis = axes(*FLUX, [128, 256], None, config)
+    compiled = torch.compile(partial(frequencies, axis), backend=counter, fullgraph=True)
+    for t in (1.0, 0.7, 0.01, 0.0):
+        sigma = torch.tensor(t, dtype=torch.float64)
+        for found, expected in zip(
+            compiled(sigma, config), frequencies(axis, sigma, config), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert counter.frame_count == 1
 
 
 def test_at_the_end_of_sampling():
@@ -108,7 +181,7 @@ def test_at_the_end_of_sampling():
 
 
 @pytest.mark.parametrize("axis", [FLUX, Z_IMAGE, (56, 10000.0, 16)])
-@pytest.mark.parametrize("method", ["pi", "ntk", "ntk_mult", "tasr", "yarn", "yarn_paper"])
+@pytest.mark.parametrize("method", ["pi", "ntk", "ntk_mult", "tasr", "yarn", "yarn_paper", "cutoff", "cutoff_free"])
 def test_frequencies_fall_with_the_noise(method, axis):
     """No pair's frequency rises with t, also where the authors' ramp would turn round."""
     levels = torch.linspace(0, 1, 401, dtype=torch.float64)

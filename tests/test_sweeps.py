@@ -142,6 +142,18 @@ def test_the_time_aware_baseline_has_no_lambdas():
     ]
 
 
+def test_settings_that_a_method_does_not_feel():
+    """The cut moves the cutoffs alone, dynamic and static; the attention scale all but `base`."""
+    lists = "--method base,pi,cutoff --no_dype --cutoff 1,2 --attention_scale 0,0.3"
+    names = [cell.path.name for cell in planned(*lists.split())]
+    assert names == ["seed_42_method_base_res_4096x4096.png"] + [
+        f"seed_42_method_{method}_res_4096x4096{cut}_attention_{scale}.png"
+        for method, cuts in (("pi", [""]), ("cutoff", ["_cutoff_1", "_cutoff_2"]))
+        for cut in cuts
+        for scale in ("0", "0.3")
+    ]
+
+
 def test_sizes_are_width_first_and_names_height_first():
     found = planned("--size", "1024,2048x3072")
     assert [cell.path.name[-13:-4] for cell in found] == ["1024x1024", "3072x2048"]

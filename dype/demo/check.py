@@ -1,6 +1,6 @@
 """Does a picture show what its caption says? An analytic check, validated on rendered truth.
 
-The picture is averaged down to a grid of 64 x 64 cells whatever its size, every cell is named by
+The picture is averaged down to a grid of 64 x 64 cells whatever its size and shape, every cell is named by
 the nearest palette colour in chromaticity (leaves and light change brightness alone, nearly), and
 the cells are compared with the scene's outlines.
 """
@@ -63,7 +63,7 @@ def overlaps(mask: np.ndarray) -> dict[str, float]:
 
 
 def check(picture: np.ndarray, colour: str, ground: str) -> Verdict:
-    """Judge a square picture against the colours that its caption asked for."""
+    """Judge a picture against the colours that its caption asked for."""
     cells = colour_cells(picture)
     names = list(COLOURS)
     wanted = cells == names.index(colour)

@@ -34,6 +34,7 @@ from dype.models import MODELS
 from dype.patch import apply_dype
 from dype.pipelines import load_pipeline
 from dype.rope import METHODS
+from dype.settings import sides
 
 try:
     from dype.demo import report
@@ -62,7 +63,7 @@ def plan(name: str) -> list[Cell]:
         "full": [(256, ["base"], 64), (512, everything + CONTROLLED, 64), (1024, everything, 64)]
         + [(size, scaling, 16) for size in (768, 1280, 1536)],
     }[name]
-    return [Cell(size, setting(one), count) for size, some, count in lines for one in some]
+    return [Cell((size, size), setting(one), count) for size, some, count in lines for one in some]
 
 
 def sampled(args) -> list[Scene]:
@@ -74,7 +75,7 @@ def sampled(args) -> list[Scene]:
 
 def folder_of(cell: Cell, args) -> Path:
     part = f"seed_{args.seed}{'_held_out' * args.held_out}"
-    return args.out / part / str(cell.size) / cell.setting.name
+    return args.out / part / str(report.shown_size(cell.size)) / cell.setting.name
 
 
 def missing(cells: list[Cell], args) -> list[tuple[Cell, int, Path]]:
@@ -99,15 +100,15 @@ def draw(pipe, cell: Cell, i: int, path: Path, scene: Scene, args) -> None:
     records.write({path: content.getvalue()})
 
 
-def in_one(pipe, caption: str, size: int, seed: int, args) -> Image.Image:
+def in_one(pipe, caption: str, size: tuple[int, int], seed: int, args) -> Image.Image:
     """By the pipeline as it is."""
     [picture] = pipe(
         caption,
         negative_prompt=DEMO.negative_prompt or "",
         true_cfg_scale=args.true_cfg,
         guidance_scale=DEMO.guidance,
-        height=size,
-        width=size,
+        height=size[0],
+        width=size[1],
         num_inference_steps=args.steps,
         max_sequence_length=DEMO.max_sequence_length,
         generator=torch.Generator().manual_seed(seed),
@@ -115,14 +116,13 @@ def in_one(pipe, caption: str, size: int, seed: int, args) -> Image.Image:
     return picture
 
 
-def in_passes(pipe, caption: str, size: int, seed: int, args) -> Image.Image:
+def in_passes(pipe, caption: str, size: tuple[int, int], seed: int, args) -> Image.Image:
     """The base resolution first."""
     return generate.multipass(
         pipe,
         caption,
-        size,
-        size,
-        generate.progressive(size, size, DEMO.base_resolution, args.steps),
+        *size,
+        generate.progressive(*size, DEMO.base_resolution, args.steps),
         negative_prompt=DEMO.negative_prompt or "",
         true_cfg=args.true_cfg,
         guidance=DEMO.guidance,
@@ -136,32 +136,34 @@ def reverse(transformer, args, kwargs) -> None:
     transformer.pos_embed.set_timestep(1 - kwargs["timestep"].flatten()[0])
 
 
-def quiet_pipeline():
-    pipe = load_pipeline("demo")
+def quiet_pipeline(weights: Path):
+    pipe = load_pipeline(str(weights), dtype=DEMO.dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def start() -> None:
+def start(weights: Path) -> None:
     """A worker process: a pipeline of its own, one thread; Ctrl-C is the parent's to handle."""
     global PIPE
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    PIPE = quiet_pipeline()
+    PIPE = quiet_pipeline(weights)
 
 
 def work(job: tuple) -> None:
     draw(PIPE, *job)
 
 
-def draw_all(pipe, jobs: list[tuple], processes: int, bar: tqdm) -> None:
+def draw_all(pipe, jobs: list[tuple], args, bar: tqdm) -> None:
     """Draw in this process, or in several: small matrices don't keep many threads busy."""
-    if processes == 1:
+    if args.processes == 1:
         for job in jobs:
             draw(pipe, *job)
             bar.update()
     elif jobs:
-        with ProcessPoolExecutor(processes, get_context("spawn"), start) as pool:
+        with ProcessPoolExecutor(
+            args.processes, get_context("spawn"), start, (args.weights,)
+        ) as pool:
             for _ in pool.map(work, jobs):
                 bar.update()
 
@@ -173,9 +175,12 @@ def parser() -> Parser:
     flag("--quick", action="store_true", help="a table in under 5 minutes")
     flag("--full", action="store_true", help="everything, at sizes up to 6x: half a day")
     flag("--drawn", action="store_true", help="score what is there, draw nothing")
-    flag("--size", type=int, default=512, metavar="PX", help="of the settings (default: 512)")
+    flag("--size", default="512", metavar="WxH", help="of the settings, width x height in px, or "
+         "one number for both (default: 512)")  # fmt: skip
     flag("--count", type=int, default=64, metavar="N", help="prompts of each (default: 64)")
     flag("--seed", type=int, default=0, metavar="N", help="of the prompts (default: 0, to report)")
+    flag("--against", nargs="+", default=[], metavar="SETTING", help="of those drawn: hold every "
+         "other one against these (default: against its own static form and `base`)")  # fmt: skip
     flag("--held_out", action="store_true", help="only triples never trained on")
     flag("--steps", type=int, default=DEMO.steps, metavar="N", help=f"(default: {DEMO.steps})")
     flag("--true_cfg", type=float, default=DEMO.true_cfg, metavar="X", help="(default: "
@@ -184,6 +189,8 @@ def parser() -> Parser:
          help="autocast to bfloat16 (the default) or not")  # fmt: skip
     flag("--out", type=Path, default=Path("outputs/ground_truth"), metavar="FOLDER",
          help="of the pictures (default: outputs/ground_truth)")  # fmt: skip
+    flag("--weights", type=Path, default=Path(DEMO.repo), metavar="FOLDER",
+         help="of another training's pipeline (default: the demo's)")  # fmt: skip
     flag("--processes", type=int, default=PROCESSES, metavar="N",
          help=f"that draw at once (default: {PROCESSES}, one per core up to 8)")  # fmt: skip
     flag("--save", type=Path, metavar="FILE", help="the numbers as JSON, for dype.figures")
@@ -194,12 +201,12 @@ def parser() -> Parser:
 def protocol(args) -> dict:
     """What every picture of a folder has in common."""
     found = {name: getattr(args, name) for name in ("steps", "true_cfg", "dtype")}
-    return found | {"weights": weights_hash()}
+    return found | {"weights": weights_hash(args.weights)}
 
 
-def weights_hash() -> str:
-    """The demo transformer's, to tell one training from another."""
-    path = Path(DEMO.repo) / "transformer" / "diffusion_pytorch_model.safetensors"
+def weights_hash(weights: Path) -> str:
+    """The transformer's, to tell one training from another."""
+    path = weights / "transformer" / "diffusion_pytorch_model.safetensors"
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
@@ -228,15 +235,15 @@ def asked(args) -> list[Cell]:
         raise ValueError("--quick, --full and SETTINGS, expected at most one of them")
     for name, least in (("count", 1), ("steps", 1), ("seed", 0), ("processes", 1)):
         number(f"--{name}", getattr(args, name), least, math.inf, whole=True)
-    number("--size", args.size, 64, 4096, multiple=16)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out is {args.out}, expected a folder")
     if args.strip and args.strip.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ValueError(f"--strip is {args.strip}, expected a name in .png or .jpg")
     if args.settings:
+        size = sides(args.size)
         if any(setting(one).control == "progressive" for one in args.settings):
-            generate.progressive(args.size, args.size, DEMO.base_resolution, args.steps)
-        cells = [Cell(args.size, setting(one), args.count) for one in args.settings]
+            generate.progressive(*size, DEMO.base_resolution, args.steps)
+        cells = [Cell(size, setting(one), args.count) for one in args.settings]
     else:
         cells = plan("quick" if args.quick else "full" if args.full else "default")
     return there(cells, args) if args.drawn else cells
@@ -249,7 +256,7 @@ def there(cells: list[Cell], args) -> list[Cell]:
         paths = (folder_of(cell, args) / f"{i:03}.png" for i in range(cell.count))
         count = sum(1 for _ in takewhile(Path.exists, paths))
         found += [cell._replace(count=count)] * (count > 0)
-        short += [f"{cell.setting.name} {cell.size} px {count}"] * (count < cell.count)
+        short += [f"{cell.setting.name} {report.shown_size(cell.size)} px {count}"] * (count < cell.count)
     if short and found:
         print(f"not all drawn: {', '.join(short)}")
     if not found:
@@ -262,12 +269,13 @@ def run(args) -> None:
     cells = asked(args)
     agreed(args)
     scenes = sampled(args)
-    pipe = quiet_pipeline()
+    pipe = quiet_pipeline(args.weights)
     count, rest = sum(cell.count for cell in cells), missing(cells, args)
     jobs = [(cell, i, path, scenes[i], args) for cell, i, path in rest]
     with tqdm(total=count, initial=count - len(jobs), unit="picture", disable=args.drawn) as bar:
-        draw_all(pipe, jobs, args.processes, bar)
-    found = report.table(pipe.vae, cells, scenes, lambda cell: folder_of(cell, args))
+        draw_all(pipe, jobs, args, bar)
+    against = [setting(one).name for one in args.against]
+    found = report.table(pipe.vae, cells, scenes, lambda cell: folder_of(cell, args), against)
     print(report.printed(found["rows"], ("size", "setting", "n"), signed=False))
     if found["pairs"]:
         print()

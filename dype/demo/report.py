@@ -33,34 +33,49 @@ class Setting(NamedTuple):
 class Cell(NamedTuple):
     """Pictures of one setting at one size: the first `count` prompts of a seed."""
 
-    size: int
+    size: tuple[int, int]  # height, width, px
     setting: Setting
     count: int
 
 
-def setting(text: str) -> Setting:
-    """METHOD[:static | :SCALE[:EXPONENT]][:CONTROL], of CONTROLS. Raises ValueError.
+def shown_size(size: tuple[int, int]) -> int | str:
+    """The side in px, or WIDTHxHEIGHT where they differ."""
+    height, width = size
+    return height if height == width else f"{width}x{height}"
 
-    Its name has the numbers that have an effect: METHOD_SCALE_EXPONENT, METHOD_static, `base`.
+
+def setting(text: str) -> Setting:
+    """METHOD[:static | :SCALE[:EXPONENT]][:NAME=NUMBER...][:CONTROL], of CONTROLS. Raises ValueError.
+
+    NAME: of another setting of `DyPEConfig`. The setting's own name has the numbers that have an
+    effect: METHOD_SCALE_EXPONENT, METHOD_static, `base`, then those with a name.
     """
     method, *more = text.split(":")
     control = more.pop() if more and more[-1] in CONTROLS else ""
-    config = {"method": method, "base_resolution": BASE, "dype": more != ["static"]}
+    named = [part for part in more if "=" in part]
+    plain = more[: len(more) - len(named)]
+    config = {"method": method, "base_resolution": BASE, "dype": plain != ["static"]}
     config |= {"shift": "model"} if control == "model" else {}
+    wrong = plain + named != more
     try:
-        numbers = [float(part) for part in more] if config["dype"] else []
+        numbers = [float(part) for part in plain] if config["dype"] else []
+        config |= {name: float(value) for name, _, value in (one.partition("=") for one in named)}
     except ValueError:
-        numbers = [0.0] * 3
-    made = DyPEConfig(**config | dict(zip(("dype_scale", "dype_exponent"), numbers, strict=False)))
+        wrong, numbers = True, []
+    config |= dict(zip(("dype_scale", "dype_exponent"), numbers, strict=False))
+    made = DyPEConfig.from_dict(config)
     still = method == "base" or not made.dype
-    if len(numbers) > 2 * (METHOD_SCALES[method] is not None) or (still and control == "reversed"):
+    wrong |= len(numbers) > 2 * (METHOD_SCALES[method] is not None)
+    if wrong or (still and control == "reversed"):
         raise ValueError(
-            f"setting {text!r}, expected METHOD[:static|:SCALE[:EXPONENT]], then at most one of "
-            f"{', '.join(CONTROLS)}; and no numbers or reversal where they change nothing"
+            f"setting {text!r}, expected METHOD[:static|:SCALE[:EXPONENT]][:NAME=NUMBER...], then "
+            f"at most one of {', '.join(CONTROLS)}; and no scale, exponent or reversal where they "
+            "change nothing"
         )
     parts = [method] if method == "base" or made.dype else [method, "static"]
     if made.dype and METHOD_SCALES[method] is not None:
         parts += [f"{made.lambda_s:g}", f"{made.dype_exponent:g}"]
+    parts += named
     return Setting("_".join([*parts, control] if control else parts), made, control)
 
 
@@ -74,8 +89,11 @@ def static_form(method: str) -> str:
     return next(name for name in METHODS if table(name) == table(method))
 
 
-def table(vae, cells: list[Cell], scenes: list[Scene], folder_of: Callable) -> dict:
-    """Every cell's scores, the floors among them, and the paired differences."""
+def table(vae, cells: list[Cell], scenes: list[Scene], folder_of: Callable, against=()) -> dict:
+    """Every cell's scores, the floors among them, and the paired differences.
+
+    against: names of the settings that all others are held against, in place of `compared`'s.
+    """
     rows, pairs = [], []
     for size in dict.fromkeys(cell.size for cell in cells):
         some = {cell.setting.name: cell for cell in cells if cell.size == size}
@@ -83,28 +101,30 @@ def table(vae, cells: list[Cell], scenes: list[Scene], folder_of: Callable) -> d
         scored = scenes[:count]
         drawn, (truth, found) = {}, floors(vae, scored, size)
         rows += [cell_row(size, name, None, *of) for name, of in found.items()]
-        for name, cell in tqdm(some.items(), f"scores {size}", leave=False):
+        for name, cell in tqdm(some.items(), f"scores {shown_size(size)}", leave=False):
             drawn[name] = scores.judged(pictures_of(cell, folder_of), scored[: cell.count])
             rows.append(cell_row(size, name, cell.setting, drawn[name], truth))
-        pairs += [pair_row(size, *names, drawn, truth) for names in compared(some)]
+        couples = [(name, other) for other in against for name in some if name != other]
+        couples = [couple for couple in couples if couple[1] in some] if against else compared(some)
+        pairs += [pair_row(size, *names, drawn, truth) for names in couples]
     return {"rows": rows, "pairs": pairs}
 
 
-def floors(vae, scenes: list[Scene], size: int) -> tuple[scores.Judged, dict]:
+def floors(vae, scenes: list[Scene], size: tuple[int, int]) -> tuple[scores.Judged, dict]:
     """What pictures are held against, rendered truth through the autoencoder; and what truth has.
 
     `truth` is other leaves on the same scenes against these; `truth_vae` both through the
     autoencoder: as near as the model could come; `vae` what the autoencoder alone costs.
     """
-    judged, decibels = {}, []
+    judged, decibels, named = {}, [], shown_size(size)
     for name, more in (("these", 0), ("others", 1)):
         leaves = [replace(scene, seed=scene.seed + more) for scene in scenes]
-        pictures = [render(one, size) for one in tqdm(leaves, f"truth {size}", leave=False)]
+        pictures = [render(one, *size) for one in tqdm(leaves, f"truth {named}", leave=False)]
         through = [round_trip(vae, one) for one in pictures]
         judged |= {name: scores.judged(pictures, scenes)}
         judged |= {f"{name}_vae": scores.judged(through, scenes)}
         decibels += map(psnr, pictures, through)
-    print(f"{size} px: round trip {np.mean(decibels):.1f} dB, deviation {np.std(decibels):.1f}")
+    print(f"{named} px: round trip {np.mean(decibels):.1f} dB, deviation {np.std(decibels):.1f}")
     return judged["these_vae"], {
         "truth": (judged["others"], judged["these"]),
         "truth_vae": (judged["others_vae"], judged["these_vae"]),
@@ -126,9 +146,9 @@ def opened(path: Path) -> np.ndarray:
         raise OSError(f"{path} cannot be read; delete it to have it drawn again") from error
 
 
-def cell_row(size: int, name: str, of: Setting | None, found, truth) -> dict:
+def cell_row(size, name: str, of: Setting | None, found, truth) -> dict:
     n = len(found.right)
-    row = {"size": size, "setting": name, "n": n, "control": "", "method": None, "dype": None}
+    row = {"size": shown_size(size), "setting": name, "n": n, "control": "", "method": None, "dype": None}
     row |= {"lambda_s": None, "lambda_t": None}
     if of is not None:
         config = of.config
@@ -152,10 +172,11 @@ def compared(some: dict[str, Cell]) -> list[tuple[str, str]]:
     return found
 
 
-def pair_row(size: int, name: str, other: str, found: dict, truth) -> dict:
+def pair_row(size, name: str, other: str, found: dict, truth) -> dict:
     n = min(len(found[name].right), len(found[other].right))
     first = [scores.taken(part, np.arange(n)) for part in (found[name], found[other], truth)]
-    return {"size": size, "setting": name, "against": other, "n": n, **scores.difference(*first)}
+    row = {"size": shown_size(size), "setting": name, "against": other, "n": n}
+    return row | scores.difference(*first)
 
 
 def printed(rows: list[dict], columns: tuple[str, ...], signed: bool) -> str:
@@ -190,7 +211,7 @@ def strips(cells: list[Cell], folder_of: Callable, path: Path, side: int = 160) 
     pen = ImageDraw.Draw(sheet)
     for row, cell in enumerate(cells):
         top = row * (side + bar)
-        pen.text((4, top + 5), f"{cell.setting.name}, {cell.size} px", "black", font)
+        pen.text((4, top + 5), f"{cell.setting.name}, {shown_size(cell.size)} px", "black", font)
         for column, picture in enumerate(pictures_of(cell, folder_of, 6)):
             small = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(small, (column * side, top + bar))

@@ -126,13 +126,19 @@ def texture(colour: str, seed: int, size: int, finest: float) -> Image.Image:
     return picture
 
 
-def render(scene: Scene, size: int) -> np.ndarray:
-    """The scene as a picture, uint8 [size, size, 3]."""
-    fine, finest = size * SUPERSAMPLING, FINEST / size
-    picture = texture(scene.ground, 2 * scene.seed, fine, finest)
-    inside = texture(scene.colour, 2 * scene.seed + 1, fine, finest)
-    picture.paste(inside, mask=outline(scene, fine))
+def render(scene: Scene, height: int, width: int | None = None) -> np.ndarray:
+    """The scene as a picture, uint8 [height, width, 3]; width: `height`, if not given.
+
+    In a picture that is not square the object is stretched with it, as encodings with a scale for
+    each axis do, and the leaves are those of the longer side, cut off.
+    """
+    width = height if width is None else width
+    fine, finest = max(height, width) * SUPERSAMPLING, FINEST / max(height, width)
+    shown = width * SUPERSAMPLING, height * SUPERSAMPLING
+    picture = texture(scene.ground, 2 * scene.seed, fine, finest).crop((0, 0, *shown))
+    inside = texture(scene.colour, 2 * scene.seed + 1, fine, finest).crop((0, 0, *shown))
+    picture.paste(inside, mask=outline(scene, fine).resize(shown, Image.Resampling.NEAREST))
     pixels = np.asarray(picture.reduce(SUPERSAMPLING), np.float32)
-    height = (np.arange(size, dtype=np.float32) + 0.5) / size  # 0 at the top
-    light = 1 + GRADIENT * scene.strength * (1 - 2 * height)
+    depth = (np.arange(height, dtype=np.float32) + 0.5) / height  # 0 at the top
+    light = 1 + GRADIENT * scene.strength * (1 - 2 * depth)
     return (pixels * light[:, None, None]).clip(0, 255).astype(np.uint8)

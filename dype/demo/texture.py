@@ -17,14 +17,19 @@ SEED = 0  # of the filters
 
 
 def log_spectrum(picture: np.ndarray) -> np.ndarray:
-    """ln of the mean power of a square picture's brightness, per quarter octave of frequency.
+    """ln of the mean power of a picture's brightness, per quarter octave of frequency.
 
-    The bands go from 4 cycles per picture up to the Nyquist frequency; a Hann window keeps the
-    light's gradient from leaking into them.
+    Of the squares that the picture divides into, and over them. The bands go from 4 cycles per
+    square up to the Nyquist frequency; a Hann window keeps the light's gradient from leaking in.
     """
-    size = len(picture)
-    grey, window = picture.mean(-1), np.hanning(size)
-    power = abs(np.fft.rfft2((grey - grey.mean()) * np.outer(window, window))) ** 2
+    size, grey = min(picture.shape[:2]), picture.mean(-1)
+    window = np.outer(np.hanning(size), np.hanning(size))
+    squares = [
+        grey[y : y + size, x : x + size]
+        for y in range(0, grey.shape[0] - size + 1, size)
+        for x in range(0, grey.shape[1] - size + 1, size)
+    ]
+    power = np.mean([abs(np.fft.rfft2((s - s.mean()) * window)) ** 2 for s in squares], 0)
     frequency = np.hypot(np.fft.fftfreq(size, 1 / size)[:, None], np.arange(size // 2 + 1))
     bands = np.floor(4 * np.log2(np.maximum(frequency, 1) / 4)).astype(int)
     count = int(4 * np.log2(size / 8))

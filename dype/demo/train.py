@@ -17,14 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline
 from tqdm import tqdm
 
 from dype.demo import build
 from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, render, sample_scene
 
 BASE = 256  # px, the only size that the transformer ever sees
-SEED = 0
 SEEN = tuple(t for t in TRIPLES if t not in HELD_OUT)
 POOL = {256: 1500, 512: 160, 1024: 40}  # pictures per size for the autoencoder, equal in pixels
 LATENTS = 6_000  # cached scenes for the transformer
@@ -38,7 +37,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def rendered(count: int, size: int, seed: int) -> list[np.ndarray]:
-    rng = np.random.default_rng([SEED, seed])
+    rng = np.random.default_rng([seed, size])
     scenes = [sample_scene(rng, SEEN) for _ in range(count)]
     return [render(scene, size) for scene in tqdm(scenes, f"rendering {size} px")]
 
@@ -78,7 +77,7 @@ def run(name: str, modules: dict, loss_at, optimizer, steps: int, decay: int, ar
             module.load_state_dict(state[key])
     progress = tqdm(range(first, steps), name, initial=first, total=steps)
     for step in progress:
-        torch.manual_seed(SEED + step)
+        torch.manual_seed(1_000_000 * args.seed + step)
         optimizer.param_groups[0]["lr"] = rate * learning_rate(step, decay)
         loss = loss_at(step)
         loss.backward()
@@ -125,15 +124,15 @@ def train_vae(args) -> torch.nn.Module:
 
     Small crops train faster per pixel; large ones keep GroupNorm's statistics those of pictures.
     """
-    torch.manual_seed(SEED)
+    torch.manual_seed(args.seed)
     vae = well_conditioned(build.vae()).train()
     vae = vae.to(args.device, memory_format=torch.channels_last)
     path = args.work / "vae.pt"
     done = path.exists() and torch.load(path, map_location="cpu")["step"] >= args.vae_steps
-    pool = {} if done else {size: rendered(n, size, size) for size, n in POOL.items()}
+    pool = {} if done else {size: rendered(n, size, args.seed) for size, n in POOL.items()}
 
     def loss_at(step):
-        rng = np.random.default_rng([SEED, 1, step])
+        rng = np.random.default_rng([args.seed, 1, step])
         crop, count = (BASE, 2) if step % 4 == 3 else (64, 16)
         crops = []
         for size in rng.choice(list(POOL), count, p=(0.5, 0.25, 0.25)):
@@ -152,9 +151,16 @@ def train_vae(args) -> torch.nn.Module:
     return vae.eval().requires_grad_(False)
 
 
+def load_vae(args) -> torch.nn.Module:
+    """The autoencoder of a finished pipeline, instead of the first stage."""
+    vae = AutoencoderKL.from_pretrained(args.vae, subfolder="vae", local_files_only=True)
+    vae = vae.to(args.device, torch.float32, memory_format=torch.channels_last)
+    return vae.eval().requires_grad_(False)
+
+
 def cached_latents(vae, args) -> tuple[torch.Tensor, list[Scene]]:
     """Latents [N, C, 32, 32] of N rendered scenes, and the scenes."""
-    rng = np.random.default_rng([SEED, BASE])
+    rng = np.random.default_rng([args.seed, BASE])
     scenes = [sample_scene(rng, SEEN) for _ in range(LATENTS)]
     path = args.work / "latents.pt"
     if not path.exists():
@@ -208,7 +214,7 @@ def zero_modulation(transformer: torch.nn.Module) -> torch.nn.Module:
 
 def train_transformer(vae, args) -> FluxPipeline:
     """The transformer and the text encoders, in two stages, the second with diluted text."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(args.seed)
     latents, scenes = cached_latents(vae, args)
     data = normalise(vae, latents).to(args.device), scenes
     text = build.text_encoders()
@@ -247,7 +253,7 @@ def learn(pipe, name: str, data, args, steps: int, *, decay: int, rate: float, d
     txt_ids = torch.zeros(build.MAX_TOKENS, 3, device=args.device)
 
     def loss_at(step):
-        rng = np.random.default_rng([SEED, 2, step])
+        rng = np.random.default_rng([args.seed, 2, step])
         chosen = rng.choice(len(latents), args.batch, replace=False)
         kept = rng.random(args.batch) >= CAPTION_DROPOUT
         colour, ground = rng.random((2, args.batch)) >= COLOUR_DROPOUT
@@ -292,6 +298,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the finished pipeline")
     made.add_argument("--work", type=Path, default=Path("outputs/demo_training"))
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--seed", type=int, default=0, help="of weights, scenes and noise")
+    made.add_argument("--vae", type=Path, help="folder of a pipeline whose autoencoder to take")
     made.add_argument("--vae_steps", type=int, default=3200)
     made.add_argument("--steps", type=int, default=3750, help="of a cosine over 8000")
     made.add_argument("--diluted_steps", type=int, default=2000, help="with diluted text")
@@ -301,7 +309,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv=None) -> None:
     args = parser().parse_args(argv)
-    pipe = train_transformer(train_vae(args), args)
+    pipe = train_transformer(load_vae(args) if args.vae else train_vae(args), args)
     export(pipe, args.out)
 
 
