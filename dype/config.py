@@ -21,6 +21,7 @@ METHOD_SCALES = {
     "cutoff_free": 1.0,
 }
 SHIFTS = ("cap", "model")
+PATHS = ("constant", "falling", "rising")  # of the attention scale, as the noise falls
 PRESETS = ("off", "auto", "4k")
 
 
@@ -38,8 +39,8 @@ class DyPEConfig:
     cutoff: float = 1.0  # c of cutoff and cutoff_free: a wavelength, times the trained length
     cutoff_width: float = 0.5  # delta, of ln wavelength
     spectrum_exponent: float = 2.0  # omega of C / f^omega (Eq. 10), of cutoff alone
-    attention_scale: float | None = None  # a of m = 1 + a ln s u^q in [0, 2]; None: the method's
-    attention_exponent: float = 0.0  # q in [0, 1000], of that a: 0 is constant
+    attention_scale: float | None = None  # a of m = 1 + a ln s in [0, 2]; None: the method's own m
+    attention_path: str = "constant"  # that a times 1, u ("falling") or 1 - u ("rising")
     base_resolution: int | None = None  # px; None: the model's own
     anisotropic: bool = True  # each axis by its own scale; False: every axis by the largest
     shift: str | None = None  # "cap", "model", or None: the model's default
@@ -61,7 +62,7 @@ class DyPEConfig:
         for name in ("cutoff", "cutoff_width", "spectrum_exponent"):
             number(name, getattr(self, name), 0, 1000, above=True)
         number("attention_scale", self.attention_scale, 0, 2, optional=True)
-        number("attention_exponent", self.attention_exponent, 0, 1000)
+        one_of("attention_path", self.attention_path, PATHS)
         number("base_resolution", self.base_resolution, 16, 16384, optional=True, multiple=16)
         number("base_shift", self.base_shift, -10, 20, optional=True)
         number("max_shift", self.max_shift, -10, 20, optional=True)

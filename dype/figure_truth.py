@@ -4,8 +4,10 @@ Its rows are settings at one size: `base`, METHOD_static, METHOD_LAMBDAS_LAMBDAT
 its control behind where it is one, and rendered truth: `truth`, `truth_vae`, `vae`.
 """
 
+import re
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from dype import figure_style as style
@@ -23,6 +25,10 @@ SCORES = {  # -> what it is
 TRUTH = {"truth_vae": "truth, by the VAE"}  # as near as the model could come
 COMMAND = f"python -m dype.demo.evaluate --drawn --save {GROUND_TRUTH}"
 STANDARD = ("base", "yarn_paper_static", "yarn_paper_1_2")
+CUTOFF = Path("docs/data/cutoff.json")
+MARKED = ("cutoff", "yarn_paper_1_2", "yarn_paper_static")  # with their intervals
+SCALE = re.compile(":attention_scale=([0-9.]+)")
+PLAIN = {"color": style.BLACK, "marker": "x"}
 COLOURS = (style.ORANGE, style.BLUE, style.GREEN, style.VERMILLION, style.PURPLE, style.SKY)
 MARKERS = "soD^vP"
 
@@ -53,8 +59,7 @@ def fig5(ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=STAND
     drawn = {"truth_vae": {"color": style.GREY, "linestyle": ":"}}
     colours = iter(looks * len(settings))
     for name in settings:
-        plain = {"color": style.BLACK, "marker": "x"}
-        drawn[name] = plain if name == "base" else next(colours)
+        drawn[name] = PLAIN if name == "base" else next(colours)
     stock = {one["size"]: one for one in rows if one["size"] == BASE and one["setting"] == "base"}
     for name, look in drawn.items():
         found = {} if name in TRUTH else dict(stock)  # where nothing is stretched all are stock
@@ -70,6 +75,15 @@ def fig5(ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=STAND
     return made
 
 
+def looks_of(rows: list[dict]) -> dict[str, dict]:
+    """A colour and a marker for every method but `base`."""
+    methods = dict.fromkeys(one["method"] for one in rows if one["method"] not in (None, "base"))
+    return {
+        method: {"color": COLOURS[i % 6], "marker": MARKERS[(i + i // 6) % 6]}
+        for i, method in enumerate(methods)
+    }
+
+
 def pairs(ground_truth: Path = GROUND_TRUTH, score: str = "spectrum") -> Figure:
     """Layout against texture, a point per setting; a line leads from static to each dynamic one.
 
@@ -78,10 +92,7 @@ def pairs(ground_truth: Path = GROUND_TRUTH, score: str = "spectrum") -> Figure:
     one_of("--score", score, ("spectrum", "patches"))
     rows = reported(ground_truth)
     sizes = sorted({one["size"] for one in rows} - {BASE}) or [BASE]
-    methods = [one["method"] for one in rows if one["method"] not in (None, "base")]
-    looks = {}
-    for i, method in enumerate(dict.fromkeys(methods)):
-        looks[method] = {"color": COLOURS[i % 6], "marker": MARKERS[(i + i // 6) % 6]}
+    looks = looks_of(rows)
     forms = [one for one in read(ground_truth, "pairs", COMMAND) if "_static" in one["against"]]
     made = style.figure(style.DOUBLE, 3)
     for axes, size in zip(
@@ -99,6 +110,67 @@ def pairs(ground_truth: Path = GROUND_TRUTH, score: str = "spectrum") -> Figure:
         found |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     made.legend(found.values(), found, loc="outside right center", title="open: static")
     return made
+
+
+def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
+    """Overlap with the asked shape against texture, a panel per square size; both axes' best is
+    top right.
+
+    A point per setting; those that differ by a constant attention scale alone are joined, in its
+    order. `cutoff` as it is by default has a ring, and like its rivals its intervals.
+    """
+    one_of("--score", score, ("spectrum", "patches"))
+    rows = [one for one in reported(ground_truth) if isinstance(one["size"], int)]
+    sizes = sorted({one["size"] for one in rows} - {BASE}) or [BASE]
+    looks = looks_of(rows) | {"base": PLAIN}
+    made = style.figure(style.SINGLE, 0.8 + 2.3 * len(sizes))
+    found = {}
+    for axes, size in zip(made.subplots(len(sizes), 1, squeeze=False)[:, 0], sizes, strict=True):
+        here = [one for one in rows if one["size"] == size]
+        frontier_panel(axes, here, looks, score)
+        axes.set(title=f"{size} px ({size / BASE:g}x)", ylabel=SCORES[score])
+        axes.invert_yaxis()
+        found |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    made.axes[-1].set_xlabel(SCORES["overlap"])
+    made.legend(found.values(), found, loc="outside lower center", ncols=3, title="open: static")
+    return made
+
+
+def frontier_panel(axes, rows: list[dict], looks: dict, score: str) -> None:
+    """One size: its rows, looks by method."""
+
+    def point(one):
+        return one["overlap"]["mean"], one[score]["mean"]
+
+    for family in attention_families(rows):
+        colour = looks[family[0]["method"]]["color"]
+        axes.plot(*zip(*map(point, family), strict=True), color=colour, lw=0.6, zorder=1)
+    for one in rows:
+        if one["method"]:
+            label = one["method"] if one["dype"] or one["method"] == "base" else "_static"
+            fill = {} if label != "_static" else {"mfc": "white"}
+            axes.plot(*point(one), **looks[one["method"]] | fill, ms=4, ls="", label=label)
+        elif one["setting"] in TRUTH:
+            axes.plot(*point(one), "*", color=style.BLACK, ms=7, label=TRUTH[one["setting"]])
+        if one["setting"] in MARKED:
+            colour, at = looks[one["method"]]["color"], point(one)
+            spans = [np.array(one[name]["interval"]) for name in ("overlap", score)]
+            axes.hlines(at[1], *spans[0], colour, lw=0.8)
+            axes.vlines(at[0], *spans[1], colour, lw=0.8)
+        if one["setting"] == "cutoff":
+            axes.plot(*point(one), "o", color=style.BLACK, mfc="none", ms=9, label="chosen")
+
+
+def attention_families(rows: list[dict]) -> list[list[dict]]:
+    """The rows that differ by `attention_scale` alone, two and more, in its order."""
+    families = {}
+    for one in rows:
+        found = SCALE.search(one.get("text", ""))
+        if found:
+            rest = SCALE.sub("", one["text"])
+            families.setdefault(rest, []).append((float(found[1]), one))
+    sorted_ = [sorted(some, key=lambda pair: pair[0]) for some in families.values()]
+    return [[one for _, one in some] for some in sorted_ if len(some) > 1]
 
 
 def pairs_panel(axes, rows: dict[str, dict], lines: list[tuple], looks: dict, score: str) -> None:

@@ -29,6 +29,7 @@ FIGURES = {
     "fig2b": sampled.fig2b,
     "fig5": truth_table.fig5,
     "fig6": formulas.fig6,
+    "frontier": truth_table.frontier,
     "fig7": formulas.fig7,
     "fig18": sampled.fig18,
     "eq11": sampled.eq11,

@@ -4,7 +4,7 @@ import argparse
 import re
 from typing import NoReturn
 
-from dype.config import METHOD_SCALES, PRESETS, SHIFTS
+from dype.config import METHOD_SCALES, PATHS, PRESETS, SHIFTS
 from dype.generate import PASSES
 from dype.models import DEFAULT_MODEL, MODELS
 from dype.pipelines import DTYPES, OFFLOADS, QUANTIZED
@@ -86,6 +86,8 @@ FLAGS = {
          "the trained length (default: 1)", {}),
         ("--attention_scale", "X,...", "a of m = 1 + a ln s, 0 to 2, for any method (default: the "
          "method's own)", {}),
+        ("--attention_path", "NAME", "that a is constant, falling with the noise or rising as it "
+         "falls (default: constant)", {"choices": PATHS}),
         ("--base_resolution", "PX", "side that the model was trained at "
          + of_model(lambda m: m.base_resolution), {}),
         ("--isotropic", None, "stretch every axis by the largest scale (default: each by its own)",

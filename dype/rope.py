@@ -39,9 +39,9 @@ class Axis(NamedTuple):
     ntk: torch.Tensor  # theta_i / s^(2i/(D-2)) (Eq. 6) [A, n]
     ntk_max: torch.Tensor  # the same by s_max
     one: torch.Tensor  # 1, the attention scale of methods without one [A, 1]
+    log_s: torch.Tensor  # [A, 1]
     cut: torch.Tensor  # ln(lambda_i / c L) / delta + 1/2, lambda_i = 2 pi / theta_i tokens [n]
     tau: torch.Tensor  # 0.1 ln s + 1 (Eq. 9), on cos and sin, as in the code: logits get m^2 [A, 1]
-    cutoff_scale: torch.Tensor  # 0.3 ln s + 1 [A, 1]
     thresholds: torch.Tensor  # (r_hi, r_lo) of YaRN's two bands [2, 2]
 
 
@@ -149,31 +149,30 @@ def vision_yarn(axis: Axis, kappa, u, config):
 def cutoff(axis: Axis, kappa, u, config):
     """PI for wavelengths above a cut Lambda, the model's own below; it rises as the noise falls.
 
-    f = theta_i / s^w_i, w_i = clip(ln(lambda_i / Lambda) / delta + 1/2, 0, 1), m = 1 + 0.3 ln s.
+    f = theta_i / s^w_i, w_i = clip(ln(lambda_i / Lambda) / delta + 1/2, 0, 1); m as YaRN's.
     Lambda = c L ((1 - u) / u)^(2/omega): proportional to the f*(t) of Eq. 11, up to which the
-    picture stands above the noise; 0 at u = 1, infinite at 0. Static: c L, as at u = 1/2. Ours,
-    not the paper's: docs/cutoff.md.
+    picture stands above the noise; 0 at u = 1, infinite at 0. Static: as at u = 1/2. Ours, not
+    the paper's: docs/cutoff.md.
     """
-    if not config.dype:
-        return stretched(axis, axis.cut)
+    u = u if config.dype else torch.full_like(u, 0.5)
     slope = 2 / config.spectrum_exponent / config.cutoff_width
-    return stretched(axis, axis.cut + slope * torch.logit(u))
+    return stretched(axis, axis.cut + slope * torch.logit(u)), axis.tau
 
 
 def cutoff_free(axis: Axis, kappa, u, config):
     """`cutoff` by a free path, Lambda = Lambda_0 (c L / Lambda_0)^(1 - kappa), Lambda_0 = pi tokens.
 
-    Lambda_0 is half the shortest wavelength: at kappa = 1 all is PI. Static: c L, as at kappa = 0.
+    Lambda_0 is half the shortest wavelength: at kappa = 1 all is PI. Static: c L, as `cutoff`.
     """
     if not config.dype:
-        return stretched(axis, axis.cut)
-    way = math.log(config.cutoff * axis.trained / math.pi) / config.cutoff_width
-    return stretched(axis, axis.cut + way * kappa)
+        return cutoff(axis, kappa, u, config)
+    slope = math.log(config.cutoff * axis.trained / math.pi) / config.cutoff_width
+    return stretched(axis, axis.cut + slope * kappa), axis.tau
 
 
 def stretched(axis: Axis, w):
-    """f = theta_i / s^w_i with w_i clipped to [0, 1], m = 1 + 0.3 ln s."""
-    return axis.theta / axis.s ** w.clamp(0, 1), axis.cutoff_scale
+    """theta_i / s^w_i with w_i clipped to [0, 1]."""
+    return axis.theta / axis.s ** w.clamp(0, 1)
 
 
 METHODS = {
@@ -254,9 +253,9 @@ def axes(dim, theta, trained_tokens, tokens, device, config, max_scale=None) -> 
         ntk=stock / s**exponent,
         ntk_max=stock / torch.full_like(s, s_max) ** exponent,
         one=torch.ones_like(s),
+        log_s=torch.log(s),
         cut=torch.log(2 * math.pi / config.cutoff / trained_tokens / stock) / config.cutoff_width + 0.5,
         tau=0.1 * torch.log(s) + 1,
-        cutoff_scale=0.3 * torch.log(s) + 1,
         thresholds=filled(BETA + GAMMA, device).view(2, 2),
     )
 
@@ -270,7 +269,8 @@ def frequencies(axis: Axis, sigma: torch.Tensor, config) -> tuple[torch.Tensor, 
     kappa, u = schedule(sigma, config)
     inv_freq, m = METHODS[name](axis, kappa, u, config)
     if config.attention_scale is not None and name != "base":
-        m = 1 + config.attention_scale * torch.log(axis.s) * u**config.attention_exponent
+        along = {"falling": u, "rising": 1 - u} if config.dype else {}
+        m = 1 + config.attention_scale * along.get(config.attention_path, 1) * axis.log_s
     return inv_freq, m[:, 0]
 
 

@@ -68,16 +68,18 @@ def cut(dim, base, s, wavelength, width):
     return out
 
 
-def frequencies(method, dim, base, length, tokens, t, s_max=None, *, attention=None, decay_of_m=0.0,
+def frequencies(method, dim, base, length, tokens, t, s_max=None, *, attention=None, path="constant",
                 t_start=1.0, dynamic=True, **settings):  # fmt: skip
-    """(list of n frequencies, attention scale) of one axis; attention: a of m = 1 + a ln s u^q."""
+    """(list of n frequencies, attention scale) of one axis; attention: a of m = 1 + a ln s."""
     found, m = own_frequencies(
         method, dim, base, length, tokens, t, s_max, t_start=t_start, dynamic=dynamic, **settings
     )
     stretched = method != "base" and max(tokens / length, s_max or 1.0) > 1
     if attention is not None and stretched:
-        u = min(t / t_start, 1.0) if dynamic else 1.0
-        m = 1 + attention * math.log(max(1.0, tokens / length)) * u**decay_of_m
+        u = min(t / t_start, 1.0)
+        if dynamic and path != "constant":
+            attention *= u if path == "falling" else 1 - u
+        m = 1 + attention * math.log(max(1.0, tokens / length))
     return found, m
 
 
@@ -105,14 +107,14 @@ def own_frequencies(method, dim, base, length, tokens, t, s_max=None, *, lambda_
             longer_base = (base * s ** (dim / ((dim - 1) * (1 - u) + 1))) ** (-2 * i / dim)
             out.append(longer_base if longer_base > f / s else f / s)
         return out, 1.0
+    m = 0.1 * math.log(s) + 1
     if method.startswith("cutoff"):
         wavelength = c * length
         if dynamic and method == "cutoff":
             wavelength = wavelength * ((1 - u) / u) ** (2 / omega) if u else math.inf
         elif dynamic:
             wavelength = math.pi * (wavelength / math.pi) ** (1 - kappa)
-        return cut(dim, base, s, wavelength, width), 1 + 0.3 * math.log(s)
-    m = 0.1 * math.log(s) + 1
+        return cut(dim, base, s, wavelength, width), m
     if method == "yarn_ntk_only":
         return two_ramps(dim, base, length, s, s, lambda r: r, kappa), m
     if method == "yarn_both":

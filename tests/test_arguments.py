@@ -21,7 +21,7 @@ LINE = """--model demo --revision abc --dtype bfloat16 --device cpu --vae_device
  --text_encoder_device cpu --tiled_vae on --tile_size 128 --true_cfg 3 --negative_prompt fog
  --seed 7 --steps 3 --max_sequence_length 12 --height 64 --width 96 --lora a/b:0.5 --prompt x
  --method ntk --dype_scale 1.5 --dype_exponent 0.5 --dype_start_sigma 0.9 --base_resolution 32
- --cutoff 0.7 --attention_scale 0.2
+ --cutoff 0.7 --attention_scale 0.2 --attention_path rising
  --isotropic --shift model --base_shift 0.25 --max_shift 2 --attention native
  --compile blocks"""
 FLAGS = LINE.split()
@@ -84,7 +84,7 @@ def test_every_flag_arrives_and_comes_back(calls):
         "cutoff_width": 0.5,
         "spectrum_exponent": 2.0,
         "attention_scale": 0.2,
-        "attention_exponent": 0.0,
+        "attention_path": "rising",
         "base_resolution": 32,
         "anisotropic": False,
         "shift": "model",

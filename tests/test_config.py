@@ -22,7 +22,7 @@ from dype.config import preset
         ("spectrum_exponent", 0),
         ("attention_scale", -0.1),
         ("attention_scale", 2.5),
-        ("attention_exponent", -1),
+        ("attention_path", "up"),
         ("dype_exponent", -1),
         ("dype_exponent", 1001),
         ("dype_start_sigma", 0),

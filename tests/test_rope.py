@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from dype import DyPEConfig
-from dype.config import METHOD_SCALES
+from dype.config import METHOD_SCALES, PATHS
 from dype.rope import METHODS, axes, axis_frequencies, frequencies, scale, stock_frequencies
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "rope_reference.npz")
@@ -135,21 +135,18 @@ def test_a_cutoff_from_end_to_end(method, half):
             assert stretch.diff(dim=0)[20:-20].abs().max() < 42.2 / 400
 
 
-@pytest.mark.parametrize("method", STRETCHED)
-def test_attention_scale(method):
-    """m = 1 + a ln s u^q for every method, 1 without a stretch; the frequencies stay."""
-    config = DyPEConfig(method, attention_scale=0.4, attention_exponent=1.5, dype_start_sigma=0.8)
-    for tokens, sigma in product((64, 96, 256), (0.0, 0.3, 0.9)):
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("method", METHODS)
+def test_attention_scale(method, path):
+    """Of every method but `base`, along every path, 1 without a stretch; the frequencies stay."""
+    for dynamic, tokens, sigma in product((True, False), (64, 96, 256), (0.0, 0.3, 0.9)):
+        plain = DyPEConfig(method, dynamic, dype_start_sigma=0.8)
+        config = replace(plain, attention_scale=0.4, attention_path=path)
         f, m = axis_frequencies(*FLUX, tokens, sigma, config)
-        expected = 1 + 0.4 * np.log(tokens / 64) * min(sigma / 0.8, 1) ** 1.5
+        more = {"attention": 0.4, "path": path, "t_start": 0.8, "dynamic": dynamic}
+        _, expected = reference.frequencies(method, *FLUX, tokens, sigma, lambda_s=1.0, **more)
         assert m.item() == pytest.approx(expected, rel=1e-14)
-        assert torch.equal(f, axis_frequencies(*FLUX, tokens, sigma, own(config))[0])
-    _, m = axis_frequencies(*FLUX, 256, 0.1, replace(config, dype=False))
-    assert m.item() == pytest.approx(1 + 0.4 * np.log(4), rel=1e-14)
-
-
-def own(config):
-    return replace(config, attention_scale=None)
+        assert torch.equal(f, axis_frequencies(*FLUX, tokens, sigma, plain)[0])
 
 
 @pytest.mark.parametrize("method", ["pi", "cutoff", "cutoff_free"])

@@ -2,9 +2,9 @@
 
 Draws seeded prompts with the demo model under many settings, and scores layout, texture and both
 against rendered scenes of the same size. A picture that is there is not drawn again. A setting is
-METHOD, METHOD:static or METHOD:SCALE:EXPONENT, then `:reversed` (time runs the wrong way: a
-control), `:model` (the model's own noise schedule instead of the capped one) or `:progressive` (as
-`run_dype.py --progressive`). Prompts of seed 0 are there to report, those of another seed to choose
+METHOD, METHOD:static or METHOD:SCALE:EXPONENT, then any `:NAME=VALUE` of DyPEConfig, then `:reversed` (time runs the wrong
+way: a control), `:model` (the model's own noise schedule instead of the capped one) or
+`:progressive` (as `run_dype.py --progressive`). Prompts of seed 0 are there to report, those of another seed to choose
 by. Needs requirements-dev.txt.
 """
 

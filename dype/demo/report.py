@@ -28,6 +28,7 @@ class Setting(NamedTuple):
     name: str
     config: DyPEConfig
     control: str = ""
+    text: str = ""  # as it was asked for
 
 
 class Cell(NamedTuple):
@@ -45,7 +46,7 @@ def shown_size(size: tuple[int, int]) -> int | str:
 
 
 def setting(text: str) -> Setting:
-    """METHOD[:static | :SCALE[:EXPONENT]][:NAME=NUMBER...][:CONTROL], of CONTROLS. Raises ValueError.
+    """METHOD[:static | :SCALE[:EXPONENT]][:NAME=VALUE...][:CONTROL], of CONTROLS. Raises ValueError.
 
     NAME: of another setting of `DyPEConfig`. The setting's own name has the numbers that have an
     effect: METHOD_SCALE_EXPONENT, METHOD_static, `base`, then those with a name.
@@ -59,7 +60,8 @@ def setting(text: str) -> Setting:
     wrong = plain + named != more
     try:
         numbers = [float(part) for part in plain] if config["dype"] else []
-        config |= {name: float(value) for name, _, value in (one.partition("=") for one in named)}
+        for name, _, value in (part.partition("=") for part in named):
+            config[name] = value if name == "attention_path" else float(value)
     except ValueError:
         wrong, numbers = True, []
     config |= dict(zip(("dype_scale", "dype_exponent"), numbers, strict=False))
@@ -68,7 +70,7 @@ def setting(text: str) -> Setting:
     wrong |= len(numbers) > 2 * (METHOD_SCALES[method] is not None)
     if wrong or (still and control == "reversed"):
         raise ValueError(
-            f"setting {text!r}, expected METHOD[:static|:SCALE[:EXPONENT]][:NAME=NUMBER...], then "
+            f"setting {text!r}, expected METHOD[:static|:SCALE[:EXPONENT]][:NAME=VALUE...], then "
             f"at most one of {', '.join(CONTROLS)}; and no scale, exponent or reversal where they "
             "change nothing"
         )
@@ -76,7 +78,7 @@ def setting(text: str) -> Setting:
     if made.dype and METHOD_SCALES[method] is not None:
         parts += [f"{made.lambda_s:g}", f"{made.dype_exponent:g}"]
     parts += named
-    return Setting("_".join([*parts, control] if control else parts), made, control)
+    return Setting("_".join([*parts, control] if control else parts), made, control, text)
 
 
 def static_form(method: str) -> str:
@@ -152,7 +154,7 @@ def cell_row(size, name: str, of: Setting | None, found, truth) -> dict:
     row |= {"lambda_s": None, "lambda_t": None}
     if of is not None:
         config = of.config
-        row |= {"control": of.control, "method": config.method, "dype": config.dype}
+        row |= {"text": of.text, "control": of.control, "method": config.method, "dype": config.dype}
         if config.dype and METHOD_SCALES[config.method] is not None:
             row |= {"lambda_s": config.lambda_s, "lambda_t": config.dype_exponent}
     return row | scores.score(found, scores.taken(truth, np.arange(n)))
