@@ -26,8 +26,9 @@ TRUTH = {"truth_vae": "truth, by the VAE"}  # as near as the model could come
 COMMAND = f"python -m dype.demo.evaluate --drawn --save {GROUND_TRUTH}"
 STANDARD = ("base", "yarn_paper_static", "yarn_paper_1_2")
 CUTOFF = Path("docs/data/cutoff.json")
-MARKED = ("cutoff", "yarn_paper_1_2", "yarn_paper_static")  # with their intervals
-SCALE = re.compile(":attention_scale=([0-9.]+)")
+CHOSEN = "cutoff_attention_scale=1.2_attention_path=rising"  # on other prompts
+MARKED = ("cutoff", CHOSEN, "yarn_paper_1_2", "yarn_paper_static")
+SCALED = re.compile("_attention_[a-z]+=[^_]+")
 PLAIN = {"color": style.BLACK, "marker": "x"}
 COLOURS = (style.ORANGE, style.BLUE, style.GREEN, style.VERMILLION, style.PURPLE, style.SKY)
 MARKERS = "soD^vP"
@@ -116,8 +117,8 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
     """Overlap with the asked shape against texture, a panel per square size; both axes' best is
     top right.
 
-    A point per setting; those that differ by a constant attention scale alone are joined, in its
-    order. `cutoff` as it is by default has a ring, and like its rivals its intervals.
+    A point per setting; those that differ by their attention scale alone are joined. MARKED ones
+    have their intervals, the chosen one a ring.
     """
     one_of("--score", score, ("spectrum", "patches"))
     rows = [one for one in reported(ground_truth) if isinstance(one["size"], int)]
@@ -142,9 +143,13 @@ def frontier_panel(axes, rows: list[dict], looks: dict, score: str) -> None:
     def point(one):
         return one["overlap"]["mean"], one[score]["mean"]
 
-    for family in attention_families(rows):
-        colour = looks[family[0]["method"]]["color"]
-        axes.plot(*zip(*map(point, family), strict=True), color=colour, lw=0.6, zorder=1)
+    families = {}
+    for one in rows:
+        families.setdefault(SCALED.sub("", one["setting"]), []).append(one)
+    for family in families.values():
+        if len(family) > 1:
+            colour = looks[family[0]["method"]]["color"]
+            axes.plot(*zip(*map(point, family), strict=True), color=colour, lw=0.6, zorder=1)
     for one in rows:
         if one["method"]:
             label = one["method"] if one["dype"] or one["method"] == "base" else "_static"
@@ -157,20 +162,8 @@ def frontier_panel(axes, rows: list[dict], looks: dict, score: str) -> None:
             spans = [np.array(one[name]["interval"]) for name in ("overlap", score)]
             axes.hlines(at[1], *spans[0], colour, lw=0.8)
             axes.vlines(at[0], *spans[1], colour, lw=0.8)
-        if one["setting"] == "cutoff":
+        if one["setting"] == CHOSEN:
             axes.plot(*point(one), "o", color=style.BLACK, mfc="none", ms=9, label="chosen")
-
-
-def attention_families(rows: list[dict]) -> list[list[dict]]:
-    """The rows that differ by `attention_scale` alone, two and more, in its order."""
-    families = {}
-    for one in rows:
-        found = SCALE.search(one.get("text", ""))
-        if found:
-            rest = SCALE.sub("", one["text"])
-            families.setdefault(rest, []).append((float(found[1]), one))
-    sorted_ = [sorted(some, key=lambda pair: pair[0]) for some in families.values()]
-    return [[one for _, one in some] for some in sorted_ if len(some) > 1]
 
 
 def pairs_panel(axes, rows: dict[str, dict], lines: list[tuple], looks: dict, score: str) -> None:

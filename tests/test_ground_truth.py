@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from dype.demo import evaluate, report, scores
+from dype.demo.check import check
 from dype.demo.report import Cell, setting, static_form
 from dype.demo.scenes import render, sample_scene
 from dype.demo.texture import frechet, log_spectrum, moments, patch_features, spectrum_error
@@ -160,15 +161,23 @@ def test_settings():
     assert setting("ntk").name == "ntk_2_2"
     assert setting("yarn:static:model").config.shift == "model"
     assert setting("pi:1:1:reversed")[::2] == ("pi_1_1_reversed", "reversed")
+    text = "cutoff:cutoff=0.5:attention_scale=0.3:attention_path=rising:model"
+    found = setting(text)
+    assert found.name == text.replace(":", "_")
+    assert (found.text, found.control, found.config.shift) == (text, "model", "model")
+    assert (found.config.cutoff, found.config.attention_scale) == (0.5, 0.3)
+    assert found.config.attention_path == "rising"
+    found = setting("yarn_paper:static:alpha=2")
+    assert (found.name, found.config.alpha) == ("yarn_paper_static_alpha=2", 2)
     forms = {method: static_form(method) for method in METHODS if static_form(method) != method}
     same = dict.fromkeys(("yarn_ntk_only", "yarn_both", "yarn_power", "vision_yarn"), "yarn")
-    assert forms == {"ntk_mult": "ntk"} | same
+    assert forms == {"ntk_mult": "ntk", "cutoff_free": "cutoff"} | same
 
 
 def test_the_table_holds_every_method():
     """At 2x all methods, dynamic and static; at 4x base and three methods in both forms."""
     cells = evaluate.plan("default")
-    at = {size: [cell for cell in cells if cell.size == size] for size in (256, 512, 1024)}
+    at = {s: [cell for cell in cells if cell.size == (s, s)] for s in (256, 512, 1024)}
     assert [cell.setting.name for cell in at[256]] == ["base"]
     twice = {(cell.setting.config.method, cell.setting.config.dype) for cell in at[512]}
     assert {method for method, dynamic in twice if dynamic} == set(METHODS)
@@ -183,9 +192,51 @@ def test_the_table_holds_every_method():
     assert {name for name, _ in pairs} == names.keys() - {"base"}
 
 
+def test_the_table_of_the_cutoffs():
+    """All methods at 2x; the chosen and their rivals at every size, square and 2:1."""
+    cells = evaluate.plan("cutoff")
+    at = {}
+    for cell in cells:
+        at.setdefault(cell.size, []).append(cell.setting.name)
+    assert [*at] == [(512, 512), (1024, 1024), (256, 512), (512, 1024)]
+    rivals = {setting(one).name for one in evaluate.RIVALS}
+    assert len(rivals) == 5
+    assert all(rivals <= {*names} and len({*names}) == len(names) for names in at.values())
+    assert {cell.setting.config.method for cell in cells if cell.size == (512, 512)} == {*METHODS}
+
+
+def test_a_size_that_is_not_square(tmp_path, short):
+    """Width first; the object is stretched with the picture, and all others are held against one."""
+    words = "pi:static base --against base --size 128x64 --steps 1 --count 1 --processes 1"
+    out = ["--out", str(tmp_path), "--save", str(tmp_path / "saved.json")]
+    assert evaluate.main([*words.split(), *out]) == 0
+    with Image.open(tmp_path / "seed_0" / "128x64" / "pi_static" / "000.png") as picture:
+        assert picture.size == (128, 64)
+    found = json.loads((tmp_path / "saved.json").read_text())
+    assert {row["size"] for row in found["rows"]} == {"128x64"}
+    [pair] = found["pairs"]
+    assert (pair["setting"], pair["against"]) == ("pi_static", "base")
+
+
+def test_truth_that_is_not_square():
+    """The layout of the square scene, stretched; the leaves and their spectrum are those of it."""
+    for scene in scenes(4):
+        square, wide = render(scene, 256), render(scene, 128, 256)
+        assert wide.shape == (128, 256, 3)
+        assert (render(scene, 256, 256) == square).all()
+        verdict = check(wide, scene.colour, scene.ground)
+        assert verdict.layout
+        assert verdict.shape == scene.shape
+        # ground in the corner, the same leaves under another light
+        corner = wide[:16, :16].astype(float) / square[:16, :16]
+        assert corner.std((0, 1)).max() < 0.05
+    halves = np.mean([np.exp(log_spectrum(half)) for half in (wide[:, :128], wide[:, 128:])], 0)
+    np.testing.assert_allclose(log_spectrum(wide), np.log(halves))
+
+
 def test_controls_are_held_against_what_they_control():
     some = ["yarn", "yarn:reversed", "yarn:static", "yarn:model", "yarn:static:model", "base"]
-    names = {setting(text).name: Cell(64, setting(text), 1) for text in some}
+    names = {setting(text).name: Cell((64, 64), setting(text), 1) for text in some}
     pairs = report.compared(names)
     assert ("yarn_1_2_reversed", "yarn_1_2") in pairs
     assert ("yarn_1_2_reversed", "yarn_static") in pairs
@@ -264,6 +315,14 @@ BAD = {
     "yarn:1:2:3": "'yarn:1:2:3', expected METHOD",
     "yarn:one": "'yarn:one', expected METHOD",
     "yarn:": "'yarn:', expected METHOD",
+    "yarn:cutoff=1:2": "'yarn:cutoff=1:2', expected METHOD",
+    "yarn:cutoff=one": "'yarn:cutoff=one', expected METHOD",
+    "yarn:cutof=1": "unknown setting 'cutof'",
+    "yarn:attention_path=up": "attention_path is 'up', expected one of",
+    "base --size 64x": "--size is '64x', expected WIDTHxHEIGHT",
+    "base --weights there": "--weights is there, expected the folder of a trained pipeline",
+    "base --against yarn": "--against is 'yarn_1_2', expected one of base",
+    "--cutoff base": "expected at most one",
     "yarn:9": "dype_scale is 9.0",
     "base:1": "'base:1', expected METHOD",
     "tasr:1:2": "'tasr:1:2', expected METHOD",
@@ -328,7 +387,7 @@ def test_each_prompt_has_its_noise(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "apply_dype", lambda *_: None)
     args = evaluate.parser().parse_args(["base", "--seed", "3"])
     scenes = evaluate.sampled(args)
-    cell = Cell(64, setting("base"), 2)
+    cell = Cell((64, 64), setting("base"), 2)
     for i in range(2):
         evaluate.draw(Pipe(), cell, i, tmp_path / f"{i}.png", scenes[i], args)
     assert seen == [(scenes[0].caption, 30_000), (scenes[1].caption, 30_001)]
@@ -346,7 +405,7 @@ def test_reversed_time(control, tmp_path, short):
         sigma = float(kwargs["timestep"][0])
         seen.append((1 - sigma if control else sigma, float(transformer.pos_embed.sigma)))
 
-    cell = Cell(64, setting("pi" + control), 1)
+    cell = Cell((64, 64), setting("pi" + control), 1)
     pipe.transformer.register_forward_hook(lambda m, a, k, out: note(m, a, k), with_kwargs=True)
     evaluate.draw(pipe, cell, 0, tmp_path / "0.png", evaluate.sampled(args)[0], args)
     assert len(seen) == 2 * 2  # steps, with and without the prompt

@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dype import generate, records
-from dype.config import number
+from dype.config import number, one_of
 from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, sample_scene
 from dype.flags import Parser, UserError
 from dype.models import MODELS
@@ -48,10 +48,13 @@ PIPE = None  # a worker process's own
 CONTROLLED = ["yarn_paper:reversed", "pi:1:1:reversed"]
 CONTROLLED += ["base:model", "yarn_paper:static:model", "yarn_paper:model"]
 BEST = ("yarn_paper", "pi:1:1", "yarn")  # by the joint score on prompts of seed 1 (docs/log.md)
+SHARP = ":attention_scale=1.2:attention_path=rising"  # chosen likewise, in docs/cutoff.md
+RIVALS = ["cutoff", f"cutoff{SHARP}", "yarn_paper:static", "yarn_paper", f"yarn_paper:1:2{SHARP}"]
+FREE = "cutoff_free:1:1:cutoff=12.5"
 
 
 def plan(name: str) -> list[Cell]:
-    """The cells of the quick, the default and the full table."""
+    """The cells of the quick, the default and the full table, and of that of docs/cutoff.md."""
     dynamic = [name for name in METHODS if name != "base"]
     statics = dict.fromkeys(f"{static_form(method)}:static" for method in dynamic)
     everything = ["base", *statics, *dynamic, "pi:1:1"]
@@ -62,8 +65,15 @@ def plan(name: str) -> list[Cell]:
         "default": [(256, ["base"], 64), (512, everything, 64), (1024, finalists, 16)],
         "full": [(256, ["base"], 64), (512, everything + CONTROLLED, 64), (1024, everything, 64)]
         + [(size, scaling, 16) for size in (768, 1280, 1536)],
+        "cutoff": [(512, [*everything, *RIVALS, FREE, *CONTROLLED[2:], "cutoff:model"], 64)]
+        + [(1024, [*finalists, *RIVALS], 16), ((256, 512), RIVALS, 32), ((512, 1024), RIVALS, 8)],
     }[name]
-    return [Cell((size, size), setting(one), count) for size, some, count in lines for one in some]
+    found = []
+    for size, some, count in lines:
+        size = (size, size) if isinstance(size, int) else size
+        settings = {setting(one).name: setting(one) for one in some}
+        found += [Cell(size, one, count) for one in settings.values()]
+    return found
 
 
 def sampled(args) -> list[Scene]:
@@ -174,6 +184,8 @@ def parser() -> Parser:
     flag("settings", nargs="*", metavar="METHOD[:...]", help="instead of the table's")
     flag("--quick", action="store_true", help="a table in under 5 minutes")
     flag("--full", action="store_true", help="everything, at sizes up to 6x: half a day")
+    flag("--cutoff", action="store_true", help="that of docs/cutoff.md: as the default, the "
+         "cutoffs held against their rivals, also at 2:1")  # fmt: skip
     flag("--drawn", action="store_true", help="score what is there, draw nothing")
     flag("--size", default="512", metavar="WxH", help="of the settings, width x height in px, or "
          "one number for both (default: 512)")  # fmt: skip
@@ -231,10 +243,12 @@ def agreed(args) -> None:
 
 def asked(args) -> list[Cell]:
     """The cells that the flags ask for. Raises ValueError."""
-    if args.quick + args.full + bool(args.settings) > 1:
-        raise ValueError("--quick, --full and SETTINGS, expected at most one of them")
+    if args.quick + args.full + args.cutoff + bool(args.settings) > 1:
+        raise ValueError("--quick, --full, --cutoff and SETTINGS, expected at most one of them")
     for name, least in (("count", 1), ("steps", 1), ("seed", 0), ("processes", 1)):
         number(f"--{name}", getattr(args, name), least, math.inf, whole=True)
+    if not (args.weights / "model_index.json").is_file():
+        raise ValueError(f"--weights is {args.weights}, expected the folder of a trained pipeline")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out is {args.out}, expected a folder")
     if args.strip and args.strip.suffix.lower() not in (".png", ".jpg", ".jpeg"):
@@ -245,7 +259,10 @@ def asked(args) -> list[Cell]:
             generate.progressive(*size, DEMO.base_resolution, args.steps)
         cells = [Cell(size, setting(one), args.count) for one in args.settings]
     else:
-        cells = plan("quick" if args.quick else "full" if args.full else "default")
+        plans = [name for name in ("quick", "full", "cutoff") if getattr(args, name)]
+        cells = plan(*plans or ["default"])
+    for one in args.against:
+        one_of("--against", setting(one).name, dict.fromkeys(cell.setting.name for cell in cells))
     return there(cells, args) if args.drawn else cells
 
 
@@ -274,7 +291,7 @@ def run(args) -> None:
     jobs = [(cell, i, path, scenes[i], args) for cell, i, path in rest]
     with tqdm(total=count, initial=count - len(jobs), unit="picture", disable=args.drawn) as bar:
         draw_all(pipe, jobs, args, bar)
-    against = [setting(one).name for one in args.against]
+    against = [setting(one).name for one in args.against or (RIVALS if args.cutoff else ())]
     found = report.table(pipe.vae, cells, scenes, lambda cell: folder_of(cell, args), against)
     print(report.printed(found["rows"], ("size", "setting", "n"), signed=False))
     if found["pairs"]:

@@ -153,8 +153,10 @@ def train_vae(args) -> torch.nn.Module:
 
 def load_vae(args) -> torch.nn.Module:
     """The autoencoder of a finished pipeline, instead of the first stage."""
-    vae = AutoencoderKL.from_pretrained(args.vae, subfolder="vae", local_files_only=True)
-    vae = vae.to(args.device, torch.float32, memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(
+        args.vae, subfolder="vae", torch_dtype=torch.float32, local_files_only=True
+    )
+    vae = vae.to(args.device, memory_format=torch.channels_last)
     return vae.eval().requires_grad_(False)
 
 
@@ -167,7 +169,7 @@ def cached_latents(vae, args) -> tuple[torch.Tensor, list[Scene]]:
         latents = []
         with Pool() as pool:
             for start in tqdm(range(0, LATENTS, 32), "latents"):
-                pictures = pool.map(partial(render, size=BASE), scenes[start : start + 32])
+                pictures = pool.map(partial(render, height=BASE), scenes[start : start + 32])
                 x = to_tensor(np.stack(pictures), args.device)
                 x = x.contiguous(memory_format=torch.channels_last)
                 with torch.no_grad(), autocast(args.device):
