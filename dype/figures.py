@@ -1,8 +1,8 @@
-"""The paper's figures, and three that it lacks: `python -m dype.figures NAME [--out FILE]`.
+"""The paper's figures, and four that it lacks: `python -m dype.figures NAME [--out FILE]`.
 
 Nothing is drawn with a model here. fig6, fig7 and ratios follow from the formulas; fig2a, fig2b,
-fig5, fig18, eq11 and pairs read numbers saved in docs/data, and the others the pictures of a
-finished sweep: `python -m dype.figures fig3 outputs/sweep`. Needs the packages of
+fig5, fig18, eq11, frontier and pairs read numbers saved in docs/data, and the others the pictures
+of a finished sweep: `python -m dype.figures fig3 outputs/sweep`. Needs the packages of
 requirements-dev.txt.
 """
 

@@ -66,7 +66,7 @@ def test_wordings():
     assert train.wordings(scene)[3] == scene.caption
 
 
-@pytest.mark.parametrize(("size", "count"), [(256, 60), (512, 12)])
+@pytest.mark.parametrize(("size", "count"), [(256, 30), (512, 6)])
 def test_check_passes_the_truth(size, count, demo):
     """Rendered scenes through the autoencoder: layout and shape, every one."""
     for scene in scenes(count):

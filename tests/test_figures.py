@@ -350,9 +350,10 @@ def scored(path: Path) -> Path:
 
     def row(size, setting, method, layout, spectrum, control=""):
         values = {"layout": layout, "spectrum": spectrum, "joint": layout / 2}
+        values["overlap"] = 0.9 * layout
         cells = {n: {"mean": v, "interval": [v - 0.1, v + 0.2]} for n, v in values.items()}
         one = {"size": size, "setting": setting, "method": method, "n": 2, "control": control}
-        return one | {"dype": method and setting[-1] == "2"} | cells
+        return one | {"dype": method and not setting.endswith("static")} | cells
 
     rows = [row(256, "base", "base", 0.9, 0.8), row(512, "base", "base", 0.1, 0.7)]
     rows += [row(512, "truth_vae", None, 1.0, 0.0), row(512, "vae", None, 1.0, 0.1)]
@@ -392,6 +393,30 @@ def test_pairs(tmp_path):
     assert end.get_markerfacecolor() == end.get_color() == line.get_color()
     assert np.allclose(base.get_xydata(), [[0.1, 0.7]])
     assert np.allclose(truth.get_xydata(), [[1.0, 0.0]])
+    assert axes.yaxis_inverted()
+
+
+def test_frontier(tmp_path):
+    """A point per setting at its overlap and texture, intervals of the marked ones, a ring around
+    the chosen one; one line joins settings that differ by their attention scale, no other."""
+    path = scored(tmp_path / "t.json")
+    whole = json.loads(path.read_text())
+    template = whole["rows"][-2]
+    for name, layout, size in (("cutoff", 0.8, 512), (truth_table.CHOSEN, 0.9, 512),
+                               ("cutoff_cutoff=2", 0.4, 512), ("cutoff", 0.7, "512x256")):  # fmt: skip
+        row = dict(template, setting=name, method="cutoff", size=size)
+        row["overlap"] = {"mean": layout, "interval": [layout - 0.2, layout + 0.1]}
+        whole["rows"].append(row)
+    path.write_text(json.dumps(whole))
+    [axes] = truth_table.frontier(path).axes
+    drawn = [line.get_xydata().tolist() for line in axes.lines]
+    assert [line for line in drawn if len(line) > 1] == [[[0.8, 0.5], [0.9, 0.5]]]
+    assert drawn.count([[0.9, 0.5]]) == 2  # the point and its ring
+    points = [line for line in drawn if len(line) == 1]
+    assert len(points) == 8  # base, truth, static and dynamic, three cutoffs, the ring
+    spans = [segment.tolist() for c in axes.collections for segment in c.get_segments()]
+    assert len(spans) == 2 * 4
+    assert any(np.allclose(span, [[0.7, 0.5], [1.0, 0.5]]) for span in spans)
     assert axes.yaxis_inverted()
 
 
@@ -511,7 +536,7 @@ def test_every_figure_renders(name, tmp_path, monkeypatch, capsys):
     more = []
     if name in picture_rows.FIGURES:
         more = [str(swept(Path("out")))]
-    elif name in ("fig5", "pairs"):
+    elif name in ("fig5", "frontier", "pairs"):
         more = ["--ground_truth", str(scored(Path("scores.json")))]
     elif name in ("fig2a", "fig2b", "fig18", "eq11"):
         more = ["--trajectories", str(SAVED)]

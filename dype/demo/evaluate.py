@@ -50,7 +50,7 @@ CONTROLLED += ["base:model", "yarn_paper:static:model", "yarn_paper:model"]
 BEST = ("yarn_paper", "pi:1:1", "yarn")  # by the joint score on prompts of seed 1 (docs/log.md)
 SHARP = ":attention_scale=1.2:attention_path=rising"  # chosen likewise, in docs/cutoff.md
 RIVALS = ["cutoff", f"cutoff{SHARP}", "yarn_paper:static", "yarn_paper", f"yarn_paper:1:2{SHARP}"]
-FREE = "cutoff_free:1:1:cutoff=12.5"
+FREE = "cutoff_free:1:0.7:cutoff=12.5"
 
 
 def plan(name: str) -> list[Cell]:
