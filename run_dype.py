@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dype import ablation, apply_dype, load_pipeline, memory, parallel, records, sheets, speed
 from dype.cells import Cell, describe_schedule, drawn, encoder, out_of_memory, plan
+from dype.config import METHOD_SCALES
 from dype.flags import UserError, parse
 from dype.parallel import ElsewhereError, Team
 from dype.pipelines import UnavailableError, check_device, default_device, local_scheduler
@@ -204,10 +205,12 @@ def dry_run(settings: Settings) -> int:
         part *= one.get("strength", 1) is None
         print(f"  pass at {one['height']}x{one['width']}: sigmas {sigmas}{part}")
     print("  step   sigma   kappa")
+    without = settings.config.method != "base" and METHOD_SCALES[settings.config.method] is None
     for step, (sigma, kappa) in enumerate(
         zip(schedule["sigmas"], schedule["kappas"], strict=False)
     ):
-        print(f"  {step:4}  {sigma:.4f}  {kappa:.4f}")
+        shown = "     -" if without else f"{kappa:.4f}"
+        print(f"  {step:4}  {sigma:.4f}  {shown}")
     return 0
 
 

@@ -17,7 +17,18 @@ from pathlib import Path
 import torch
 
 from dype import memory, records
-from dype.cells import AXES, Cell, axes, drawn, identity, key, out_of_memory, short, work
+from dype.cells import (
+    AXES,
+    Cell,
+    axes,
+    drawn,
+    effective,
+    identity,
+    key,
+    out_of_memory,
+    short,
+    work,
+)
 from dype.parallel import ALONE, Team
 
 RESULTS = "results.csv"
@@ -80,6 +91,9 @@ def row(cell: Cell, record: dict | None = None, error: str = "") -> dict:
     own = axes(cell.settings)
     if own["dype_scale"] is None and own["dype_exponent"] is not None:
         own["dype_scale"] = config.lambda_s
+    felt = effective(config.method, config.dype)
+    if own["attention_scale"] is None and "attention_scale" in felt:
+        own["attention_scale"] = "own"
     found = {name: flags[name] for name in ("model", "height", "width", "multipass", "seed")}
     found |= {name: "" if value is None else short(value) for name, value in own.items()}
     found |= {"file": cell.path.name, "prompt": cell.prompt, "error": error}

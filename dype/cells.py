@@ -162,6 +162,8 @@ def identity(flags: dict, config: dict, prompt: str) -> dict:
     config = DyPEConfig().to_dict() | config  # older records lack some settings
     felt = effective(config["method"], config["dype"])
     config |= {name: None for name in ENCODING if name not in felt}
+    if not (config["attention_scale"] and config["dype"]):
+        config["attention_path"] = "constant"
     config["dype"] &= config["method"] != "base"
     if config["dype_scale"] is None and "dype_scale" in felt:
         config["dype_scale"] = DyPEConfig(config["method"]).lambda_s

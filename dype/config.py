@@ -40,7 +40,7 @@ class DyPEConfig:
     cutoff_width: float = 0.5  # delta, of ln wavelength
     spectrum_exponent: float = 2.0  # omega of C / f^omega (Eq. 10), of cutoff alone
     attention_scale: float | None = None  # a of m = 1 + a ln s in [0, 2]; None: the method's own m
-    attention_path: str = "constant"  # that a times 1, u ("falling") or 1 - u ("rising")
+    attention_path: str = "constant"  # a times 1, u ("falling"), 1 - u ("rising"); static: 1
     base_resolution: int | None = None  # px; None: the model's own
     anisotropic: bool = True  # each axis by its own scale; False: every axis by the largest
     shift: str | None = None  # "cap", "model", or None: the model's default
@@ -63,6 +63,10 @@ class DyPEConfig:
             number(name, getattr(self, name), 0, 1000, above=True)
         number("attention_scale", self.attention_scale, 0, 2, optional=True)
         one_of("attention_path", self.attention_path, PATHS)
+        if self.attention_path != "constant" and self.attention_scale is None:
+            raise ValueError(
+                f"attention_path is {self.attention_path!r}, expected an attention_scale with it"
+            )
         number("base_resolution", self.base_resolution, 16, 16384, optional=True, multiple=16)
         number("base_shift", self.base_shift, -10, 20, optional=True)
         number("max_shift", self.max_shift, -10, 20, optional=True)

@@ -34,11 +34,12 @@ COLOURS = (style.ORANGE, style.BLUE, style.GREEN, style.VERMILLION, style.PURPLE
 MARKERS = "soD^vP"
 
 
-def reported(path: Path) -> list[dict]:
-    """The rows of the table but for the controls. Raises ValueError if there are none."""
-    rows = [one for one in read(path, "rows", COMMAND) if not one["control"]]
+def reported(path: Path, command: str) -> list[dict]:
+    """The rows of square pictures but for the controls. Raises ValueError if there are none."""
+    rows = [one for one in read(path, "rows", command) if not one["control"]]
+    rows = [one for one in rows if isinstance(one["size"], int)]
     if not rows:
-        raise ValueError(f"{path} has no rows; expected what {COMMAND} writes")
+        raise ValueError(f"{path} has no rows; expected what {command} writes")
     return rows
 
 
@@ -51,7 +52,7 @@ def bars(axes, x, scores: list[dict], **look) -> None:
 def fig5(ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=STANDARD) -> Figure:
     """A score over the size with its intervals: `base`, a static method and its dynamic form."""
     one_of("--score", score, SCORES)
-    rows = reported(ground_truth)
+    rows = reported(ground_truth, COMMAND)
     for name in settings:
         one_of("--settings", name, list(dict.fromkeys(one["setting"] for one in rows)))
     made = style.figure(style.SINGLE, 2.6)
@@ -91,7 +92,7 @@ def pairs(ground_truth: Path = GROUND_TRUTH, score: str = "spectrum") -> Figure:
     score: the one of texture, a distance, which falls to the top.
     """
     one_of("--score", score, ("spectrum", "patches"))
-    rows = reported(ground_truth)
+    rows = reported(ground_truth, COMMAND)
     sizes = sorted({one["size"] for one in rows} - {BASE}) or [BASE]
     looks = looks_of(rows)
     forms = [one for one in read(ground_truth, "pairs", COMMAND) if "_static" in one["against"]]
@@ -121,7 +122,7 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
     have their intervals, the chosen one a ring.
     """
     one_of("--score", score, ("spectrum", "patches"))
-    rows = [one for one in reported(ground_truth) if isinstance(one["size"], int)]
+    rows = reported(ground_truth, f"python -m dype.demo.evaluate --cutoff --save {CUTOFF}")
     sizes = sorted({one["size"] for one in rows} - {BASE}) or [BASE]
     looks = looks_of(rows) | {"base": PLAIN}
     made = style.figure(style.SINGLE, 0.8 + 2.3 * len(sizes))

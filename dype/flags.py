@@ -82,12 +82,12 @@ FLAGS = {
         ("--dype_exponent", "X,...", "lambda_t, 0 to 1000 (default: 2)", {}),
         ("--dype_start_sigma", "T,...", "above this noise level the encoding stays as at t = 1 "
          "(default: 1)", {}),
-        ("--cutoff", "X,...", "of the cutoff methods: the wavelength of the cut at t = 1/2, times "
-         "the trained length (default: 1)", {}),
+        ("--cutoff", "X,...", "of cutoff the wavelength of its cut at t = 1/2, of cutoff_free at "
+         "t = 0, times the trained length; above 0 to 1000 (default: 1)", {}),
         ("--attention_scale", "X,...", "a of m = 1 + a ln s, 0 to 2, for any method (default: the "
          "method's own)", {}),
-        ("--attention_path", "NAME", "that a is constant, falling with the noise or rising as it "
-         "falls (default: constant)", {"choices": PATHS}),
+        ("--attention_path", "NAME", "with --attention_scale: a stays (constant), falls with the "
+         "noise (falling) or rises as it falls (rising) (default: constant)", {"choices": PATHS}),
         ("--base_resolution", "PX", "side that the model was trained at "
          + of_model(lambda m: m.base_resolution), {}),
         ("--isotropic", None, "stretch every axis by the largest scale (default: each by its own)",

@@ -156,13 +156,14 @@ def cutoff(axis: Axis, kappa, u, config):
     """
     u = u if config.dype else torch.full_like(u, 0.5)
     slope = 2 / config.spectrum_exponent / config.cutoff_width
-    return stretched(axis, axis.cut + slope * torch.logit(u)), axis.tau
+    return stretched(axis, axis.cut + slope * torch.logit(u, eps=0.0)), axis.tau  # u within [0, 1]
 
 
 def cutoff_free(axis: Axis, kappa, u, config):
-    """`cutoff` by a free path, Lambda = Lambda_0 (c L / Lambda_0)^(1 - kappa), Lambda_0 = pi tokens.
+    """`cutoff` by a free path: Lambda = Lambda_0 (c L / Lambda_0)^(1 - kappa).
 
-    Lambda_0 is half the shortest wavelength: at kappa = 1 all is PI. Static: c L, as `cutoff`.
+    Lambda_0 = pi tokens, half the shortest wavelength: at kappa = 1 all is PI, for delta up to
+    2 ln 2. Static: c L, as at kappa = 0.
     """
     if not config.dype:
         return cutoff(axis, kappa, u, config)
@@ -254,7 +255,8 @@ def axes(dim, theta, trained_tokens, tokens, device, config, max_scale=None) -> 
         ntk_max=stock / torch.full_like(s, s_max) ** exponent,
         one=torch.ones_like(s),
         log_s=torch.log(s),
-        cut=torch.log(2 * math.pi / config.cutoff / trained_tokens / stock) / config.cutoff_width + 0.5,
+        cut=torch.log(2 * math.pi / config.cutoff / trained_tokens / stock) / config.cutoff_width
+        + 0.5,
         tau=0.1 * torch.log(s) + 1,
         thresholds=filled(BETA + GAMMA, device).view(2, 2),
     )
@@ -269,9 +271,15 @@ def frequencies(axis: Axis, sigma: torch.Tensor, config) -> tuple[torch.Tensor, 
     kappa, u = schedule(sigma, config)
     inv_freq, m = METHODS[name](axis, kappa, u, config)
     if config.attention_scale is not None and name != "base":
-        along = {"falling": u, "rising": 1 - u} if config.dype else {}
-        m = 1 + config.attention_scale * along.get(config.attention_path, 1) * axis.log_s
+        m = 1 + attention(u, config) * axis.log_s
     return inv_freq, m[:, 0]
+
+
+def attention(u: torch.Tensor, config: DyPEConfig) -> float | torch.Tensor:
+    """a of m = 1 + a ln s: constant, or falling with the noise, or rising as it falls."""
+    if config.attention_path == "constant" or not config.dype:
+        return config.attention_scale
+    return config.attention_scale * (u if config.attention_path == "falling" else 1 - u)
 
 
 def axis_frequencies(

@@ -68,8 +68,8 @@ def cut(dim, base, s, wavelength, width):
     return out
 
 
-def frequencies(method, dim, base, length, tokens, t, s_max=None, *, attention=None, path="constant",
-                t_start=1.0, dynamic=True, **settings):  # fmt: skip
+def frequencies(method, dim, base, length, tokens, t, s_max=None, *, attention=None,
+                path="constant", t_start=1.0, dynamic=True, **settings):  # fmt: skip
     """(list of n frequencies, attention scale) of one axis; attention: a of m = 1 + a ln s."""
     found, m = own_frequencies(
         method, dim, base, length, tokens, t, s_max, t_start=t_start, dynamic=dynamic, **settings

@@ -23,6 +23,7 @@ from dype.config import preset
         ("attention_scale", -0.1),
         ("attention_scale", 2.5),
         ("attention_path", "up"),
+        ("attention_path", "rising"),
         ("dype_exponent", -1),
         ("dype_exponent", 1001),
         ("dype_start_sigma", 0),

@@ -402,8 +402,9 @@ def test_frontier(tmp_path):
     path = scored(tmp_path / "t.json")
     whole = json.loads(path.read_text())
     template = whole["rows"][-2]
-    for name, layout, size in (("cutoff", 0.8, 512), (truth_table.CHOSEN, 0.9, 512),
-                               ("cutoff_cutoff=2", 0.4, 512), ("cutoff", 0.7, "512x256")):  # fmt: skip
+    chosen = truth_table.CHOSEN
+    more = [("cutoff", 0.8, 512), (chosen, 0.9, 512), ("cutoff_cutoff=2", 0.4, 512)]
+    for name, layout, size in [*more, ("cutoff", 0.7, "512x256")]:
         row = dict(template, setting=name, method="cutoff", size=size)
         row["overlap"] = {"mean": layout, "interval": [layout - 0.2, layout + 0.1]}
         whole["rows"].append(row)

@@ -10,9 +10,9 @@ import scipy.linalg
 import torch
 from PIL import Image, ImageFilter
 
-from dype.demo import evaluate, report, scores
+from dype.demo import evaluate, plans, report, scores
 from dype.demo.check import check
-from dype.demo.report import Cell, setting, static_form
+from dype.demo.plans import Cell, setting, static_form
 from dype.demo.scenes import render, sample_scene
 from dype.demo.texture import frechet, log_spectrum, moments, patch_features, spectrum_error
 from dype.rope import METHODS
@@ -160,15 +160,17 @@ def test_settings():
     assert setting("yarn:static").config.dype is False
     assert setting("ntk").name == "ntk_2_2"
     assert setting("yarn:static:model").config.shift == "model"
-    assert setting("pi:1:1:reversed")[::2] == ("pi_1_1_reversed", "reversed")
+    assert setting("pi:1:1:reversed").name == "pi_1_1_reversed"
+    assert setting("pi:1:1:reversed").control == "reversed"
     text = "cutoff:cutoff=0.5:attention_scale=0.3:attention_path=rising:model"
     found = setting(text)
     assert found.name == text.replace(":", "_")
     assert (found.text, found.control, found.config.shift) == (text, "model", "model")
     assert (found.config.cutoff, found.config.attention_scale) == (0.5, 0.3)
     assert found.config.attention_path == "rising"
-    found = setting("yarn_paper:static:alpha=2")
+    found = setting("yarn_paper:static:alpha=2.0")
     assert (found.name, found.config.alpha) == ("yarn_paper_static_alpha=2", 2)
+    assert setting("cutoff:cutoff=1").name == "cutoff"
     forms = {method: static_form(method) for method in METHODS if static_form(method) != method}
     same = dict.fromkeys(("yarn_ntk_only", "yarn_both", "yarn_power", "vision_yarn"), "yarn")
     assert forms == {"ntk_mult": "ntk", "cutoff_free": "cutoff"} | same
@@ -176,7 +178,7 @@ def test_settings():
 
 def test_the_table_holds_every_method():
     """At 2x all methods, dynamic and static; at 4x base and three methods in both forms."""
-    cells = evaluate.plan("default")
+    cells = plans.plan("default")
     at = {s: [cell for cell in cells if cell.size == (s, s)] for s in (256, 512, 1024)}
     assert [cell.setting.name for cell in at[256]] == ["base"]
     twice = {(cell.setting.config.method, cell.setting.config.dype) for cell in at[512]}
@@ -185,7 +187,7 @@ def test_the_table_holds_every_method():
     assert {cell.count for cell in at[512]} == {64}
     assert len(at[1024]) == 1 + 3 * 2
     names = {cell.setting.name: cell for cell in at[512]}
-    pairs = report.compared(names)
+    pairs = plans.compared(names)
     assert ("yarn_power_2_2", "yarn_static") in pairs
     assert ("tasr", "tasr_static") in pairs
     assert ("pi_static", "base") in pairs
@@ -194,19 +196,24 @@ def test_the_table_holds_every_method():
 
 def test_the_table_of_the_cutoffs():
     """All methods at 2x; the chosen and their rivals at every size, square and 2:1."""
-    cells = evaluate.plan("cutoff")
+    cells = plans.plan("cutoff")
     at = {}
     for cell in cells:
         at.setdefault(cell.size, []).append(cell.setting.name)
     assert [*at] == [(512, 512), (1024, 1024), (256, 512), (512, 1024)]
-    rivals = {setting(one).name for one in evaluate.RIVALS}
+    rivals = {setting(one).name for one in plans.RIVALS}
     assert len(rivals) == 5
     assert all(rivals <= {*names} and len({*names}) == len(names) for names in at.values())
     assert {cell.setting.config.method for cell in cells if cell.size == (512, 512)} == {*METHODS}
+    held, named = plans.couples([], [], cutoff=True), {cell.setting.name for cell in cells}
+    assert {name for pair in held for name in pair} <= named
+    assert ("cutoff_model", "cutoff") in held
+    assert ("cutoff_model", "yarn_paper_1_2_model") in held
+    assert ("cutoff", "yarn_paper_1_2") in held
 
 
 def test_a_size_that_is_not_square(tmp_path, short):
-    """Width first; the object is stretched with the picture, and all others are held against one."""
+    """Width first, in the flag, the folder and the table; all others are held against one."""
     words = "pi:static base --against base --size 128x64 --steps 1 --count 1 --processes 1"
     out = ["--out", str(tmp_path), "--save", str(tmp_path / "saved.json")]
     assert evaluate.main([*words.split(), *out]) == 0
@@ -236,13 +243,16 @@ def test_truth_that_is_not_square():
 
 def test_controls_are_held_against_what_they_control():
     some = ["yarn", "yarn:reversed", "yarn:static", "yarn:model", "yarn:static:model", "base"]
+    some += ["yarn:attention_scale=0.3", "yarn:static:attention_scale=0.3"]
     names = {setting(text).name: Cell((64, 64), setting(text), 1) for text in some}
-    pairs = report.compared(names)
+    pairs = plans.compared(names)
     assert ("yarn_1_2_reversed", "yarn_1_2") in pairs
     assert ("yarn_1_2_reversed", "yarn_static") in pairs
     assert ("yarn_1_2_model", "yarn_1_2") in pairs
     assert ("yarn_1_2_model", "yarn_static_model") in pairs
     assert ("yarn_1_2_model", "yarn_static") not in pairs
+    assert ("yarn_1_2_attention_scale=0.3", "yarn_static_attention_scale=0.3") in pairs
+    assert ("yarn_1_2_attention_scale=0.3", "yarn_static") not in pairs
 
 
 SMALL = ["--size", "64", "--steps", "2", "--count", "3", "--processes", "1"]
@@ -251,7 +261,7 @@ SMALL = ["--size", "64", "--steps", "2", "--count", "3", "--processes", "1"]
 @pytest.fixture
 def short(monkeypatch):
     """Settings at the demo's base resolution would be stock at 64 px: here it is 32 px."""
-    monkeypatch.setattr(report, "BASE", 32)
+    monkeypatch.setattr(plans, "BASE", 32)
     monkeypatch.setattr(scores, "DRAWS", 20)
 
 
@@ -318,11 +328,16 @@ BAD = {
     "yarn:cutoff=1:2": "'yarn:cutoff=1:2', expected METHOD",
     "yarn:cutoff=one": "'yarn:cutoff=one', expected METHOD",
     "yarn:cutof=1": "unknown setting 'cutof'",
+    "yarn:1:2:dype_scale=3": "'yarn:1:2:dype_scale=3', expected METHOD",
+    "base:cutoff=2": "'base:cutoff=2', expected METHOD",
     "yarn:attention_path=up": "attention_path is 'up', expected one of",
+    "yarn:attention_path=rising": "attention_path is 'rising', expected an attention_scale",
+    "--quick --size 64x": "--size is '64x', expected WIDTHxHEIGHT",
     "base --size 64x": "--size is '64x', expected WIDTHxHEIGHT",
     "base --weights there": "--weights is there, expected the folder of a trained pipeline",
     "base --against yarn": "--against is 'yarn_1_2', expected one of base",
     "--cutoff base": "expected at most one",
+    "--quick --against base": "--against, expected SETTINGS with it",
     "yarn:9": "dype_scale is 9.0",
     "base:1": "'base:1', expected METHOD",
     "tasr:1:2": "'tasr:1:2', expected METHOD",

@@ -10,7 +10,7 @@ from conftest import run
 from PIL import Image
 
 import run_dype
-from dype import cells, flags, sweeps
+from dype import DyPEConfig, cells, flags, sweeps
 from dype.settings import resolve
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -152,6 +152,25 @@ def test_settings_that_a_method_does_not_feel():
         for cut in cuts
         for scale in ("0", "0.3")
     ]
+
+
+def test_the_path_of_an_attention_scale_that_is_not_felt():
+    """The same picture as with a constant one: where there is no a, no method, no noise level."""
+    single = {"multipass": "single"}
+
+    def same(*settings, **more):
+        one = DyPEConfig(*settings, attention_scale=0.3, **more).to_dict()
+        other = one | {"attention_path": "rising"}
+        return cells.key(single, one, "") == cells.key(single, other, "")
+
+    assert same("base")
+    assert same("yarn", False)
+    assert not same("yarn")
+    older = DyPEConfig("yarn").to_dict()
+    known = cells.key(single, older, "")
+    for name in ("cutoff", "cutoff_width", "attention_scale", "attention_path"):
+        del older[name]
+    assert cells.key(single, older, "") == known
 
 
 def test_sizes_are_width_first_and_names_height_first():

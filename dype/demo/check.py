@@ -1,8 +1,8 @@
 """Does a picture show what its caption says? An analytic check, validated on rendered truth.
 
-The picture is averaged down to a grid of 64 x 64 cells whatever its size and shape, every cell is named by
-the nearest palette colour in chromaticity (leaves and light change brightness alone, nearly), and
-the cells are compared with the scene's outlines.
+The picture is averaged down to a grid of 64 x 64 cells, whatever its size and its aspect; every
+cell is named by the nearest palette colour in chromaticity (leaves and light change brightness
+alone, nearly), and the cells are compared with the scene's outlines.
 """
 
 from functools import lru_cache
@@ -63,7 +63,10 @@ def overlaps(mask: np.ndarray) -> dict[str, float]:
 
 
 def check(picture: np.ndarray, colour: str, ground: str) -> Verdict:
-    """Judge a picture against the colours that its caption asked for."""
+    """Judge a picture against the colours that its caption asked for.
+
+    The object of one that is not square is expected stretched with it.
+    """
     cells = colour_cells(picture)
     names = list(COLOURS)
     wanted = cells == names.index(colour)

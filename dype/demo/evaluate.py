@@ -2,10 +2,10 @@
 
 Draws seeded prompts with the demo model under many settings, and scores layout, texture and both
 against rendered scenes of the same size. A picture that is there is not drawn again. A setting is
-METHOD, METHOD:static or METHOD:SCALE:EXPONENT, then any `:NAME=VALUE` of DyPEConfig, then `:reversed` (time runs the wrong
-way: a control), `:model` (the model's own noise schedule instead of the capped one) or
-`:progressive` (as `run_dype.py --progressive`). Prompts of seed 0 are there to report, those of another seed to choose
-by. Needs requirements-dev.txt.
+METHOD, METHOD:static or METHOD:SCALE:EXPONENT, then `:NAME=VALUE` of DyPEConfig's other numbers,
+then `:reversed` (time runs the wrong way: a control), `:model` (the model's own noise schedule
+instead of the capped one) or `:progressive` (as `run_dype.py --progressive`). Prompts of seed 0 are
+there to report, those of another seed to choose by. Needs requirements-dev.txt.
 """
 
 import hashlib
@@ -28,52 +28,22 @@ from tqdm import tqdm
 
 from dype import generate, records
 from dype.config import number, one_of
+from dype.demo.plans import Cell, couples, plan, setting, shown_size
 from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, sample_scene
 from dype.flags import Parser, UserError
 from dype.models import MODELS
 from dype.patch import apply_dype
 from dype.pipelines import load_pipeline
-from dype.rope import METHODS
 from dype.settings import sides
 
 try:
     from dype.demo import report
-    from dype.demo.report import Cell, setting, static_form
 except ModuleNotFoundError as error:
     sys.exit(f"there is no {error.name}; pip install -r requirements-dev.txt")
 
 DEMO = MODELS["demo"]
 PROCESSES = min(os.cpu_count() or 1, 8)
 PIPE = None  # a worker process's own
-CONTROLLED = ["yarn_paper:reversed", "pi:1:1:reversed"]
-CONTROLLED += ["base:model", "yarn_paper:static:model", "yarn_paper:model"]
-BEST = ("yarn_paper", "pi:1:1", "yarn")  # by the joint score on prompts of seed 1 (docs/log.md)
-SHARP = ":attention_scale=1.2:attention_path=rising"  # chosen likewise, in docs/cutoff.md
-RIVALS = ["cutoff", f"cutoff{SHARP}", "yarn_paper:static", "yarn_paper", f"yarn_paper:1:2{SHARP}"]
-FREE = "cutoff_free:1:0.7:cutoff=12.5"
-
-
-def plan(name: str) -> list[Cell]:
-    """The cells of the quick, the default and the full table, and of that of docs/cutoff.md."""
-    dynamic = [name for name in METHODS if name != "base"]
-    statics = dict.fromkeys(f"{static_form(method)}:static" for method in dynamic)
-    everything = ["base", *statics, *dynamic, "pi:1:1"]
-    finalists = ["base", *(f"{one.split(':')[0]}:static" for one in BEST), *BEST]
-    scaling = ["base", "yarn_paper:static", "yarn_paper"]  # of fig5, with 1x, 2x and 4x
-    lines = {
-        "quick": [(256, ["base"], 8), (512, finalists, 8)],
-        "default": [(256, ["base"], 64), (512, everything, 64), (1024, finalists, 16)],
-        "full": [(256, ["base"], 64), (512, everything + CONTROLLED, 64), (1024, everything, 64)]
-        + [(size, scaling, 16) for size in (768, 1280, 1536)],
-        "cutoff": [(512, [*everything, *RIVALS, FREE, *CONTROLLED[2:], "cutoff:model"], 64)]
-        + [(1024, [*finalists, *RIVALS], 16), ((256, 512), RIVALS, 32), ((512, 1024), RIVALS, 8)],
-    }[name]
-    found = []
-    for size, some, count in lines:
-        size = (size, size) if isinstance(size, int) else size
-        settings = {setting(one).name: setting(one) for one in some}
-        found += [Cell(size, one, count) for one in settings.values()]
-    return found
 
 
 def sampled(args) -> list[Scene]:
@@ -85,7 +55,7 @@ def sampled(args) -> list[Scene]:
 
 def folder_of(cell: Cell, args) -> Path:
     part = f"seed_{args.seed}{'_held_out' * args.held_out}"
-    return args.out / part / str(report.shown_size(cell.size)) / cell.setting.name
+    return args.out / part / str(shown_size(cell.size)) / cell.setting.name
 
 
 def missing(cells: list[Cell], args) -> list[tuple[Cell, int, Path]]:
@@ -253,14 +223,18 @@ def asked(args) -> list[Cell]:
         raise ValueError(f"--out is {args.out}, expected a folder")
     if args.strip and args.strip.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ValueError(f"--strip is {args.strip}, expected a name in .png or .jpg")
+    size = sides(args.size)
+    for side in size:
+        number("--size", side, 64, 4096, multiple=16)
     if args.settings:
-        size = sides(args.size)
         if any(setting(one).control == "progressive" for one in args.settings):
             generate.progressive(*size, DEMO.base_resolution, args.steps)
         cells = [Cell(size, setting(one), args.count) for one in args.settings]
     else:
         plans = [name for name in ("quick", "full", "cutoff") if getattr(args, name)]
         cells = plan(*plans or ["default"])
+    if args.against and not args.settings:
+        raise ValueError("--against, expected SETTINGS with it")
     for one in args.against:
         one_of("--against", setting(one).name, dict.fromkeys(cell.setting.name for cell in cells))
     return there(cells, args) if args.drawn else cells
@@ -273,7 +247,7 @@ def there(cells: list[Cell], args) -> list[Cell]:
         paths = (folder_of(cell, args) / f"{i:03}.png" for i in range(cell.count))
         count = sum(1 for _ in takewhile(Path.exists, paths))
         found += [cell._replace(count=count)] * (count > 0)
-        short += [f"{cell.setting.name} {report.shown_size(cell.size)} px {count}"] * (count < cell.count)
+        short += [f"{cell.setting.name} {shown_size(cell.size)} px {count}"] * (count < cell.count)
     if short and found:
         print(f"not all drawn: {', '.join(short)}")
     if not found:
@@ -291,8 +265,8 @@ def run(args) -> None:
     jobs = [(cell, i, path, scenes[i], args) for cell, i, path in rest]
     with tqdm(total=count, initial=count - len(jobs), unit="picture", disable=args.drawn) as bar:
         draw_all(pipe, jobs, args, bar)
-    against = [setting(one).name for one in args.against or (RIVALS if args.cutoff else ())]
-    found = report.table(pipe.vae, cells, scenes, lambda cell: folder_of(cell, args), against)
+    held = couples(args.settings, args.against, args.cutoff)
+    found = report.table(pipe.vae, cells, scenes, lambda cell: folder_of(cell, args), held)
     print(report.printed(found["rows"], ("size", "setting", "n"), signed=False))
     if found["pairs"]:
         print()

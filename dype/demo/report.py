@@ -1,10 +1,9 @@
-"""The ground-truth table: what is judged, what it is held against, and how that is shown."""
+"""The ground-truth table: how pictures are scored, and how that is shown."""
 
 import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,89 +11,16 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from dype import records
-from dype.config import METHOD_SCALES, DyPEConfig
+from dype.config import METHOD_SCALES
 from dype.demo import scores
+from dype.demo.plans import Cell, Setting, compared, shown_size
 from dype.demo.scenes import Scene, render
-from dype.models import MODELS
-from dype.rope import METHODS, axis_frequencies
-
-BASE = MODELS["demo"].base_resolution
-CONTROLS = ("reversed", "model", "progressive")
 
 
-class Setting(NamedTuple):
-    """What is judged: an encoding, and what a control changes about it."""
-
-    name: str
-    config: DyPEConfig
-    control: str = ""
-    text: str = ""  # as it was asked for
-
-
-class Cell(NamedTuple):
-    """Pictures of one setting at one size: the first `count` prompts of a seed."""
-
-    size: tuple[int, int]  # height, width, px
-    setting: Setting
-    count: int
-
-
-def shown_size(size: tuple[int, int]) -> int | str:
-    """The side in px, or WIDTHxHEIGHT where they differ."""
-    height, width = size
-    return height if height == width else f"{width}x{height}"
-
-
-def setting(text: str) -> Setting:
-    """METHOD[:static | :SCALE[:EXPONENT]][:NAME=VALUE...][:CONTROL], of CONTROLS. Raises ValueError.
-
-    NAME: of another setting of `DyPEConfig`. The setting's own name has the numbers that have an
-    effect: METHOD_SCALE_EXPONENT, METHOD_static, `base`, then those with a name.
-    """
-    method, *more = text.split(":")
-    control = more.pop() if more and more[-1] in CONTROLS else ""
-    named = [part for part in more if "=" in part]
-    plain = more[: len(more) - len(named)]
-    config = {"method": method, "base_resolution": BASE, "dype": plain != ["static"]}
-    config |= {"shift": "model"} if control == "model" else {}
-    wrong = plain + named != more
-    try:
-        numbers = [float(part) for part in plain] if config["dype"] else []
-        for name, _, value in (part.partition("=") for part in named):
-            config[name] = value if name == "attention_path" else float(value)
-    except ValueError:
-        wrong, numbers = True, []
-    config |= dict(zip(("dype_scale", "dype_exponent"), numbers, strict=False))
-    made = DyPEConfig.from_dict(config)
-    still = method == "base" or not made.dype
-    wrong |= len(numbers) > 2 * (METHOD_SCALES[method] is not None)
-    if wrong or (still and control == "reversed"):
-        raise ValueError(
-            f"setting {text!r}, expected METHOD[:static|:SCALE[:EXPONENT]][:NAME=VALUE...], then "
-            f"at most one of {', '.join(CONTROLS)}; and no scale, exponent or reversal where they "
-            "change nothing"
-        )
-    parts = [method] if method == "base" or made.dype else [method, "static"]
-    if made.dype and METHOD_SCALES[method] is not None:
-        parts += [f"{made.lambda_s:g}", f"{made.dype_exponent:g}"]
-    parts += named
-    return Setting("_".join([*parts, control] if control else parts), made, control, text)
-
-
-def static_form(method: str) -> str:
-    """The first method whose static frequencies and m are this one's, as NTK is `ntk_mult`'s."""
-
-    def table(name):
-        f, m = axis_frequencies(56, 10000.0, 16, 64, 1.0, DyPEConfig(name, dype=False))
-        return [*f.tolist(), m.item()]
-
-    return next(name for name in METHODS if table(name) == table(method))
-
-
-def table(vae, cells: list[Cell], scenes: list[Scene], folder_of: Callable, against=()) -> dict:
+def table(vae, cells: list[Cell], scenes: list[Scene], folder_of: Callable, couples=()) -> dict:
     """Every cell's scores, the floors among them, and the paired differences.
 
-    against: names of the settings that all others are held against, in place of `compared`'s.
+    couples: names of (a setting, what it is held against), in place of `compared`'s.
     """
     rows, pairs = [], []
     for size in dict.fromkeys(cell.size for cell in cells):
@@ -103,12 +29,13 @@ def table(vae, cells: list[Cell], scenes: list[Scene], folder_of: Callable, agai
         scored = scenes[:count]
         drawn, (truth, found) = {}, floors(vae, scored, size)
         rows += [cell_row(size, name, None, *of) for name, of in found.items()]
-        for name, cell in tqdm(some.items(), f"scores {shown_size(size)}", leave=False):
+        named = shown_size(size)
+        for name, cell in tqdm(some.items(), f"scores {named}", leave=False):
             drawn[name] = scores.judged(pictures_of(cell, folder_of), scored[: cell.count])
             rows.append(cell_row(size, name, cell.setting, drawn[name], truth))
-        couples = [(name, other) for other in against for name in some if name != other]
-        couples = [couple for couple in couples if couple[1] in some] if against else compared(some)
-        pairs += [pair_row(size, *names, drawn, truth) for names in couples]
+        known = [couple for couple in couples if some.keys() >= {*couple}]
+        held = tqdm(known if couples else compared(some), f"pairs {named}", leave=False)
+        pairs += [pair_row(size, *couple, drawn, truth) for couple in held]
     return {"rows": rows, "pairs": pairs}
 
 
@@ -150,28 +77,26 @@ def opened(path: Path) -> np.ndarray:
 
 def cell_row(size, name: str, of: Setting | None, found, truth) -> dict:
     n = len(found.right)
-    row = {"size": shown_size(size), "setting": name, "n": n, "control": "", "method": None, "dype": None}
+    row = {
+        "size": shown_size(size),
+        "setting": name,
+        "n": n,
+        "control": "",
+        "method": None,
+        "dype": None,
+    }
     row |= {"lambda_s": None, "lambda_t": None}
     if of is not None:
         config = of.config
-        row |= {"text": of.text, "control": of.control, "method": config.method, "dype": config.dype}
+        row |= {
+            "text": of.text,
+            "control": of.control,
+            "method": config.method,
+            "dype": config.dype,
+        }
         if config.dype and METHOD_SCALES[config.method] is not None:
             row |= {"lambda_s": config.lambda_s, "lambda_t": config.dype_exponent}
     return row | scores.score(found, scores.taken(truth, np.arange(n)))
-
-
-def compared(some: dict[str, Cell]) -> list[tuple[str, str]]:
-    """(setting, what it is held against): dynamic against its own static form, controls against
-    what they control, the rest against `base`."""
-    found = []
-    for name, cell in some.items():
-        config, control = cell.setting.config, cell.setting.control
-        static = f"{static_form(config.method)}_static" + "_model" * (control == "model")
-        others = [name.removesuffix(f"_{control}"), static if config.dype else "base", "base"]
-        found += [
-            (name, other) for other in dict.fromkeys(others) if other in some and other != name
-        ]
-    return found
 
 
 def pair_row(size, name: str, other: str, found: dict, truth) -> dict:

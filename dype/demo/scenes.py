@@ -130,7 +130,8 @@ def render(scene: Scene, height: int, width: int | None = None) -> np.ndarray:
     """The scene as a picture, uint8 [height, width, 3]; width: `height`, if not given.
 
     In a picture that is not square the object is stretched with it, as encodings with a scale for
-    each axis do, and the leaves are those of the longer side, cut off.
+    each axis do (one that kept its shape would be another truth, not judged here), and the leaves
+    are those of the longer side, cut off.
     """
     width = height if width is None else width
     fine, finest = max(height, width) * SUPERSAMPLING, FINEST / max(height, width)

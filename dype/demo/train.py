@@ -297,8 +297,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    made.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the finished pipeline")
-    made.add_argument("--work", type=Path, default=Path("outputs/demo_training"))
+    made.add_argument("--out", type=Path, help=f"folder of the pipeline (with seed 0: {WEIGHTS})")
+    made.add_argument("--work", type=Path, help="(with seed N: outputs/demo_training_N)")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--seed", type=int, default=0, help="of weights, scenes and noise")
     made.add_argument("--vae", type=Path, help="folder of a pipeline whose autoencoder to take")
@@ -311,6 +311,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv=None) -> None:
     args = parser().parse_args(argv)
+    args.work = args.work or Path(f"outputs/demo_training_{args.seed}")
+    args.out = args.out or (args.work / "pipeline" if args.seed else WEIGHTS)
+    if args.vae and not (args.vae / "vae").is_dir():
+        parser().error(f"--vae is {args.vae}, expected the folder of a pipeline")
     pipe = train_transformer(load_vae(args) if args.vae else train_vae(args), args)
     export(pipe, args.out)
 

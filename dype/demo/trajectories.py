@@ -195,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
         number("--counts", count, 1, 1000, whole=True)
     protocol = {"model": "demo", "steps": args.steps, "true_cfg": args.true_cfg, "shift": "cap"}
     protocol |= {"dtype": args.dtype, "prompts_seed": args.seed, "queries": QUERIES}
-    protocol |= {"weights": weights_hash()}
+    protocol |= {"weights": weights_hash(Path(DEMO.repo))}
     pictures = load(args.out, protocol)
     done = {(one["size"], one["setting"], one["prompt"], one["seed"]) for one in pictures}
     wanted = plan(dict(zip(args.sizes, args.counts, strict=True)), args.seed)
