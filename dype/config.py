@@ -38,7 +38,7 @@ class DyPEConfig:
     beta: float = 32.0
     cutoff: float = 1.0  # c of cutoff and cutoff_free: a wavelength, times the trained length
     cutoff_width: float = 0.5  # delta, of ln wavelength
-    spectrum_exponent: float = 2.0  # omega of C / f^omega (Eq. 10), of cutoff alone
+    spectrum_exponent: float = 2.0  # omega of C / f^omega, of cutoff alone
     attention_scale: float | None = None  # a of m = 1 + a ln s in [0, 2]; None: the method's own m
     attention_path: str = "constant"  # a times 1, u ("falling"), 1 - u ("rising"); static: 1
     base_resolution: int | None = None  # px; None: the model's own

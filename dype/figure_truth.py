@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from dype import figure_style as style
 from dype.config import one_of
+from dype.demo.plans import RIVALS, setting
 from dype.figure_trajectories import BASE, read
 
 GROUND_TRUTH = Path("docs/data/ground_truth.json")
@@ -26,8 +27,8 @@ TRUTH = {"truth_vae": "truth, by the VAE"}  # as near as the model could come
 COMMAND = f"python -m dype.demo.evaluate --drawn --save {GROUND_TRUTH}"
 STANDARD = ("base", "yarn_paper_static", "yarn_paper_1_2")
 CUTOFF = Path("docs/data/cutoff.json")
-CHOSEN = "cutoff_attention_scale=1.2_attention_path=rising"  # on other prompts
-MARKED = ("cutoff", CHOSEN, "yarn_paper_1_2", "yarn_paper_static")
+MARKED = [setting(one).name for one in RIVALS[:4]]  # with their intervals
+CHOSEN = MARKED[1]  # on other prompts
 SCALED = re.compile("_attention_[a-z]+=[^_]+")
 PLAIN = {"color": style.BLACK, "marker": "x"}
 COLOURS = (style.ORANGE, style.BLUE, style.GREEN, style.VERMILLION, style.PURPLE, style.SKY)
