@@ -125,7 +125,7 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
     one_of("--score", score, ("spectrum", "patches"))
     rows = reported(ground_truth, f"python -m dype.demo.evaluate --cutoff --save {CUTOFF}")
     sizes = sorted({one["size"] for one in rows} - {BASE}) or [BASE]
-    looks = looks_of(rows) | {"base": PLAIN}
+    looks = looks_of(rows) | {"base": PLAIN, "cutoff": {"color": style.BLACK, "marker": "D"}}
     made = style.figure(style.SINGLE, 0.8 + 2.3 * len(sizes))
     found = {}
     for axes, size in zip(made.subplots(len(sizes), 1, squeeze=False)[:, 0], sizes, strict=True):
