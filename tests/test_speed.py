@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,16 @@ def test_launches(family, method):
     ours.set_timestep(0.6)
     ours(*args)
     assert 0 < benchmark_embedder.launches(lambda: ours(*args), CPU) <= 40
+
+
+def test_a_cutoff_costs_what_pi_does():
+    """Four operations more, each on one number per pair and axis."""
+    counts = {}
+    for method in ("pi", "cutoff"):
+        _, ours, args = benchmark_embedder.FAMILIES["flux"](200, DyPEConfig(method))
+        ours(*args)
+        counts[method] = benchmark_embedder.launches(partial(ours, *args), CPU)
+    assert 0 < counts["cutoff"] <= counts["pi"] + 4
 
 
 def test_launches_are_counted():
