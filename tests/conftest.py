@@ -4,6 +4,10 @@ import csv
 import os
 from pathlib import Path
 
+from dype.demo import model as demo_model
+from dype.embedders import FluxDyPE
+from dype.embedders_complex import QwenDyPE, ZImageDyPE
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
@@ -12,9 +16,6 @@ from diffusers import AutoencoderKL, FluxPipeline
 from diffusers import FluxTransformer2DModel as Transformer
 
 import run_dype
-from dype.complex_embedders import QwenDyPE, ZImageDyPE
-from dype.demo import build
-from dype.embedders import FluxDyPE
 
 LATENT_CHANNELS = 4
 
@@ -28,8 +29,8 @@ def tiny_transformer(**changes) -> Transformer:
         "num_single_layers": 1,
         "attention_head_dim": 16,
         "num_attention_heads": 2,
-        "joint_attention_dim": build.TEXT_WIDTH,
-        "pooled_projection_dim": build.TEXT_WIDTH,
+        "joint_attention_dim": demo_model.TEXT_WIDTH,
+        "pooled_projection_dim": demo_model.TEXT_WIDTH,
         "guidance_embeds": False,
         "axes_dims_rope": (4, 6, 6),
     }
@@ -55,10 +56,10 @@ def tiny_vae() -> AutoencoderKL:
 def tiny_components(**changes) -> dict:
     torch.manual_seed(0)
     return {
-        "scheduler": build.scheduler(),
+        "scheduler": demo_model.scheduler(),
         "vae": tiny_vae(),
         "transformer": tiny_transformer(**changes),
-        **build.text_encoders(),
+        **demo_model.text_encoders(),
     }
 
 

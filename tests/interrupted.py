@@ -16,7 +16,8 @@ import diffusers
 import transformers
 
 import run_dype
-from dype import ablation, generate
+from dype.sampling import sample
+from dype.sweep import results
 
 # the lazy modules of both, so that no child imports them again
 LOADED = [getattr(diffusers, name) for name in ("FluxPipeline", "FluxTransformer2DModel")]
@@ -54,10 +55,10 @@ def set_trap(event: str, count: int) -> None:
         return left[0] == 0
 
     if event == "draw":
-        draw = generate.draw
-        generate.draw = lambda *args, **kwargs: die() if reached() else draw(*args, **kwargs)
+        draw = sample.draw
+        sample.draw = lambda *args, **kwargs: die() if reached() else draw(*args, **kwargs)
     elif event == "sheets":
-        run_dype.sheets.draw = lambda *args: die()
+        run_dype.contact_sheet.draw = lambda *args: die()
     elif event == "replace":  # the picture is in place, its record is not
         replace = pathlib.Path.replace
 
@@ -70,13 +71,13 @@ def set_trap(event: str, count: int) -> None:
         pathlib.Path.replace = replaced
     else:
         opened = pathlib.Path.open
-        ending = {"png": ".png.", "json": ".json.", "table": f"{ablation.RESULTS}."}
+        ending = {"png": ".png.", "json": ".json.", "table": f"{results.RESULTS}."}
         mode_of = {"csv": "ab"} | dict.fromkeys(ending, "wb")
 
         def opening(path, mode="r", *args, **kwargs):
             file = opened(path, mode, *args, **kwargs)
             name = path.name
-            ours = name == ablation.RESULTS if event == "csv" else ending[event] in name
+            ours = name == results.RESULTS if event == "csv" else ending[event] in name
             return Half(file) if ours and mode == mode_of[event] and reached() else file
 
         pathlib.Path.open = opening

@@ -21,7 +21,8 @@ from conftest import latents, quiet, tiny_components  # noqa: E402
 from diffusers import FluxPipeline, FluxTransformer2DModel  # noqa: E402
 
 import run_dype  # noqa: E402
-from dype import DyPEConfig, apply_dype, parallel  # noqa: E402
+from dype import DyPEConfig, apply_dype  # noqa: E402
+from dype.pipelines import distributed  # noqa: E402
 
 CONFIG = DyPEConfig("yarn", base_resolution=64)
 FAMILIES = {
@@ -39,7 +40,7 @@ def drawn(ulysses: int) -> dict[str, torch.Tensor]:
         pipe, pictures = build(), []
         for size in SIZES:
             apply_dype(pipe, CONFIG)
-            with parallel.split(pipe.transformer, ulysses, evenly=name != "qwen-image"):
+            with distributed.split(pipe.transformer, ulysses, evenly=name != "qwen-image"):
                 pictures.append(draw(pipe, *size).flatten())
         found[name] = pictures
     return found
@@ -68,7 +69,7 @@ def main(extra: str, *words: str) -> int:
     if kind in ("die", "raise"):
         mortal(int(value), kind)
     if kind == "save":
-        leave, parallel.leave = parallel.leave, lambda: None  # the group is still needed
+        leave, distributed.leave = distributed.leave, lambda: None  # the group is still needed
     code = run_dype.main([*words] if value else [extra, *words])
     if kind == "save":
         found = drawn(2)

@@ -6,7 +6,7 @@ import torch
 from tiny import TEXT
 
 from dype import DyPEConfig
-from dype.complex_embedders import padded
+from dype.embedders_complex import padded
 
 GRID = (8, 12)  # tokens of 128 x 192 px
 CONFIG = DyPEConfig("yarn", base_resolution=64, shift="model")  # L = 4 tokens

@@ -35,10 +35,10 @@ from tiny import (
 from torch import nn
 
 from dype import DyPEConfig, apply_dype, remove_dype
-from dype.complex_embedders import padded
-from dype.generate import noise_schedule
-from dype.models import FAMILIES as CLASSES
-from dype.models import KREA2_TURBO
+from dype.embedders_complex import padded
+from dype.families import FAMILIES as CLASSES
+from dype.families import KREA2_TURBO
+from dype.noise_schedule import noise_schedule
 
 
 @pytest.fixture(params=FAMILIES)

@@ -23,8 +23,9 @@ from torch._dynamo.testing import CompileCounter
 
 from dype import DyPEConfig, apply_dype, embedders, remove_dype
 from dype.embedders import FluxDyPE, grid_ids, read_ids
-from dype.generate import noise_schedule
-from dype.models import MODELS, base_resolution
+from dype.families import base_resolution
+from dype.noise_schedule import noise_schedule
+from dype.pipelines.catalog import MODELS
 
 CONFIG = DyPEConfig("yarn", base_resolution=64)
 

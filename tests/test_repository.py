@@ -5,8 +5,8 @@ import json
 import re
 from pathlib import Path
 
-from dype import benchmark
-from dype.models import MODELS
+from dype.benchmark import __main__ as benchmark
+from dype.pipelines.catalog import MODELS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -23,7 +23,7 @@ from diffusers import (
 )
 from transformers import Qwen3Config, Qwen3Model
 
-from dype.demo import build
+from dype.demo import model as demo_model
 
 DYNAMIC = {
     "use_dynamic_shifting": True,
@@ -74,7 +74,7 @@ def zimage(text_encoder=None, tokenizer=None) -> ZImagePipeline:
 
 def qwen3() -> dict:
     """A tiny text encoder and a tokenizer with a chat template, for pipelines drawn by prompts."""
-    tokenizer = build.tokenizer("<bos>")
+    tokenizer = demo_model.tokenizer("<bos>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     torch.manual_seed(0)
     config = Qwen3Config(

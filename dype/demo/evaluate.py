@@ -26,20 +26,21 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dype import generate, records
 from dype.config import number, one_of
-from dype.demo.plans import Cell, couples, plan, setting, shown_size
+from dype.demo.experiments import Cell, couples, plan, setting, shown_size
 from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, sample_scene
-from dype.flags import Parser, UserError
-from dype.models import MODELS
+from dype.errors import Parser, run_command, user_errors
 from dype.patch import apply_dype
-from dype.pipelines import load_pipeline
-from dype.settings import sides
+from dype.pipelines.catalog import MODELS
+from dype.pipelines.loading import load_pipeline
+from dype.sampling import multipass, records
+from dype.sweep.grid import sides
 
 try:
     from dype.demo import report
 except ModuleNotFoundError as error:
     sys.exit(f"there is no {error.name}; pip install -r requirements-dev.txt")
+
 
 DEMO = MODELS["demo"]
 PROCESSES = min(os.cpu_count() or 1, 8)
@@ -98,11 +99,11 @@ def in_one(pipe, caption: str, size: tuple[int, int], seed: int, args) -> Image.
 
 def in_passes(pipe, caption: str, size: tuple[int, int], seed: int, args) -> Image.Image:
     """The base resolution first."""
-    return generate.multipass(
+    return multipass.multipass(
         pipe,
         caption,
         *size,
-        generate.progressive(*size, DEMO.base_resolution, args.steps),
+        multipass.progressive(*size, DEMO.base_resolution, args.steps),
         negative_prompt=DEMO.negative_prompt or "",
         true_cfg=args.true_cfg,
         guidance=DEMO.guidance,
@@ -228,7 +229,7 @@ def asked(args) -> list[Cell]:
         number("--size", side, 64, 4096, multiple=16)
     if args.settings:
         if any(setting(one).control == "progressive" for one in args.settings):
-            generate.progressive(*size, DEMO.base_resolution, args.steps)
+            multipass.progressive(*size, DEMO.base_resolution, args.steps)
         cells = [Cell(size, setting(one), args.count) for one in args.settings]
     else:
         plans = [name for name in ("quick", "full", "cutoff") if getattr(args, name)]
@@ -255,6 +256,7 @@ def there(cells: list[Cell], args) -> list[Cell]:
     return found
 
 
+@user_errors()
 def run(args) -> None:
     """Draw what is not there, score, print and write. Raises ValueError, OSError."""
     cells = asked(args)
@@ -293,20 +295,10 @@ def saved(whole: dict) -> bytes:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
-    try:
-        run(parser().parse_args(argv))
-    except (UserError, ValueError) as error:
-        return failed(2, error)
-    except OSError as error:
-        return failed(1, error)
-    except KeyboardInterrupt:
-        return failed(130, "interrupted; the same command draws the rest")
-    return 0
-
-
-def failed(code: int, error) -> int:
-    print(f"dype.demo.evaluate: {error}", file=sys.stderr)
-    return code
+    rest = "the same command draws the rest"
+    return run_command(
+        "dype.demo.evaluate", lambda: run(parser().parse_args(argv)), interrupted=rest
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a sweep of the demo model drew: `python -m dype.demo.judge FOLDER`.
 
-Every picture is judged by `dype.demo.check` against its own prompt: per setting, the shares with
-the right layout and shape with their Wilson 95 % intervals; the overlap (intersection over union)
+Every picture is judged by `layout_check` against its own prompt: per setting, the shares with the
+right layout and shape with their Wilson 95 % intervals; the overlap (intersection over union)
 of the object with the asked shape at its best place, and seconds, as mean and standard deviation;
 and what the overlap gains over the first setting, picture by picture.
 Needs the packages of requirements-dev.txt.
@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dype import records, sheets
-from dype.ablation import read_rows
 from dype.demo.scenes import COLOURS, SHAPES
+from dype.sampling import records
+from dype.sweep import results
+from dype.sweep.results import read_rows
 
 try:
-    from dype.demo.check import check
-    from dype.demo.scores import shown, wilson
+    from dype.demo.layout_check import check
+    from dype.demo.scores import shares, shown
 except ModuleNotFoundError as error:
     sys.exit(f"there is no {error.name}; pip install -r requirements-dev.txt")
 
@@ -55,19 +56,19 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser().error(str(error))
     first = None
-    for name, some in sheets.by_setting(rows).items():
+    for name, some in results.by_setting(rows).items():
         layouts, shapes, overlaps = zip(*(verdicts[row["file"]] for row in some), strict=True)
-        shares = [shown(wilson(passed)) for passed in (layouts, shapes)]
-        seconds = sheets.spread([float(row["seconds"]) for row in some], 1)
+        rates = [shown(shares(passed)) for passed in (layouts, shapes)]
+        seconds = results.spread([float(row["seconds"]) for row in some], 1)
         print(
-            f"n {len(some)}  layout {shares[0]}  shape {shares[1]}  "
-            f"overlap {sheets.spread(overlaps, 2)}  seconds {seconds}  {name}"
+            f"n {len(some)}  layout {rates[0]}  shape {rates[1]}  "
+            f"overlap {results.spread(overlaps, 2)}  seconds {seconds}  {name}"
         )
         samples = {(row["seed"], row["prompt"]): verdicts[row["file"]][2] for row in some}
         first = first or samples
         if samples is not first and samples.keys() == first.keys():
             gains = [samples[sample] - first[sample] for sample in samples]
-            print(f"      overlap against the first, paired: {sheets.spread(gains, 3)}")
+            print(f"      overlap against the first, paired: {results.spread(gains, 3)}")
     return 0
 
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from dype import records
 from dype.config import METHOD_SCALES
 from dype.demo import scores
-from dype.demo.plans import Cell, Setting, compared, shown_size
+from dype.demo.experiments import Cell, Setting, compared, shown_size
 from dype.demo.scenes import Scene, render
+from dype.sampling import records
 
 
 def table(vae, cells: list[Cell], scenes: list[Scene], folder_of: Callable, couples=()) -> dict:

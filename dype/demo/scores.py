@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dype.demo.check import check
+from dype.demo.layout_check import check
 from dype.demo.scenes import Scene
 from dype.demo.texture import frechet, log_spectrum, moments, patch_features, spectrum_error
+from dype.metrics import intervals
 
-DRAWS, SEED = 1000, 0  # of the bootstrap
+DRAWS = 1000  # of the bootstrap
 
 
 class Judged(NamedTuple):
@@ -70,46 +71,27 @@ def taken(of: Judged, index: np.ndarray) -> Judged:
     return Judged(*(part[index] for part in of))
 
 
-def resampled(statistic: Callable[[np.ndarray], float], n: int) -> np.ndarray:
-    """`statistic` of as many sets as DRAWS, each of n pictures drawn with replacement: indices."""
-    rng = np.random.default_rng(SEED)
-    return np.array([statistic(rng.integers(n, size=n)) for _ in range(DRAWS)])
+def resampled(statistic: Callable[[np.ndarray], float], n: int) -> list[float]:
+    """`statistic` of DRAWS sets, each of n pictures drawn with replacement: indices."""
+    return [statistic(chosen) for chosen in intervals.draws(n, DRAWS)]
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], n: int) -> dict:
-    """`statistic` of all n pictures and its percentile 95 % interval over sets drawn from them."""
-    low, high = np.percentile(resampled(statistic, n), (2.5, 97.5))
-    return {"mean": statistic(np.arange(n)), "interval": [float(low), float(high)]}
+    """`statistic` of all n pictures and its percentile interval."""
+    value = statistic(np.arange(n))
+    return {"mean": value, "interval": intervals.middle(resampled(statistic, n))}
 
 
-def around(statistic: Callable[[np.ndarray], float], n: int) -> dict:
-    """The same for distances: the value and 1.96 standard deviations of the sets about it.
-
-    A picture drawn twice puts a set farther off by itself: percentiles would lie beside the value.
-    """
-    value, half = statistic(np.arange(n)), 1.96 * resampled(statistic, n).std()
-    return {"mean": value, "interval": [max(float(value - half), 0.0), float(value + half)]}
+def distance(statistic: Callable[[np.ndarray], float], n: int) -> dict:
+    """The same for distances, which are 0 or more: an interval about the value."""
+    value = statistic(np.arange(n))
+    low, high = intervals.around(value, resampled(statistic, n))
+    return {"mean": value, "interval": [max(low, 0.0), high]}
 
 
-def wilson(right: np.ndarray) -> dict:
-    """A share and its Wilson 95 % interval, which has a width where all are alike."""
-    n, p, z = len(right), float(np.mean(right)), 1.96
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return {"mean": p, "interval": [max(float(middle - half), 0.0), min(float(middle + half), 1.0)]}
-
-
-def paired_shares(right: np.ndarray, other: np.ndarray) -> dict:
-    """The difference of two shares of the same pictures and its 95 % interval.
-
-    Agresti and Min (2005): half a picture more in each of the four cells, so that it has a width
-    where no picture differs.
-    """
-    n, gained, lost = len(right), np.sum(right > other), np.sum(right < other)
-    middle = float(gained - lost) / (n + 2)
-    half = 1.96 * float(np.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (n + 2))) / (n + 2)
-    interval = [max(middle - half, -1.0), min(middle + half, 1.0)]
-    return {"mean": float(np.mean(right) - np.mean(other)), "interval": interval}
+def shares(right: np.ndarray) -> dict:
+    """The share of pictures that are right, and its interval."""
+    return {"mean": float(np.mean(right)), "interval": intervals.wilson(right)}
 
 
 def score(of: Judged, truth: Judged) -> dict:
@@ -119,8 +101,8 @@ def score(of: Judged, truth: Judged) -> dict:
         return lambda i: f(taken(of, i), taken(truth, i))
 
     n = len(of.right)
-    distances = {f.__name__: around(of_sets(f), n) for f in (spectrum, patches, joint)}
-    found = {"layout": wilson(of.right), "overlap": bootstrap(of_sets(overlap), n)} | distances
+    distances = {f.__name__: distance(of_sets(f), n) for f in (spectrum, patches, joint)}
+    found = {"layout": shares(of.right), "overlap": bootstrap(of_sets(overlap), n)} | distances
     return {name: found[name] for name in SCORES}
 
 
@@ -131,7 +113,8 @@ def difference(of: Judged, other: Judged, truth: Judged) -> dict:
         return lambda i: f(taken(of, i), taken(truth, i)) - f(taken(other, i), taken(truth, i))
 
     found = {name: bootstrap(paired(f), len(of.right)) for name, f in SCORES.items()}
-    return found | {"layout": paired_shares(of.right, other.right)}
+    found["layout"]["interval"] = intervals.paired_shares(of.right, other.right)
+    return found
 
 
 def shown(found: dict, signed: bool = False) -> str:

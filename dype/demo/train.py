@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxPipeline
 from tqdm import tqdm
 
-from dype.demo import build
+from dype.demo import model as demo_model
 from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, render, sample_scene
 
 BASE = 256  # px, the only size that the transformer ever sees
@@ -115,7 +115,9 @@ def well_conditioned(vae: torch.nn.Module) -> torch.nn.Module:
             torch.nn.init.orthogonal_(weight)
             if "conv2" in name:
                 torch.nn.init.zeros_(weight)
-    torch.nn.init.constant_(vae.encoder.conv_out.bias[build.LATENT_CHANNELS :], -6.0)  # log var
+    torch.nn.init.constant_(
+        vae.encoder.conv_out.bias[demo_model.LATENT_CHANNELS :], -6.0
+    )  # log var
     return vae
 
 
@@ -125,7 +127,7 @@ def train_vae(args) -> torch.nn.Module:
     Small crops train faster per pixel; large ones keep GroupNorm's statistics those of pictures.
     """
     torch.manual_seed(args.seed)
-    vae = well_conditioned(build.vae()).train()
+    vae = well_conditioned(demo_model.vae()).train()
     vae = vae.to(args.device, memory_format=torch.channels_last)
     path = args.work / "vae.pt"
     done = path.exists() and torch.load(path, map_location="cpu")["step"] >= args.vae_steps
@@ -193,7 +195,7 @@ def normalise(vae, latents: torch.Tensor) -> torch.Tensor:
     Exact, since the padding of the decoder's first convolution is zero. The means stay, but for
     the common one in `shift_factor`: moving a mean would change what the padding stands for.
     """
-    deviation, channels = latents.std((0, 2, 3)), build.LATENT_CHANNELS
+    deviation, channels = latents.std((0, 2, 3)), demo_model.LATENT_CHANNELS
     latents = latents / deviation[:, None, None]
     deviation = deviation.to(vae.device)
     encoder, decoder = vae.encoder.conv_out, vae.decoder.conv_in
@@ -219,11 +221,11 @@ def train_transformer(vae, args) -> FluxPipeline:
     torch.manual_seed(args.seed)
     latents, scenes = cached_latents(vae, args)
     data = normalise(vae, latents).to(args.device), scenes
-    text = build.text_encoders()
+    text = demo_model.text_encoders()
     pipe = FluxPipeline(
-        scheduler=build.scheduler(),
+        scheduler=demo_model.scheduler(),
         vae=vae,
-        transformer=zero_modulation(build.transformer()),
+        transformer=zero_modulation(demo_model.transformer()),
         **text,
     ).to(args.device)
     learn(pipe, "transformer", data, args, args.steps, decay=8000, rate=1.2e-3)
@@ -252,7 +254,7 @@ def learn(pipe, name: str, data, args, steps: int, *, decay: int, rate: float, d
     clip_ids, t5_ids = (ids.to(args.device) for ids in tokens)
     height = width = latents.shape[-1]
     img_ids = pipe._prepare_latent_image_ids(1, height // 2, width // 2, args.device, torch.float32)
-    txt_ids = torch.zeros(build.MAX_TOKENS, 3, device=args.device)
+    txt_ids = torch.zeros(demo_model.MAX_TOKENS, 3, device=args.device)
 
     def loss_at(step):
         rng = np.random.default_rng([args.seed, 2, step])

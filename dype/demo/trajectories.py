@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from dype import records
 from dype.config import DyPEConfig, number
 from dype.demo.evaluate import weights_hash
 from dype.demo.scenes import sample_scene
-from dype.flags import Parser, UserError
-from dype.latents import power_spectrum
-from dype.models import MODELS
+from dype.errors import Parser, UserError, run_command, user_errors
 from dype.patch import apply_dype
-from dype.pipelines import load_pipeline
+from dype.pipelines.catalog import MODELS
+from dype.pipelines.loading import load_pipeline
+from dype.sampling import records
+from dype.sampling.latents import power_spectrum
 
 DEMO = MODELS["demo"]
 OUT = Path("docs/data/trajectories.json")
@@ -172,19 +172,11 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return run(parser().parse_args(argv))
-    except (UserError, ValueError) as error:
-        print(f"dype.demo.trajectories: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"dype.demo.trajectories: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("dype.demo.trajectories: interrupted; run it again for the rest", file=sys.stderr)
-        return 130
+    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
+    return run_command("dype.demo.trajectories", lambda: run(parser().parse_args(argv)))
 
 
+@user_errors()
 def run(args: argparse.Namespace) -> int:
     """Draw what is not there yet. Raises UserError, ValueError, OSError."""
     if len(args.sizes) != len(args.counts):

@@ -1,0 +1,129 @@
+"""What DyPE costs: `python -m dype.benchmark [embedder | step | pipeline | cost]`.
+
+embedder: a call of each family's embedder, beside stock and a plain copy. step: a denoiser step
+with and without DyPE, in pairs. pipeline: whole pictures. cost: nothing is run, what a step takes
+by counting. Ratios come first; the last line is all of it as JSON.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from dype.benchmark import embedder as benchmark_embedder
+from dype.benchmark import flops
+from dype.benchmark import step as benchmark_step
+from dype.config import METHOD_SCALES
+from dype.errors import Parser, UserError, run_command
+from dype.families import TOKEN
+from dype.pipelines.acceleration import COMPILES, backends, check_attention
+from dype.pipelines.devices import check_device, default_device
+
+RUNS = {
+    "embedder": benchmark_embedder.run,
+    "step": benchmark_step.steps,
+    "pipeline": benchmark_step.pictures,
+    "cost": flops.run,
+}
+SIZES = {
+    "embedder": (1024, 2048, 4096, 8192),
+    "step": (512, 1024),
+    "pipeline": (512,),
+    "cost": (1024, 2048, 4096),
+}
+LARGE = (1024, 2048, 4096)  # of step and pipeline on a GPU
+REPEATS = {"embedder": (9,), "step": (15,), "pipeline": (2,), "cost": (1,)}
+
+
+def listed(defaults: dict) -> str:
+    """embedder 9, step 15, ...: a default per sub-command."""
+    return ", ".join(f"{name} {' '.join(map(str, some))}" for name, some in defaults.items())
+
+
+def parser() -> Parser:
+    made = Parser(prog="python -m dype.benchmark", description=__doc__)
+    flag = made.add_argument
+    flag("what", nargs="?", choices=RUNS, default="embedder")
+    flag(
+        "--sizes",
+        nargs="+",
+        type=int,
+        metavar="PX",
+        help=f"(default: {listed(SIZES)}; on a GPU step and pipeline {listed({'': LARGE})})",
+    )
+    flag("--repeats", type=int, metavar="N", help=f"(default: {listed(REPEATS)})")
+    flag("--device", metavar="NAME", help="cpu or cuda (default: cpu for embedder, else the best)")
+    flag(
+        "--families",
+        nargs="+",
+        choices=benchmark_embedder.FAMILIES,
+        default=[*benchmark_embedder.FAMILIES],
+        help="of embedder (default: all)",
+    )
+    flag(
+        "--model",
+        choices=benchmark_step.MODELS,
+        help="of step, pipeline: demo, or the real size "
+        "with random weights (default: demo on a CPU, flux on a GPU)",
+    )
+    flag("--method", choices=METHOD_SCALES, default="yarn", help="(default: yarn)")
+    flag("--attention", metavar="NAME", help="of step, pipeline (default: diffusers' own)")
+    flag("--compile", choices=COMPILES, default="off", help="of step, pipeline (default: off)")
+    flag("--steps", type=int, metavar="N", help="of pipeline (default: the model's)")
+    flag("--alone", action="store_true", help="of pipeline: with DyPE only (default: in turns)")
+    return made  # fmt: skip
+
+
+def completed(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags with their defaults, checked. Raises UserError, `UnavailableError`."""
+    counted = args.what in ("embedder", "cost")
+    args.device = args.device or ("cpu" if counted else default_device())
+    if args.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device is {args.device!r}, expected cpu or cuda")
+    if args.what == "cost":  # which runs nothing
+        args.device = "cpu"
+    check_device(args.device, "none")
+    large = args.device != "cpu" and args.what in ("step", "pipeline")
+    args.sizes = args.sizes or (LARGE if large else SIZES[args.what])
+    args.repeats = REPEATS[args.what][0] if args.repeats is None else args.repeats
+    if args.repeats < 1:
+        raise UserError(f"--repeats is {args.repeats}, expected at least 1")
+    for size in args.sizes:
+        if size < TOKEN or size % TOKEN:
+            raise UserError(f"--sizes has {size}, expected multiples of {TOKEN} px")
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps is {args.steps}, expected at least 1")
+    if args.attention is not None and args.attention not in backends():
+        raise UserError(f"--attention is {args.attention!r}, expected {', '.join(backends())}")
+    args.model = args.model or ("demo" if args.device == "cpu" else "flux")
+    if args.what in ("step", "pipeline"):
+        check_attention(args.attention, args.device, benchmark_step.MODELS[args.model].dtype)
+    return args
+
+
+def machine(device: str) -> dict:
+    """What the figures hold for."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((one.split(": ")[1] for one in lines if one.startswith("model name")), name)
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {"device": name, "torch": torch.__version__}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
+
+    def run() -> None:
+        args = completed(parser().parse_args(argv))
+        print(json.dumps({"benchmark": args.what, **machine(args.device), **RUNS[args.what](args)}))
+
+    return run_command("dype.benchmark", run, out_of_memory="try smaller --sizes")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""What an embedder costs: ours, the stock one, the formula token by token, and a plain copy.
+
+All four write the same bytes, and are timed in one run, in turns. On a CPU it is the CPU time of
+one thread, with a warm allocator (the first touch of fresh pages would cost several copies and hide
+all else); on a GPU the time between two events, with launches counted by the profiler.
+"""
+
+import argparse
+import ctypes
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dype import rope
+from dype.config import DyPEConfig
+from dype.embedders import FluxDyPE, grid_ids
+from dype.embedders_complex import QwenDyPE, ZImageDyPE
+from dype.families import TOKEN
+
+TEXT_TOKENS = 512
+TRAINED = 64  # tokens
+
+
+def warm_allocator() -> None:
+    """Have glibc keep freed memory, as the caching allocators of accelerators do."""
+    keep = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if keep is not None:
+        m_trim_threshold, m_mmap_max = -1, -4
+        keep(m_mmap_max, 0)
+        keep(m_trim_threshold, 2**31 - 1)
+
+
+def timed(call: Callable, device: torch.device) -> float:
+    """Seconds of one call: of CPU time, or on a GPU between two events."""
+    if device.type == "cpu":
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that would launch a kernel on a GPU, on any device."""
+
+    def __enter__(self):
+        self.count = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if not (function.is_view or name in ("aten::empty", "aten::new_empty", "aten::detach")):
+            self.count += 2 if name == "aten::constant_pad_nd" else 1  # it fills, then copies
+        return function(*args, **(kwargs or {}))
+
+
+def launches(call: Callable, device: torch.device) -> int:
+    """Kernels that one call launches: as a GPU's profiler has seen, or by the operations."""
+    if device.type == "cpu":
+        with Launches() as seen:
+            call()
+        return seen.count
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        call()
+    return sum("Launch" in event.name for event in profile.events())
+
+
+def real(stock, texts: int, side: int, config: DyPEConfig) -> tuple:
+    """A format of cos and sin, called with `texts` tokens of text in front of the picture's."""
+    ids = torch.cat([torch.zeros(texts, 3), grid_ids(0, side, side)])
+    ours = FluxDyPE(stock, config, TRAINED)
+    ours.set_grid(side, side)
+    ours.set_layout(texts, 0)
+    return stock, ours, (F.pad(ids, (0, len(stock.axes_dim) - 3)),)
+
+
+def flux(side: int, config: DyPEConfig) -> tuple:
+    from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+
+    return real(FluxPosEmbed(10000, [16, 56, 56]), TEXT_TOKENS, side, config)
+
+
+def flux2(side: int, config: DyPEConfig) -> tuple:
+    """The call for the picture; the other, for the text, has 512 tokens."""
+    from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed
+
+    return real(Flux2PosEmbed(2000, [32, 32, 32, 32]), 0, side, config)
+
+
+def krea2(side: int, config: DyPEConfig) -> tuple:
+    from diffusers.models.transformers.transformer_krea2 import Krea2RotaryPosEmbed
+
+    return real(Krea2RotaryPosEmbed(1000, [32, 48, 48]), TEXT_TOKENS, side, config)
+
+
+def z_image(side: int, config: DyPEConfig) -> tuple:
+    from diffusers.models.transformers.transformer_z_image import RopeEmbedder
+
+    stock = RopeEmbedder(256.0, [32, 48, 48], [1536, 512, 512])
+    ours = ZImageDyPE(stock, config, TRAINED)
+    ours.set_grid(side, side)
+    ours.places = TEXT_TOKENS + 2  # as a denoiser call with 512 tokens of text sets it
+    ids = grid_ids(TEXT_TOKENS + 1, side, side).int()
+    return stock, ours, (ids,)
+
+
+def qwen_image(side: int, config: DyPEConfig) -> tuple:
+    from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
+
+    stock = QwenEmbedRope(10000, [16, 56, 56], scale_rope=True)
+    ours = QwenDyPE(stock, config, 83)
+    ours.set_grid(side, side)
+    return stock, ours, ([[(1, side, side)]], torch.get_default_device(), TEXT_TOKENS)
+
+
+FAMILIES = {
+    "flux": flux,  # FLUX.1, Chroma, Bria
+    "flux2": flux2,
+    "krea2": krea2,
+    "z-image": z_image,
+    "qwen-image": qwen_image,
+}
+
+
+def costs(family: str, size: int, repeats: int, device: torch.device, method: str) -> dict:
+    """Of one call at `size` x `size` px: launches, and median milliseconds by what was called."""
+    with torch.device(device):
+        stock, ours, args = FAMILIES[family](size // TOKEN, DyPEConfig(method))
+    ours.set_timestep(torch.tensor(0.6, device=device))
+    tables = ours(*args)
+    tables = tables if isinstance(tables, tuple) else (tables,)
+    check(ours, args, tables)
+    calls = {
+        "copy": lambda: [table.clone() for table in tables],
+        "ours": lambda: ours(*args),
+        "stock": lambda: stock(*args),
+        "literal": lambda: literal(ours, positions(ours, args)),
+    }
+    times = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            times[name].append(timed(call, device))
+    found = {name: 1000 * statistics.median(values) for name, values in times.items()}
+    return {"launches": launches(calls["ours"], device), **found}
+
+
+def positions(embedder, args: tuple) -> torch.Tensor:
+    """The position of every token that a call is for, [S, A]."""
+    if not isinstance(embedder, QwenDyPE):
+        return args[0]
+    places, grid = grid_ids(0, *embedder.grid, args[1]), torch.tensor(embedder.grid)
+    places[:, 1:] -= (grid - grid // 2).to(args[1])
+    return places
+
+
+def literal(embedder, places: torch.Tensor) -> torch.Tensor:
+    """The formula as it is written, m exp(i position f) at every token and pair.
+
+    complex128 [S, D / 2]. Frequencies as `axis_frequencies` gives them, stock on other axes.
+    """
+    parts, device = [], places.device
+    for axis, dim in enumerate(embedder.axes_dim):
+        f, m = rope.stock_frequencies(dim, embedder.theta), 1.0
+        if axis in (1, 2):
+            known = dim, embedder.theta, embedder.trained_tokens, embedder.grid[axis - 1]
+            largest = max(embedder.grid) / embedder.trained_tokens
+            f, m = rope.axis_frequencies(*known, float(embedder.sigma), embedder.config, largest)
+        angle = places[:, axis, None].double() * f.to(device)
+        parts.append(torch.polar(torch.full_like(angle, float(m)), angle))
+    return torch.cat(parts, -1)
+
+
+def check(embedder, args: tuple, tables: tuple) -> None:
+    """The timed path must give what the formula gives, token by token, at 1000 tokens."""
+    places = positions(embedder, args)
+    rows = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))[:1000]
+    rows = rows.to(places.device)
+    found = tables[0][rows]
+    if not found.is_complex():
+        found = torch.complex(*(table[rows, ::2] for table in tables))
+    exact = 1e-6 if embedder.active(embedder.grid) else 1e-4  # stock's angles may be float32
+    assert (found - literal(embedder, places[rows])).abs().max() < exact
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Print a table of costs per family and size; returns it with the ratios that matter."""
+    torch.set_num_threads(1)
+    warm_allocator()
+    names = ("copy", "ours", "stock", "literal")
+    ratios = {"ours/copy": 0, "stock/copy": 0, "ours/stock": 0, "literal/ours": 0}
+    print(
+        "family      px   ",
+        *(f"{name + ' ms':>10}" for name in names),
+        *(f"{r:>12}" for r in ratios),
+        " launches",
+    )
+    rows = {}
+    for family in args.families:
+        for size in args.sizes:
+            found = costs(family, size, args.repeats, torch.device(args.device), args.method)
+            for name in ratios:
+                one, other = name.split("/")
+                ratios[name] = found[one] / found[other]
+            rows.setdefault(family, {})[str(size)] = {
+                name: round(value, 3) for name, value in (found | ratios).items()
+            }
+            print(
+                f"{family:11} {size:<5}", *(f"{found[name]:10.2f}" for name in names),
+                *(f"{value:12.2f}" for value in ratios.values()), f"{found['launches']:9}",
+            )  # fmt: skip
+            gc.collect()
+    return {"families": rows}

@@ -1,0 +1,147 @@
+"""Transformer class -> how DyPE enters it: embedder, arguments, trained size, or why not."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dype.embedders import FluxDyPE, MatrixDyPE
+from dype.embedders_complex import QwenDyPE, ZImageDyPE
+
+TOKEN = 16  # px per token: the VAE's factor 8 times the 2 x 2 packing
+DEMO = Path(__file__).parent / "demo" / "weights"
+TRAINED_AT = {DEMO: 256}  # px: the checkpoints whose size is not their family's
+
+
+class Texts(NamedTuple):
+    """Where a family's text tokens are, in numbers of them."""
+
+    before: int = 0  # in front of the picture's, in what the embedder is called with
+    within: int = 0  # of those, how many are in the call's own ids
+    apart: int = -1  # in a call of the embedder by themselves
+
+
+def joined(module, call: dict) -> Texts:
+    """FLUX.1: the transformer puts `txt_ids` in front of `img_ids`."""
+    mode_token = bool(getattr(module, "union", False))  # a union controlnet adds one
+    return Texts(before=call["txt_ids"].shape[-2] + mode_token)
+
+
+def apart(module, call: dict) -> Texts:
+    """FLUX.2: one call for the pictures, one for the text."""
+    return Texts(apart=call["txt_ids"].shape[-2])
+
+
+def within(module, call: dict) -> Texts:
+    """Krea 2: one tensor of ids for all."""
+    text = call["encoder_hidden_states"].shape[1]
+    return Texts(before=text, within=text)
+
+
+class Family(NamedTuple):
+    """How DyPE enters a class of transformers."""
+
+    attribute: str  # where the rotary embedder sits
+    embedder: type  # what takes its place
+    base_resolution: int = 1024  # px
+    shift: str = "model"  # the schedule to draw with, of DyPEConfig
+    time: str = "timestep"  # the argument that holds the noise level ...
+    sigma: Callable = lambda time: time  # ... and how: sigma in [0, 1] from it
+    ids: str = "img_ids"  # the argument with the pictures' ids, where there are any
+    texts: Callable = joined
+    reason: Callable = lambda config: None  # why a configuration can't be had, or None
+    mu: Callable | None = None  # mu(tokens, steps), where the pipeline has a rule of its own
+
+
+def omni(config: dict) -> str | None:
+    if config.get("siglip_feat_dim") is not None:
+        return "Z-Image-Omni's reference pictures share the drawn one's rows and columns"
+    return None
+
+
+def layered(config: dict) -> str | None:
+    if config.get("use_layer3d_rope"):
+        return "Qwen-Image-Layered has an embedder of its own"
+    return None
+
+
+def flux2_mu(tokens: int, steps: int) -> float:
+    """FLUX.2's rule, which reads nothing from the scheduler."""
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+    return compute_empirical_mu(tokens, steps)
+
+
+FLUX = Family("pos_embed", FluxDyPE, shift="cap")
+FLUX2 = FLUX._replace(texts=apart, mu=flux2_mu)
+KREA2 = FLUX._replace(attribute="rotary_emb", ids="position_ids", texts=within)
+KREA2_TURBO = KREA2._replace(mu=lambda tokens, steps: 1.15)  # the pipeline's, whatever the size
+BRIA = FLUX._replace(sigma=lambda time: time.double() / 1000, shift="model")
+BFL = FLUX._replace(attribute="pe_embedder", embedder=MatrixDyPE, time="timesteps")
+QWEN = Family("pos_embed", QwenDyPE, 1328, reason=layered)
+NUCLEUS = QWEN._replace(base_resolution=1024)
+ZIMAGE = Family(
+    "rope_embedder", ZImageDyPE, time="t", sigma=lambda time: 1 - time.double(), reason=omni
+)
+
+FAMILIES = {
+    "FluxTransformer2DModel": FLUX,
+    "FluxControlNetModel": FLUX,
+    "ChromaTransformer2DModel": FLUX,
+    "Flux2Transformer2DModel": FLUX2,
+    "Krea2Transformer2DModel": KREA2,
+    "BriaTransformer2DModel": BRIA,
+    "BriaFiboTransformer2DModel": BRIA,
+    "Flux": BFL,  # Black Forest Labs' own class, and copies of it in host applications
+    "QwenImageTransformer2DModel": QWEN,
+    "QwenImageControlNetModel": QWEN,
+    "NucleusMoEImageTransformer2DModel": NUCLEUS,
+    "ZImageTransformer2DModel": ZIMAGE,
+    "ZImageControlNetModel": ZIMAGE,
+}
+TEXT_ON_THE_GRID = (
+    "its text counts on along the picture's rows and columns, and where it belongs once those are "
+    "stretched is an open question"
+)
+REFUSED = {
+    "HiDreamImageTransformer2DModel": "its pipeline forces every picture to 1024x1024 pixels",
+    "ErnieImageTransformer2DModel": "its embedder returns angles, so there is no attention scale",
+    "OvisImageTransformer2DModel": TEXT_ON_THE_GRID,
+    "LongCatImageTransformer2DModel": TEXT_ON_THE_GRID,
+    "BriaFibo2Transformer2DModel": "its picture and references share one call of the embedder",
+    "Flux3Transformer2DModel": "diffusers draws with it in modular pipelines alone, never tried",
+    "HunyuanImageTransformer2DModel": "its embedder is called with the latent, not with positions",
+    "Lumina2Transformer2DModel": "its embedder cuts the picture into tokens too",
+    "PRXTransformer2DModel": "it embeds rows and columns alone, in a format of its own",
+    "QwenImage21Transformer2DModel": "its text, pictures and cached keys share one table",
+}
+
+
+def family_of_pipeline(pipe, family: Family) -> Family:
+    """The family by whose rules a pipeline makes its schedule; `family` is its transformer's."""
+    distilled = getattr(pipe, "config", {}).get("is_distilled")
+    return KREA2_TURBO if family is KREA2 and distilled else family
+
+
+def family_of(module) -> Family:
+    """The family of a transformer or controlnet, by its class.
+
+    Raises TypeError if the class is not supported, with the reason where it is known.
+    """
+    names = [cls.__name__ for cls in type(module).__mro__]
+    for name in names:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    known = [REFUSED[name] for name in names if name in REFUSED]
+    reason = f": {known[0]}" if known else ""
+    raise TypeError(f"{names[0]} is not supported{reason}; expected one of {', '.join(FAMILIES)}")
+
+
+def base_resolution(module: torch.nn.Module) -> int:
+    """Trained size in px of what was loaded: of its folder in TRAINED_AT, else of its family."""
+    loaded = Path(getattr(module, "config", {}).get("_name_or_path") or "nowhere").resolve()
+    for folder, side in TRAINED_AT.items():
+        if folder.resolve() in (loaded, *loaded.parents):
+            return side
+    return family_of(module).base_resolution

@@ -1,0 +1,104 @@
+"""The paper's figures, and four that it lacks: `python -m dype.figures NAME [--out FILE]`.
+
+Nothing is drawn with a model here. fig6, fig7 and ratios follow from the formulas; fig2a, fig2b,
+fig5, fig18, eq11, frontier and pairs read numbers saved in docs/data, and the others the pictures
+of a finished sweep: `python -m dype.figures fig3 outputs/sweep`. Needs the packages of
+requirements-dev.txt.
+"""
+
+import argparse
+import inspect
+import sys
+from pathlib import Path
+
+from dype.errors import Parser, UserError, run_command, user_errors
+
+try:
+    import matplotlib
+
+    from dype.figures import formulas, ground_truth, image_rows, style, trajectories
+except ModuleNotFoundError as error:
+    sys.exit(f"there is no {error.name}; pip install -r requirements-dev.txt")
+
+FIGURES = {
+    "fig2a": trajectories.fig2a,
+    "fig2b": trajectories.fig2b,
+    "fig5": ground_truth.fig5,
+    "fig6": formulas.fig6,
+    "fig7": formulas.fig7,
+    "fig18": trajectories.fig18,
+    "eq11": trajectories.eq11,
+    "frontier": ground_truth.frontier,
+    "pairs": ground_truth.pairs,
+    "ratios": formulas.ratios,
+    **image_rows.FIGURES,
+}
+
+
+def parser() -> Parser:
+    made = Parser(
+        prog="python -m dype.figures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("name", metavar="NAME", choices=FIGURES, help=", ".join(FIGURES))
+    made.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, help="of a finished sweep")
+    made.add_argument(
+        "--out", metavar="FILE", type=Path, help="(default: outputs/figures/NAME.png)"
+    )
+    for name, default in {
+        "trajectories": trajectories.TRAJECTORIES,
+        "unguided": trajectories.UNGUIDED,
+        "ground_truth": ground_truth.GROUND_TRUTH,
+    }.items():
+        made.add_argument(f"--{name}", metavar="FILE", type=Path, help=f"(default: {default})")
+    made.add_argument(
+        "--score", metavar="WORD", help=f"{', '.join(ground_truth.SCORES)} (default: joint)"
+    )
+    made.add_argument(
+        "--settings",
+        metavar="NAME",
+        nargs="+",
+        help=f"(default: {' '.join(ground_truth.STANDARD)})",
+    )
+    image_rows.add_flags(made)
+    return made
+
+
+def draw(args: argparse.Namespace):
+    """The figure asked for. Raises UserError, ValueError for flags that it has no use for."""
+    function = FIGURES[args.name]
+    known = inspect.signature(function).parameters
+    given = {
+        name: value
+        for name, value in vars(args).items()
+        if value is not None and name not in ("name", "out")
+    }
+    for name in given.keys() - known.keys():
+        users = [n for n, f in FIGURES.items() if name in inspect.signature(f).parameters]
+        flag = "FOLDER" if name == "folder" else f"--{name}"
+        raise UserError(f"{flag} is for {', '.join(users)}, expected none with {args.name}")
+    if "folder" in known and "folder" not in given:
+        raise UserError(f"{args.name} shows pictures, expected the FOLDER of a finished sweep")
+    return function(**given)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
+    return run_command("dype.figures", lambda: run(parser().parse_args(argv)))
+
+
+@user_errors()
+def run(args: argparse.Namespace) -> None:
+    """Draw and save. Raises UserError, OSError."""
+    out = args.out or Path("outputs/figures") / f"{args.name}.png"
+    if out.suffix.lower() not in style.FORMATS:
+        raise UserError(f"--out is {out}, expected a name in {', '.join(style.FORMATS)}")
+    with matplotlib.rc_context(style.STYLE):
+        style.save(draw(args), out, palette=args.name not in image_rows.FIGURES)
+    print(out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""Figures that need no model: spectra of x_t, sinusoids, wavelengths, frequency ratios.
+
+i counts the pairs of one axis of D dimensions, t is the noise level (1 is noise), and S(f, t) the
+power of x_t at frequency f; S(f, 0) = C / f^omega is the picture's, S(f, 1) = 1 the noise's.
+"""
+
+import math
+
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+
+from dype.config import DyPEConfig
+from dype.figures import style
+from dype.rope import BETA, GAMMA, METHODS, axis_frequencies, stock_frequencies
+from dype.rope import axes as rope_axes
+
+FLUX = (56, 10000.0, 64)  # D, theta, L in tokens
+Z_IMAGE = (48, 256.0, 64)
+STRETCH = 4  # s
+MASK = 1.5  # Eq. 12 is not drawn where signal and noise are within this factor of each other
+MU, STEPS = 1.15, 28  # of the authors' runs
+HALFWAY = 0.5  # the t of fig7's curves that follow it
+
+
+def mixed(picture, t, noise=1.0):
+    """S(f, t) = (1 - t)^2 S(f, 0) + t^2 S(f, 1) (DyPE Eq. 11)."""
+    return (1 - t) ** 2 * picture + t**2 * noise
+
+
+def progress(now, picture, noise):
+    """gamma = (ln S(t) - ln S(0)) / (ln S(1) - ln S(0)) (DyPE Eq. 12): 0 is done, 1 is noise.
+
+    NaN where S(0) and S(1) are within the factor MASK: it is singular where they are equal. Around
+    that it leaves [0, 1], as Eq. 11 is least at t = A / (1 + A), A = S(0) / S(1), not at an end.
+    """
+    span = np.log(noise / picture)
+    flat = abs(span) < math.log(MASK)
+    return np.where(flat, np.nan, np.log(now / picture) / np.where(flat, 1, span))
+
+
+def sigmas(steps: int, mu: float) -> np.ndarray:
+    """Noise levels of the steps: e^mu / (e^mu + 1 / u - 1), u = 1 .. 1/steps (FLUX's schedule)."""
+    u = np.linspace(1, 1 / steps, steps)
+    return math.exp(mu) / (math.exp(mu) + 1 / u - 1)
+
+
+def fit(f, power) -> tuple[float, float]:
+    """C and omega of the straight line through ln S over ln f, by least squares."""
+    slope, at = np.polyfit(np.log(f), np.log(power), 1)
+    return float(np.exp(at)), float(-slope)
+
+
+def spectra_panel(axes, f, levels, rows, guide: tuple[float, float]) -> None:
+    """S over f, a line per noise level, with C / f^omega."""
+    for t, row in zip(levels, rows, strict=True):
+        ends = {0: "picture, t = 0", 1: "noise, t = 1"}
+        width = 1.8 if t in ends else 0.7
+        label = ends.get(t, f"_t = {t:g}")
+        axes.plot(f, row, color=style.by_noise(t), linewidth=width, label=label)
+    c, omega = guide
+    label = rf"$1/f^\omega$, $\omega$ = {omega:.2f}"
+    axes.plot(f, c / f**omega, ":", color=style.VERMILLION, label=label)
+    axes.loglog()
+    axes.set_xlim(f[0], f[-1])
+    axes.set_xlabel("frequency (1: Nyquist)")
+    style.frequency_axis(axes.xaxis, f[0])
+
+
+def progress_panel(axes, f, levels, gamma):
+    """gamma over t and f, [f, t]: grey where masked, white above 1, black below 0."""
+    axes.set_facecolor("silver")
+    mesh = axes.pcolormesh(
+        style.edges(levels),
+        np.exp(style.edges(np.log(f))),
+        np.ma.masked_invalid(gamma),
+        cmap=style.PROGRESS,
+        vmin=0,
+        vmax=1,
+        rasterized=True,
+    )
+    axes.set_yscale("log")
+    axes.set_ylim(f[0], f[-1])
+    style.frequency_axis(axes.yaxis, f[0])
+    style.noise_axis(axes)
+    return mesh
+
+
+def colour_bar(made: Figure, axes, mappable, label: str, **more):
+    bar = made.colorbar(mappable, ax=axes, aspect=30, pad=0.02, **more)
+    bar.set_label(label)
+    bar.outline.set_linewidth(0.6)
+    return bar
+
+
+def noise_bar(made: Figure, axes) -> None:
+    """The colours of lines over t."""
+    colours = ScalarMappable(Normalize(0, 1), "viridis_r")
+    colour_bar(made, axes, colours, "noise level t").ax.invert_yaxis()
+
+
+def ratios_of(axis: tuple, t: float, config: DyPEConfig, s: float = STRETCH) -> np.ndarray:
+    """f_i / theta_i of a method at noise level t, float64 [n]."""
+    dim, theta, trained = axis
+    found, _ = axis_frequencies(dim, theta, trained, s * trained, t, config)
+    return (found / stock_frequencies(dim, theta)).numpy()
+
+
+def unclamped(axis: tuple, t: float, s: float = STRETCH) -> np.ndarray:
+    """f_i / theta_i of `yarn` with the edges of its ramps as in the authors' code, t > 0.
+
+    There low is cut at 0 and high at n, and nowhere else: once low passes n the ramp turns round,
+    its mask is 0 at every pair, and the frequencies fall back, in the end all to 1/s.
+    """
+    dim, theta, trained = axis
+    i, n = np.arange(dim // 2), dim // 2
+
+    def mask(band):
+        turns = [trained / (2 * math.pi * r * t**2) for r in band]
+        low, high = (dim * math.log(x) / (2 * math.log(theta)) for x in turns)
+        low, high = max(math.floor(low), 0), min(math.ceil(high), n)
+        return 1 - np.clip((i - low) / (high - low + 0.001 * (high == low)), 0, 1)
+
+    one = rope_axes(*axis, [s * trained], None, DyPEConfig())
+    beta, gamma = mask(BETA), mask(GAMMA)
+    interpolated = (1 - beta) / s + beta / s ** one.exponent.numpy()
+    return (1 - gamma) * interpolated + gamma
+
+
+def fig6() -> Figure:
+    """What each method does to a fast and a slow wave at twice the trained length.
+
+    The axis has two pairs of periods 512 and 4096: theta = 64, D = 4, in units of 512 / 2 pi.
+    """
+    panels = [
+        ("RoPE", "base", None),
+        ("PI", "pi", None),
+        ("NTK", "ntk", None),
+        ("dynamic NTK, t = 0.2", "ntk", 0.2),
+        ("dynamic NTK, t = 0.8", "ntk", 0.8),
+    ]
+    made = style.figure(style.DOUBLE, 5.2)
+    rows = made.subplots(len(panels), sharex=True, sharey=True)
+    x, marks = np.arange(0, 8193, 8), np.arange(0, 8193, 256)
+    for axes, letter, (title, method, t) in zip(rows, "abcde", panels, strict=True):
+        ratios = ratios_of((4, 64.0, 4096), t or 0, DyPEConfig(method, dype=t is not None), 2)
+        axes.axvspan(0, 4096, color=style.SKY, alpha=0.15, linewidth=0)
+        axes.axvspan(4096, 8192, color=style.GREY, alpha=0.15, linewidth=0)
+        waves = zip((512, 4096), ratios, (style.ORANGE, style.BLUE), strict=True)
+        for period, ratio, colour in waves:
+            label = f"period {period / ratio:,.0f}"
+            axes.plot(x, np.cos(2 * np.pi * x / period * ratio), color=colour, label=label)
+        slow = np.cos(2 * np.pi * marks / 4096 * ratios[1])
+        seen = marks <= 4096
+        look = {"color": style.BLUE, "markersize": 3.5, "clip_on": False}
+        axes.plot(marks[seen], slow[seen], "o", **look)
+        axes.plot(marks[~seen], slow[~seen], "s", **look, mfc="white")
+        axes.set_title(f"({letter}) {title}", loc="left", pad=3)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=2, borderpad=0)
+    rows[0].set(xlim=(0, 8192), ylim=(-1.15, 1.15), yticks=(-1, 0, 1), xticks=range(0, 8193, 1024))
+    rows[-1].set_xlabel("position (blue: trained on; grey: never seen)")
+    made.supylabel("cosine", fontsize=8)
+    return made
+
+
+def fig7() -> Figure:
+    """Wavelengths of one axis of FLUX at s = 4, and what they are stretched by."""
+    curves = [
+        ("RoPE", "base", False, style.BLACK, "-"),
+        ("PI", "pi", False, style.VERMILLION, "-"),
+        ("NTK", "ntk", False, style.BLUE, "-"),
+        ("time-aware (TASR)", "tasr", True, style.PURPLE, "--"),
+        ("dynamic PI", "pi", True, style.VERMILLION, "--"),
+        ("dynamic NTK", "ntk", True, style.BLUE, "--"),
+        ("dynamic YaRN", "yarn", True, style.GREEN, "--"),
+    ]
+    made = style.figure(style.DOUBLE, 2.9)
+    left, right = made.subplots(1, 2)
+    i = np.arange(FLUX[0] // 2)
+    theta = stock_frequencies(*FLUX[:2]).numpy()
+    for label, method, dynamic, colour, line in curves:
+        ratios = ratios_of(FLUX, HALFWAY, DyPEConfig(method, dype=dynamic))
+        label += f", t = {HALFWAY:g}" if dynamic else ""
+        left.plot(i, 2 * np.pi / (theta * ratios), line, color=colour, label=label)
+        right.plot(i, 1 / ratios, line, color=colour, label=label)
+    lengths = {FLUX[2]: "trained", STRETCH * FLUX[2]: "wanted"}
+    for tokens, name in lengths.items():
+        left.axhline(tokens, color=style.GREY, linewidth=0.6)
+        left.text(27, tokens * 1.06, f"{name}: {tokens}", ha="right", va="bottom", fontsize=7)
+    left.set(yscale="log", xlabel="pair index i", ylabel="wavelength (tokens)")
+    right.set(xlabel="pair index i", ylabel="wavelength / RoPE's")
+    made.legend(*right.get_legend_handles_labels(), loc="outside right center")
+    return made
+
+
+def ratios() -> Figure:
+    """f_i / theta_i of every method over t and i, FLUX above and Z-Image below, s = 4."""
+    names = [*METHODS, "yarn, unclamped"]
+    across = 4
+    down = -(-len(names) // across)
+    made = style.figure(style.DOUBLE, 2 * (1.02 * down + 0.55))
+    edges = np.linspace(0, 1, 161)
+    parts = made.subfigures(2, 1)
+    for part, title, axis in zip(parts, ("FLUX", "Z-Image"), (FLUX, Z_IMAGE), strict=True):
+        dim, theta, trained = axis
+        part.suptitle(
+            f"{title}: D = {dim}, theta = {theta:g}, {trained} tokens to {STRETCH * trained}",
+            fontsize=8,
+        )
+        grid = part.subplots(down, across, sharex=True, sharey=True).ravel()
+        for axes, name in zip(grid, names, strict=False):
+            mesh = ratio_panel(axes, axis, name, edges)
+        for axes in grid[len(names) :]:
+            axes.set_visible(False)
+        part.supxlabel("noise level t (root scale)", fontsize=8)
+        part.supylabel("pair index i", fontsize=8)
+        bar = colour_bar(part, grid, mesh, "frequency / RoPE's", extend="min")
+        bar.set_ticks([1, 1 / 2, 1 / 4, 1 / 8, 1 / 16], labels=["1", "1/2", "1/4", "1/8", "1/16"])
+        bar.minorticks_off()
+    return made
+
+
+def ratio_panel(axes, axis: tuple, name: str, edges: np.ndarray):
+    """One method's heat map over root t and i; the marks are the 28 steps of a FLUX picture."""
+    levels = ((edges[1:] + edges[:-1]) / 2) ** 2
+    if name in METHODS:
+        columns = [ratios_of(axis, t, DyPEConfig(name)) for t in levels]
+    else:
+        columns = [unclamped(axis, t) for t in levels]
+    n = axis[0] // 2
+    mesh = axes.pcolormesh(
+        edges,
+        np.arange(n + 1) - 0.5,
+        np.array(columns).T,
+        cmap="cividis",
+        norm=LogNorm(1 / 16, 1),
+        rasterized=True,
+    )
+    if axis == FLUX:
+        steps = np.sqrt(sigmas(STEPS, MU))
+        axes.plot(steps, np.full(STEPS, n - 1.6), "|", color=style.BLACK, markersize=4, mew=0.6)
+    ticks = (1, 0.5, 0.1, 0.01)
+    axes.set_xticks(np.sqrt(ticks), labels=[f"{t:g}" for t in ticks])
+    axes.set(xlim=(1, 0), ylim=(n - 0.5, -0.5), yticks=(0, n // 2, n - 1))
+    axes.set_title(name, pad=2)
+    return mesh

@@ -1,0 +1,190 @@
+"""Figures of the ground-truth table that `python -m dype.demo.evaluate --save` wrote.
+
+Its rows are settings at one size: `base`, METHOD_static, METHOD_LAMBDAS_LAMBDAT, with the name of
+its control behind where it is one, and rendered truth: `truth`, `truth_vae`, `vae`.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dype.config import one_of
+from dype.demo.experiments import RIVALS, setting
+from dype.figures import style
+from dype.figures.trajectories import BASE, read
+
+GROUND_TRUTH = Path("docs/data/ground_truth.json")
+SCORES = {  # -> what it is
+    "joint": "joint score",
+    "layout": "share with the layout right",
+    "overlap": "overlap with the asked shape",
+    "spectrum": "distance of spectra (0: truth)",
+    "patches": "distance of patches (0: truth)",
+}
+TRUTH = {"truth_vae": "truth, by the VAE"}  # as near as the model could come
+COMMAND = f"python -m dype.demo.evaluate --drawn --save {GROUND_TRUTH}"
+STANDARD = ("base", "yarn_paper_static", "yarn_paper_1_2")
+CUTOFF = Path("docs/data/cutoff.json")
+MARKED = [setting(one).name for one in RIVALS[:4]]  # with their intervals
+CHOSEN = MARKED[1]  # on other prompts
+SCALED = re.compile("_attention_[a-z]+=[^_]+")
+PLAIN = {"color": style.BLACK, "marker": "x"}
+COLOURS = (style.ORANGE, style.BLUE, style.GREEN, style.VERMILLION, style.PURPLE, style.SKY)
+MARKERS = "soD^vP"
+
+
+def reported(path: Path, command: str) -> list[dict]:
+    """The rows of square pictures but for the controls. Raises ValueError if there are none."""
+    rows = [one for one in read(path, "rows", command) if not one["control"]]
+    rows = [one for one in rows if isinstance(one["size"], int)]
+    if not rows:
+        raise ValueError(f"{path} has no rows; expected what {command} writes")
+    return rows
+
+
+def bars(axes, x, scores: list[dict], **look) -> None:
+    """Means, joined, with their intervals."""
+    axes.plot(x, [one["mean"] for one in scores], **look)
+    axes.vlines(x, *zip(*(one["interval"] for one in scores), strict=True), look["color"], lw=0.8)
+
+
+def fig5(ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=STANDARD) -> Figure:
+    """A score over the size with its intervals: `base`, a static method and its dynamic form."""
+    one_of("--score", score, SCORES)
+    rows = reported(ground_truth, COMMAND)
+    for name in settings:
+        one_of("--settings", name, list(dict.fromkeys(one["setting"] for one in rows)))
+    made = style.figure(style.SINGLE, 2.6)
+    axes = made.subplots()
+    looks = [{"color": c, "marker": m} for c, m in zip(COLOURS, MARKERS, strict=True)]
+    drawn = {"truth_vae": {"color": style.GREY, "linestyle": ":"}}
+    colours = iter(looks * len(settings))
+    for name in settings:
+        drawn[name] = PLAIN if name == "base" else next(colours)
+    stock = {one["size"]: one for one in rows if one["size"] == BASE and one["setting"] == "base"}
+    for name, look in drawn.items():
+        found = {} if name in TRUTH else dict(stock)  # where nothing is stretched all are stock
+        found |= {one["size"]: one for one in rows if one["setting"] == name}
+        if found:
+            x = [size / BASE for size in sorted(found)]
+            some = [found[size][score] for size in sorted(found)]
+            bars(axes, x, some, label=TRUTH.get(name, name), markersize=4, **look)
+    sizes = sorted({one["size"] for one in rows})
+    axes.set_xticks([s / BASE for s in sizes], labels=[f"{s / BASE:g}x\n{s}" for s in sizes])
+    axes.set(xlabel="side, times the trained one and px", ylabel=SCORES[score])
+    made.legend(loc="outside upper center", ncols=2)
+    return made
+
+
+def looks_of(rows: list[dict]) -> dict[str, dict]:
+    """A colour and a marker for every method but `base`."""
+    methods = dict.fromkeys(one["method"] for one in rows if one["method"] not in (None, "base"))
+    return {
+        method: {"color": COLOURS[i % 6], "marker": MARKERS[(i + i // 6) % 6]}
+        for i, method in enumerate(methods)
+    }
+
+
+def pairs(ground_truth: Path = GROUND_TRUTH, score: str = "spectrum") -> Figure:
+    """Layout against texture, a point per setting; a line leads from static to each dynamic one.
+
+    score: the one of texture, a distance, which falls to the top.
+    """
+    one_of("--score", score, ("spectrum", "patches"))
+    rows = reported(ground_truth, COMMAND)
+    sizes = sorted({one["size"] for one in rows} - {BASE}) or [BASE]
+    looks = looks_of(rows)
+    forms = [one for one in read(ground_truth, "pairs", COMMAND) if "_static" in one["against"]]
+    made = style.figure(style.DOUBLE, 3)
+    for axes, size in zip(
+        made.subplots(1, len(sizes), squeeze=False, sharey=True)[0], sizes, strict=True
+    ):
+        here = {one["setting"]: one for one in rows if one["size"] == size}
+        lines = [(one["against"], one["setting"]) for one in forms if one["size"] == size]
+        pairs_panel(axes, here, lines, looks, score)
+        axes.set_title(f"{size} px ({size / BASE:g}x)")
+    made.axes[0].invert_yaxis()
+    made.axes[0].set_ylabel(SCORES[score])
+    made.supxlabel(SCORES["layout"], fontsize=style.STYLE["axes.labelsize"])
+    found = {}
+    for axes in made.axes:
+        found |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    made.legend(found.values(), found, loc="outside right center", title="open: static")
+    return made
+
+
+def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
+    """Overlap with the asked shape against texture, a panel per square size; both axes' best is
+    top right.
+
+    A point per setting; those that differ by their attention scale alone are joined. MARKED ones
+    have their intervals, the chosen one a ring.
+    """
+    one_of("--score", score, ("spectrum", "patches"))
+    rows = reported(ground_truth, f"python -m dype.demo.evaluate --cutoff --save {CUTOFF}")
+    sizes = sorted({one["size"] for one in rows} - {BASE}) or [BASE]
+    looks = looks_of(rows) | {"base": PLAIN, "cutoff": {"color": style.BLACK, "marker": "D"}}
+    made = style.figure(style.SINGLE, 0.8 + 2.3 * len(sizes))
+    found = {}
+    for axes, size in zip(made.subplots(len(sizes), 1, squeeze=False)[:, 0], sizes, strict=True):
+        here = [one for one in rows if one["size"] == size]
+        frontier_panel(axes, here, looks, score)
+        axes.set(title=f"{size} px ({size / BASE:g}x)", ylabel=SCORES[score])
+        axes.invert_yaxis()
+        found |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    made.axes[-1].set_xlabel(SCORES["overlap"])
+    made.legend(found.values(), found, loc="outside lower center", ncols=3, title="open: static")
+    return made
+
+
+def frontier_panel(axes, rows: list[dict], looks: dict, score: str) -> None:
+    """One size: its rows, looks by method."""
+
+    def point(one):
+        return one["overlap"]["mean"], one[score]["mean"]
+
+    families = {}
+    for one in rows:
+        families.setdefault(SCALED.sub("", one["setting"]), []).append(one)
+    for family in families.values():
+        if len(family) > 1:
+            colour = looks[family[0]["method"]]["color"]
+            axes.plot(*zip(*map(point, family), strict=True), color=colour, lw=0.6, zorder=1)
+    for one in rows:
+        if one["method"]:
+            label = one["method"] if one["dype"] or one["method"] == "base" else "_static"
+            fill = {} if label != "_static" else {"mfc": "white"}
+            axes.plot(*point(one), **looks[one["method"]] | fill, ms=4, ls="", label=label)
+        elif one["setting"] in TRUTH:
+            axes.plot(*point(one), "*", color=style.BLACK, ms=7, label=TRUTH[one["setting"]])
+        if one["setting"] in MARKED:
+            colour, at = looks[one["method"]]["color"], point(one)
+            spans = [np.array(one[name]["interval"]) for name in ("overlap", score)]
+            axes.hlines(at[1], *spans[0], colour, lw=0.8)
+            axes.vlines(at[0], *spans[1], colour, lw=0.8)
+        if one["setting"] == CHOSEN:
+            axes.plot(*point(one), "o", color=style.BLACK, mfc="none", ms=9, label="chosen")
+
+
+def pairs_panel(axes, rows: dict[str, dict], lines: list[tuple], looks: dict, score: str) -> None:
+    """One size: its rows by setting; lines from static to dynamic settings; looks by method."""
+
+    def point(name):
+        return rows[name]["layout"]["mean"], rows[name][score]["mean"]
+
+    for start, end in lines:
+        if start in rows and end in rows:
+            colour = looks[rows[end]["method"]]["color"]
+            axes.plot(*zip(point(start), point(end), strict=True), color=colour, lw=0.8)
+    for name, row in rows.items():
+        if row["method"] in looks:
+            fill = {} if row["dype"] else {"mfc": "white"}
+            look = looks[row["method"]] | fill
+            label = row["method"] if row["dype"] else f"_{name}"
+            axes.plot(*point(name), **look, markersize=5, linestyle="", label=label)
+        elif name in ("base", *TRUTH):
+            marker = "X" if name == "base" else "*"
+            label = TRUTH.get(name, name)
+            axes.plot(*point(name), marker, color=style.BLACK, markersize=7, label=label)

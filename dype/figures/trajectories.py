@@ -1,0 +1,150 @@
+"""Figures of the demo's sampling, from what `python -m dype.demo.trajectories` saved."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dype.figures import formulas, style
+from dype.pipelines.catalog import MODELS
+
+BASE = MODELS["demo"].base_resolution
+COMMAND = "python -m dype.demo.trajectories"
+TRAJECTORIES = Path("docs/data/trajectories.json")
+UNGUIDED = Path("docs/data/trajectories_cfg1.json")  # the same without guidance
+FORMS = {  # of fig18
+    "base": ("base", style.BLACK),
+    "yarn_paper_static": ("static yarn_paper", style.ORANGE),
+    "yarn_paper_1_2": ("dynamic yarn_paper", style.BLUE),
+}
+
+
+def read(path: Path, key: str, command: str):
+    """What a run saved, by its key. Raises ValueError if the file is none of its kind."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))[key]
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}; expected what {command} writes") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what {command} writes: no {key} in it") from error
+
+
+def pictures(path: Path, size: int, setting: str = "base") -> list[dict]:
+    """The trajectories of one size and setting. Raises ValueError if there are none."""
+    rows = read(path, "pictures", COMMAND)
+    found = [one for one in rows if (one["size"], one["setting"]) == (size, setting)]
+    if not found:
+        raise ValueError(f"{path} has no {setting} at {size} px; expected it to be run through")
+    return found
+
+
+def mean_spectra(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """f [N] in shares of Nyquist, t [steps + 1] from 1 to 0, mean S over the prompts [t, f]."""
+    found = pictures(path, BASE)
+    mean = np.mean([one["spectra"] for one in found], axis=0)
+    return np.arange(1, mean.shape[1] + 1) / mean.shape[1], np.array(found[0]["sigmas"]), mean
+
+
+GENERIC = (0.01, 2.0)  # C and omega of the first panels: from 100 times the noise to 1/100
+PANELS = ("Eq. 11 of $0.01/f^2$", "Eq. 11 of the demo's latents", "the demo, sampled")
+
+
+def fig2a(trajectories: Path = TRAJECTORIES) -> Figure:
+    """Power of x_t over frequency: Eq. 11 of C / f^omega and of the demo's latents, and measured.
+
+    The guide in the last two is the straight line through the latents' spectrum.
+    """
+    f, levels, power = mean_spectra(trajectories)
+    made = style.figure(style.DOUBLE, 2.5)
+    grid = made.subplots(1, 3)
+    grid[2].sharey(grid[1])
+    fine, (c, omega) = np.geomspace(0.01, 1, 100), GENERIC
+    rows = [formulas.mixed(c / fine**omega, t) for t in levels]
+    formulas.spectra_panel(grid[0], fine, levels, rows, GENERIC)
+    guide = formulas.fit(f, power[-1])
+    rows = [formulas.mixed(power[-1], t) for t in levels]
+    formulas.spectra_panel(grid[1], f, levels, rows, guide)
+    formulas.spectra_panel(grid[2], f, levels, power, guide)
+    for axes, title in zip(grid, PANELS, strict=True):
+        axes.set_title(title)
+    grid[0].set_ylabel("power (noise: 1)")
+    grid[0].legend(loc="upper right", borderpad=0)
+    grid[1].legend(handles=grid[1].lines[-1:], loc="upper right", borderpad=0)
+    grid[2].tick_params(labelleft=False)
+    formulas.noise_bar(made, grid)
+    return made
+
+
+def fig2b(trajectories: Path = TRAJECTORIES) -> Figure:
+    """gamma over t and frequency (Eq. 12): of Eq. 11 as in fig2a, and measured."""
+    f, levels, power = mean_spectra(trajectories)
+    made = style.figure(style.DOUBLE, 2.5)
+    grid = made.subplots(1, 3)
+    grid[2].sharey(grid[1])
+    fine, t = np.geomspace(0.01, 1, 161), np.linspace(1, 0, 161)
+    picture = GENERIC[0] / fine[:, None] ** GENERIC[1]
+    gamma = formulas.progress(formulas.mixed(picture, t), picture, 1.0)
+    formulas.progress_panel(grid[0], fine, t, gamma)
+    picture, noise = power[-1][:, None], power[0][:, None]
+    gamma = formulas.progress(formulas.mixed(picture, t), picture, 1.0)
+    formulas.progress_panel(grid[1], f, t, gamma)
+    gamma = formulas.progress(power.T, picture, noise)
+    mesh = formulas.progress_panel(grid[2], f, levels, gamma)
+    for axes, title in zip(grid, PANELS, strict=True):
+        axes.set_title(title)
+    grid[0].set_ylabel("frequency (1: Nyquist)")
+    grid[2].tick_params(labelleft=False)
+    label = r"$\gamma$ (1: noise, 0: the picture)"
+    formulas.colour_bar(made, grid, mesh, label, extend="both")
+    return made
+
+
+def eq11(trajectories: Path = TRAJECTORIES, unguided: Path = UNGUIDED) -> Figure:
+    """How far sampled spectra are from Eq. 11 of their own ends, ring by ring, over t."""
+    made = style.figure(style.DOUBLE, 2.4)
+    grid = made.subplots(1, 2, sharey=True)
+    for axes, path in zip(grid, (trajectories, unguided), strict=True):
+        f, levels, power = mean_spectra(path)
+        expected = formulas.mixed(power[-1], levels[:, None], power[0])
+        axes.axhline(1, color=style.GREY, linewidth=0.6)
+        for ring in np.arange(len(f))[::-1]:
+            label = (
+                f"{ring + 1}/{len(f)}" if ring in (0, 1, 2, 3, 7, len(f) - 1) else f"_{ring + 1}"
+            )
+            colour = style.by_noise(1 - np.log(f[ring]) / np.log(f[0]))
+            axes.plot(levels, power[:, ring] / expected[:, ring], color=colour, label=label)
+        protocol = read(path, "protocol", COMMAND)
+        axes.set_title(f"true CFG {protocol['true_cfg']:g}")
+        style.noise_axis(axes)
+    grid[0].set_ylabel("power / Eq. 11")
+    handles, labels = grid[0].get_legend_handles_labels()
+    made.legend(handles[::-1], labels[::-1], loc="outside right center", title="frequency")
+    return made
+
+
+def fig18(trajectories: Path = TRAJECTORIES) -> Figure:
+    """Attention's normalised entropy less that at the base resolution, prompt by prompt, over t."""
+    rows = read(trajectories, "pictures", COMMAND)
+    sizes = sorted({one["size"] for one in rows} - {BASE})
+    if not sizes:
+        raise ValueError(f"{trajectories} has {BASE} px alone, expected larger sizes too")
+    own = {(one["prompt"], one["seed"]): one["entropy"] for one in pictures(trajectories, BASE)}
+    made = style.figure(style.DOUBLE if len(sizes) > 1 else style.SINGLE, 2.6)
+    grid = made.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+    for axes, size in zip(grid, sizes, strict=True):
+        axes.axhline(0, color=style.GREY, linewidth=0.6)
+        for setting, (label, colour) in FORMS.items():
+            found = pictures(trajectories, size, setting)
+            each = [np.subtract(x["entropy"], own[x["prompt"], x["seed"]]) for x in found]
+            t, mean = found[0]["sigmas"][:-1], np.mean(each, axis=0)
+            axes.plot(t, np.transpose(each), color=colour, linewidth=0.5, alpha=0.4)
+            error = abs(mean).mean()
+            axes.plot(t, mean, color=colour, label=f"{label}: {error:.4f}")
+        axes.set_title(f"{size} px ({size / BASE:g}x), {len(found)} prompts")
+        style.noise_axis(axes)
+        axes.legend(loc="upper right", title="mean absolute deviation", title_fontsize=7)
+    low, high = made.axes[0].get_ylim()
+    made.axes[0].set_ylim(low, high + 0.4 * (high - low))  # the legend's
+    made.axes[0].set_ylabel(f"entropy less that at {BASE} px")
+    return made

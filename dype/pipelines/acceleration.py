@@ -1,0 +1,131 @@
+"""Cheaper steps by what the ecosystem has: compilers, attention kernels, caches of features."""
+
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from dype.errors import UnavailableError, shortened
+from dype.pipelines.devices import DTYPES
+
+COMPILES = ("off", "blocks", "full")
+# --cache -> the pipelines where diffusers supports it: its blocks are known there, and every
+# denoiser call names itself. On FLUX.2 its first-block cache stumbles over the second kind of
+# block (diffusers 0.42.1); MagCache's ratios were measured on FLUX.1-dev alone.
+CACHES = {
+    "off": (),
+    "first_block": ("FluxPipeline", "QwenImagePipeline"),
+    "taylorseer": ("FluxPipeline", "Flux2KleinPipeline", "QwenImagePipeline"),
+    "magcache": ("FluxPipeline",),
+}
+CACHE_WARNING = (
+    "--cache {}: steps may reuse features that were made under older frequencies; not for "
+    "results that are to be compared"
+)
+MASKED = ("ChromaPipeline", "Krea2Pipeline")  # whose attention always has a mask of text tokens
+HEADS, HEAD_DIM = 2, 128  # of the trial
+MOST_GRAPHS = 256  # settings and sizes of one sweep that may each be compiled anew
+
+
+def backends() -> list[str]:
+    """The attention backends that diffusers knows, installed or not."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    return [backend.value for backend in AttentionBackendName]
+
+
+@contextmanager
+def attending(name: str | None):
+    """Attention by one of `backends()` for a while; None changes nothing.
+
+    diffusers has one backend per process where a model has none of its own, and that one is put
+    back on leaving. Raises RuntimeError, or whatever the backend does, if it cannot be used.
+    """
+    if name is None:
+        yield
+        return
+    from diffusers.models.attention_dispatch import attention_backend
+
+    with attention_backend(name):
+        yield
+
+
+def check_attention(name: str | None, device: str, dtype: str, masked: bool = False) -> None:
+    """Try a backend on a few tokens. Raises `UnavailableError` if it is not installed, or not for
+    this device, number format or, if `masked`, a mask of tokens."""
+    if name is None:
+        return
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    try:
+        with attending(name):
+            token = torch.zeros(1, 16, HEADS, HEAD_DIM, device=device, dtype=DTYPES[dtype])
+            mask = torch.ones(1, 1, 16, 16, device=device, dtype=torch.bool) if masked else None
+            dispatch_attention_fn(token, token, token, attn_mask=mask)
+    except Exception as error:  # whatever somebody's kernel says
+        raise UnavailableError(
+            f"--attention {name} cannot be used here: {shortened(error)}; try --attention native"
+        ) from error
+
+
+def check_offload(how: str, offload: str) -> None:
+    """Raise ValueError if weights are moved within what is compiled."""
+    moving = {"blocks": ("group", "sequential"), "full": ("model", "group", "sequential")}
+    if offload in moving.get(how, ()):
+        raise ValueError(
+            f"--compile is {how!r}, but --offload {offload} moves weights within it, expected one "
+            "of them off"
+        )
+
+
+def compile_steps(pipe, how: str, **more) -> None:
+    """Compile the transformer in place: "blocks" each kind of block once, "full" the whole.
+
+    One graph serves all steps of a size and method. more: of `torch.compile`. Raises ValueError
+    where weights are moved within what is compiled.
+    """
+    if how != "off":
+        check_offload(how, pipe.dype_offload)
+        torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    if how == "blocks":
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, **more)
+    elif how == "full":
+        pipe.transformer.compile(fullgraph=True, **more)
+
+
+def caching(pipe, name: str, steps: int):
+    """A context in which denoiser calls may reuse features of earlier ones: a key of CACHES.
+
+    steps: that the drawing takes. Raises ValueError where diffusers has no support for it.
+    """
+    if name == "off":
+        return nullcontext()
+    kind = type(pipe).__name__
+    if kind not in CACHES[name]:
+        raise ValueError(f"--cache is {name!r}, but {unsupported(kind)}")
+    return cached(pipe.transformer, settings_of(name, steps))
+
+
+def unsupported(kind: str) -> str:
+    """Which caches a class of pipelines has, as the end of a sentence."""
+    known = [name for name, kinds in CACHES.items() if kind in kinds]
+    has = ", ".join(known) or "none in diffusers"
+    return f"a {kind} has {has}, expected {', '.join([*known, 'off'])}"
+
+
+def settings_of(name: str, steps: int):
+    """diffusers' configuration, with its own defaults."""
+    from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+    from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
+
+    if name == "magcache":
+        return MagCacheConfig(num_inference_steps=steps, mag_ratios=FLUX_MAG_RATIOS)
+    return {"first_block": FirstBlockCacheConfig, "taylorseer": TaylorSeerCacheConfig}[name]()
+
+
+@contextmanager
+def cached(transformer, settings):
+    transformer.enable_cache(settings)
+    try:
+        yield
+    finally:
+        transformer.disable_cache()

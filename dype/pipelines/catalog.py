@@ -1,0 +1,214 @@
+"""The models that --model knows by name: repository, steps, guidance, prompt."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from dype.families import DEMO, FLUX, FLUX2, KREA2, KREA2_TURBO, QWEN, ZIMAGE, Family
+
+# The authors' defaults (their run_dype.py and run_dype_qwen.py), word for word.
+DARK_FANTASY = (
+    "A mysterious woman stands confidently in elaborate, dark armor adorned with intricate designs,"
+    " holding a staff, against a backdrop of smoke and an ominous red sky, with shadowy, gothic"
+    " buildings in the distance."
+)
+BEAR = (
+    "A woman kneels on the forest floor, smiling as she offers grapes to a large brown bear beside"
+    " her, surrounded by tall birch trees."
+)
+DYNAMIC = {
+    "use_dynamic_shifting": True,
+    "shift": 3.0,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """Defaults that a model brings along; an explicit flag wins over each."""
+
+    repo: str  # hub id or folder
+    pipeline: str = "FluxPipeline"
+    family: Family = FLUX
+    billions: float = 12  # of the transformer's parameters
+    steps: int = 28
+    guidance: float = 3.5  # the pipeline's guidance_scale; 0: it takes none
+    cfg: str = "true_cfg"  # the flag that makes a negative prompt count, above `cfg_off`
+    cfg_off: float = 1.0
+    true_cfg: float = 1.0
+    negative_prompt: str | None = None
+    max_sequence_length: int = 512
+    longest_text: int = 512  # that the pipeline takes, tokens
+    base_resolution: int = 1024
+    dtype: str = "bfloat16"
+    height: int = 4096
+    width: int = 4096
+    prompt: str = DARK_FANTASY
+    suffix: str = ""  # what --magic_suffix puts behind a prompt
+    dype: dict = field(default_factory=lambda: {"method": "yarn"})  # of DyPEConfig
+    schedule: dict = field(default_factory=lambda: DYNAMIC)  # the scheduler's configuration
+    assumed: bool = False  # nothing could be read of it, all this is FLUX.1-dev's
+
+
+FLUX_DEV = Model("black-forest-labs/FLUX.1-dev")
+QWEN_IMAGE = Model(
+    "Qwen/Qwen-Image",
+    "QwenImagePipeline",
+    QWEN,
+    billions=20,
+    steps=40,
+    guidance=0.0,
+    true_cfg=4.0,
+    negative_prompt=" ",
+    base_resolution=1328,
+    longest_text=1024,
+    prompt=BEAR,
+    suffix=", Ultra HD, 4K, cinematic composition.",
+    schedule=DYNAMIC | {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02},
+)
+Z_IMAGE = Model(
+    "Tongyi-MAI/Z-Image",
+    "ZImagePipeline",
+    ZIMAGE,
+    billions=6,
+    steps=50,
+    guidance=5.0,
+    cfg="guidance",
+    cfg_off=0.0,
+    schedule={"use_dynamic_shifting": False, "shift": 3.0},
+)
+FLUX2_DEV = Model(
+    "black-forest-labs/FLUX.2-dev",
+    "Flux2Pipeline",
+    FLUX2,
+    billions=32,
+    steps=50,
+    guidance=2.5,
+    cfg="",
+)
+FLUX2_KLEIN_BASE = replace(
+    FLUX2_DEV,
+    repo="black-forest-labs/FLUX.2-klein-base-9B",
+    pipeline="Flux2KleinPipeline",
+    billions=9,
+    guidance=4.0,
+)
+FLUX2_KLEIN = replace(
+    FLUX2_KLEIN_BASE,
+    repo="black-forest-labs/FLUX.2-klein-4B",
+    billions=4,
+    steps=4,
+    guidance=0.0,
+)
+CHROMA = Model(
+    "lodestones/Chroma1-HD",
+    "ChromaPipeline",
+    billions=9,
+    steps=35,
+    guidance=5.0,
+    cfg="guidance",
+)
+KREA_2 = Model(
+    "krea/Krea-2-Raw",
+    "Krea2Pipeline",
+    KREA2,
+    guidance=4.5,
+    cfg="guidance",
+    cfg_off=0.0,
+    schedule=DYNAMIC | {"max_image_seq_len": 6400},
+)
+KREA_2_TURBO = replace(KREA_2, repo="krea/Krea-2-Turbo", family=KREA2_TURBO, steps=8, guidance=0.0)
+
+MODELS = {
+    "flux-krea": replace(FLUX_DEV, repo="black-forest-labs/FLUX.1-Krea-dev", guidance=4.5),
+    "flux-dev": FLUX_DEV,
+    "flux-schnell": replace(
+        FLUX_DEV,
+        repo="black-forest-labs/FLUX.1-schnell",
+        steps=4,
+        guidance=0.0,
+        max_sequence_length=256,
+        schedule={"use_dynamic_shifting": False, "shift": 1.0},
+    ),
+    "flux2-dev": FLUX2_DEV,
+    "flux2-klein": FLUX2_KLEIN,
+    "flux2-klein-base": FLUX2_KLEIN_BASE,
+    "z-image": Z_IMAGE,
+    "z-image-turbo": replace(Z_IMAGE, repo="Tongyi-MAI/Z-Image-Turbo", steps=9, guidance=0.0),
+    "qwen-image": QWEN_IMAGE,
+    "chroma": CHROMA,
+    "krea-2": KREA_2,
+    "krea-2-turbo": KREA_2_TURBO,
+    "demo": Model(
+        str(DEMO),
+        billions=0.007,
+        guidance=0.0,
+        max_sequence_length=16,
+        base_resolution=256,
+        dtype="float32",
+        height=512,
+        width=512,
+        prompt="a red ring on teal leaves",
+        # the nearest texture of those that keep the layout at 512 px (docs/reproduce.md)
+        dype={"method": "yarn_paper"},
+        steps=20,
+        true_cfg=5.0,
+        negative_prompt="",
+        schedule=DYNAMIC | {"base_image_seq_len": 16, "max_image_seq_len": 256},
+    ),
+}
+DEFAULT_MODEL = "flux-krea"
+# Defaults of any other folder or repository: by the class of its pipeline, and if it is distilled.
+USUAL = (FLUX_DEV, FLUX2_DEV, FLUX2_KLEIN_BASE, Z_IMAGE, QWEN_IMAGE, CHROMA, KREA_2)
+PIPELINES = {model.pipeline: model for model in USUAL}
+DISTILLED = {model.pipeline: model for model in (FLUX2_KLEIN, KREA_2_TURBO)}
+
+
+def resolve_model(name: str, revision: str | None = None) -> Model:
+    """A model of the table by its name, repository or folder; else its pipeline class's defaults.
+
+    A folder named like a repository of the table, and of its class, counts as that. Of a hub id
+    the index and the scheduler's configuration are fetched; without a network FLUX.1-dev's
+    defaults are taken. Raises ValueError for the class of a pipeline that needs more than a
+    prompt, or is not supported.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    folder = Path(name).resolve()
+    for model in MODELS.values():
+        if name == model.repo or folder == Path(model.repo).resolve():
+            return model
+    index = configuration(name, "model_index.json", revision)
+    pipeline = index.get("_class_name", FLUX_DEV.pipeline)
+    if pipeline not in PIPELINES:
+        raise ValueError(
+            f"{name} is a {pipeline}, expected {', '.join(PIPELINES)}; others may work from "
+            "Python, with apply_dype"
+        )
+    usual = DISTILLED if index.get("is_distilled") and pipeline in DISTILLED else PIPELINES
+    model = usual[pipeline]
+    for other in MODELS.values():
+        if folder.name == Path(other.repo).name and other.pipeline == pipeline and folder.is_dir():
+            model = model if Path(other.repo).is_dir() else other
+    if not index:
+        return replace(model, repo=name, assumed=True)
+    schedule = configuration(name, "scheduler/scheduler_config.json", revision)
+    return replace(model, repo=name, schedule=schedule or model.schedule)
+
+
+def configuration(repo: str, file: str, revision: str | None = None) -> dict:
+    """A JSON file of a folder or a hub id, empty if it can't be had."""
+    try:
+        path = Path(repo) / file
+        if not Path(repo).is_dir():
+            path = Path(hf_hub_download(repo, file, revision=revision))
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, HfHubHTTPError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,216 @@
+"""What fits on a device, where the parts of a pipeline go, and how its autoencoder decodes.
+
+Bytes throughout. Two constants are not measured here: see ACTIVATIONS and `decoding`.
+"""
+
+import sys
+from contextlib import contextmanager
+
+import torch
+
+ACTIVATIONS = (
+    1024  # per pixel of the picture: 16 GiB at 4096 x 4096, what FLUX.1 was reported to take
+)
+GIB = 2**30
+OFFLOADS = ("none", "model", "group", "sequential")  # from the fastest to the smallest
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """What a tensor takes, a quantized one (a wrapper around others) included."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def module_bytes(parts: dict[str, torch.nn.Module]) -> dict[str, int]:
+    """What each module's parameters take."""
+    return {name: sum(map(tensor_bytes, part.parameters())) for name, part in parts.items()}
+
+
+def available_bytes(device: str | torch.device) -> int:
+    """What can still be had on a device; on one that is not asked, what the machine has left."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def choose_offload(device: str, free: int, parts: dict[str, int], pixels: int) -> tuple[str, str]:
+    """The fastest way that fits, and why: everything resident, one model at a time, or by layer.
+
+    parts: the size of each model. pixels: of the largest picture to be drawn.
+    """
+    if torch.device(device).type != "cuda":
+        return "none", ""  # nothing to offload from
+    drawing = ACTIVATIONS * pixels
+    together, largest = sum(parts.values()), max(parts.values())
+    room = free - drawing
+    how = "none" if together < room else "model" if largest < room else "group"
+    why = (
+        f"the models take {gib(together)}, the largest {gib(largest)}, drawing about "
+        f"{gib(drawing)} more, and {gib(free)} are free"
+    )
+    return how, why
+
+
+def decoding(vae, pixels: int, device: str | torch.device) -> int:
+    """What an untiled decode takes beside the weights, estimated from the autoencoder's widths.
+
+    The decoder holds about four maps as wide as its last upsampling, Qwen-Image's video decoder 21
+    as wide as its first (measured on a CPU, docs/models.md). On accelerators the attention of the
+    middle block is counted with its scores in full, twice: its one head is too wide for some of
+    the kernels that do without them (not measured).
+    """
+    config, item = vae.config, next(vae.parameters()).element_size()
+    widths = config.get("block_out_channels")
+    maps = 4 * widths[min(1, len(widths) - 1)] if widths else 21 * config.base_dim
+    factor = 2 ** (len(widths) - 1 if widths else len(config.temperal_downsample))
+    scores = 0
+    if config.get("mid_block_add_attention", True) and torch.device(device).type != "cpu":
+        scores = 2 * (pixels // factor**2) ** 2
+    return (maps * pixels + scores) * item
+
+
+def decoding_room(free: int, parts: dict[str, int], offload: str) -> int:
+    """What is left for decoding once the weights are where they belong; `free`: before that."""
+    return free - (sum(parts.values()) if offload == "none" else parts.get("vae", 0))
+
+
+def cheaper(flags: dict, offload: str, tiled: bool, on_cpu: bool) -> str:
+    """The next setting that needs less memory, as flags. Layer by layer no weights are left."""
+    if not tiled:
+        return "--tiled_vae on"
+    if on_cpu:
+        return "--dtype bfloat16" if flags["dtype"] == "float32" else "a smaller --size"
+    if offload == "none" and flags["text_encoder_device"] is None:
+        return "--text_encoder_device cpu"
+    if offload in ("none", "model"):
+        return f"--offload {OFFLOADS[OFFLOADS.index(offload) + 1]}"
+    return "--tile_size 512" if flags["tile_size"] is None else "a smaller --size"
+
+
+def reset_peak() -> None:
+    """Forget the peak so far, where that can be done: on CUDA, and on Linux for the process."""
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(index)
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:  # not Linux, or not allowed: the peak stays that of the process so far
+        pass
+
+
+def peak(device: torch.device) -> int | None:
+    """The most that was taken since `reset_peak`: on CUDA what tensors took, else the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status") as file:
+            status = dict(line.split(":", 1) for line in file)
+        return int(status["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def gib(count: float) -> str:
+    """16.0 GiB, 0.07 GiB."""
+    return f"{count / GIB:.{1 if count >= GIB else 2}f} GiB"
+
+
+QWEN_TILE = 1024  # px
+
+
+def place(pipe, device: str, offload: str, apart: dict[str, str], pixels: int) -> None:
+    """Put the pipeline on its device, whole or in turns; `apart` names parts with a place of
+    their own. Prints what "auto" chose, and why."""
+    for name, elsewhere in apart.items():
+        getattr(pipe, name).to(elsewhere)
+    pipe.dype_apart = apart
+    with set_aside(pipe, *apart):
+        parts = {
+            n: part for n, part in pipe.components.items() if isinstance(part, torch.nn.Module)
+        }
+        sizes = module_bytes(parts)
+        kind = torch.device(device).type
+        there = [name for name, part in parts.items() if part.device.type == kind]
+        free = available_bytes(device) + sum(
+            sizes[name] for name in there
+        )  # bitsandbytes' are, say
+        if offload == "auto":
+            offload, why = choose_offload(device, free, sizes, pixels)
+            if why:
+                print(f"offload {offload}: {why}")
+        pipe.dype_offload = offload
+        if offload == "model":
+            pipe.enable_model_cpu_offload(device=device)
+        elif offload == "group":
+            stream = torch.device(device).type == "cuda"
+            pipe.enable_group_offload(
+                torch.device(device), offload_type="leaf_level", use_stream=stream
+            )
+        elif offload == "sequential":
+            pipe.enable_sequential_cpu_offload(device=device)
+        else:
+            for part in parts.values():
+                part.to(device)
+        where = apart.get("vae", device)
+        on_card = torch.device(where).type == "cuda" and where == device
+        pipe.dype_room = decoding_room(free, sizes, offload) if on_card else available_bytes(where)
+
+
+@contextmanager
+def set_aside(pipe, *names: str):
+    """Parts with a place of their own, out of the pipeline's sight: it takes its device from its
+    parts, and moves those that it sees."""
+    parts = {name: getattr(pipe, name) for name in names}
+    try:
+        for name in names:
+            setattr(pipe, name, None)
+        yield
+    finally:
+        for name, part in parts.items():
+            setattr(pipe, name, part)
+
+
+def execution_device(pipe) -> torch.device:
+    """Where the transformer computes, wherever the other parts are and rest in between."""
+    with set_aside(pipe, *getattr(pipe, "dype_apart", {})):
+        return pipe._execution_device
+
+
+def text_device(pipe) -> torch.device:
+    """Where the text encoders compute."""
+    apart = getattr(pipe, "dype_apart", {})
+    return torch.device(apart.get("text_encoder") or execution_device(pipe))
+
+
+def set_tiling(pipe, mode: str, tile_size: int | None, pixels: int) -> bool:
+    """Decode in tiles: always, never, or ("auto") where an untiled decode would not fit.
+
+    pipe: as `place` left it. tile_size: px of a tile's side; None: the autoencoder's own. Returns
+    whether.
+    """
+    vae, room = pipe.vae, pipe.dype_room
+    needed = decoding(vae, pixels, pipe.dype_apart.get("vae") or execution_device(pipe))
+    tiled = needed > room if mode == "auto" else mode == "on"
+    if tiled and mode == "auto" and not vae.use_tiling:
+        print(f"tiled decoding: untiled it takes {gib(needed)}, {gib(room)} are free")
+    if tiled and hasattr(vae, "tile_sample_min_height"):  # Qwen-Image's: 484 tiles by its own 256
+        side = tile_size or QWEN_TILE
+        vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
+    elif tiled:
+        vae.enable_tiling()
+        if tile_size:
+            vae.tile_sample_min_size, vae.tile_latent_min_size = tile_size, tile_size // 8
+    else:
+        vae.disable_tiling()
+    return tiled

@@ -1,0 +1,77 @@
+"""Generate one image in several passes, each refining the one before."""
+
+import math
+
+from dype.config import number
+from dype.families import TOKEN
+from dype.sampling import sample
+
+# --multipass -> the scale of each pass
+PASSES = {"single": (1.0,), "twopass": (0.5, 1.0), "threepass": (0.25, 0.5, 1.0)}
+PASSES["progressive"] = ()  # see `progressive`, which has its own
+STRENGTHS = {2: "pass2_strength", 3: "pass3_strength"}  # by the number of passes that have it
+
+
+def progressive(height: int, width: int, base_resolution: int, steps: int) -> list[dict]:
+    """Passes for `multipass`: a picture of the base resolution's area first; then, enlarged, the
+    steps alone in which something finer is to be seen. Raises ValueError if the size is no larger.
+    """
+    scale = base_resolution / math.sqrt(height * width)
+    if scale >= 1:
+        raise ValueError(
+            f"progressive passes begin at {base_resolution}x{base_resolution} px, expected a "
+            f"larger picture than {width}x{height}"
+        )
+    both = [{"scale": scale, "steps": steps}, {"scale": 1.0, "steps": steps}]
+    return [both[0], both[1] | {"strength": None}]
+
+
+def passes_of(name: str, steps: int, *strengths: float) -> list[dict]:
+    """The passes of a name of `PASSES`; strengths: of the second, the third."""
+    found = [{"scale": scale, "steps": steps} for scale in PASSES[name]]
+    for later, strength in zip(found[1:], strengths, strict=False):
+        later["strength"] = strength
+    return found
+
+
+def multipass(pipe, prompt, height: int, width: int, passes: list[dict], **settings):
+    """A picture of `height` x `width` px in several passes, each refining the one before.
+
+    passes: dicts with `scale` (of both sides; growing, at last 1), `steps`, and from the second on
+    `strength` in (0, 1], or None as in `draw`. The picture of each pass is enlarged and noised to
+    the level that the next one's schedule has there, which depends on the size where the shift
+    does. settings: the others of `draw`. Hand-over is in pixels: no family's autoencoder commutes
+    with enlarging (docs/log.md). Raises ValueError for passes that make no sense.
+    """
+    image = None
+    for one in sized(passes, height, width):
+        image = sample.draw(pipe, prompt, image=image, **settings | one)
+    return image
+
+
+def sized(passes: list[dict], height: int, width: int) -> list[dict]:
+    """The passes with their sizes in px instead of scales. Raises ValueError."""
+    found, before = [], 0.0
+    if not passes:
+        raise ValueError("passes is empty, expected at least one")
+    for one in passes:
+        if unknown := one.keys() - {"scale", "steps", "strength"}:
+            raise ValueError(f"a pass has {min(unknown)!r}, expected scale, steps and strength")
+        if not {"scale", "steps"} <= one.keys() or ("strength" in one) != bool(found):
+            raise ValueError(
+                f"a pass is {one}, expected scale and steps, and strength from the second on"
+            )
+        number("scale", one["scale"], before, 1, above=True)
+        number("steps", one["steps"], 1, 1000, whole=True)
+        number("strength", one.get("strength", 1.0), 0, 1, above=True, optional=True)
+        before = one["scale"]
+        sides = {"height": resized(height, before), "width": resized(width, before)}
+        found.append(sides | {name: one[name] for name in ("steps", "strength") if name in one})
+    if before != 1:
+        raise ValueError(f"the last pass has scale {before}, expected 1")
+    return found
+
+
+def resized(side: int, scale: float) -> int:
+    """A side in px at a fraction of its length, to the nearest token."""
+    return max(TOKEN, math.floor(side * scale / TOKEN + 0.5) * TOKEN)

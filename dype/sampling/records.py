@@ -1,0 +1,113 @@
+"""What a run writes: a PNG that carries its own settings, and the same settings as JSON."""
+
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from PIL import Image, ImageOps, PngImagePlugin
+
+KEY = "dype"  # the PNG's text chunk
+
+
+def method_name(method: str, dype: bool) -> str:
+    """`yarn`, or `dy_yarn` where it follows the noise level; never `dy_base`."""
+    return f"dy_{method}" if dype and method != "base" else method
+
+
+def file_name(
+    seed: int, method: str, dype: bool, height: int, width: int, prompt: int = 0, more: str = ""
+) -> str:
+    """The authors' scheme, height first; `prompt` counts from 0 and shows from the second on.
+
+    more: the parts of swept settings, each after an underscore.
+    """
+    more += f"_prompt_{prompt + 1}" if prompt else ""
+    return f"seed_{seed}_method_{method_name(method, dype)}_res_{height}x{width}{more}.png"
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder and write to it, or raise OSError in plain words."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error.strerror}; try --output_dir") from error
+
+
+def free_path(path: Path) -> Path:
+    """`path`, or where it is taken the same name with _2, _3, ... before the suffix."""
+    count, free = 1, path
+    while free.exists() or free.with_suffix(".json").exists():
+        count += 1
+        free = path.with_stem(f"{path.stem}_{count}")
+    return free
+
+
+def save(image: Image.Image, path: Path, record: dict, overwrite: bool = False) -> Path:
+    """Write PATH.png and PATH.json, each whole or not at all. Raises OSError, leaving neither.
+
+    Returns where they are: another name if PATH was taken while the picture was drawn.
+    """
+    path = path if overwrite else free_path(path)
+    text = text_of(record)
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(KEY, text.decode())
+    picture = io.BytesIO()
+    image.save(picture, "png", pnginfo=info)
+    write({path: picture.getvalue(), path.with_suffix(".json"): text})
+    return path
+
+
+def text_of(record: dict) -> bytes:
+    """A record as JSON."""
+    return json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def write(contents: dict[Path, bytes]) -> None:
+    """Write files of one folder, each whole or not at all. Raises OSError, leaving no new one."""
+    parts = {to: to.parent / f".{to.name}.{os.getpid()}.part" for to in contents}
+    fresh = [target for target in contents if not target.exists()]
+    try:
+        for target, part in parts.items():
+            with part.open("wb") as file:
+                file.write(contents[target])
+                file.flush()
+                os.fsync(file.fileno())
+        for target, part in parts.items():
+            part.replace(target)
+    except OSError as error:
+        for target in fresh:
+            target.unlink(missing_ok=True)
+        raise OSError(
+            f"cannot write {target}: {error.strerror}; free some space, or use another folder"
+        ) from error
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def load(path: str | Path) -> dict:
+    """The record in a PNG. Raises ValueError if it has none, OSError if it cannot be read."""
+    try:
+        with Path(path).open("rb") as file, PngImagePlugin.PngImageFile(file) as image:
+            text = image.info.get(KEY)  # not by Image.open, which refuses large pictures
+    except SyntaxError as error:
+        raise ValueError("it is not a PNG picture") from error
+    if text is None:
+        raise ValueError("it carries no settings of this program")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError("its settings are not JSON") from error
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Any picture that Pillow reads, upright, in RGB. Raises OSError."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(str(error)) from error

@@ -1,0 +1,175 @@
+"""Generate one image with a pipeline that is loaded and has DyPE applied."""
+
+import inspect
+import math
+
+import torch
+from PIL import Image
+
+from dype.config import number
+from dype.families import family_of, family_of_pipeline
+from dype.noise_schedule import noise_schedule, unshifted
+from dype.patch import denoisers
+from dype.pipelines import acceleration
+from dype.pipelines.memory import execution_device, set_aside, text_device
+from dype.sampling.latents import encode_picture, missing, noised, settled, unpatched
+
+# What `encode_prompt` of each pipeline returns, as its call takes it; None: not needed there.
+EMBEDDINGS = {
+    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds"),
+    "Flux2Pipeline": ("prompt_embeds",),
+    "Flux2KleinPipeline": ("prompt_embeds",),
+    "ChromaPipeline": ("prompt_embeds", None, "prompt_attention_mask"),
+    "Krea2Pipeline": ("prompt_embeds", "prompt_embeds_mask"),
+    "QwenImagePipeline": ("prompt_embeds", "prompt_embeds_mask"),
+    "ZImagePipeline": ("prompt_embeds",),
+}
+
+
+@torch.no_grad()
+def encode(pipe, text: str, max_sequence_length: int = 512) -> dict:
+    """A prompt as the pipeline's own text encoders see it, on the CPU: what `draw` takes for it.
+
+    Once it is made the encoders can go. Raises TypeError for a pipeline that is not of
+    `models.PIPELINES`.
+    """
+    kind = type(pipe).__name__
+    if kind not in EMBEDDINGS:
+        raise TypeError(f"{kind} is not supported, expected one of {', '.join(EMBEDDINGS)}")
+    call = {
+        "prompt": text,
+        "prompt_2": None,
+        "device": text_device(pipe),
+        "do_classifier_free_guidance": False,
+        "max_sequence_length": max_sequence_length,
+    }
+    known = inspect.signature(pipe.encode_prompt).parameters
+    found = pipe.encode_prompt(**{name: call[name] for name in known if name in call})
+    named = zip(EMBEDDINGS[kind], found, strict=False)
+    embeddings = {name: moved(part, "cpu") for name, part in named if name}
+    for name, part in embeddings.items():
+        if part is None:  # Qwen-Image's, where all tokens count; its call wants to see that
+            shape = embeddings["prompt_embeds"].shape[:2]
+            embeddings[name] = torch.ones(shape, dtype=torch.long)
+    return embeddings
+
+
+def moved(part, device):
+    """A tensor, or a list of them (Z-Image's embeddings), on another device; the rest as it is."""
+    if isinstance(part, list):
+        return [one.to(device) for one in part]
+    return part.to(device) if isinstance(part, torch.Tensor) else part
+
+
+@torch.no_grad()
+def draw(
+    pipe,
+    prompt: str | dict,
+    *,
+    height: int,
+    width: int,
+    steps: int,
+    guidance: float | None = None,
+    seed: int = 42,
+    max_sequence_length: int = 512,
+    negative_prompt: str | dict | None = None,
+    true_cfg: float = 1.0,
+    image: Image.Image | None = None,
+    strength: float | None = 1.0,
+    cache: str = "off",
+) -> Image.Image:
+    """One picture of `height` x `width` px, by a text-to-image pipeline of `models.PIPELINES`.
+
+    prompt, negative_prompt: text, or what `encode` made of it. guidance: None is the pipeline's own
+    default. image: start from this picture, enlarged to the size and noised, instead of from noise;
+    strength in (0, 1] is the share of the steps that are then run, the last ones of the schedule
+    for this size, as in diffusers' image-to-image pipelines; None: those in which what the picture
+    lacks is to be seen, begun with that much of it as noise (`latents.settled`, `missing`). cache:
+    a key of `speed.CACHES`. The noise is drawn on the CPU: a seed means the same start on every
+    device, and at strength 1 the same as without a picture.
+    """
+    known = inspect.signature(pipe.__call__).parameters
+    if guidance is None:
+        guidance = known["guidance_scale"].default or 0.0
+    if negative_prompt is None:
+        negative_prompt = implied(pipe, guidance)
+    call = {
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "true_cfg_scale": true_cfg,
+        "max_sequence_length": max_sequence_length,
+        "generator": torch.Generator("cpu").manual_seed(seed),
+    }
+    for prefix, text in {"": prompt, "negative_": negative_prompt}.items():
+        call |= worded(pipe, prefix, text, max_sequence_length)
+    call = {name: value for name, value in call.items() if name in known}
+    if guidance == 0 and known["guidance_scale"].default is None:
+        del call["guidance_scale"]  # Qwen-Image warns of any number
+    if image is not None:
+        call |= started(pipe, image, strength, call)
+    apart = getattr(pipe, "dype_apart", {})
+    count = len(call.get("sigmas", range(steps)))
+    with set_aside(pipe, *apart), acceleration.caching(pipe, cache, count):
+        found = pipe(**call, output_type="latent" if "vae" in apart else "pil").images
+    return decode(pipe, found, height, width) if "vae" in apart else found[0]
+
+
+def worded(pipe, prefix: str, text: str | dict | None, max_sequence_length: int) -> dict:
+    """The arguments that say a prompt, as embeddings where the pipeline takes them."""
+    if isinstance(text, str):
+        known = inspect.signature(pipe.__call__).parameters
+        embeds = f"{prefix}prompt_embeds" in known
+        text = encode(pipe, text, max_sequence_length) if embeds else {"prompt": text}
+    device = execution_device(pipe)
+    return {f"{prefix}{name}": moved(part, device) for name, part in (text or {}).items()}
+
+
+def implied(pipe, guidance: float) -> str | None:
+    """The negative prompt that a pipeline with guidance of its own takes where none is given."""
+    known = inspect.signature(pipe.__call__).parameters
+    own = "negative_prompt_embeds" in known and "true_cfg_scale" not in known
+    return "" if own and guidance > 0 else None
+
+
+def started(pipe, image: Image.Image, strength: float | None, call: dict) -> dict:
+    """The `latents` and `sigmas` with which a text-to-image pipeline refines a picture."""
+    number("strength", strength, 0, 1, above=True, optional=True)
+    apart, device = getattr(pipe, "dype_apart", {}), execution_device(pipe)
+    with set_aside(pipe, *apart):
+        pipe.maybe_free_model_hooks()  # a text encoder may still be on the card
+    height, width, steps = (call[name] for name in ("height", "width", "num_inference_steps"))
+    family = family_of_pipeline(pipe, family_of(denoisers(pipe)[0]))
+    _, sigmas = noise_schedule(pipe.scheduler, height, width, steps, family)
+    where, more = torch.device(apart.get("vae", device)), None
+    larger = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    latents = encode_picture(pipe, larger, where).to(device)
+    if strength is None:
+        small = encode_picture(pipe, image, where)
+        c, omega, more = missing(unpatched(pipe, latents)[0], unpatched(pipe, small)[0])
+        level = settled(c, omega, math.sqrt(latents.numel() / small.numel()))
+        first = min(sum(sigma > level for sigma in sigmas[:-1]), steps - 1)
+    else:
+        first = skipped(steps, strength)
+    embeds = call["prompt_embeds"]
+    dtype = embeds[0].dtype if isinstance(embeds, list) else embeds.dtype
+    seed = call["generator"].initial_seed()
+    return {
+        "latents": noised(pipe, latents, sigmas[first], seed, dtype, more),
+        "sigmas": unshifted(steps)[first:],
+    }
+
+
+def skipped(steps: int, strength: float) -> int:
+    """How many of the first steps are left out, as in diffusers' image-to-image pipelines."""
+    return min(int(steps - steps * strength), steps - 1)
+
+
+def decode(pipe, packed: torch.Tensor, height: int, width: int) -> Image.Image:
+    """FLUX.1's packed latents to a picture, where the autoencoder has a device of its own."""
+    latents = pipe._unpack_latents(packed, height, width, pipe.vae_scale_factor)
+    latents = latents.to(pipe.vae.device) / pipe.vae.config.scaling_factor
+    latents = latents + pipe.vae.config.shift_factor
+    decoded = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
+    return pipe.image_processor.postprocess(decoded)[0]

@@ -1,0 +1,244 @@
+"""What the command line hands on: to the loader, to the pipeline, to the autoencoder."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import quiet, tiny_components
+from diffusers import FluxPipeline
+from PIL import Image, PngImagePlugin
+from tiny import qwen_vae
+
+import run_dype
+from dype.pipelines import acceleration, loading, memory
+from dype.pipelines.catalog import MODELS
+from dype.pipelines.memory import decoding, set_tiling
+from dype.sampling import records, sample
+from dype.sampling import run as sampling_run
+
+LINE = """--model demo --revision abc --dtype bfloat16 --device cpu --vae_device cpu
+ --text_encoder_device cpu --tiled_vae on --tile_size 128 --true_cfg 3 --negative_prompt fog
+ --seed 7 --steps 3 --max_sequence_length 12 --height 64 --width 96 --lora a/b:0.5 --prompt x
+ --method ntk --dype_scale 1.5 --dype_exponent 0.5 --dype_start_sigma 0.9 --base_resolution 32
+ --cutoff 0.7 --attention_scale 0.2 --attention_path rising
+ --isotropic --shift model --base_shift 0.25 --max_shift 2 --attention native
+ --compile blocks"""
+FLAGS = LINE.split()
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    """What the loader, `apply_dype`, the tiling and the drawing were called with."""
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+    pipe = quiet(FluxPipeline(**tiny_components()))
+    pipe.dype_apart, pipe.dype_offload, pipe.dype_room = {}, "none", 1
+
+    def recorded(name, result):
+        def call(*args, **kwargs):
+            seen[name] = (args[name in ("tiling", "apply", "draw") :], kwargs)  # without the part
+            return result
+
+        return call
+
+    monkeypatch.setattr(run_dype, "load_pipeline", recorded("load", pipe))
+    monkeypatch.setattr(sampling_run, "set_tiling", recorded("tiling", True))
+    monkeypatch.setattr(sampling_run, "apply_dype", recorded("apply", None))
+    monkeypatch.setattr(run_dype, "apply_dype", recorded("apply", None))
+    monkeypatch.setattr(acceleration, "compile_steps", recorded("compile", None))
+    monkeypatch.setattr(sample, "encode", lambda pipe, text, length: text)
+    monkeypatch.setattr(sample, "draw", recorded("draw", Image.new("RGB", (96, 64))))
+    return seen
+
+
+def test_every_flag_arrives_and_comes_back(calls):
+    """At values that are nobody's default; and `--from` the picture hands on the same."""
+    assert run_dype.main([*FLAGS, "--output", "a.png"]) == 0
+    first = dict(calls)
+    args, given = first["load"]
+    assert args == ("demo",)
+    assert given == {
+        "revision": "abc",
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "text_encoder_device": "cpu",
+        "vae_device": "cpu",
+        "offload": "auto",
+        "quantize": "none",
+        "loras": [("a/b", 0.5)],
+        "pixels": 64 * 96,
+    }
+    assert first["tiling"][0] == ("on", 128, 64 * 96)
+    ((config,), _) = first["apply"]
+    assert config.to_dict() == {
+        "method": "ntk",
+        "dype": True,
+        "dype_scale": 1.5,
+        "dype_exponent": 0.5,
+        "dype_start_sigma": 0.9,
+        "alpha": 1.0,
+        "beta": 32.0,
+        "cutoff": 0.7,
+        "cutoff_width": 0.5,
+        "spectrum_exponent": 2.0,
+        "attention_scale": 0.2,
+        "attention_path": "rising",
+        "base_resolution": 32,
+        "anisotropic": False,
+        "shift": "model",
+        "base_shift": 0.25,
+        "max_shift": 2.0,
+    }
+    args, given = first["draw"]
+    assert args == ("x",)
+    assert given == {
+        "height": 64,
+        "width": 96,
+        "steps": 3,
+        "guidance": 0.0,
+        "seed": 7,
+        "max_sequence_length": 12,
+        "negative_prompt": "fog",
+        "true_cfg": 3.0,
+        "image": None,
+        "cache": "off",
+    }
+    assert first["compile"][0][1:] == ("blocks",)
+    calls.clear()
+    assert run_dype.main(["--from", "a.png", "--output", "b.png"]) == 0
+    assert calls == first
+
+
+def test_drawing_again_decodes_as_before(calls):
+    """Whether "auto" tiled depends on what memory was free: the record's answer counts."""
+    assert run_dype.main([*FLAGS, "--tiled_vae", "auto", "--output", "a.png"]) == 0
+    assert calls["tiling"][0][0] == "auto"
+    assert run_dype.main(["--from", "a.png", "--output", "b.png"]) == 0
+    assert calls["tiling"][0][0] == "on"
+
+
+def test_two_runs_at_once_overwrite_nothing(calls, monkeypatch):
+    """A name that was taken while the picture was drawn stays; --overwrite takes it."""
+    name = "outputs/seed_7_method_dy_ntk_res_64x96"
+    plain = sample.draw
+
+    def slow(*args, **kwargs):
+        Path(f"{name}.png").write_text("another run's")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(sample, "draw", slow)
+    assert run_dype.main(FLAGS) == 0
+    assert Path(f"{name}.png").read_text() == "another run's"
+    assert records.load(f"{name}_2.png")["prompt"] == "x"
+    assert run_dype.main([*FLAGS, "--overwrite"]) == 0
+    assert records.load(f"{name}.png")["prompt"] == "x"
+
+
+BROKEN = {
+    "nothing": lambda record: {},
+    "no list": lambda record: [record],
+    "no model": lambda record: record["flags"].pop("model"),
+    "model null": lambda record: record["flags"].update(model=None),
+    "lora null": lambda record: record["flags"].update(lora=None),
+    "half a step": lambda record: record["flags"].update(steps=2.5),
+    "seed a fraction": lambda record: record["flags"].update(seed=2.0),
+    "negative prompt a number": lambda record: record["flags"].update(negative_prompt=3),
+    "prompt null": lambda record: record.update(prompt=None),
+    "prompt empty": lambda record: record.update(prompt=""),
+    "offload unknown": lambda record: record["flags"].update(offload="bogus"),
+    "tiled_vae unknown": lambda record: record["flags"].update(tiled_vae="bogus"),
+    "dtype unknown": lambda record: record["flags"].update(dtype="float8"),
+    "device a number": lambda record: record["flags"].update(device=[0]),
+    "setting unknown": lambda record: record["config"].update(kappa=1),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_records(name, calls, capsys):
+    """A picture whose settings somebody spoiled: one sentence, and nothing is loaded."""
+    assert run_dype.main([*FLAGS, "--output", "a.png"]) == 0
+    record = records.load("a.png")
+    changed = BROKEN[name](record)
+    record = changed if name in ("nothing", "no list") else record
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(records.KEY, json.dumps(record))
+    Image.new("RGB", (8, 8)).save("spoiled.png", pnginfo=info)
+    calls.clear()
+    capsys.readouterr()
+    assert run_dype.main(["--from", "spoiled.png", "--output", "b.png"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not calls
+
+
+def test_the_pipeline_gets_every_argument():
+    class Recorder:
+        _execution_device = "cpu"
+
+        def __call__(self, prompt=None, negative_prompt=None, height=0, width=0,
+                     num_inference_steps=0, guidance_scale=3.5, true_cfg_scale=1.0,
+                     max_sequence_length=512, generator=None, output_type=None):  # fmt: skip
+            self.given = locals()
+            return SimpleNamespace(images=["a picture"])
+
+    pipe = Recorder()
+    drawn = sample.draw(
+        pipe, "x", height=64, width=96, steps=3, guidance=2.5, seed=7, max_sequence_length=12,
+        negative_prompt="fog", true_cfg=3.0,
+    )  # fmt: skip
+    assert drawn == "a picture"
+    assert pipe.given.pop("generator").initial_seed() == 7
+    del pipe.given["self"]
+    assert pipe.given == {
+        "prompt": "x",
+        "negative_prompt": "fog",
+        "height": 64,
+        "width": 96,
+        "num_inference_steps": 3,
+        "guidance_scale": 2.5,
+        "true_cfg_scale": 3.0,
+        "max_sequence_length": 12,
+        "output_type": "pil",
+    }
+
+
+def test_tiling(monkeypatch):
+    """Alone where it would not fit; in tiles of the asked side, which overlap by a quarter.
+
+    Where the autoencoder computes counts, not where offloading keeps it meanwhile.
+    """
+    pipe = quiet(FluxPipeline(**tiny_components()))
+    pipe.dype_apart, pipe.dype_room = {}, decoding(pipe.vae, 512 * 512, "cpu")
+    vae = pipe.vae
+    assert not set_tiling(pipe, "auto", None, 512 * 512)
+    assert not vae.use_tiling
+    assert set_tiling(pipe, "auto", None, 512 * 528)
+    assert vae.use_tiling
+    assert set_tiling(pipe, "on", 256, 1)
+    assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (256, 32)
+    assert not set_tiling(pipe, "off", None, 4096 * 4096)
+    vae.register_to_config(mid_block_add_attention=True)
+    assert not set_tiling(pipe, "auto", None, 512 * 512)
+    monkeypatch.setattr(memory, "execution_device", lambda pipe: torch.device("cuda"))
+    assert set_tiling(pipe, "auto", None, 512 * 512)
+    pipe.vae, pipe.dype_room = qwen_vae(), 0
+    assert set_tiling(pipe, "auto", None, 4096 * 4096)
+    assert (pipe.vae.tile_sample_min_height, pipe.vae.tile_sample_stride_width) == (1024, 768)
+
+
+def test_what_the_issue_asks_of_models():
+    """Facts of the authors' scripts and of the model cards (docs/models.md)."""
+    krea, qwen, turbo = (MODELS[name] for name in ("flux-krea", "qwen-image", "z-image-turbo"))
+    assert krea.repo == "black-forest-labs/FLUX.1-Krea-dev"
+    assert (krea.steps, krea.guidance, krea.dtype) == (28, 4.5, "bfloat16")
+    assert (qwen.steps, qwen.true_cfg, qwen.negative_prompt) == (40, 4.0, " ")
+    assert (turbo.steps, turbo.guidance) == (9, 0.0)
+    trained = [MODELS[name].base_resolution for name in ("flux-krea", "z-image", "qwen-image")]
+    assert trained == [1024, 1024, 1328]
+
+
+@pytest.mark.parametrize("word", [{"offload": "bogus"}, {"dtype": "float8"}, {"quantize": "int3"}])
+def test_load_pipeline_knows_its_words(word):
+    with pytest.raises(ValueError, match="expected one of"):
+        loading.load_pipeline("demo", **word)

@@ -1,0 +1,402 @@
+"""The command line: what it refuses, what it resolves, what it writes."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import quiet, tiny_components
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import run_dype
+from dype.cli import flags
+from dype.cli.settings import resolve
+from dype.pipelines.catalog import MODELS
+from dype.sampling import records
+from dype.sampling.run import Settings
+
+PICTURE = ["--height", "64", "--width", "64", "--steps", "2", "--base_resolution", "32"]
+PICTURE += ["--prompt", "a red ring"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A tiny pipeline in the diffusers folder format."""
+    path = tmp_path_factory.mktemp("tiny")
+    quiet(FluxPipeline(**tiny_components())).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*argv) -> int:
+    return run_dype.main([str(word) for word in argv])
+
+
+def broken(folder, tmp_path, part):
+    """A copy of the pipeline with one file spoiled."""
+    copy = tmp_path / "broken"
+    shutil.copytree(folder, copy)
+    (copy / part).write_bytes(b"spoiled")
+    return copy
+
+
+def written():
+    return sorted(str(path) for path in Path(".").rglob("*") if path.is_file())
+
+
+BAD = {
+    "height 0": (2, "--height 0"),
+    "height negative": (2, "--height -64"),
+    "height odd": (2, "--height 1000"),
+    "height huge": (2, "--height 1048576"),
+    "height of 400 digits": (2, "--height 1" + "0" * 400),
+    "seed of 400 digits": (2, "--seed 1" + "0" * 400),
+    "longer text than FLUX takes": (2, "--max_sequence_length 600"),
+    "prompt of bytes": (2, "--prompt=\udcff"),
+    "height a word": (2, "--height tall"),
+    "width a fraction": (2, "--width 512.5"),
+    "steps 0": (2, "--steps 0"),
+    "seed negative": (2, "--seed -1"),
+    "guidance nan": (2, "--guidance nan"),
+    "true_cfg below 1": (2, "--true_cfg 0.5"),
+    "tile_size": (2, "--tile_size 100"),
+    "method": (2, "--method yarm"),
+    "model": (2, "--model flux-crea"),
+    "preset": (2, "--preset 8k"),
+    "dtype": (2, "--dtype float8"),
+    "device": (2, "--device gpu"),
+    "vae_device": (2, "--vae_device gpu"),
+    "offload": (2, "--offload all"),
+    "shift": (2, "--shift none"),
+    "unknown flag": (2, "--heigth 512"),
+    "dype word": (2, "--dype maybe"),
+    "dype and no_dype": (2, "--dype on --no_dype"),
+    "dype_scale negative": (2, "--dype_scale -1"),
+    "dype_scale nan": (2, "--dype_scale nan"),
+    "dype_scale a word": (2, "--dype_scale big"),
+    "dype_exponent": (2, "--dype_exponent 1001"),
+    "cutoff": (2, "--cutoff 0"),
+    "attention_scale": (2, "--attention_scale 3"),
+    "dype_start_sigma 0": (2, "--dype_start_sigma 0"),
+    "dype_start_sigma above 1": (2, "--dype_start_sigma 1.5"),
+    "base_resolution": (2, "--base_resolution 100"),
+    "base_shift when capped": (2, "--base_shift 0.3"),
+    "max_shift when static": (2, "--model flux-schnell --max_shift 2"),
+    "preset and base_resolution 0": (2, "--preset auto --base_resolution 0"),
+    "lora scale": (2, "--lora a.safetensors:high"),
+    "lora scale nan": (2, "--lora a.safetensors:nan"),
+    "model empty": (2, "--model="),
+    "output's record exists": (2, "--output kept.png"),
+    "empty prompt": (2, "--prompt="),
+    "blank prompt": (2, "--prompt= "),
+    "prompts file missing": (2, "--prompts_file none.txt"),
+    "prompts file a folder": (2, "--prompts_file ."),
+    "prompts file empty": (2, "--prompts_file empty.txt"),
+    "prompts file binary": (2, "--prompts_file binary.txt"),
+    "negative prompt ignored": (2, "--negative_prompt fog"),
+    "true_cfg ignored": (2, "--true_cfg 3"),
+    "guidance ignored": (2, "--model demo --guidance 3"),
+    "from missing": (2, "--from none.png"),
+    "from without settings": (2, "--from plain.png"),
+    "from no picture": (2, "--from binary.txt"),
+    "output no png": (2, "--output picture.jpg"),
+    "output exists": (2, "--output plain.png"),
+    "output a folder": (2, "--overwrite --output hollow.png"),
+    "output for two prompts": (2, "--output new.png --prompt a b"),
+    "parts apart and offload": (2, "--vae_device cpu --offload model"),
+    "output folder not writable": (1, "--model demo --output_dir plain.png/sub"),
+    "no GPU": (1, "--model flux-krea"),
+    "device absent": (1, "--model demo --device cuda:99"),
+    "vae_device absent": (1, "--model demo --vae_device cuda:99"),
+    "device of a package": (1, "--model demo --device hpu"),
+    "fine-tune without GPU": (1, "--model somebody/flux"),
+    "device without memory": (1, "--model demo --device meta"),
+    "offload without GPU": (1, "--model demo --offload model"),
+    "model folder missing": (1, "--model ./nowhere"),
+    "model folder empty": (1, "--model hollow"),
+    "hub not reached": (1, "--model nobody/nothing --device cpu"),
+    "lora missing": (1, "--model demo --lora none.safetensors"),
+    "lora unreadable": (1, "--model demo --lora binary.txt:0.5"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, capsys, monkeypatch):
+    """One sentence on stderr, the exit code of its kind, no traceback, no file."""
+    if torch.cuda.is_available() and "GPU" in name:
+        pytest.skip("asks what happens without a GPU")
+    Image.new("RGB", (8, 8)).save("plain.png")
+    Path("kept.json").write_text("{}")
+    with open("binary.txt", "wb") as file:
+        file.write(bytes(range(256)))
+    open("empty.txt", "w").close()
+    os.mkdir("hollow")
+    os.mkdir("hollow.png")
+    code, argv = BAD[name]
+    before = written()
+    argv = ["--prompt= "] if name == "blank prompt" else argv.split()
+    assert run(*argv) == code
+    err = capsys.readouterr().err
+    assert err.startswith("run_dype.py: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert written() == before
+    if code == 2 and name not in ("unknown flag", "from without settings", "from no picture"):
+        assert "expected" in err or "choose from" in err or "cannot be read" in err
+
+
+def test_gated(monkeypatch, capsys):
+    """The licence has to be accepted first."""
+    from diffusers import configuration_utils
+    from huggingface_hub.errors import GatedRepoError
+
+    def refuse(*args, **kwargs):
+        raise GatedRepoError.__new__(GatedRepoError)
+
+    monkeypatch.setattr(configuration_utils, "hf_hub_download", refuse)
+    assert run("--model", "flux-krea", "--device", "cpu") == 1
+    assert "accept its licence" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["model_index.json", "transformer/config.json"])
+def test_unreadable_folder(folder, tmp_path, part, capsys):
+    assert run("--model", broken(folder, tmp_path, part), *PICTURE) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("run_dype.py: cannot load the")
+
+
+def test_unreadable_weights(folder, tmp_path, capsys):
+    part = "transformer/diffusion_pytorch_model.safetensors"
+    assert run("--model", broken(folder, tmp_path, part), *PICTURE) == 1
+    assert "cannot load the pipeline" in capsys.readouterr().err
+
+
+def test_missing_weights(folder, tmp_path, capsys):
+    """A tensor that the file should hold is not there."""
+    copy = tmp_path / "broken"
+    shutil.copytree(folder, copy)
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("proj_out.bias")
+    save_file(tensors, file)
+    assert run("--model", copy, *PICTURE) == 1
+    assert "weights of its transformer are missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "code", "message"),
+    [
+        ({"use_dynamic_shifting": False}, 2, "schedule is static"),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, 1, "expected FlowMatchEuler"),
+    ],
+)
+def test_scheduler_of_a_folder(folder, tmp_path, config, code, message, capsys):
+    """What it says counts, not what such models usually have."""
+    copy = tmp_path / "other"
+    shutil.copytree(folder, copy)
+    file = copy / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    index = copy / "model_index.json"
+    kind = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+    index.write_text(index.read_text().replace("FlowMatchEulerDiscreteScheduler", kind))
+    assert run("--model", copy, *PICTURE, "--max_shift", "1.5") == code
+    assert message in capsys.readouterr().err
+
+
+def test_dry_run_says_what_it_assumes(capsys):
+    assert run("--model", "somebody/flux", "--dry_run") == 0
+    assert "nothing could be read of somebody/flux" in capsys.readouterr().out
+
+
+def test_prompts_file_with_a_byte_order_mark():
+    Path("prompts.txt").write_bytes(b"\xef\xbb\xbfa red ring\n")
+    assert settings("--prompts_file", "prompts.txt").prompts == ["a red ring"]
+
+
+def test_disk_full(folder, monkeypatch, capsys):
+    """Neither picture nor record is left, whole or half."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run("--model", folder, *PICTURE) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert os.listdir("outputs") == []
+
+
+def test_draw_record_and_draw_again(folder, capsys):
+    """Twice the same pixels; the second keeps the first; --from draws them a third time."""
+    flags = ["--model", folder, *PICTURE, "--dype-scale", "1.5"]
+    assert run(*flags) == 0
+    assert run(*flags) == 0
+    name = "seed_42_method_dy_yarn_res_64x64"
+    first, second = (f"outputs/{name}{more}.png" for more in ("", "_2"))
+    assert run("--from", second, "--output", "third.png") == 0
+    pixels = [np.asarray(Image.open(path)) for path in (first, second, "third.png")]
+    assert (pixels[0] == pixels[1]).all()
+    assert (pixels[0] == pixels[2]).all()
+    record = records.load(first)
+    assert record == json.loads(Path(f"outputs/{name}.json").read_text())
+    assert record["prompt"] == "a red ring"
+    assert record["config"]["dype_scale"] == 1.5
+    assert record["mu"] == 1.15
+    assert len(record["sigmas"]) == 3
+    assert record["kappas"][0] == 1.5
+    assert record["seconds"] > 0
+    assert {"torch", "diffusers", "transformers"} <= set(record["versions"])
+    assert not [name for name in os.listdir("outputs") if "part" in name]
+
+
+def test_several_prompts(folder):
+    assert settings("--prompt", "a", "--prompt", "b", "c").prompts == ["a", "b", "c"]
+    with open("prompts.txt", "w") as file:
+        file.write("a blue disk\n\n  a red cross  \n")
+    assert run("--model", folder, *PICTURE[:-2], "--prompts_file", "prompts.txt", "--no_dype") == 0
+    name = "seed_42_method_yarn_res_64x64"
+    paths = [f"outputs/sweep/{name}{more}.png" for more in ("", "_prompt_2")]
+    prompts = [records.load(path)["prompt"] for path in paths]
+    assert prompts == ["a blue disk", "a red cross"]
+
+
+def test_parts_on_other_devices_draw_the_same(folder):
+    """Encoding, denoising and decoding apart (here all on the CPU) change no pixel."""
+    guided = ["--true_cfg", "2", "--negative_prompt", "a blue disk"]
+    assert run("--model", folder, *PICTURE, *guided, "--output", "together.png") == 0
+    places = ["--text_encoder_device", "cpu", "--vae_device", "cpu"]
+    assert run("--model", folder, *PICTURE, *guided, *places, "--output", "apart.png") == 0
+    together, apart = (np.asarray(Image.open(f"{n}.png")) for n in ("together", "apart"))
+    assert (together == apart).all()
+
+
+def test_lora(folder):
+    """A LoRA changes the picture, scale 0 does not, and DyPE follows the noise all the same."""
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    parts = tiny_components()
+    torch.manual_seed(1)
+    parts["transformer"].add_adapter(
+        LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
+    )
+    FluxPipeline.save_lora_weights(
+        "adapter", transformer_lora_layers=get_peft_model_state_dict(parts["transformer"])
+    )
+    file = "adapter/pytorch_lora_weights.safetensors"
+    pictures = {}
+    for name, lora in {"none": [], "full": [file], "zero": [f"{file}:0"]}.items():
+        more = ["--lora", *lora] if lora else []
+        assert run("--model", folder, *PICTURE, *more, "--output", f"{name}.png") == 0
+        pictures[name] = np.asarray(Image.open(f"{name}.png"))
+    assert (pictures["none"] == pictures["zero"]).all()
+    assert (pictures["none"] != pictures["full"]).any()
+
+
+def test_tiled_decoding(folder):
+    """Tiles of 128 px give a picture of the same size, nearly the same."""
+    size = ["--height", "256", "--width", "384", "--steps", "1", "--base_resolution", "32"]
+    for mode in ("on", "off"):
+        flags = ["--tiled_vae", mode, "--tile_size", "128", "--output", f"{mode}.png"]
+        assert run("--model", folder, *size, *flags) == 0
+    on, off = (np.asarray(Image.open(f"{mode}.png"), float) for mode in ("on", "off"))
+    assert on.shape == off.shape == (256, 384, 3)
+    assert (on != off).any()
+    assert abs(on - off).mean() < 8
+
+
+def settings(*argv) -> Settings:
+    [only] = resolve(vars(flags.parse(list(argv))))[1]
+    return only
+
+
+def test_precedence(folder):
+    """An explicit flag over the preset, that over --from, that over the model's default."""
+    assert settings("--model", "demo").flags["steps"] == MODELS["demo"].steps
+    run("--model", folder, *PICTURE, "--method", "ntk", "--dype_scale", "1.5", "--output", "a.png")
+    again = settings("--from", "a.png")
+    assert (again.config.method, again.config.dype_scale) == ("ntk", 1.5)
+    assert (again.flags["steps"], again.flags["model"]) == (2, str(folder))
+    preset = settings("--from", "a.png", "--preset", "4k")
+    assert (preset.config.method, preset.config.dype_scale) == ("vision_yarn", 2.0)
+    explicit = settings("--from", "a.png", "--preset", "4k", "--dype_scale", "3", "--steps", "9")
+    assert (explicit.config.method, explicit.config.dype_scale) == ("vision_yarn", 3.0)
+    assert explicit.flags["steps"] == 9
+    other = settings("--from", "a.png", "--model", "flux-dev")
+    assert (other.config.base_resolution, other.flags["steps"]) == (1024, 28)
+    assert other.config.method == "ntk"
+
+
+def test_defaults_are_the_papers():
+    found = settings()
+    assert found.flags["model"] == "flux-krea"
+    assert (found.config.method, found.config.dype, found.config.lambda_s) == ("yarn", True, 1.0)
+    expected = {"height": 4096, "width": 4096, "steps": 28, "seed": 42, "guidance": 4.5}
+    assert expected.items() <= found.flags.items()
+    assert found.prompts[0].startswith("A mysterious woman stands confidently in elaborate")
+
+
+def test_spellings():
+    assert settings("--no-dype").config.dype is False
+    assert settings("--dype", "off").config.dype is False
+    assert settings("--dype").config.dype is True
+    assert settings("--dype_method", "ntk").config.method == "ntk"
+    assert settings("--isotropic").config.anisotropic is False
+    assert settings("--dype_scale", "0").config.dype_scale == 0
+    assert settings("--lora", "a:0.5", "--lora", "b").loras == [("a", 0.5), ("b", 1.0)]
+    Path("c").write_text("")
+    assert settings("--lora", "c:2").loras == [(str(Path("c").absolute()), 2.0)]
+
+
+def test_another_method_brings_its_own_scale():
+    own = MODELS["demo"].dype["method"]
+    other = "ntk" if own != "ntk" else "yarn"
+    assert settings("--model", "demo", "--method", other).config.dype_scale is None
+
+
+def test_file_names():
+    assert records.file_name(42, "yarn", True, 4096, 2048).endswith("dy_yarn_res_4096x2048.png")
+    assert records.file_name(42, "yarn", False, 64, 64) == "seed_42_method_yarn_res_64x64.png"
+    assert records.file_name(1, "base", True, 64, 64, 1) == (
+        "seed_1_method_base_res_64x64_prompt_2.png"
+    )
+
+
+def test_dry_run(capsys):
+    """Settings, mu, sigmas and kappas; no weights, no network, no file."""
+    assert run("--dry_run") == 0
+    out = capsys.readouterr().out
+    assert "flux-krea  4096x4096  dy_yarn  28 steps  mu 1.15  seed 42" in out
+    assert "  27  0.1047  0.0110" in out
+    assert run("--dry_run", "--shift", "model") == 0
+    assert "mu 11.55" in capsys.readouterr().out
+    assert run("--dry_run", "--model", "flux-schnell") == 0
+    assert "static shift" in capsys.readouterr().out
+    assert written() == []
+
+
+def test_preset_says_what_it_chose(capsys):
+    settings("--preset", "auto")
+    assert "vision_yarn" in capsys.readouterr().out
+
+
+def test_help_shows_every_default(capsys):
+    """Every flag is there, in a group, with its default."""
+    parser = flags.parser()
+    for group in parser._action_groups[2:]:
+        for action in group._group_actions:
+            assert "(default: " in action.help, action.option_strings
+    with pytest.raises(SystemExit):
+        flags.parse(["--help"])
+    out = capsys.readouterr().out
+    for title in ("what to draw", "model", "position encoding", "noise schedule", "machine"):
+        assert f"\n{title}:" in out

@@ -1,0 +1,138 @@
+"""Settings from a TOML file."""
+
+from pathlib import Path
+
+import pytest
+
+import run_dype
+from dype.cli import flags
+from dype.cli.settings import resolve
+from dype.pipelines.memory import OFFLOADS, choose_offload
+
+ROOT = Path(__file__).parents[2]
+FILE = """
+[default]
+model = "demo"
+steps = 9
+seed = "0-1"
+prompt = ["a red ring", "a blue disk"]
+
+[default.dype]
+method = "ntk"
+dype_scale = 1.5
+
+[small]
+size = "64x96"
+seed = 5
+
+[small.dype]
+dype = false
+
+[preset]
+preset = "4k"
+"""
+
+
+@pytest.fixture(autouse=True)
+def file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.toml").write_text(FILE)
+
+
+def settings(*argv):
+    return resolve(vars(flags.parse(["--config", "a.toml", *argv])))[1]
+
+
+def test_default_table():
+    found = settings()
+    assert [one.flags["seed"] for one in found] == [0, 1]
+    assert (found[0].flags["model"], found[0].flags["steps"]) == ("demo", 9)
+    assert (found[0].config.method, found[0].config.dype_scale) == ("ntk", 1.5)
+    assert found[0].prompts == ["a red ring", "a blue disk"]
+
+
+def test_a_profile_inherits():
+    [found] = settings("--profile", "small")
+    assert (found.flags["height"], found.flags["width"]) == (96, 64)
+    assert (found.flags["steps"], found.flags["seed"]) == (9, 5)
+    assert (found.config.method, found.config.dype) == ("ntk", False)
+
+
+def test_a_profile_may_say_a_size_another_way():
+    """Its height and width hide the default's size, its dype the default's no_dype."""
+    Path("a.toml").write_text(
+        "[default]\nsize = 4096\nno_dype = true\n[mine]\nheight = 64\nwidth = 96\ndype = true\n"
+    )
+    [found] = settings("--profile", "mine")
+    assert (found.flags["height"], found.flags["width"], found.config.dype) == (64, 96, True)
+
+
+def test_precedence():
+    """A flag over a preset, that over the file; the other way to say a size hides the file's."""
+    [found] = settings("--profile", "small", "--height", "128", "--method", "pi", "--dype", "on")
+    assert (found.flags["height"], found.flags["width"]) == (128, 512)
+    assert (found.config.method, found.config.dype, found.config.dype_scale) == ("pi", True, 1.5)
+    [found] = settings("--profile", "small", "--preset", "4k")
+    assert (found.config.method, found.config.dype_scale, found.config.dype) == (
+        "vision_yarn",
+        2.0,
+        True,
+    )
+    assert settings("--profile", "preset", "--seed", "1")[0].config.method == "vision_yarn"
+
+
+BAD = {
+    "missing": ("--config none.toml", "", "cannot be read"),
+    "profile without a file": ("--profile small", None, "--config"),
+    "no such profile": ("--config b.toml --profile big", "[small]\n", "expected one of small"),
+    "syntax": ("--config b.toml", "[default]\nsteps 9\n", "line 2"),
+    "not text": ("--config b.toml", b"\xff\xfe", "UTF-8"),
+    "unknown key": ("--config b.toml", "[default]\nstep = 9\n", "expected 'steps'"),
+    "unknown key of dype": ("--config b.toml", "[default.dype]\nscale = 9\n", "'dype_scale'"),
+    "flag in the wrong table": ("--config b.toml", "[default.dype]\nsteps = 9\n", "'steps'"),
+    "outside": ("--config b.toml", "steps = 9\n", "stands in no table"),
+    "value out of range": ("--config b.toml", "[default]\nsteps = 0\n", "--steps is 0"),
+    "value a table": ("--config b.toml", "[default.steps]\na = 1\n", "expected a number, text"),
+    "switch a word": ("--config b.toml", '[default]\nisotropic = "yes"\n', "true or false"),
+    "number a switch": ("--config b.toml", "[default]\nsteps = true\n", "expected a number"),
+    "two sizes": ("--config b.toml", "[default]\nsize = 64\nheight = 64\n", "contradict"),
+    "with --from": ("--config b.toml --from a.png", "", "no --config"),
+    "not for a file": ("--config b.toml", '[default]\nconfig = "a.toml"\n', "there is no 'config'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, capsys):
+    """One sentence, exit code 2."""
+    argv, text, message = BAD[name]
+    if isinstance(text, bytes):
+        Path("b.toml").write_bytes(text)
+    elif text is not None:
+        Path("b.toml").write_text(text)
+    assert run_dype.main(argv.split()) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("profile", "side"), [("12gb", 3072), ("24gb", 4096), ("48gb", 4096), ("80gb", 4096)]
+)
+def test_the_shipped_profiles(profile, side):
+    """They resolve for the default model, and fit by the estimates that "auto" goes by."""
+    file = str(ROOT / "docs" / "example.toml")
+    [found] = resolve(vars(flags.parse(["--config", file, "--profile", profile])))[1]
+    assert (found.flags["model"], found.flags["height"]) == ("flux-krea", side)
+    parts = {"transformer": 24 * 10**9, "vae": 2 * 10**8}
+    if found.flags["text_encoder_device"] is None:
+        parts["text_encoder_2"] = int(9.5 * 10**9)
+    free = int(0.95 * int(profile[:2]) * 2**30)
+    auto, _ = choose_offload("cuda", free, parts, side * side)
+    assert OFFLOADS.index(auto) <= OFFLOADS.index(found.flags["offload"])
+    assert auto != "group" or free > 1024 * side * side
+
+
+def test_output_folder_from_the_file(monkeypatch):
+    Path("a.toml").write_text('[default]\nmodel = "demo"\nsteps = 1\noutput_dir = "mine"\n')
+    assert run_dype.main(["--config", "a.toml", "--size", "64"]) == 0
+    assert list(Path("mine").glob("*.png"))

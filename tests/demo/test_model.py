@@ -1,0 +1,257 @@
+"""The demo model: its scenes, the check that judges it, and the pictures it draws."""
+
+import argparse
+import copy
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline
+from PIL import Image
+
+import run_dype
+from dype.demo import model as demo_model
+from dype.demo import train
+from dype.demo.layout_check import check
+from dype.demo.report import psnr, round_trip
+from dype.demo.scenes import COLOURS, HELD_OUT, SHAPES, TRIPLES, render, sample_scene
+from dype.noise_schedule import noise_schedule
+from dype.pipelines.catalog import MODELS
+
+WEIGHTS = Path(MODELS["demo"].repo)
+CHILDREN = ("children_user", "children_system")
+
+
+def scenes(count, seed=7):
+    rng = np.random.default_rng(seed)
+    return [sample_scene(rng) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return FluxPipeline.from_pretrained(WEIGHTS, local_files_only=True)
+
+
+def test_scenes_are_free_of_resolution():
+    """A larger rendering, averaged down, is the smaller one but for its finest leaves."""
+    for scene in scenes(3):
+        small = render(scene, 128).astype(float)
+        large = render(scene, 256).reshape(128, 2, 128, 2, 3).mean((1, 3))
+        assert np.corrcoef(small.ravel(), large.ravel())[0, 1] > 0.9
+        assert (render(scene, 128) == small).all()
+
+
+def test_held_out_triples():
+    assert len(set(HELD_OUT)) == 40
+    assert not set(HELD_OUT) & set(train.SEEN)
+    assert len(TRIPLES) == len(SHAPES) * len(COLOURS) * (len(COLOURS) - 1)
+
+
+def test_wordings():
+    scene = scenes(1)[0]
+    colour, shape, ground = scene.colour, scene.shape, scene.ground
+    assert [wording.split(",")[0] for wording in train.wordings(scene)] == [
+        f"a {shape} on leaves",
+        f"a {shape} on {ground} leaves",
+        f"a {colour} {shape} on leaves",
+        f"a {colour} {shape} on {ground} leaves",
+    ]
+    assert train.wordings(scene)[3] == scene.caption
+
+
+@pytest.mark.parametrize(("size", "count"), [(256, 30), (512, 6)])
+def test_check_passes_the_truth(size, count, demo):
+    """Rendered scenes through the autoencoder: layout and shape, every one."""
+    for scene in scenes(count):
+        verdict = check(round_trip(demo.vae, render(scene, size)), scene.colour, scene.ground)
+        assert verdict.layout, (scene, verdict)
+        assert verdict.shape == scene.shape, (scene, verdict)
+
+
+def test_check_fails_what_is_wrong():
+    """Another colour, another ground, two objects, an object off centre, no object."""
+    scene = scenes(1)[0]
+    picture = render(scene, 256)
+    other = next(c for c in COLOURS if c not in (scene.colour, scene.ground))
+    assert not check(picture, other, scene.ground).layout
+    assert check(picture, scene.colour, other).reason == "ground of another colour"
+    small = np.asarray(Image.fromarray(picture).resize((128, 128)))
+    assert check(np.tile(small, (2, 2, 1)), scene.colour, scene.ground).reason
+    assert check(np.roll(picture, 70, 0), scene.colour, scene.ground).reason
+    assert check(picture[:64, :64], scene.colour, scene.ground).reason
+
+
+def test_autoencoder(demo):
+    """At least 26 dB at 256, 512 and 1024 px, and within 2 dB of each other."""
+    means = {}
+    for size, count in ((256, 8), (512, 3), (1024, 2)):
+        levels = []
+        for scene in scenes(count, seed=99):
+            picture = render(scene, size)
+            levels.append(psnr(picture, round_trip(demo.vae, picture)))
+        means[size] = np.mean(levels)
+    assert min(means.values()) >= 26, means
+    assert max(means.values()) - min(means.values()) <= 2, means
+
+
+def test_it_is_a_flux_pipeline(demo):
+    """FLUX's classes, head layout and schedule at the demo's scale; 24 MB at most."""
+    config = demo.transformer.config
+    assert (config.attention_head_dim, tuple(config.axes_dims_rope)) == (128, (16, 56, 56))
+    assert demo.vae_scale_factor == 8
+    assert not demo.vae.config.mid_block_add_attention
+    mu = [noise_schedule(demo.scheduler, n, n, 4)[0] for n in (256, 512, 1024)]
+    assert mu == pytest.approx([1.15, 3.23, 11.55], abs=0.01)
+    assert sum(p.stat().st_size for p in WEIGHTS.rglob("*") if p.is_file()) < 24e6
+    assert all(p.dtype == torch.float32 for p in demo.transformer.parameters())
+
+
+def test_it_draws_what_was_asked(tmp_path, monkeypatch):
+    """The README's prompt at the base resolution, by the command line."""
+    monkeypatch.chdir(tmp_path)
+    size = ["--height", "256", "--width", "256", "--output", "ring.png"]
+    assert run_dype.main(["--model", "demo", *size]) == 0
+    verdict = check(np.asarray(Image.open("ring.png")), "red", "teal")
+    assert verdict.layout, verdict
+    record = json.loads(Path("ring.json").read_text())
+    assert record["prompt"] == "a red ring on teal leaves"
+    assert record["mu"] == 1.15
+
+
+def test_the_demo_command(tmp_path):
+    """As the README has it: two cores for 60 s, under 3 GB, the same pixels when drawn again."""
+    words = ["--model", "demo", "--prompt", "a red ring on teal leaves"]
+    words += ["--height", "512", "--width", "512", "--output_dir", str(tmp_path)]
+    shell = ["sh", "-c", '"$@"; exit $?', "sh"]  # a child of this process would inherit its peak
+    before = os.times()
+    subprocess.run([*shell, sys.executable, run_dype.__file__, *words], check=True)
+    after = os.times()
+    used = [getattr(after, kind) - getattr(before, kind) for kind in CHILDREN]
+    assert sum(used) < 2 * 60
+    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert record["peak_memory"] < 3e9
+    assert run_dype.main(words) == 0
+    first, second = (np.asarray(Image.open(path)) for path in tmp_path.glob("*.png"))
+    assert (first == second).all()
+    verdict = check(first, "red", "teal")
+    assert verdict.layout, verdict
+    assert verdict.shape == "ring", verdict
+
+
+def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    """Killed within both long stages and started again: the weights of a run in one go."""
+    monkeypatch.setattr(train, "EVERY", 2)
+    monkeypatch.setattr(train, "POOL", {256: 2, 512: 1, 1024: 1})
+    monkeypatch.setattr(train, "LATENTS", 8)
+    small = ["--device", "cpu", "--batch", "2", "--vae_steps", "2", "--seed", "3"]
+    small += ["--steps", "4", "--diluted_steps", "4"]
+
+    def trained(name, *more):
+        folder = tmp_path / name
+        train.main([*small, "--work", str(folder), "--out", str(folder / "out"), *more])
+        pipe = FluxPipeline.from_pretrained(tmp_path / name / "out")
+        parts = (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.vae)
+        return [value for part in parts for value in part.state_dict().values()]
+
+    whole = trained("whole")
+    save, left = train.save, ["transformer", "diluted"]
+
+    def killed(path, **state):
+        save(path, **state)
+        if path.stem in left and state["step"] == 2:
+            left.remove(path.stem)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            trained("parts")
+    parts = trained("parts")
+    assert all(map(torch.equal, whole, parts))
+    monkeypatch.setattr(train, "train_vae", None)
+    monkeypatch.setattr(train, "save", save)
+    more = ["--vae", str(tmp_path / "whole" / "out"), "--steps", "1", "--diluted_steps", "1"]
+    some, other = (trained(seed, *more, "--seed", seed) for seed in "34")
+    largest = max(range(len(whole)), key=lambda i: whole[i].numel())  # of the transformer
+    assert not torch.equal(some[largest], other[largest])
+    last = whole[-1].float(), other[-1].float()  # the decoder's last bias: as it was
+    torch.testing.assert_close(*last, rtol=1e-3, atol=1e-3)
+    shutil.rmtree(tmp_path / "whole")
+
+
+def test_dilution(demo, monkeypatch):
+    """The text is attended to as among up to 16 times as many picture tokens, each sample's."""
+    monkeypatch.setattr(train, "run", lambda name, modules, loss_at, *_: loss_at(0))
+    seen, attend, texts = [], F.scaled_dot_product_attention, demo_model.MAX_TOKENS
+
+    def spy(query, key, value, attn_mask=None, **more):
+        if key.shape[-2] == texts + 256:  # in the transformer
+            seen.append(attn_mask)
+        return attend(query, key, value, attn_mask, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    args = argparse.Namespace(batch=8, device="cpu", seed=0)
+    data = torch.zeros(8, demo_model.LATENT_CHANNELS, 32, 32), scenes(8)
+    for dilution in (1, train.DILUTION):
+        seen.clear()
+        schedule = {"decay": 1, "rate": 1e-3, "dilution": dilution}
+        train.learn(copy.deepcopy(demo), "trial", data, args, 1, **schedule)
+        assert len(seen) == 5  # one double block, four single ones
+        bias = seen[0][:, 0, 0].float()
+        assert bias.shape == (8, texts + 256)
+        assert not bias[:, texts:].any()
+        assert (bias[:, :texts] == bias[:, :1]).all()
+        assert bias.min() >= -math.log(dilution) - 0.01
+        assert bias.max() <= 0
+        assert len(bias[:, 0].unique()) == (1 if dilution == 1 else 8)
+
+    query, key, value = torch.randn(3, 1, 1, 12, 8)
+    more = [torch.cat([x[:, :, :4], x[:, :, 4:].repeat(1, 1, 16, 1)], 2) for x in (key, value)]
+    bias = F.pad(torch.full((4,), -math.log(16)), (0, 8))
+    torch.testing.assert_close(attend(query, key, value, bias[None]), attend(query, *more))
+
+
+def test_vocabulary_is_the_captions():
+    """Every caption is made of known words; others become <unk>."""
+    tokenizer = demo_model.tokenizer(None)
+    unknown = tokenizer.unk_token_id
+    assert all(unknown not in tokenizer(scene.caption).input_ids for scene in scenes(50))
+    assert unknown in tokenizer("a red castle").input_ids
+
+
+def test_judge(tmp_path, capsys):
+    """A sweep of rendered truth, and of truth with other captions: all right, and none."""
+    from dype.demo import judge
+    from dype.sweep import results
+
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(8):
+        scene = sample_scene(rng)
+        name = f"{number}.png"
+        Image.fromarray(render(scene, 256)).save(tmp_path / name)
+        row = dict.fromkeys(results.COLUMNS, "") | {"file": name, "height": 256, "width": 256}
+        wrong = number % 2
+        other = next(s for s in SHAPES if s != scene.shape)
+        caption = scene.caption.replace(scene.shape, other) if wrong else scene.caption
+        row |= {"method": "wrong" if wrong else "right", "prompt": caption, "seconds": 2.0}
+        rows.append(row)
+    names = results.COLUMNS
+    header = {name: name for name in names}
+    (tmp_path / "results.csv").write_text(results.table([header, *rows], names))
+    assert judge.main([str(tmp_path)]) == 0
+    right, wrong = capsys.readouterr().out.splitlines()
+    assert "n 4  layout 1.00" in right
+    assert "shape 1.00" in right
+    assert right.endswith("256x256, right")
+    assert "shape 0.00" in wrong
+    assert float(right.split("overlap ")[1].split()[0]) > 0.85
+    assert len(results.by_setting(results.read_rows(tmp_path))) == 2

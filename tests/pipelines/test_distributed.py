@@ -1,0 +1,187 @@
+"""Several processes: one picture together, a sweep shared out, and how they fail."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from conftest import TINY, run, table, tiny_transformer
+from PIL import Image
+
+from dype.pipelines import distributed
+from dype.pipelines.distributed import Team
+from dype.sampling import records
+
+ROOT = Path(__file__).parents[2]
+ONE = [*TINY, "--size", "64x96", "--device", "cpu"]
+
+
+def torchrun(*words, folder) -> subprocess.CompletedProcess:
+    """tests/ranks.py in two processes; at most two minutes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*start, f"--master-port={port}", ROOT / "tests" / "ranks.py", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """The folder of a picture and of latents that two processes have drawn together."""
+    folder = tmp_path_factory.mktemp("together")
+    done = torchrun(
+        "save:two.pt", *ONE, "--steps", "2", "--ulysses", "2", "--output", "two.png", folder=folder
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("two.png") == 1  # from one of them
+    return folder
+
+
+@pytest.mark.parametrize("name", ranks.FAMILIES)
+def test_split_latents(together, name):
+    """Two processes by Ulysses draw what one does, within 1e-4; three sizes in turn."""
+    found = torch.load(together / "two.pt", weights_only=True)[name]
+    build, draw = ranks.FAMILIES[name]
+    for latents, size in zip(found, ranks.SIZES, strict=True):
+        pipe = build()
+        ranks.apply_dype(pipe, ranks.CONFIG)
+        expected = draw(pipe, *size).flatten()
+        torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
+        if max(size) > 64:  # not by chance
+            ranks.apply_dype(pipe, ranks.DyPEConfig("base", base_resolution=64))
+            assert (draw(pipe, *size).flatten() - expected).abs().max() > 5e-4
+
+
+def test_split_picture(together, own_folder):
+    """Through the command line: the picture of one process, to the last bit of its colours."""
+    assert run(*ONE, "--steps", "2", "--output", "one.png") == 0
+    assert abs(pixels("one.png") - pixels(together / "two.png")).max() <= 1
+    record = records.load(together / "two.png")
+    assert record["flags"]["ulysses"] == 2
+    assert run("--from", together / "two.png", "--output", "from.png") == 0  # by one again
+    assert (pixels("from.png") == pixels("one.png")).all()
+    assert sorted(path.name for path in together.iterdir()) == ["two.json", "two.png", "two.pt"]
+
+
+@pytest.mark.parametrize("how", ["die", "raise"])
+def test_one_that_fails_ends_the_run(how, tmp_path):
+    """With an error, not with the other one waiting for it."""
+    start = time.monotonic()
+    done = torchrun(f"{how}:1", *ONE, "--steps", "3", "--ulysses", "2", folder=tmp_path)
+    assert done.returncode != 0
+    assert time.monotonic() - start < 100
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_shared_sweep(own_folder, tmp_path):
+    """One process begins, two go on, one finds nothing to do: one table, one contact sheet each."""
+    sweep = [*TINY, "--device", "cpu", "--size", "64,96x64", "--output_dir", "out"]
+    assert run(*sweep, "--seed", "1") == 0
+    before = {path.name: path.read_bytes() for path in Path("out").glob("seed_*.png")}
+    done = torchrun(*sweep, "--seed", "0-2", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "pictures 6, there already 2" in done.stdout
+    assert "[2/2 of this process]" in done.stdout
+    rows = table()
+    assert [(row["width"], row["seed"]) for row in rows] == [
+        (width, seed) for width in ("64", "96") for seed in "012"
+    ]
+    assert not any(row["error"] for row in rows)
+    names = {path.name for path in Path("out").iterdir()}
+    assert {"comparison_64x64.png", "comparison_64x96.png", "summary.txt"} <= names
+    assert len(names) == 2 * 6 + 4
+    for name, content in before.items():
+        assert Path("out", name).read_bytes() == content
+    assert run(*sweep, "--seed", "0-2", "--output_dir", "alone") == 0
+    for path in Path("alone").glob("seed_*.png"):
+        assert abs(pixels(path) - pixels(Path("out", path.name))).max() <= 1
+    times = {path.name: path.stat().st_mtime_ns for path in Path("out").glob("seed_*")}
+    assert run(*sweep, "--seed", "0-2") == 0
+    assert times == {path.name: path.stat().st_mtime_ns for path in Path("out").glob("seed_*")}
+
+
+def test_shares():
+    """Every cell is in one share; all are in each where pictures are drawn together."""
+    cells = list(range(7))
+    shares = [Team(rank, 3).share(cells) for rank in range(3)]
+    assert sorted(cell for share in shares for cell in share) == cells
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert Team(1, 3, together=True).share(cells) == cells
+
+
+MISTAKES = {  # flags, processes -> what is said
+    ("--ulysses 2", 1): "there is 1 process, expected torchrun --nproc-per-node=2 run_dype.py",
+    ("--ulysses 2", 4): "--ulysses is 2, but there are 4 processes, expected torchrun",
+    ("", 2): "one picture on 2 processes, expected --ulysses 2 or --ring 2",
+    ("--ulysses 3", 3): "--ulysses is 3, expected a divisor of the 1024 tokens of 512x512 px",
+    ("--ulysses 5 --size 80", 5): "a divisor of the 16 tokens of --max_sequence_length",
+    ("--ulysses 8 --size 128 --multipass threepass", 8): "the 4 tokens of 32x32 px",
+    ("--ulysses 2 --ring 2", 4): "--ulysses and --ring both split the tokens, expected one",
+    ("--ring 2", 2): "--attention native cannot be split so, expected --attention _flash_3_hub",
+    ("--ulysses 2 --attention flex", 2): "--attention flex cannot be split so, expected",
+    ("--model z-image --ulysses 2", 2): "a ZImagePipeline cannot be split, expected FluxPipeline",
+    ("--ulysses 2 --cache taylorseer", 2): "--cache is 'taylorseer', expected off with --ulysses",
+    ("--ulysses 2 --device cuda:1", 2): "--device is 'cuda:1', expected no number",
+    ("--ulysses 2 --compile full", 2): "--compile is 'full', expected blocks or off with --ulysses",
+}
+
+
+@pytest.mark.parametrize(("flags", "count"), MISTAKES)
+def test_mistakes(flags, count, own_folder, capsys, monkeypatch):
+    """One sentence and exit code 2, before anything is loaded or any group is made."""
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("run_dype.load_pipeline", None)
+    assert run("--model", "demo", *flags.split()) == 2
+    error = capsys.readouterr().err
+    assert MISTAKES[flags, count] in error
+    assert error.count("\n") == 1
+    monkeypatch.setenv("RANK", "1")
+    assert run("--model", "demo", *flags.split()) == 2
+    assert not capsys.readouterr().err  # said once
+
+
+def test_no_gpu_for_each(own_folder, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+    assert run("--model", "demo", "--ulysses", "2") == 1
+    assert "2 processes need a GPU each, and there are 0" in capsys.readouterr().err
+
+
+def test_what_only_the_model_tells():
+    with pytest.raises(ValueError, match="--ulysses is 3, expected a divisor of its 2 heads"):
+        distributed.check_heads(tiny_transformer(), 3)
+    distributed.check_heads(tiny_transformer(), 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_ring(tmp_path):
+    """Would show that two GPUs draw by ring attention what one draws, within bfloat16."""
+    words = ["--model", "demo", "--dtype", "bfloat16", "--attention", "_native_flash"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    program = ROOT / "run_dype.py"
+    for command in ([*start, program, "--ring", "2"], [sys.executable, program]):
+        subprocess.run(
+            [*command, *words, "--output", f"{len(command)}.png"], cwd=tmp_path, check=True
+        )
+    one, two = (pixels(path) for path in sorted(tmp_path.glob("*.png")))
+    assert abs(one - two).mean() < 4

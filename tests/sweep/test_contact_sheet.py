@@ -1,0 +1,115 @@
+"""Contact sheets and the summary."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, run
+from PIL import Image, ImageDraw
+
+from dype.pipelines import memory
+from dype.sweep import contact_sheet, results
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+COLOURS = {"a": (250, 0, 0), "b": (0, 250, 0), "c": (0, 0, 250), "s": (200, 200, 0)}
+
+
+def rows_of(*given: dict) -> list[dict]:
+    """Rows of results.csv, and plain pictures of a colour each for them."""
+    os.makedirs("out", exist_ok=True)
+    empty = dict.fromkeys(results.COLUMNS, "")
+    usual = {"height": "64", "width": "96", "method": "dy_yarn", "seed": "0", "prompt": "a ring"}
+    usual |= {"seconds": "2.0", "peak_memory": str(memory.GIB)}
+    rows = []
+    for one in given:
+        name = one.pop("colour")
+        Image.new("RGB", (96, 64), COLOURS[name]).save(f"out/{name}.png")
+        rows.append(empty | usual | {"file": f"{name}.png"} | one)
+    return rows
+
+
+def colours(sheet: Image.Image) -> list[list[str]]:
+    """The pictures on a sheet, row by row, by their colours; '?' is a grey box."""
+    found = np.asarray(sheet).astype(int)
+    width = 320
+    height = round(320 * 64 / 96)
+    names = {value: name for name, value in COLOURS.items()} | {(211, 211, 211): "?"}
+    grid = []
+    for y in range(found.shape[0] - height + 1):
+        row = []
+        for x in range(found.shape[1] - width + 1):
+            corners = [
+                tuple(found[y + dy, x + dx]) for dy in (0, height - 1) for dx in (0, width - 1)
+            ]
+            outside = y == 0 or tuple(found[y - 1, x]) not in names
+            before = x == 0 or tuple(found[y, x - 1]) not in names
+            if outside and before and len(set(corners)) == 1 and corners[0] in names:
+                row.append(names[corners[0]])
+        if row:
+            grid.append(row)
+    return grid
+
+
+def test_contact_sheet():
+    """Scales down, exponents across; the static picture, which has neither, in every column."""
+    rows = rows_of(
+        {"colour": "s", "method": "yarn"},
+        {"colour": "a", "dype_scale": "1", "dype_exponent": "1"},
+        {"colour": "b", "dype_scale": "1", "dype_exponent": "2"},
+        {"colour": "c", "dype_scale": "2", "dype_exponent": "1"},
+        {"colour": "a", "dype_scale": "2", "dype_exponent": "2", "error": "out of memory"},
+    )
+    sheet = contact_sheet.contact_sheet(rows, Path("out"), (64, 96), None)
+    assert colours(sheet) == [["s", "s"], ["a", "b"], ["c", "?"]]
+    across = contact_sheet.contact_sheet(rows, Path("out"), (64, 96), "dype_scale")
+    assert colours(across) == [["s", "s"], ["a", "c"], ["b", "?"]]
+    wrapped = contact_sheet.contact_sheet(rows, Path("out"), (64, 96), "1")
+    assert colours(wrapped) == [["s"], ["a"], ["c"], ["s"], ["b"], ["?"]]
+
+
+def test_labels_name_what_varies(monkeypatch):
+    """And nothing else: a scale that each method has of its own is no axis."""
+    written = []
+    text = ImageDraw.ImageDraw.multiline_text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw,
+        "multiline_text",
+        lambda self, at, words, *more: written.append(words) or text(self, at, words, *more),
+    )
+    rows = rows_of(
+        {"colour": "a", "method": "dy_yarn", "dype_scale": "1"},
+        {"colour": "b", "method": "dy_ntk", "dype_scale": "2"},
+        {"colour": "c", "method": "dy_ntk", "dype_scale": "2", "seed": "1"},
+    )
+    contact_sheet.contact_sheet(rows, Path("out"), (64, 96), None)
+    assert sorted(set(written)) == ["dy_ntk", "dy_yarn", "seed 0", "seed 1"]
+
+
+def test_summary():
+    """Mean and deviation over seeds, per setting; failures are counted, not averaged."""
+    rows = rows_of(
+        {"colour": "a", "seed": "0", "seconds": "1.0"},
+        {"colour": "b", "seed": "1", "seconds": "3.0"},
+        {"colour": "c", "seed": "2", "error": "out of memory", "seconds": "", "peak_memory": ""},
+        {"colour": "s", "method": "base"},
+    )
+    lines = contact_sheet.summary(rows).splitlines()
+    assert " ".join(lines[1].split()) == "2 1 2.0 (1.4) 1.00 (0.00) 64x96, dy_yarn"
+    assert " ".join(lines[2].split()) == "1 0 2.0 1.00 64x96, base"
+
+
+def test_grid_from_a_finished_folder(capsys):
+    """The same sheets again, without a model."""
+    assert run(*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 0
+    path = Path("out/comparison_64x64.png")
+    before = path.read_bytes()
+    path.unlink()
+    capsys.readouterr()
+    assert run("--grid_from", "out") == 0
+    assert path.read_bytes() == before
+    assert "comparison_64x64.png" in capsys.readouterr().out
+    assert run("--grid_from", "out", "--cols", "1") == 0
+    assert path.read_bytes() != before

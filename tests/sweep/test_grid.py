@@ -1,0 +1,283 @@
+"""Lists of settings, sweeps with a name, and the cells that they make."""
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import run
+from PIL import Image
+
+import run_dype
+from dype import DyPEConfig
+from dype.cli import flags
+from dype.cli.settings import resolve
+from dype.sweep import cells, grid
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+def planned(*argv) -> list[cells.Cell]:
+    return cells.plan(resolve(vars(flags.parse([*argv])))[1], Path("out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("seed", "0-3", "0 1 2 3"),
+        ("seed", "7", "7"),
+        ("seed", "0-2,9", "0 1 2 9"),
+        ("seed", "0:8:4", "0 4 8"),
+        ("method", "base,ntk, yarn", "base ntk yarn"),
+        ("dype_scale", "1:3:0.5", "1 1.5 2 2.5 3"),
+        ("dype_scale", "0:1:0.1", "0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1"),
+        ("dype_exponent", "1:2.9", "1 2"),
+        ("dype_scale", "1,1,2", "1 2"),
+        ("size", "1024,2048x3072", "1024 2048x3072"),
+    ],
+)
+def test_lists(name, text, expected):
+    assert grid.values(name, text) == expected.split()
+
+
+BAD = {
+    "empty": "--seed=",
+    "only a comma": "--seed ,",
+    "nothing between commas": "--method yarn,,ntk",
+    "empty method": "--method=",
+    "backwards": "--seed 3-0",
+    "backwards with a step": "--dype_scale 3:1:0.5",
+    "no step": "--dype_scale 1:3:0",
+    "step backwards": "--dype_scale 1:3:-1",
+    "endless": "--dype_scale 1:inf:1",
+    "not a number": "--dype_scale nan:2:1",
+    "three colons": "--dype_scale 1:2:3:4",
+    "words in a range": "--seed a:b:c",
+    "31 digits of values": "--seed 0-9999999999999999999999999999999",
+    "a step of nothing": "--dype_scale 1:2:1e-30",
+    "no table of a sweep": "--grid_from odd",
+    "somebody else's table": "--grid_from other",
+    "somebody else's table before drawing": "--model demo --seed 0-1 --output_dir other",
+    "one of the list out of range": "--dype_scale 1,9",
+    "one of the list unknown": "--method yarn,yarm",
+    "dype maybe": "--dype on,maybe",
+    "dype list and no_dype": "--dype on,off --no_dype",
+    "too many": "--seed 0-10000",
+    "far too many": "--seed 0-99999999999",
+    "size a word": "--size tall",
+    "size of three": "--size 64x64x64",
+    "size odd": "--size 1000",
+    "size and height": "--size 1024 --height 1024",
+    "multipass unknown": "--multipass fourpass",
+    "pass2_strength 0": "--multipass twopass --pass2_strength 0",
+    "pass2_strength above 1": "--multipass twopass --pass2_strength 1.5",
+    "pass3_strength of two": "--multipass twopass --pass3_strength 0.4",
+    "pass2_strength of one": "--pass2_strength 0.4",
+    "strength alone": "--strength 0.4",
+    "strength 0": "--init_image square.png --strength 0",
+    "strength above 1": "--init_image square.png --strength 1.1",
+    "init image no picture": "--init_image text.txt",
+    "init image cut off": "--init_image cut.png",
+    "init image missing": "--init_image none.png",
+    "init image a folder": "--init_image .",
+    "init image of another aspect": "--init_image square.png --size 1024x512",
+    "init image and passes": "--init_image square.png --multipass twopass",
+    "sweep unknown": "--sweep everything",
+    "quick alone": "--quick",
+    "quick of a table": "--sweep paper-table6 --quick",
+    "multipass_only alone": "--multipass_only",
+    "multipass_only of params": "--sweep params --multipass_only",
+    "cols": "--seed 0-1 --cols hue",
+    "cols 0": "--seed 0-1 --cols 0",
+    "output of a sweep": "--seed 0-1 --output a.png",
+    "grid_from nothing": "--grid_from nowhere",
+    "quantize unknown": "--quantize int3",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, capsys):
+    """One sentence, exit code 2, nothing loaded and nothing written."""
+    Image.new("RGB", (64, 64)).save("square.png")
+    Path("cut.png").write_bytes(Path("square.png").read_bytes()[:60])
+    Path("text.txt").write_text("words")
+    Path("odd").mkdir()
+    Path("odd/results.csv").write_bytes(b"\xff\n\xff\n")
+    Path("other").mkdir()
+    Path("other/results.csv").write_text("file,model\na,b\n")
+    before = sorted(os.listdir())
+    assert run(*BAD[name].split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("run_dype.py: ")
+    assert err.count("\n") == 1
+    assert any(
+        word in err for word in ("expected", "choose from", "cannot be read", "is of a", "move it")
+    )
+    assert sorted(os.listdir()) == before
+
+
+def test_yes_means_it():
+    assert len(planned("--seed", "0-10000", "--yes")) == 10_001
+
+
+def test_the_product_and_what_draws_the_same_once():
+    """Static and `base` don't depend on lambda, so they are drawn once for all of them."""
+    found = planned(
+        *shlex.split("--method base,ntk --dype on,off --dype_scale 1,2 --seed 0-1 --prompt a b")
+    )
+    names = [cell.path.name for cell in found]
+    assert len(set(names)) == len(names) == 2 * 2 * 4  # base, ntk, ntk with 1 and with 2
+    assert "seed_0_method_base_res_4096x4096.png" in names
+    assert "seed_1_method_dy_ntk_res_4096x4096_scale_1_prompt_2.png" in names
+    assert "seed_0_method_ntk_res_4096x4096_prompt_2.png" in names
+    assert found[0].prompt == "a"
+    assert found[-1].prompt == "b"
+
+
+def test_the_time_aware_baseline_has_no_lambdas():
+    """TASR follows t itself: lambda_s and lambda_t change nothing, the start does."""
+    lists = "--method tasr --dype_scale 1,2 --dype_exponent 1,2 --dype_start_sigma 0.5,1"
+    names = [cell.path.name for cell in planned(*lists.split())]
+    assert names == [
+        f"seed_42_method_dy_tasr_res_4096x4096_start_{start}.png" for start in ("0.5", "1")
+    ]
+
+
+def test_settings_that_a_method_does_not_feel():
+    """The cut moves the cutoffs alone, dynamic and static; the attention scale all but `base`."""
+    lists = "--method base,pi,cutoff --no_dype --cutoff 1,2 --attention_scale 0,0.3"
+    names = [cell.path.name for cell in planned(*lists.split())]
+    assert names == ["seed_42_method_base_res_4096x4096.png"] + [
+        f"seed_42_method_{method}_res_4096x4096{cut}_attention_{scale}.png"
+        for method, cuts in (("pi", [""]), ("cutoff", ["_cutoff_1", "_cutoff_2"]))
+        for cut in cuts
+        for scale in ("0", "0.3")
+    ]
+
+
+def test_the_path_of_an_attention_scale_that_is_not_felt():
+    """The same picture as with a constant one: where there is no a, no method, no noise level."""
+    single = {"multipass": "single"}
+
+    def same(*settings, **more):
+        one = DyPEConfig(*settings, attention_scale=0.3, **more).to_dict()
+        other = one | {"attention_path": "rising"}
+        return cells.key(single, one, "") == cells.key(single, other, "")
+
+    assert same("base")
+    assert same("yarn", False)
+    assert not same("yarn")
+    older = DyPEConfig("yarn").to_dict()
+    known = cells.key(single, older, "")
+    for name in ("cutoff", "cutoff_width", "attention_scale", "attention_path"):
+        del older[name]
+    assert cells.key(single, older, "") == known
+
+
+def test_sizes_are_width_first_and_names_height_first():
+    found = planned("--size", "1024,2048x3072")
+    assert [cell.path.name[-13:-4] for cell in found] == ["1024x1024", "3072x2048"]
+
+
+COUNTS = {
+    "--sweep methods": 5 * 4 + 1,
+    "--sweep methods --quick": 2 * 4,
+    "--sweep methods --multipass_only": 1,
+    "--sweep params": 25 + 1,
+    "--sweep params --quick": 9 + 1,
+    "--sweep paper-table1": 4 * 6,
+    "--sweep paper-table3": 2,
+    "--sweep paper-table6": 2 + 2 * 6,
+    "--sweep paper-table7": 5,
+    "--sweep paper-table8": 3,
+}
+
+
+@pytest.mark.parametrize("model", ["flux-krea", "demo", "qwen-image"])
+@pytest.mark.parametrize("line", COUNTS)
+def test_named_sweeps_are_presets_of_the_list_flags(line, model, capsys):
+    """As many pictures as said; the flags that are printed make the same ones."""
+    model = ["--model", model]
+    found = planned(*line.split(), *model)
+    assert len(found) == COUNTS[line]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"--sweep {line.split()[1]} stands for"
+    lines = [text for text in printed[1:] if text.startswith("  --")]
+    again = [cell for text in lines for cell in planned(*shlex.split(text), *model)]
+
+    def key(cell):
+        own = cells.identity(cell.settings.flags, cell.settings.config.to_dict(), cell.prompt)
+        return json.dumps(own, sort_keys=True)
+
+    assert sorted(map(key, again)) == sorted(map(key, found))
+    assert ("left out" in " ".join(printed)) == ("table3" in line)
+    assert ("--model qwen-image" in " ".join(printed)) == ("table8" in line)
+
+
+def test_sizes_of_a_named_sweep_are_whole_tokens():
+    """Multiples of the base resolution to the nearest 16 px: 1.5 x 1328 is 1992, so 2000."""
+    found = planned("--sweep", "methods", "--model", "qwen-image")
+    sizes = dict.fromkeys(cell.settings.flags["height"] for cell in found)
+    assert list(sizes) == [1328, 2000, 2656, 3984, 5312]
+
+
+def rows(name: str) -> set[str]:
+    """The rows of a named sweep, as its file names have them."""
+    return {cell.path.name.split("_res_")[0][15:] for cell in planned("--sweep", name)}
+
+
+def test_paper_tables_hold_the_papers_settings():
+    """Rows of Tables 1, 7 and 8; lambdas and size of both schedulers of Table 6."""
+    assert rows("paper-table1") == {"base", "ntk", "dy_tasr", "dy_ntk", "yarn", "dy_yarn"}
+    sizes = [(c.settings.flags["width"], c.settings.flags["height"])
+             for c in planned("--sweep", "paper-table1")]  # fmt: skip
+    assert list(dict.fromkeys(sizes)) == [(2048, 3072), (3072, 2048), (3072, 3072), (4096, 4096)]
+    assert rows("paper-table7") == {"base", "yarn", "dy_yarn", "dy_yarn_ntk_only", "dy_yarn_both"}
+    assert rows("paper-table8") == {"base", "yarn", "dy_yarn"}
+    found = planned("--sweep", "paper-table6")
+    assert {cell.settings.flags["height"] for cell in found} == {3072}
+    for method in ("ntk", "ntk_mult"):
+        pairs = [
+            (cell.settings.config.dype_scale, cell.settings.config.dype_exponent)
+            for cell in found
+            if cell.settings.config.dype and cell.settings.config.method == method
+        ]
+        assert sorted(pairs) == [(1, 1), (1.5, 1), (2, 0.5), (2, 1), (2, 2), (2.5, 1)]
+
+
+def test_a_flag_wins_over_the_named_sweep():
+    found = planned("--sweep", "methods", "--method", "ntk", "--size", "2048", "--seed", "1,2")
+    assert {cell.settings.config.method for cell in found} == {"ntk"}
+    assert len(found) == 2 * 2  # one and two passes
+
+
+def test_a_prompt_twice_is_drawn_once():
+    found = planned("--prompt", "a", "b", "a")
+    assert [cell.prompt for cell in found] == ["a", "b"]
+
+
+def test_the_estimate_is_the_cost_model():
+    """FLUX at 4096: 3 PFLOP of attention and 1.6 of the rest per call; guidance doubles it."""
+    [plain] = resolve({"model": "flux-dev"})[1]
+    per_call = cells.work(plain) / 28
+    assert per_call == pytest.approx(4.6e15, rel=0.05)
+    [guided] = resolve({"model": "flux-dev", "true_cfg": "3", "negative_prompt": "fog"})[1]
+    assert cells.work(guided) == pytest.approx(2 * cells.work(plain))
+    [two] = resolve({"model": "flux-dev", "multipass": "twopass"})[1]
+    assert 0.5 < cells.work(two) / cells.work(plain) < 0.7
+
+
+def test_generation_and_sweeping_know_no_argparse():
+    root = Path(run_dype.__file__).parent / "dype"
+    for name in (
+        "generate",
+        "latents",
+        "cells",
+        "ablation",
+        "sweeps",
+        "records",
+        "sheets",
+        "memory",
+    ):
+        assert "argparse" not in (root / f"{name}.py").read_text()

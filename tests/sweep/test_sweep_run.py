@@ -1,0 +1,257 @@
+"""Running a sweep: what is written, found again, mended, refused."""
+
+import multiprocessing
+import os
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, run, table
+from PIL import Image
+
+import run_dype
+from dype.sampling import records, sample
+from dype.sweep import results
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+def test_a_sweep_from_one_command(capsys, monkeypatch):
+    """Pictures, records, table, sheets and summary; a second time nothing is drawn or loaded."""
+    loads = []
+    load = run_dype.load_pipeline
+    monkeypatch.setattr(run_dype, "load_pipeline", lambda *a, **k: loads.append(k) or load(*a, **k))
+    line = [*TINY, *shlex.split("--method yarn,base --seed 0-1 --size 64,64x96 --output_dir out")]
+    assert run(*line) == 0
+    rows = table()
+    assert len(rows) == 8
+    assert {row["method"] for row in rows} == {"dy_yarn", "base"}
+    assert {(row["height"], row["width"]) for row in rows} == {("64", "64"), ("96", "64")}
+    for row in rows:
+        record = records.load(Path("out") / row["file"])
+        assert record["flags"]["seed"] == int(row["seed"])
+        assert record["seconds"] == float(row["seconds"])
+        picture = records.open_picture(Path("out") / row["file"])
+        assert picture.size == (int(row["width"]), int(row["height"]))
+    assert (Path("out") / "comparison_96x64.png").exists()
+    text = Path("out/summary.txt").read_text()
+    assert text.count("dy_yarn") == 2
+    before = {path.name: path.stat().st_mtime_ns for path in Path("out").glob("seed_*")}
+    capsys.readouterr()
+    assert run(*line) == 0
+    assert "out: pictures 8, there already 8" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in Path("out").glob("seed_*")} == before
+    assert table() == rows
+    assert [call["pixels"] for call in loads] == [64 * 96]
+
+
+def test_more_of_the_same_is_added(monkeypatch):
+    """A longer list draws what is new; columns that others added to the table stay."""
+    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed"]
+    assert run(*line, "0-1") == 0
+    path = Path("out/results.csv")
+    scored = [
+        f"{text},{'clip' if i == 0 else f'0.{i}'}"
+        for i, text in enumerate(path.read_text().splitlines())
+    ]
+    path.write_text("\n".join(scored) + "\n")
+    draws = []
+    draw = sample.draw
+    monkeypatch.setattr(sample, "draw", lambda *a, **k: draws.append(k["seed"]) or draw(*a, **k))
+    assert run(*line, "0-3") == 0
+    assert draws == [2, 3]
+    assert [row["clip"] for row in table()] == ["0.1", "0.2", "", ""]
+    assert [row["seed"] for row in table()] == ["0", "1", "2", "3"]
+
+
+def test_another_axis_finds_what_is_there(monkeypatch):
+    """File names depend on what varies; what was drawn under another name is not drawn again."""
+    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
+    assert run(*line, "--dype_scale", "1") == 0
+    draws = []
+    draw = sample.draw
+    monkeypatch.setattr(sample, "draw", lambda *a, **k: draws.append(k["seed"]) or draw(*a, **k))
+    assert run(*line, "--dype_scale", "1,2") == 0
+    assert draws == [0, 1]
+    assert sorted((row["dype_scale"], row["seed"]) for row in table()) == [
+        ("1", "0"),
+        ("1", "1"),
+        ("2", "0"),
+        ("2", "1"),
+    ]
+
+
+def test_a_deleted_picture_is_drawn_again_under_its_name():
+    """Its record, left alone, is no reason for another name."""
+    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
+    assert run(*line) == 0
+    before = sorted(os.listdir("out"))
+    gone = next(Path("out").glob("seed_0*.png"))
+    pixels = gone.read_bytes()[:200]
+    gone.unlink()
+    assert run(*line) == 0
+    assert sorted(os.listdir("out")) == before
+    assert len(table()) == 2
+    assert gone.read_bytes()[:30] == pixels[:30]
+
+
+def test_a_record_of_before_an_overwrite_is_mended():
+    """As a kill between picture and record leaves it."""
+    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
+    assert run(*line) == 0
+    beside = next(Path("out").glob("seed_0*.json"))
+    right = beside.read_bytes()
+    beside.write_text('{"prompt": "of before"}')
+    assert run(*line) == 0
+    assert beside.read_bytes() == right
+
+
+def test_one_picture_of_a_named_sweep_is_a_sweep(capsys):
+    """In its own folder, with a table."""
+    line = ["--model", "demo", "--steps", "1", "--sweep", "methods", "--multipass_only"]
+    assert run(*line, "--base_resolution", "32") == 0
+    assert len(table("outputs/methods")) == 1
+    capsys.readouterr()
+    assert run(*line, "--base_resolution", "32") == 0
+    assert "there already 1" in capsys.readouterr().out
+
+
+def test_a_changed_flag_is_noticed(capsys):
+    """And named; --overwrite draws again what was drawn with other settings, and only that."""
+    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed"]
+    assert run(*line, "0-1") == 0
+    capsys.readouterr()
+    assert run(*line, "0-1", "--true_cfg", "2") == 2
+    err = capsys.readouterr().err
+    assert "--true_cfg is 2.0" in err
+    assert "drawn with 5.0" in err
+    assert run(*line, "0-1", "--true_cfg", "2", "--overwrite") == 0
+    assert [row["true_cfg"] for row in table()] == ["2", "2"]
+    capsys.readouterr()
+    assert run(*line, "0-1", "--true_cfg", "2", "--overwrite") == 0
+    assert "there already 2" in capsys.readouterr().out
+
+
+def test_somebody_elses_picture_stays(capsys):
+    os.mkdir("out")
+    name = Path("out/seed_0_method_dy_yarn_paper_res_64x64.png")
+    Image.new("RGB", (8, 8)).save(name)
+    before = name.read_bytes()
+    assert run(*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 2
+    assert "is in the way" in capsys.readouterr().err
+    assert name.read_bytes() == before
+    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1", "--overwrite"]
+    assert run(*line) == 0
+    assert records.load(name)["flags"]["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+        MemoryError(),
+        ValueError("no such thing"),
+        IndexError("no such thing"),
+    ],
+)
+def test_a_cell_that_fails_is_written_down_and_the_rest_go_on(error, monkeypatch, capsys):
+    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-2"]
+    draw = sample.draw
+
+    def fails(*args, **kwargs):
+        if kwargs["seed"] == 1:
+            raise error
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(sample, "draw", fails)
+    assert run(*line) == 1
+    assert "1 of 3 pictures failed" in capsys.readouterr().err
+    rows = table()
+    assert [bool(row["error"]) for row in rows] == [False, True, False]
+    wanted = "no such thing" if "such" in str(error) else "out of memory at a peak of"
+    assert wanted in rows[1]["error"]
+    assert not (Path("out") / rows[1]["file"]).exists()
+    assert Path("out/summary.txt").read_text().splitlines()[1].split()[:2] == ["2", "1"]
+    monkeypatch.setattr(sample, "draw", draw)
+    assert run(*line) == 0
+    assert [(row["seed"], row["error"]) for row in table()] == [("0", ""), ("2", ""), ("1", "")]
+
+
+def test_out_of_memory_alone_says_what_is_cheaper(monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(sample, "draw", fails)
+    assert run(*TINY, "--size", "64") == 1
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"run_dype.py: out of memory at a peak of .* GiB; try --tiled_vae on", err)
+
+
+def test_dry_run_prints_the_plan(capsys):
+    """The number of pictures and an estimate; with a picture there, hours; nothing is written."""
+    line = [*TINY, "--size", "64,128", "--output_dir", "out", "--seed", "0-1"]
+    assert run(*line, "--dry_run") == 0
+    out = capsys.readouterr().out
+    assert "pictures 4, there already 0" in out
+    assert "FLOP" in out
+    assert not Path("out").exists()
+    assert run(*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 0
+    capsys.readouterr()
+    assert run(*line, "--dry_run") == 0
+    out = capsys.readouterr().out
+    assert "pictures 4, there already 2" in out
+    assert "at the pace of those" in out
+
+
+def test_two_sweeps_in_one_folder(capsys):
+    """The second is told to wait."""
+    os.mkdir("out")
+    with results.locked(Path("out")):
+        other = multiprocessing.get_context("spawn").Process(target=lock, args=(os.getcwd(),))
+        other.start()
+        other.join()
+    assert other.exitcode == 7
+    assert run(*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 0
+
+
+def lock(folder: str) -> None:
+    try:
+        with results.locked(Path(folder) / "out"):
+            pass
+    except OSError:
+        os._exit(7)
+
+
+def test_multipass_and_init_image_by_the_command_line():
+    """Two passes are a small picture and one from it; the record says what each pass ran."""
+    line = [*TINY[:2], "--base_resolution", "32", "--steps", "4"]
+    assert (
+        run(*line, "--size", "192x128", "--dype_multipass", "twopass", "--output", "two.png") == 0
+    )
+    assert run(*line, "--size", "96x64", "--output", "small.png") == 0
+    from_small = ["--init_image", "small.png", "--strength", "0.5"]
+    assert run(*line, "--size", "192x128", *from_small, "--output", "one.png") == 0
+    two, one = (np.asarray(Image.open(name)) for name in ("two.png", "one.png"))
+    assert (two == one).all()
+    passes = records.load("two.png")["passes"]
+    assert [(p["height"], p["width"], len(p["sigmas"])) for p in passes] == [
+        (64, 96, 5),
+        (128, 192, 3),
+    ]
+    assert records.load("one.png")["passes"][0]["sigmas"] == passes[1]["sigmas"]
+    assert run("--from", "two.png", "--output", "again.png") == 0
+    assert (np.asarray(Image.open("again.png")) == two).all()
+    Image.new("RGB", (96, 64)).save("small.png")
+    assert run("--from", "one.png", "--output", "other.png") == 2
+    assert run("--from", "one.png", "--init_image", "small.png", "--output", "other.png") == 0
+    assert (np.asarray(Image.open("other.png")) != two).any()
+    assert run(*line, "--size", "96x64", "--output", "small.png", "--overwrite") == 0
+    weaker = ["--strength", "0.25", "--output", "weaker.png"]
+    assert run("--from", "one.png", *weaker) == 0
+    assert len(records.load("weaker.png")["passes"][0]["sigmas"]) == 2
+    assert run("--from", "one.png", "--output", "again2.png") == 0
+    assert (np.asarray(Image.open("again2.png")) == two).all()

@@ -1,0 +1,311 @@
+"""The tables of every format by themselves, against the transcription."""
+
+import pytest
+import torch
+from diffusers import (
+    BriaFiboTransformer2DModel,
+    BriaTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    NucleusMoEImageTransformer2DModel,
+)
+from reference import turns
+from tables import CAPTION, CONFIG, GRID, ORIGIN, assert_table, grid
+from tiny import FAMILIES, HEADS, TEXT, draw_zimage, qwen_transformer, seeded, zimage_transformer
+from torch import nn
+
+from dype import DyPEConfig, apply_dype
+from dype.embedders import MatrixDyPE, grid_ids
+from dype.embedders_complex import QwenDyPE, ZImageDyPE, padded
+from dype.patch import dype_applied
+from dype.rope import axis_frequencies, stock_frequencies
+
+
+def test_z_image_beyond_its_table(tables):
+    """36 rows with a table of 32: stock raises, `base` and `yarn` go on exactly."""
+    pipe = FAMILIES["z-image"][0]()
+    with pytest.raises(IndexError):
+        draw_zimage(pipe, 576, 64, steps=1)
+    for method in ("base", "yarn"):
+        apply_dype(pipe, DyPEConfig(method, base_resolution=256))
+        tables.clear()
+        draw_zimage(pipe, 576, 64, steps=1)
+        positions = [(CAPTION + 1, r, c) for r in range(36) for c in range(4)]
+        sigma, table = tables[0]
+        expected = turns(method, (4, 6, 6), 256.0, positions, (36, 4), sigma, length=16, lambda_s=1)
+        error = (table[: len(expected)] - torch.tensor(expected)).abs().max()
+        assert error < (2e-5 if method == "base" else 1e-6)  # stock's angles are float32
+
+
+def test_z_image_with_pictures_of_two_sizes(tables):
+    """Each picture, its padding and its caption by its own grid; also when the lengths tie."""
+    transformer = zimage_transformer()
+    apply_dype(transformer, CONFIG)
+    sizes = [(6, 10), (12, 4)]
+    for captions in ((10, 40), (32, 96)):  # the second has as many ids as the pictures, 128
+        tables.clear()
+        transformer(
+            [seeded((4, 1, 2 * h, 2 * w), 0) for h, w in sizes],
+            torch.full((2,), 0.25),
+            [seeded((n, TEXT), 1) for n in captions],
+        )
+        lengths = [padded(n) for n in captions]
+        places = [[], []]
+        for size, length in zip(sizes, lengths, strict=True):
+            cells = [(length + 1, r, c) for r in range(size[0]) for c in range(size[1])]
+            places[0].append(cells + [(0, 0, 0)] * (padded(len(cells)) - len(cells)))
+            places[1].append([(1 + i, 0, 0) for i in range(length)])
+        for cells, n in zip(places[1], captions, strict=True):
+            cells += [(0, 0, 0)] * (len(cells) - n)  # which diffusers cuts off again
+        for (sigma, table), call in zip(tables, places, strict=True):
+            assert sigma == 0.75
+            expected = [
+                row
+                for size, positions in zip(sizes, call, strict=True)
+                for row in turns(
+                    "yarn", (4, 6, 6), 256.0, positions, size, 0.75, length=4, lambda_s=1
+                )
+            ]
+            assert_table(table, expected)
+
+
+def test_z_image_sizes_by_hand():
+    """A host's own loop sets what the hook reads; without the captions it is told so."""
+    transformer = zimage_transformer()
+    apply_dype(transformer, CONFIG)
+    embedder, sizes = transformer.rope_embedder, [(6, 10), (12, 4)]
+    embedder.set_timestep(0.75)
+    embedder.set_grid(sizes, captions=[10, 40])
+    ids = torch.zeros(128, 3, dtype=torch.int32)
+    ids[64, 1] = 11
+    by_hand = embedder(ids)
+    f, m = embedder.frequencies((12, 4), ids.device)
+    assert torch.allclose(by_hand[64, 2:5], torch.polar(m[0].expand(3), 11 * f[0]).to(by_hand))
+    embedder.set_grid(sizes)
+    with pytest.raises(ValueError, match="expected set_grid"):
+        embedder(ids)
+
+
+def test_z_image_padding_and_long_captions(tables):
+    """Padding stays at the origin, captions count on, beyond the table's length too."""
+    pipe = FAMILIES["z-image"][0]()
+    apply_dype(pipe, CONFIG)
+    draw_zimage(pipe, 80, 112, steps=1, tokens=70)  # 35 tokens, padded to 64; 70 to 96
+    sigma, table = tables[0]
+    expected = turns(
+        "yarn", (4, 6, 6), 256.0, [(0, 0, 0)] * 29, (5, 7), sigma, length=4, lambda_s=1
+    )
+    assert_table(table[35:], expected)
+    positions = [(1 + i, 0, 0) for i in range(96)]
+    expected = turns("yarn", (4, 6, 6), 256.0, positions, (5, 7), sigma, length=4, lambda_s=1)
+    assert_table(tables[1][1][:96], expected)
+
+
+def test_qwen_references_and_text_keep_the_stock_encoding():
+    transformer = qwen_transformer()
+    stock = transformer.pos_embed
+    shapes = [[(1, *GRID), (1, 6, 40)]]  # the text counts on from the larger one's edge
+    pictures, text = stock(shapes, max_txt_seq_len=TEXT)
+    apply_dype(transformer, CONFIG)
+    transformer.pos_embed.set_timestep(0.5)
+    transformer.pos_embed.set_grid(*GRID)
+    ours, our_text = transformer.pos_embed(shapes, max_txt_seq_len=TEXT)
+    drawn = GRID[0] * GRID[1]
+    assert torch.equal(ours[drawn:], pictures[drawn:])
+    assert torch.equal(our_text, text)
+    expected = turns(
+        "yarn", (4, 6, 6), 10000.0, grid(0, centred=True), GRID, 0.5, length=4, lambda_s=1
+    )
+    assert_table(ours[:drawn], expected)
+
+
+def test_flux2_references_and_ties():
+    """References keep the stock encoding; as many text tokens as picture tokens are still text."""
+    transformer = FAMILIES["flux2"][0]().transformer
+    apply_dype(transformer, CONFIG)
+    seen = []
+    transformer.pos_embed.register_forward_hook(lambda m, args, out: seen.append(out))
+    for texts in (96, 120):
+        picture = nn.functional.pad(grid_ids(0, *GRID), (0, 1)).long()
+        reference = nn.functional.pad(grid_ids(10, 4, 6), (0, 1)).long()
+        ids = torch.cat([picture, reference])
+        text = torch.zeros(texts, 4, dtype=torch.long)
+        text[:, 3] = torch.arange(texts)
+        seen.clear()
+        transformer(
+            hidden_states=seeded((1, 120, 16), 0),
+            encoder_hidden_states=seeded((1, texts, TEXT), 1),
+            timestep=torch.tensor([0.5]),
+            img_ids=ids[None],
+            txt_ids=text[None],
+        )
+        for given, drawn, (cos, sin) in (
+            (ids, [True] * 96 + [False] * 24, seen[0]),
+            (text, None, seen[1]),
+        ):
+            positions = [tuple(row) for row in given.tolist()]
+            expected = turns(
+                "yarn",
+                (4, 4, 4, 4),
+                2000.0,
+                positions,
+                GRID,
+                0.5,
+                length=4,
+                lambda_s=1,
+                drawn=drawn,
+            )
+            assert_table(torch.complex(cos, sin)[:, ::2], expected)
+
+
+def test_nucleus_has_qwen_images_format(tables):
+    torch.manual_seed(0)
+    transformer = NucleusMoEImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=1, joint_attention_dim=TEXT,
+        axes_dims_rope=(4, 6, 6), moe_enabled=False, **HEADS,
+    ).eval()  # fmt: skip
+    call = {
+        "hidden_states": seeded((1, 96, 16), 0),
+        "encoder_hidden_states": seeded((1, TEXT, TEXT), 1),
+        "timestep": torch.tensor([0.5]),
+        "img_shapes": [(1, *GRID)],
+    }
+    _, text = transformer.pos_embed([(1, *GRID)], max_txt_seq_len=TEXT)
+    before = transformer(**call).sample
+    apply_dype(transformer, DyPEConfig(base_resolution=192))
+    assert torch.equal(transformer(**call).sample, before)
+    apply_dype(transformer, CONFIG)
+    tables.clear()
+    transformer(**call)
+    (sigma, table), *_ = tables
+    assert sigma == 0.5
+    places = grid(0, centred=True)
+    assert_table(table, turns("yarn", (4, 6, 6), 10000.0, places, GRID, 0.5, length=4, lambda_s=1))
+    _, ours = transformer.pos_embed([(1, *GRID)], max_txt_seq_len=TEXT)
+    assert torch.equal(ours, text)
+
+
+@pytest.mark.parametrize("cls", [BriaTransformer2DModel, BriaFiboTransformer2DModel])
+def test_bria_counts_time_to_a_thousand(cls, tables):
+    """FLUX's format at the timesteps themselves."""
+    torch.manual_seed(0)
+    more = {"text_encoder_dim": TEXT} if cls is BriaFiboTransformer2DModel else {}
+    transformer = cls(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=TEXT, axes_dims_rope=[4, 6, 6], **more,
+    ).eval()  # fmt: skip
+    apply_dype(transformer, CONFIG)
+    if more:
+        more = {"text_encoder_layers": [seeded((1, TEXT, TEXT), n) for n in range(2)]}
+    transformer(
+        hidden_states=seeded((1, 96, 16), 0),
+        encoder_hidden_states=seeded((1, TEXT, TEXT), 1),
+        timestep=torch.tensor([500.0]),
+        img_ids=grid_ids(0, *GRID),
+        txt_ids=torch.zeros(TEXT, 3),
+        **more,
+    )
+    (sigma, table), *_ = tables
+    assert sigma == 0.5
+    places = ORIGIN + grid(0)
+    assert_table(table, turns("yarn", (4, 6, 6), 10000.0, places, GRID, 0.5, length=4, lambda_s=1))
+
+
+class EmbedND(nn.Module):
+    """The published format of Black Forest Labs' embedder, for a tiny `Flux`."""
+
+    def __init__(self, theta, axes_dim):
+        super().__init__()
+        self.theta, self.axes_dim = theta, axes_dim
+
+    def forward(self, ids):
+        parts = []
+        for axis, dim in enumerate(self.axes_dim):
+            steps = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+            angle = ids[..., axis, None].double() * (1.0 / self.theta**steps)
+            parts.append(
+                torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).unflatten(
+                    -1, (2, 2)
+                )
+            )
+        return torch.cat(parts, -3).float()[:, None]
+
+
+class Flux(nn.Module):
+    """A stand-in with the original's name, arguments and embedder; it returns the table."""
+
+    def __init__(self):
+        super().__init__()
+        self.pe_embedder = EmbedND(10000, (4, 6, 6))
+
+    def forward(self, img, img_ids, txt, txt_ids, timesteps, y=None, guidance=None):
+        return self.pe_embedder(torch.cat([txt_ids, img_ids], 1))
+
+
+def test_rotation_matrices():
+    """A host's own loop with BFL's classes, and its embedder back after an exception."""
+    model, ids = Flux(), grid_ids(0, *GRID).repeat(2, 1, 1)
+    stock = model.pe_embedder
+    texts = torch.zeros(2, TEXT, 3)
+    call = (None, ids, None, texts)
+    before = model(*call, torch.tensor([0.5, 0.5]))
+    with dype_applied(model, CONFIG):
+        assert isinstance(model.pe_embedder, MatrixDyPE)
+        table = model(*call, torch.tensor([0.5, 0.5]))
+        model.pe_embedder.set_timestep(0.25)
+        model.pe_embedder.set_grid(*GRID)
+        by_hand = model.pe_embedder(torch.cat([texts, ids], 1))
+        assert torch.equal(by_hand, model(*call, torch.tensor([0.25, 0.25])))
+    assert table.shape == before.shape == (2, 1, TEXT + 96, 8, 2, 2)
+    cos, sin = table[1, 0, :, :, 0, 0], table[1, 0, :, :, 1, 0]
+    assert torch.equal(table[0, 0, :, :, 1, 1], cos)
+    assert torch.equal(table[0, 0, :, :, 0, 1], -sin)
+    places = ORIGIN + grid(0)
+    assert_table(
+        torch.complex(cos, sin),
+        turns("yarn", (4, 6, 6), 10000.0, places, GRID, 0.5, length=4, lambda_s=1),
+    )
+    with dype_applied(model, DyPEConfig(base_resolution=192)):
+        assert torch.equal(model(*call, torch.tensor([0.5, 0.5])), before)
+    with pytest.raises(KeyError), dype_applied(model, CONFIG):
+        raise KeyError
+    assert model.pe_embedder is stock
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("steps", [50, 100])
+def test_z_image_is_continuous_down_to_the_last_sigma(steps):
+    """No frequency jumps between steps, as the authors' formula does at t <= 0.044."""
+    sigmas = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    sigmas.set_timesteps(steps)
+    config = DyPEConfig("yarn")
+    tables = [axis_frequencies(48, 256.0, 64, 256, t, config)[0] for t in sigmas.sigmas.tolist()]
+    ratio = torch.stack(tables) / stock_frequencies(48, 256.0)
+    assert ratio.isfinite().all()
+    assert (ratio.diff(dim=0) >= -1e-12).all()  # from stretched back to the model's own, never back
+    assert torch.equal(ratio[-1], torch.ones(24, dtype=torch.float64))
+
+
+def test_constants_belong_to_their_call():
+    """An embedder that has seen other sizes gives what a fresh one gives, bit for bit."""
+    config = DyPEConfig("yarn")
+
+    def z_image(embedder, side):
+        embedder.set_timestep(0.5)
+        embedder.set_grid(side, side)
+        return embedder(grid_ids(3, side, side).int())
+
+    def qwen(embedder, frames):
+        embedder.set_timestep(0.5)
+        embedder.set_grid(9, 7)
+        return embedder([[(frames, 9, 7)]], torch.device("cpu"), 4)[0]
+
+    z_stock, qwen_stock = zimage_transformer().rope_embedder, qwen_transformer().pos_embed
+    cases = [
+        # stock, beyond its table of 32; stretched; and again
+        (z_image, lambda: ZImageDyPE(z_stock, config, 40), (36, 48, 36)),
+        (qwen, lambda: QwenDyPE(qwen_stock, config, 4), (1, 2, 1)),
+    ]
+    for draw, make, kinds in cases:
+        seen = make()
+        for kind in kinds:
+            assert torch.equal(draw(seen, kind), draw(make(), kind))
