@@ -79,7 +79,8 @@ class ZImageDyPE(DyPE):
     def set_grid(self, height_tokens, width_tokens=None, captions=None) -> None:
         """Set the size of the picture being drawn, in tokens; or a list of pairs, one per picture.
 
-        captions: the tokens of each caption, needed where the sizes differ.
+        captions: the tokens of each caption, needed where the sizes differ. With them a call for as
+        many ids as the pictures have is taken to be for these, row by row: they are not looked at.
         """
         pairs = [(height_tokens, width_tokens)] if width_tokens is not None else height_tokens
         self.grids = [(int(height), int(width)) for height, width in pairs]
@@ -109,14 +110,34 @@ class ZImageDyPE(DyPE):
         needed = (self.places, *longest)
         if not active and all(n <= limit for n, limit in zip(needed, limits, strict=True)):
             return self.stock(ids)
-        first = partial(self.places_table, active, ids.device)
-        tables = [[self.once("places", self.places, active, ids.device, make=first)], [], []]
-        for size in sizes:
-            for table, lines in zip(tables[1:], self.lines(size, ids.device), strict=True):
-                table.append(lines)
+        make = partial(self.places_table, active, ids.device)
+        places = self.once("places", self.places, active, ids.device, make=make)
+        lines = {size: self.lines(size, ids.device) for size in sizes}
+        if self.lengths is not None:
+            pictures, captions = map(sum, self.lengths)
+            if pictures == len(ids) != captions:
+                return self.fill(ids, places, lines)
         at = ids if len(sizes) == 1 else self.shifted(ids, sizes)
-        joined = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in tables)
-        return torch.cat([table[at[:, axis]] for axis, table in enumerate(joined)], -1)
+        tables = [places, *map(torch.cat, zip(*lines.values(), strict=True))]
+        return torch.cat([table[at[:, axis]] for axis, table in enumerate(tables)], -1)
+
+    def fill(self, ids: torch.Tensor, places: torch.Tensor, lines: dict) -> torch.Tensor:
+        """The pictures' tables, each by one broadcast sum over its rows and columns.
+
+        A picture's tokens share the place that the first of them has; padding is at the origin.
+        """
+        table = places.new_empty(len(ids), sum(self.axes_dim) // 2)
+        begin, (first, second, third) = 0, (dim // 2 for dim in self.axes_dim)
+        for grid, length in zip(self.grids, self.lengths[0], strict=True):
+            end, (rows, columns) = begin + grid[0] * grid[1], lines[grid]
+            if end < begin + length:
+                table[end : begin + length] = torch.cat([places[0], rows[0], columns[0]])
+            columns = F.pad(columns, (first + second, 0))
+            columns[:, :first] = places[ids[begin : begin + 1, 0]]
+            rows = F.pad(rows, (first, third))
+            add(rows[:, None], columns[None], table[begin:end].view(*grid, -1))
+            begin += length
+        return table
 
     def places_table(self, active: bool, device) -> torch.Tensor:
         """The first axis, which is stock, complex64 [places, n]; with stock's bits if all is."""
@@ -128,6 +149,8 @@ class ZImageDyPE(DyPE):
         """Rows' and columns' tables of one picture, complex64 [side, n] each."""
         if self.active(grid):
             inv_freq, m = self.frequencies(grid, device)
+            if grid[0] == grid[1]:  # so are their frequencies
+                return 2 * [turns(self.steps(0, grid[0], m.device), inv_freq[0], m[:1]).to(device)]
             both = turns(self.steps(0, max(grid), m.device), inv_freq, m[:, None]).to(device)
             return [both[:side, axis] for axis, side in enumerate(grid)]
         stock = rope.stock_frequencies(self.axes_dim[1], self.theta, float64_device(device))
@@ -150,6 +173,15 @@ class ZImageDyPE(DyPE):
         return ids + begin.repeat_interleave(counts, 0, output_size=len(ids))
 
 
+def add(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
+    """out = rows + columns, complex64, in one pass over real numbers; exact, as one of them is 0."""
+    parts = [torch.view_as_real(part).flatten(-2) for part in (rows, columns, out)]
+    if torch.compiler.is_compiling():  # which does without `out`
+        parts[2].copy_(parts[0] + parts[1])
+    else:
+        torch.add(parts[0], parts[1], out=parts[2])
+
+
 def padded(count: int) -> int:
     """Tokens after Z-Image's padding: the next multiple of 32."""
     return -(-count // 32) * 32
@@ -170,4 +202,5 @@ def turns(at: torch.Tensor, inv_freq: torch.Tensor, m: torch.Tensor | None = Non
     if m is None:
         angle = angle.float()
         return torch.polar(torch.ones_like(angle), angle)
-    return torch.polar(m, angle).to(torch.complex64)
+    pair = torch.stack([angle.cos(), angle.sin()], -1) * m[..., None]
+    return torch.view_as_complex(pair.float())  # `polar` is written for one number at a time

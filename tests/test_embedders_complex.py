@@ -68,6 +68,15 @@ def test_z_image_with_pictures_of_two_sizes(tables):
             assert_table(table, expected)
 
 
+def z_image_ids(sizes, captions) -> torch.Tensor:
+    """What diffusers calls the embedder with for these pictures, int [S, 3]."""
+    parts = []
+    for (height, width), caption in zip(sizes, captions, strict=True):
+        cells = grid_ids(padded(caption) + 1, height, width).int()
+        parts.append(nn.functional.pad(cells, (0, 0, 0, padded(len(cells)) - len(cells))))
+    return torch.cat(parts)
+
+
 def test_z_image_sizes_by_hand():
     """A host's own loop sets what the hook reads; without the captions it is told so."""
     transformer = zimage_transformer()
@@ -75,14 +84,33 @@ def test_z_image_sizes_by_hand():
     embedder, sizes = transformer.rope_embedder, [(6, 10), (12, 4)]
     embedder.set_timestep(0.75)
     embedder.set_grid(sizes, captions=[10, 40])
-    ids = torch.zeros(128, 3, dtype=torch.int32)
-    ids[64, 1] = 11
+    ids = z_image_ids(sizes, [10, 40])
     by_hand = embedder(ids)
     f, m = embedder.frequencies((12, 4), ids.device)
-    assert torch.allclose(by_hand[64, 2:5], torch.polar(m[0].expand(3), 11 * f[0]).to(by_hand))
+    row = torch.polar(m[0].expand(3), 11 * f[0]).to(by_hand)
+    assert torch.allclose(by_hand[64 + 11 * 4, 2:5], row)
     embedder.set_grid(sizes)
     with pytest.raises(ValueError, match="expected set_grid"):
         embedder(ids)
+
+
+@pytest.mark.parametrize("sizes", [[(8, 8)], [(6, 10), (12, 4)], [(2, 3), (9, 9), (2, 3)]])
+@pytest.mark.parametrize("base", [64, 96, 1024])
+def test_z_image_broadcast_equals_look_up(sizes, base, monkeypatch):
+    """Bit for bit, with padding, several sizes and some that are not stretched."""
+    captions = [10, 40, 70][: len(sizes)]
+    transformer = zimage_transformer()
+    apply_dype(transformer, DyPEConfig("vision_yarn", base_resolution=base))
+    embedder, ids = transformer.rope_embedder, z_image_ids(sizes, captions)
+    embedder.set_timestep(0.6)
+    embedder.set_grid(sizes, captions=captions)
+    fast = embedder(ids)
+    fills = []
+    monkeypatch.setattr(ZImageDyPE, "fill", lambda *args: fills.append(args))
+    embedder(ids)
+    assert fills or base == 1024  # where the stock embedder may answer
+    embedder.lengths = (embedder.lengths[0], embedder.lengths[0])  # as if captions were as long
+    assert torch.equal(embedder(ids), fast)
 
 
 def test_z_image_padding_and_long_captions(tables):
