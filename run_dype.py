@@ -6,14 +6,15 @@ from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 
-from dype import apply_dype, errors, load_pipeline
 from dype.cli.dry_run import dry_run, headline
 from dype.cli.flags import parse
 from dype.cli.settings import resolve
-from dype.errors import UnavailableError, UserError, user_errors
+from dype.errors import UnavailableError, UserError, fail, ran_out, run_command, user_errors
+from dype.patch import apply_dype
 from dype.pipelines import acceleration, distributed
 from dype.pipelines.devices import check_device, default_device
 from dype.pipelines.distributed import Team
+from dype.pipelines.loading import load_pipeline
 from dype.sampling import records
 from dype.sampling.run import Settings, describe_schedule, drawn, encoder, out_of_memory
 from dype.sweep import contact_sheet, results
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     rank, _ = distributed.started()
     quiet = redirect_stdout(io.StringIO()) if rank else nullcontext()
     with quiet:  # of several processes one speaks
-        return errors.run_command(
+        return run_command(
             PROGRAM,
             partial(command, sys.argv[1:] if argv is None else argv),
             out_of_memory="try --offload group or --quantize int8",
@@ -92,7 +93,7 @@ def single(given: dict, settings: Settings, team: Team) -> int:
     try:
         image, record = drawn(pipe, settings, prompt, encoder(pipe, [(settings, prompt)]))
     except (RuntimeError, MemoryError) as error:
-        if not errors.ran_out(error):
+        if not ran_out(error):
             raise
         raise UnavailableError(out_of_memory(pipe, settings)) from error
     if team.main:
@@ -137,7 +138,7 @@ def sweep(given: dict, settings: list[Settings], team: Team) -> int:
         return 0
     table = folder / results.RESULTS
     sentence = f"{failures} of {len(cells)} pictures failed, see {table}; the same command tries "
-    return errors.fail(PROGRAM, sentence + "them again")
+    return fail(PROGRAM, sentence + "them again")
 
 
 def sheet(folder: Path, columns: str | None) -> int:

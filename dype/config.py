@@ -18,7 +18,6 @@ METHOD_SCALES = {
     "yarn_paper": 1.0,
     "vision_yarn": 2.0,
     "cutoff": None,
-    "cutoff_free": 1.0,
 }
 SHIFTS = ("cap", "model")
 PATHS = ("constant", "falling", "rising")  # of the attention scale, as the noise falls
@@ -36,9 +35,9 @@ class DyPEConfig:
     dype_start_sigma: float = 1.0  # t_start in (0, 1]: above it the encoding stays as at t = 1
     alpha: float = 1.0  # yarn_paper alone: the ramp's ends, turns over the trained length
     beta: float = 32.0
-    cutoff: float = 1.0  # c of cutoff and cutoff_free: a wavelength, times the trained length
+    cutoff: float = 1.0  # c of the method cutoff: a wavelength, times the trained length
     cutoff_width: float = 0.5  # delta, of ln wavelength
-    spectrum_exponent: float = 2.0  # omega of C / f^omega, of cutoff alone
+    spectrum_exponent: float = 2.0  # omega of C / f^omega
     attention_scale: float | None = None  # a of m = 1 + a ln s in [0, 2]; None: the method's own m
     attention_path: str = "constant"  # a times 1, u ("falling"), 1 - u ("rising"); static: 1
     base_resolution: int | None = None  # px; None: the model's own

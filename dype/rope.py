@@ -156,24 +156,8 @@ def cutoff(axis: Axis, kappa, u, config):
     """
     u = u if config.dype else torch.full_like(u, 0.5)
     slope = 2 / config.spectrum_exponent / config.cutoff_width
-    return stretched(axis, axis.cut + slope * torch.logit(u, eps=0.0)), axis.tau  # u within [0, 1]
-
-
-def cutoff_free(axis: Axis, kappa, u, config):
-    """`cutoff` by a free path: Lambda = Lambda_0 (c L / Lambda_0)^(1 - kappa).
-
-    Lambda_0 = pi tokens, half the shortest wavelength: at kappa = 1 all is PI, for delta up to
-    2 ln 2. Static: c L, as at kappa = 0.
-    """
-    if not config.dype:
-        return cutoff(axis, kappa, u, config)
-    slope = math.log(config.cutoff * axis.trained / math.pi) / config.cutoff_width
-    return stretched(axis, axis.cut + slope * kappa), axis.tau
-
-
-def stretched(axis: Axis, w):
-    """theta_i / s^w_i with w_i clipped to [0, 1]."""
-    return axis.theta / axis.s ** w.clamp(0, 1)
+    w = axis.cut + slope * torch.logit(u, eps=0.0)  # eps: u may be an ulp outside of [0, 1]
+    return axis.theta / axis.s ** w.clamp(0, 1), axis.tau
 
 
 METHODS = {
@@ -189,7 +173,6 @@ METHODS = {
     "yarn_paper": yarn_paper,
     "vision_yarn": vision_yarn,
     "cutoff": cutoff,
-    "cutoff_free": cutoff_free,
 }
 
 

@@ -108,12 +108,10 @@ def own_frequencies(method, dim, base, length, tokens, t, s_max=None, *, lambda_
             out.append(longer_base if longer_base > f / s else f / s)
         return out, 1.0
     m = 0.1 * math.log(s) + 1
-    if method.startswith("cutoff"):
+    if method == "cutoff":
         wavelength = c * length
-        if dynamic and method == "cutoff":
+        if dynamic:
             wavelength = wavelength * ((1 - u) / u) ** (2 / omega) if u else math.inf
-        elif dynamic:
-            wavelength = math.pi * (wavelength / math.pi) ** (1 - kappa)
         return cut(dim, base, s, wavelength, width), m
     if method == "yarn_ntk_only":
         return two_ramps(dim, base, length, s, s, lambda r: r, kappa), m

@@ -20,7 +20,6 @@ from dype.rope import METHODS, axes, axis_frequencies, frequencies, scale, stock
 GOLDEN = np.load(Path(__file__).parent / "golden" / "rope_reference.npz")
 CASES = json.loads(str(GOLDEN["index"]))
 STRETCHED = [name for name in METHODS if name != "base"]
-CUTOFFS = ("cutoff", "cutoff_free")
 CUT = {"cutoff": 2.5, "cutoff_width": 1.2, "spectrum_exponent": 1.6}
 TAU = 0.1 * np.log(4) + 1  # m of the YaRNs at s = 4
 FLUX, Z_IMAGE = (56, 10000.0, 64), (48, 256.0, 64)  # dim, theta, trained tokens
@@ -90,7 +89,7 @@ def test_no_stretch_is_stock(method):
             assert m == 1
 
 
-@pytest.mark.parametrize("method", sorted({*STRETCHED} - {"yarn_both", *CUTOFFS}))
+@pytest.mark.parametrize("method", sorted({*STRETCHED} - {"yarn_both", "cutoff"}))
 def test_kappa_one_is_static(method):
     """kappa(1) = lambda_s = 1 is the static method, bit for bit; the NTK term of yarn_both is 2."""
     dynamic, m = axis_frequencies(*FLUX, 256, 1.0, DyPEConfig(method, dype_scale=1.0))
@@ -99,39 +98,37 @@ def test_kappa_one_is_static(method):
     assert m == static_m
 
 
-@pytest.mark.parametrize("method", CUTOFFS)
-def test_settings_of_the_cutoffs_agree(method):
+def test_settings_of_the_cutoff_agree():
     """Constant, width and exponent, dynamic and static, against plain Python."""
     for axis in (FLUX, Z_IMAGE):
         for dynamic, sigma in product((True, False), (0.0, 0.2, 0.9, 0.99)):
-            config = DyPEConfig(method, dynamic, dype_exponent=0.7, **CUT)
+            config = DyPEConfig("cutoff", dynamic, dype_exponent=0.7, **CUT)
             more = {"lambda_s": 1.0, "lambda_t": 0.7, "dynamic": dynamic}
             more |= {"c": 2.5, "width": 1.2, "omega": 1.6}
-            expected, m = reference.frequencies(method, *axis, 200, sigma, **more)
+            expected, m = reference.frequencies("cutoff", *axis, 200, sigma, **more)
             ours, our_m = axis_frequencies(*axis, 200, sigma, config)
             np.testing.assert_allclose(ours, expected, rtol=1e-12)
             assert our_m.item() == pytest.approx(m, rel=1e-14)
 
 
-@pytest.mark.parametrize(("method", "half"), [("cutoff", 0.5), ("cutoff_free", 0.0)])
-def test_a_cutoff_from_end_to_end(method, half):
-    """t = 1: PI bit for bit at every L; t = 0 of `cutoff`: stock bit for bit; continuous between.
+def test_a_cutoff_from_end_to_end():
+    """t = 1: PI bit for bit at every L; t = 0: stock bit for bit; continuous between.
 
-    At one noise level it is the static cut.
+    At t = 1/2 it is the static cut.
     """
     for axis in (FLUX, Z_IMAGE, (56, 10000.0, 16)):
         for settings in ({}, CUT):
-            config = DyPEConfig(method, **settings)
+            config = DyPEConfig("cutoff", **settings)
             levels = torch.linspace(0, 1, 401, dtype=torch.float64)
             f = [axis_frequencies(*axis, 3 * axis[2], t, config)[0] for t in levels]
             theta = stock_frequencies(*axis[:2])
             assert torch.equal(f[-1], theta / 3)
-            assert method == "cutoff_free" or torch.equal(f[0], theta)
+            assert torch.equal(f[0], theta)
             for end, beyond in ((-1, 1 + 1e-7), (0, -1e-9)):  # as a schedule in float32 may round
                 found = axis_frequencies(*axis, 3 * axis[2], beyond, config)[0]
                 torch.testing.assert_close(found, f[end], rtol=1e-6, atol=0)
             static = axis_frequencies(*axis, 3 * axis[2], 0.9, replace(config, dype=False))[0]
-            same = axis_frequencies(*axis, 3 * axis[2], half, config)[0]
+            same = axis_frequencies(*axis, 3 * axis[2], 0.5, config)[0]
             torch.testing.assert_close(same, static, rtol=1e-15, atol=0)
             stretch = (theta / torch.stack(f)).log() / np.log(3)  # w, in [0, 1]
             # at t = 0.05 and 0.95 the slope of w is 2 / (omega delta) / (t (1 - t)), at most 42
@@ -152,7 +149,7 @@ def test_attention_scale(method, path):
         assert torch.equal(f, axis_frequencies(*FLUX, tokens, sigma, plain)[0])
 
 
-@pytest.mark.parametrize("method", ["pi", "cutoff", "cutoff_free"])
+@pytest.mark.parametrize("method", ["pi", "cutoff"])
 def test_one_graph_serves_every_noise_level(method):
     counter, config = CompileCounter(), DyPEConfig(method)
     axis = axes(*FLUX, [128, 256], None, config)
@@ -182,7 +179,7 @@ def test_at_the_end_of_sampling():
 
 @pytest.mark.parametrize("axis", [FLUX, Z_IMAGE, (56, 10000.0, 16)])
 @pytest.mark.parametrize(
-    "method", ["pi", "ntk", "ntk_mult", "tasr", "yarn", "yarn_paper", "cutoff", "cutoff_free"]
+    "method", ["pi", "ntk", "ntk_mult", "tasr", "yarn", "yarn_paper", "cutoff"]
 )
 def test_frequencies_fall_with_the_noise(method, axis):
     """No pair's frequency rises with t, also where the authors' ramp would turn round."""

@@ -1,0 +1,5 @@
+"""What DyPE costs."""
+
+from dype.pipelines import wait_passively
+
+wait_passively()

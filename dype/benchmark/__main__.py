@@ -1,8 +1,8 @@
-"""What DyPE costs: `python -m dype.benchmark [embedder | step | pipeline | cost]`.
+"""What DyPE costs: `python -m dype.benchmark [embedder | step | pipeline]`.
 
 embedder: a call of each family's embedder, beside stock and a plain copy. step: a denoiser step
-with and without DyPE, in pairs. pipeline: whole pictures. cost: nothing is run, what a step takes
-by counting. Ratios come first; the last line is all of it as JSON.
+with and without DyPE, in pairs. pipeline: whole pictures. Ratios come first; the last line is all
+of it as JSON.
 """
 
 import argparse
@@ -14,28 +14,21 @@ from pathlib import Path
 import torch
 
 from dype.benchmark import embedder as benchmark_embedder
-from dype.benchmark import flops
 from dype.benchmark import step as benchmark_step
 from dype.config import METHOD_SCALES
 from dype.errors import Parser, UserError, run_command
 from dype.families import TOKEN
 from dype.pipelines.acceleration import COMPILES, backends, check_attention
-from dype.pipelines.devices import check_device, default_device
+from dype.pipelines.devices import check_device, default_device, fast_dtype
 
 RUNS = {
     "embedder": benchmark_embedder.run,
     "step": benchmark_step.steps,
     "pipeline": benchmark_step.pictures,
-    "cost": flops.run,
 }
-SIZES = {
-    "embedder": (1024, 2048, 4096, 8192),
-    "step": (512, 1024),
-    "pipeline": (512,),
-    "cost": (1024, 2048, 4096),
-}
+SIZES = {"embedder": (1024, 2048, 4096, 8192), "step": (512, 1024), "pipeline": (512,)}
 LARGE = (1024, 2048, 4096)  # of step and pipeline on a GPU
-REPEATS = {"embedder": (9,), "step": (15,), "pipeline": (2,), "cost": (1,)}
+REPEATS = {"embedder": (9,), "step": (15,), "pipeline": (2,)}
 
 
 def listed(defaults: dict) -> str:
@@ -79,14 +72,11 @@ def parser() -> Parser:
 
 def completed(args: argparse.Namespace) -> argparse.Namespace:
     """The flags with their defaults, checked. Raises UserError, `UnavailableError`."""
-    counted = args.what in ("embedder", "cost")
-    args.device = args.device or ("cpu" if counted else default_device())
+    args.device = args.device or ("cpu" if args.what == "embedder" else default_device())
     if args.device.partition(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device is {args.device!r}, expected cpu or cuda")
-    if args.what == "cost":  # which runs nothing
-        args.device = "cpu"
     check_device(args.device, "none")
-    large = args.device != "cpu" and args.what in ("step", "pipeline")
+    large = args.device != "cpu" and args.what != "embedder"
     args.sizes = args.sizes or (LARGE if large else SIZES[args.what])
     args.repeats = REPEATS[args.what][0] if args.repeats is None else args.repeats
     if args.repeats < 1:
@@ -99,8 +89,9 @@ def completed(args: argparse.Namespace) -> argparse.Namespace:
     if args.attention is not None and args.attention not in backends():
         raise UserError(f"--attention is {args.attention!r}, expected {', '.join(backends())}")
     args.model = args.model or ("demo" if args.device == "cpu" else "flux")
-    if args.what in ("step", "pipeline"):
-        check_attention(args.attention, args.device, benchmark_step.MODELS[args.model].dtype)
+    args.dtype = benchmark_step.MODELS[args.model].dtype or fast_dtype(args.device)
+    if args.what != "embedder":
+        check_attention(args.attention, args.device, args.dtype)
     return args
 
 

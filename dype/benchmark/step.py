@@ -24,7 +24,7 @@ from dype.families import TOKEN
 from dype.patch import apply_dype, remove_dype
 from dype.pipelines import acceleration, memory
 from dype.pipelines.catalog import MODELS as NAMED
-from dype.pipelines.devices import DTYPES
+from dype.pipelines.devices import DTYPES, fast_dtype
 from dype.pipelines.loading import load_pipeline
 from dype.pipelines.memory import place, set_tiling
 from dype.sampling import sample
@@ -57,11 +57,11 @@ def random_vae():
 
 
 def placed(make: Callable, model: str, device: str):
-    """A pipeline without text encoders, made on its device with random weights in bfloat16."""
+    """A pipeline without text encoders, made on its device with random weights."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     usual = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(DTYPES[fast_dtype(device)])
     try:
         with torch.device(device):
             pipe = make(FlowMatchEulerDiscreteScheduler.from_config(NAMED[model].schedule))
@@ -125,13 +125,13 @@ def demo_prompt(pipe) -> dict:
 
 
 def flux_prompt(pipe) -> dict:
-    like = {"device": pipe.device, "dtype": torch.bfloat16}
+    like = {"device": pipe.device, "dtype": pipe.dtype}
     texts = torch.randn(1, TEXT, 4096, **like), torch.randn(1, 768, **like)
     return dict(zip(("prompt_embeds", "pooled_prompt_embeds"), texts, strict=True))
 
 
 def z_image_prompt(pipe) -> dict:
-    return {"prompt_embeds": [torch.randn(TEXT, 2560, device=pipe.device, dtype=torch.bfloat16)]}
+    return {"prompt_embeds": [torch.randn(TEXT, 2560, device=pipe.device, dtype=pipe.dtype)]}
 
 
 class Benched(NamedTuple):
@@ -140,7 +140,7 @@ class Benched(NamedTuple):
     model: str  # of models.MODELS, whose defaults it has
     pipeline: Callable
     call: Callable
-    dtype: str = "bfloat16"
+    dtype: str | None = None  # None: `fast_dtype` of the device
     shape: Architecture | None = None
     prompt: Callable = demo_prompt  # pipeline -> what `generate.draw` takes for a prompt
 
@@ -164,7 +164,7 @@ def shape_of(benched: Benched, transformer) -> Architecture:
     config = transformer.config
     width = config.num_attention_heads * config.attention_head_dim
     text = NAMED[benched.model].max_sequence_length
-    return Architecture(width, config.num_layers + config.num_single_layers, 12, text, 0)
+    return Architecture(width, config.num_layers + config.num_single_layers, 12, text)
 
 
 def twin(module: torch.nn.Module) -> torch.nn.Module:
@@ -175,7 +175,7 @@ def twin(module: torch.nn.Module) -> torch.nn.Module:
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of one large matrix product."""
-    side = 8192 if device.type == "cuda" else 2048
+    side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     a @ b
     return 2 * side**3 / statistics.median(timed(lambda: a @ b, device) for _ in range(5))
@@ -197,7 +197,7 @@ def steps(args: argparse.Namespace) -> dict:
     """Print the cost of a denoiser call per size; returns it, ratios first."""
     device, benched = torch.device(args.device), MODELS[args.model]
     prepare(device)
-    rate = matrix_rate(device, DTYPES[benched.dtype])
+    rate = matrix_rate(device, DTYPES[args.dtype])
     stock = benched.pipeline(args.device).transformer
     ours = twin(stock)
     apply_dype(ours, encoding(args, benched))
@@ -210,7 +210,7 @@ def steps(args: argparse.Namespace) -> dict:
         call = benched.call(stock, size, size)
         with acceleration.attending(args.attention):
             row = pair_costs(lambda one, call=call: one(**call), stock, ours, args.repeats, device)
-        flop = sum(shape_of(benched, stock).flop(size, size))
+        flop = shape_of(benched, stock).flop(size, size)
         row |= {"flop": flop, "share": round(flop / row["stock"] * 1000 / rate, 3)}
         rows[str(size)] = row
         print(f"{size:<5} {row['ratio']:6.4f}  [{row['low']:.4f}, {row['high']:.4f}] "
@@ -221,7 +221,7 @@ def steps(args: argparse.Namespace) -> dict:
 
 def described(args: argparse.Namespace, rate: float) -> dict:
     """What was run, for the record."""
-    names = ("model", "method", "attention", "compile", "repeats")
+    names = ("model", "method", "dtype", "attention", "compile", "repeats")
     return {name: getattr(args, name) for name in names} | {"matrix_rate": rate}
 
 
@@ -255,7 +255,7 @@ def pictures(args: argparse.Namespace) -> dict:
     """
     device, benched = torch.device(args.device), MODELS[args.model]
     prepare(device)
-    rate, pipe = matrix_rate(device, DTYPES[benched.dtype]), benched.pipeline(args.device)
+    rate, pipe = matrix_rate(device, DTYPES[args.dtype]), benched.pipeline(args.device)
     known = NAMED[benched.model]
     acceleration.compile_steps(pipe, args.compile)
     count = args.steps or known.steps
@@ -266,7 +266,7 @@ def pictures(args: argparse.Namespace) -> dict:
         tiled = set_tiling(pipe, "auto", None, size * size)
         with acceleration.attending(args.attention):
             without, with_dype = picture_seconds(pipe, args, benched, size, count)
-        flop = calls * sum(shape_of(benched, pipe.transformer).flop(size, size))
+        flop = calls * shape_of(benched, pipe.transformer).flop(size, size)
         row = {"ratio": without and round(with_dype / without, 3), "without": without}
         row |= {"with": with_dype, "peak_memory": memory.peak(device), "tiled": tiled}
         row |= {"flop": flop, "share": round(flop / with_dype / rate, 3), "steps": count}

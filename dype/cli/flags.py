@@ -79,8 +79,8 @@ FLAGS = {
         ("--dype_exponent", "X,...", "lambda_t, 0 to 1000 (default: 2)", {}),
         ("--dype_start_sigma", "T,...", "above this noise level the encoding stays as at t = 1 "
          "(default: 1)", {}),
-        ("--cutoff", "X,...", "of cutoff the wavelength of its cut at t = 1/2, of cutoff_free at "
-         "t = 0, times the trained length; above 0 to 1000 (default: 1)", {}),
+        ("--cutoff", "X,...", "of the method cutoff: the wavelength of its cut at t = 1/2, times "
+         "the trained length; above 0 to 1000 (default: 1)", {}),
         ("--attention_scale", "X,...", "a of m = 1 + a ln s, 0 to 2, for any method (default: the "
          "method's own)", {}),
         ("--attention_path", "NAME", "with --attention_scale: a stays (constant), falls with the "

@@ -32,6 +32,7 @@ from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, sample_scene
 from dype.errors import Parser, run_command, user_errors
 from dype.patch import apply_dype
 from dype.pipelines.catalog import MODELS
+from dype.pipelines.devices import autocast, default_device, fast_dtype
 from dype.pipelines.loading import load_pipeline
 from dype.sampling import multipass, records
 from dype.sweep.grid import sides
@@ -73,7 +74,7 @@ def draw(pipe, cell: Cell, i: int, path: Path, scene: Scene, args) -> None:
     if control == "reversed":
         hook = pipe.transformer.register_forward_pre_hook(reverse, with_kwargs=True)
     drawing = in_passes if control == "progressive" else in_one
-    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"), hook:
+    with autocast(pipe.device, args.dtype), hook:
         picture = drawing(pipe, scene.caption, cell.size, 10_000 * args.seed + i, args)
     content = io.BytesIO()
     picture.save(content, "png")
@@ -168,8 +169,8 @@ def parser() -> Parser:
     flag("--steps", type=int, default=DEMO.steps, metavar="N", help=f"(default: {DEMO.steps})")
     flag("--true_cfg", type=float, default=DEMO.true_cfg, metavar="X", help="(default: "
          f"{DEMO.true_cfg:g})")  # fmt: skip
-    flag("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
-         help="autocast to bfloat16 (the default) or not")  # fmt: skip
+    flag("--dtype", choices=("bfloat16", "float32"), help="autocast to bfloat16 or not (default: "
+         "as what is there, else bfloat16 where the device has it)")  # fmt: skip
     flag("--out", type=Path, default=Path("outputs/ground_truth"), metavar="FOLDER",
          help="of the pictures (default: outputs/ground_truth)")  # fmt: skip
     flag("--weights", type=Path, default=Path(DEMO.repo), metavar="FOLDER",
@@ -194,13 +195,19 @@ def weights_hash(weights: Path) -> str:
 
 
 def agreed(args) -> None:
-    """Write the folder's protocol, or see that it is this one's. Raises ValueError, OSError."""
+    """Write the folder's protocol, or see that it is this one's; settles --dtype.
+
+    Raises ValueError, OSError.
+    """
     path = args.out / "protocol.json"
+    before = {}
     if path.exists():
         try:
             before = dict(json.loads(path.read_bytes()))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is not of this program; move it away") from error
+    args.dtype = args.dtype or before.get("dtype") or fast_dtype(default_device())
+    if before:
         for name, now in protocol(args).items():
             if before.get(name) != now:
                 raise ValueError(
@@ -261,6 +268,7 @@ def run(args) -> None:
     """Draw what is not there, score, print and write. Raises ValueError, OSError."""
     cells = asked(args)
     agreed(args)
+    print(f"dtype {args.dtype}")
     scenes = sampled(args)
     pipe = quiet_pipeline(args.weights)
     count, rest = sum(cell.count for cell in cells), missing(cells, args)

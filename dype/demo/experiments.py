@@ -17,7 +17,6 @@ BEST = ("yarn_paper", "pi:1:1", "yarn")  # by the joint score on prompts of seed
 SHARP = ":attention_scale=1.2:attention_path=rising"  # chosen likewise, in docs/cutoff.md
 RIVALS = ["cutoff", f"cutoff{SHARP}", "yarn_paper:static", "yarn_paper", f"yarn_paper:1:2{SHARP}"]
 OURS = [f"{one}:model" for one in RIVALS[:2]]  # uncapped
-FREE = "cutoff_free:1:0.7:cutoff=12.5"
 
 
 class Setting(NamedTuple):
@@ -110,7 +109,7 @@ def plan(name: str) -> list[Cell]:
         + [(1024, everything, 64)]
         + [(size, scaling, 16) for size in (768, 1280, 1536)],
         "cutoff": [
-            (512, [*everything, *RIVALS, FREE], 64),
+            (512, [*everything, *RIVALS], 64),
             (512, [*UNCAPPED, *OURS], 16),
             (1024, [*finalists, *RIVALS], 16),
             ((256, 512), RIVALS, 32),
@@ -129,7 +128,7 @@ def couples(settings: list[str], against: list[str], cutoff: bool) -> list[tuple
     """Names of settings and of what they are held against by the flags; cutoff: in its table."""
     found = [*product(settings, against)]
     if cutoff:
-        found = [*product([*RIVALS, FREE], RIVALS), *product(OURS, UNCAPPED)]
+        found = [*product(RIVALS, RIVALS), *product(OURS, UNCAPPED)]
         found += [(one, one.removesuffix(":model")) for one in OURS]
     named = [(setting(one).name, setting(other).name) for one, other in found]
     return [(name, other) for name, other in named if name != other]

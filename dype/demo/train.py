@@ -9,6 +9,7 @@ saved under `--out` in the diffusers folder format.
 
 import argparse
 import math
+import sys
 from dataclasses import replace
 from functools import partial
 from multiprocessing import Pool
@@ -22,6 +23,8 @@ from tqdm import tqdm
 
 from dype.demo import model as demo_model
 from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, render, sample_scene
+from dype.errors import Parser, UserError, run_command
+from dype.pipelines.devices import DTYPES, autocast, fast_dtype
 
 BASE = 256  # px, the only size that the transformer ever sees
 SEEN = tuple(t for t in TRIPLES if t not in HELD_OUT)
@@ -71,6 +74,12 @@ def run(name: str, modules: dict, loss_at, optimizer, steps: int, decay: int, ar
     first, smooth, rate = 0, None, optimizer.param_groups[0]["lr"]
     if path.exists():
         state = torch.load(path, map_location=args.device)
+        before = state.get("dtype", "bfloat16")  # which older checkpoints do not say
+        if before != args.dtype:
+            raise UserError(
+                f"--dtype is {args.dtype}, but {path} was trained in {before}, expected the "
+                "same, or another --work"
+            )
         first, smooth, average = state["step"], state["loss"], state["average"]
         optimizer.load_state_dict(state["optimizer"])
         for key, module in modules.items():
@@ -91,17 +100,14 @@ def run(name: str, modules: dict, loss_at, optimizer, steps: int, decay: int, ar
         if (step + 1) % EVERY == 0 or step + 1 == steps:
             states = {key: module.state_dict() for key, module in modules.items()}
             saved = optimizer.state_dict()
-            save(path, step=step + 1, loss=smooth, average=average, optimizer=saved, **states)
+            more = {"optimizer": saved, "dtype": args.dtype} | states
+            save(path, step=step + 1, loss=smooth, average=average, **more)
     for param, mean in zip(params, average, strict=True):
         param.data.copy_(mean)
 
 
 def adam(params, rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-
-
-def autocast(device):
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
 def well_conditioned(vae: torch.nn.Module) -> torch.nn.Module:
@@ -143,7 +149,7 @@ def train_vae(args) -> torch.nn.Module:
             crops.append(picture[y : y + crop, x : x + crop])
         x = to_tensor(np.stack(crops), args.device)
         x = x.contiguous(memory_format=torch.channels_last)
-        with autocast(args.device):
+        with autocast(args.device, args.dtype):
             latents = vae.encode(x).latent_dist
             out = vae.decode(latents.sample()).sample
         return F.l1_loss(out.float(), x) + 1e-4 * latents.kl().mean() / latents.mean[0].numel()
@@ -174,7 +180,7 @@ def cached_latents(vae, args) -> tuple[torch.Tensor, list[Scene]]:
                 pictures = pool.map(partial(render, height=BASE), scenes[start : start + 32])
                 x = to_tensor(np.stack(pictures), args.device)
                 x = x.contiguous(memory_format=torch.channels_last)
-                with torch.no_grad(), autocast(args.device):
+                with torch.no_grad(), autocast(args.device, args.dtype):
                     latents.append(vae.encode(x).latent_dist.mode().half().cpu())
         save(path, latents=torch.cat(latents))
     return torch.load(path)["latents"].float(), scenes
@@ -271,7 +277,7 @@ def learn(pipe, name: str, data, args, steps: int, *, decay: int, rate: float, d
         noisy = torch.lerp(x, noise, sigma[:, None, None])
         bias = torch.zeros(args.batch, 1, 1, len(txt_ids) + x.shape[1])
         bias[..., : len(txt_ids)] -= math.log(dilution) * torch.rand(args.batch, 1, 1, 1)
-        with autocast(args.device):
+        with autocast(args.device, args.dtype):
             out = pipe.transformer(
                 hidden_states=noisy,
                 timestep=sigma,
@@ -279,7 +285,7 @@ def learn(pipe, name: str, data, args, steps: int, *, decay: int, rate: float, d
                 encoder_hidden_states=pipe.text_encoder_2(t5_ids[rows])[0],
                 img_ids=img_ids,
                 txt_ids=txt_ids,
-                joint_attention_kwargs={"attention_mask": bias.to(args.device, torch.bfloat16)},
+                joint_attention_kwargs={"attention_mask": bias.to(args.device, DTYPES[args.dtype])},
             ).sample
         return F.mse_loss(out.float(), noise - x)
 
@@ -295,13 +301,17 @@ def export(pipe: FluxPipeline, folder: Path) -> None:
     pipe.save_pretrained(folder)
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+def parser() -> Parser:
+    made = Parser(
+        prog="python -m dype.demo.train",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     made.add_argument("--out", type=Path, help=f"folder of the pipeline (with seed 0: {WEIGHTS})")
     made.add_argument("--work", type=Path, help="(with seed N: outputs/demo_training_N)")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--dtype", choices=("bfloat16", "float32"), help="of matrix products "
+                      "(None: bfloat16 where the device has it)")  # fmt: skip
     made.add_argument("--seed", type=int, default=0, help="of weights, scenes and noise")
     made.add_argument("--vae", type=Path, help="folder of a pipeline whose autoencoder to take")
     made.add_argument("--vae_steps", type=int, default=3200)
@@ -311,15 +321,25 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(argv=None) -> None:
-    args = parser().parse_args(argv)
+def train(args: argparse.Namespace) -> None:
+    """All stages, then the pipeline's folder. Raises UserError, OSError."""
     args.work = args.work or Path(f"outputs/demo_training_{args.seed}")
     args.out = args.out or (args.work / "pipeline" if args.seed else WEIGHTS)
+    args.dtype = args.dtype or fast_dtype(args.device)
     if args.vae and not (args.vae / "vae").is_dir():
-        parser().error(f"--vae is {args.vae}, expected the folder of a pipeline")
+        raise UserError(f"--vae is {args.vae}, expected the folder of a pipeline")
+    print(f"training on {args.device} in {args.dtype}")
     pipe = train_transformer(load_vae(args) if args.vae else train_vae(args), args)
     export(pipe, args.out)
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
+    rest = "the same command goes on from the last checkpoint"
+    return run_command(
+        "dype.demo.train", lambda: train(parser().parse_args(argv)), interrupted=rest
+    )
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

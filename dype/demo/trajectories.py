@@ -25,6 +25,7 @@ from dype.demo.scenes import sample_scene
 from dype.errors import Parser, UserError, run_command, user_errors
 from dype.patch import apply_dype
 from dype.pipelines.catalog import MODELS
+from dype.pipelines.devices import autocast, default_device, fast_dtype
 from dype.pipelines.loading import load_pipeline
 from dype.sampling import records
 from dype.sampling.latents import power_spectrum
@@ -91,8 +92,7 @@ class Watch(TorchFunctionMode):
 
 def trajectory(pipe, caption: str, seed: int, size: int, protocol: dict) -> dict:
     """One picture: sigmas [steps + 1] down to 0, spectra of x_t there, and entropy [steps]."""
-    kind, reduced = pipe.device.type, protocol["dtype"] == "bfloat16"
-    with Watch(pipe.transformer) as seen, torch.autocast(kind, torch.bfloat16, enabled=reduced):
+    with Watch(pipe.transformer) as seen, autocast(pipe.device, protocol["dtype"]):
         last = pipe(
             caption,
             negative_prompt=DEMO.negative_prompt,
@@ -130,14 +130,19 @@ def plan(counts: dict[int, int], seed: int) -> list[dict]:
 
 
 def load(path: Path, protocol: dict) -> list[dict]:
-    """The pictures that are there already. Raises ValueError if their protocol was another."""
+    """The pictures that are there already; settles the protocol's dtype, where it is None.
+
+    Raises ValueError if their protocol was another.
+    """
     if not path.exists():
+        protocol["dtype"] = protocol["dtype"] or fast_dtype(default_device())
         return []
     try:
         found = json.loads(path.read_text("utf-8"))
         known, pictures = dict(found["protocol"]), list(found["pictures"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not of this program; move it away") from error
+    protocol["dtype"] = protocol["dtype"] or known.get("dtype")
     other = [name for name, value in protocol.items() if known.get(name) != value]
     if other:
         raise ValueError(
@@ -167,7 +172,8 @@ def parser() -> Parser:
     made.add_argument("--seed", type=int, default=0, help="of the prompts")
     made.add_argument("--steps", type=int, default=DEMO.steps)
     made.add_argument("--true_cfg", type=float, default=DEMO.true_cfg)
-    made.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    made.add_argument("--dtype", choices=("bfloat16", "float32"), help="None: as what is there, "
+                      "else bfloat16 where the device has it")  # fmt: skip
     return made
 
 
@@ -192,7 +198,8 @@ def run(args: argparse.Namespace) -> int:
     done = {(one["size"], one["setting"], one["prompt"], one["seed"]) for one in pictures}
     wanted = plan(dict(zip(args.sizes, args.counts, strict=True)), args.seed)
     rest = [one for one in wanted if tuple(one.values()) not in done]
-    print(f"{args.out}: trajectories {len(wanted)}, there already {len(wanted) - len(rest)}")
+    there = f"trajectories {len(wanted)}, there already {len(wanted) - len(rest)}"
+    print(f"{args.out}: {there}; dtype {protocol['dtype']}")
     if not rest:
         return 0
     protocol |= {"torch": torch.__version__, "device": platform.machine()}

@@ -1,0 +1,5 @@
+"""The paper's figures, and some that it lacks."""
+
+from dype.pipelines import wait_passively
+
+wait_passively()

@@ -1,0 +1,5 @@
+"""What the images of a finished sweep score."""
+
+from dype.pipelines import wait_passively
+
+wait_passively()

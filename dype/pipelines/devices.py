@@ -1,5 +1,8 @@
 """Number formats and devices."""
 
+import time
+from functools import cache
+
 import torch
 
 from dype.errors import UnavailableError
@@ -11,6 +14,39 @@ def default_device() -> str:
     """The accelerator, where there is one."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if accelerator is None else accelerator.type
+
+
+@cache
+def fast_dtype(device: str) -> str:
+    """bfloat16, or float32 on a CPU that multiplies bfloat16 slower than float32.
+
+    Processors without AVX-512's or AMX's instructions for it are a hundred times slower; asked of a
+    product, since the processor, the libraries and their settings all have a say. In CPU time of
+    one thread, whatever else the machine does.
+    """
+    if torch.device(device).type != "cpu":
+        return "bfloat16"
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, times = torch.ones(192, 192, dtype=dtype), []
+        for _ in range(4):
+            start = time.thread_time()
+            a @ a
+            times.append(time.thread_time() - start)
+        return min(times)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return "bfloat16" if seconds(torch.bfloat16) < 2 * seconds(torch.float32) else "float32"
+    finally:
+        torch.set_num_threads(threads)
+
+
+def autocast(device, dtype: str):
+    """A context in which matrix products are in bfloat16, if that is the `dtype`."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def check_device(device: str, offload: str) -> None:

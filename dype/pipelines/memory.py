@@ -79,12 +79,16 @@ def decoding_room(free: int, parts: dict[str, int], offload: str) -> int:
     return free - (sum(parts.values()) if offload == "none" else parts.get("vae", 0))
 
 
-def cheaper(flags: dict, offload: str, tiled: bool, on_cpu: bool) -> str:
-    """The next setting that needs less memory, as flags. Layer by layer no weights are left."""
+def cheaper(flags: dict, offload: str, tiled: bool, cpu_dtype: str | None) -> str:
+    """The next setting that needs less memory, as flags. Layer by layer no weights are left.
+
+    cpu_dtype: the `fast_dtype` of the CPU, where that is what computes.
+    """
     if not tiled:
         return "--tiled_vae on"
-    if on_cpu:
-        return "--dtype bfloat16" if flags["dtype"] == "float32" else "a smaller --size"
+    if cpu_dtype is not None:
+        halved = flags["dtype"] == "float32" and cpu_dtype == "bfloat16"
+        return "--dtype bfloat16" if halved else "a smaller --size"
     if offload == "none" and flags["text_encoder_device"] is None:
         return "--text_encoder_device cpu"
     if offload in ("none", "model"):

@@ -1,0 +1,1 @@
+"""Generate images with a pipeline that is loaded."""

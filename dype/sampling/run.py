@@ -18,6 +18,7 @@ from dype.noise_schedule import noise_schedule
 from dype.patch import apply_dype
 from dype.pipelines import acceleration, distributed, memory
 from dype.pipelines.catalog import Model
+from dype.pipelines.devices import fast_dtype
 from dype.pipelines.memory import execution_device, set_tiling
 from dype.sampling import multipass, records, sample
 
@@ -135,7 +136,8 @@ def out_of_memory(pipe, settings: Settings) -> str:
     """One sentence with the peak and the next cheaper setting."""
     device = execution_device(pipe)
     peak, tiled = memory.peak(device) or 0, getattr(pipe.vae, "use_tiling", False)
-    less = memory.cheaper(settings.flags, pipe.dype_offload, tiled, device.type == "cpu")
+    cpu_dtype = fast_dtype("cpu") if device.type == "cpu" else None
+    less = memory.cheaper(settings.flags, pipe.dype_offload, tiled, cpu_dtype)
     return f"out of memory at a peak of {memory.gib(peak)}; try {less}"
 
 

@@ -4,8 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from dype import families
 from dype.config import METHOD_SCALES, DyPEConfig
+from dype.families import TOKEN
 from dype.sampling import multipass, records, sample
 from dype.sampling.run import Settings
 from dype.sweep.results import AXES, short
@@ -61,7 +61,7 @@ def effective(method: str, dype: bool) -> tuple[str, ...]:
     """The settings of the encoding that have an effect. Without a kappa only its start has one."""
     if method == "base":
         return ()
-    found = ("attention_scale", *["cutoff"] * method.startswith("cutoff"))
+    found = ("attention_scale", *["cutoff"] * (method == "cutoff"))
     if not dype:
         return found
     return found + (LAMBDAS if METHOD_SCALES[method] else ("dype_start_sigma",))
@@ -93,19 +93,16 @@ def key(flags: dict, config: dict, prompt: str) -> str:
 
 
 def work(settings: Settings) -> float:
-    """Floating-point operations of the transformer for one picture, roughly.
+    """Tokens that pass through the denoiser for one image, as a measure of its time.
 
-    Two per parameter and token, and as many again for attention at 34,000 tokens in FLUX.1 (its 57
-    blocks are 3,072 wide); in other models where the cube root of their size puts that.
+    Attention costs more than that in large images; a progressive image is taken to run half of its
+    steps at full size.
     """
     flags, model = settings.flags, settings.model
-    scale = flags[model.cfg] if model.cfg else model.cfg_off
-    even = 34_000 * (model.billions / 12) ** (1 / 3)
     total = 0.0
     for one in multipass.sized(settings.passes, flags["height"], flags["width"]):
         strength = flags["strength"] if flags["init_image"] else one.get("strength", 1.0)
-        strength = 0.5 if strength is None else strength  # about; the picture settles it
-        calls = one["steps"] - sample.skipped(one["steps"], strength)
-        tokens = one["height"] * one["width"] / families.TOKEN**2
-        total += calls * 2e9 * model.billions * tokens * (1 + tokens / even)
-    return total * (2 if scale > model.cfg_off else 1)
+        calls = one["steps"] - sample.skipped(one["steps"], 0.5 if strength is None else strength)
+        total += calls * one["height"] * one["width"] / TOKEN**2
+    guided = model.cfg and flags[model.cfg] > model.cfg_off
+    return total * (2 if guided else 1)

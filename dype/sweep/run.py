@@ -213,13 +213,12 @@ def outline(cells: list[Cell], folder: Path, overwrite: bool) -> str:
     found = finished(cells, overwrite)
     rest = [cell.settings for cell in cells if cell.path not in found]
     lines = [f"  {cell.path.name}{'  (there)' * (cell.path in found)}" for cell in cells]
-    left = sum(map(work, rest))
-    lines.append(f"pictures {len(cells)}, there already {len(found)}; the rest: {left:.2g} FLOP")
+    lines.append(f"pictures {len(cells)}, there already {len(found)}")
     done = [cell for cell in cells if cell.path in found]
     if done:
         seconds = sum(found[cell.path]["seconds"] for cell in done)
         rate = seconds / sum(work(cell.settings) for cell in done)
-        lines[-1] += f", about {span(left * rate)} at the pace of those"
+        lines[-1] += f"; the rest: about {span(sum(map(work, rest)) * rate)} at the pace of those"
     else:
         lines[-1] += "; how long that takes can be said once one is there"
     return "\n".join(lines)

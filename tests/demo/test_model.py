@@ -5,7 +5,6 @@ import copy
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 
 import run_dype
@@ -23,6 +22,7 @@ from dype.demo import train
 from dype.demo.layout_check import check
 from dype.demo.report import psnr, round_trip
 from dype.demo.scenes import COLOURS, HELD_OUT, SHAPES, TRIPLES, render, sample_scene
+from dype.errors import UserError
 from dype.noise_schedule import noise_schedule
 from dype.pipelines.catalog import MODELS
 
@@ -146,22 +146,37 @@ def test_the_demo_command(tmp_path):
     assert verdict.shape == "ring", verdict
 
 
+def tiny_parts(monkeypatch) -> None:
+    """Modules of the demo's classes that train in a moment, in place of the real sizes."""
+    vae = dict(demo_model.vae().config) | {"block_out_channels": (8,) * 4}
+    transformer = dict(demo_model.transformer().config)
+    transformer |= {"num_single_layers": 1, "num_attention_heads": 1}
+    monkeypatch.setattr(demo_model, "vae", lambda: AutoencoderKL.from_config(vae))
+    monkeypatch.setattr(
+        demo_model, "transformer", lambda: FluxTransformer2DModel.from_config(transformer)
+    )
+
+
 def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
     """Killed within both long stages and started again: the weights of a run in one go."""
+    tiny_parts(monkeypatch)
+    monkeypatch.setattr(train, "BASE", 64)
     monkeypatch.setattr(train, "EVERY", 2)
-    monkeypatch.setattr(train, "POOL", {256: 2, 512: 1, 1024: 1})
+    monkeypatch.setattr(train, "POOL", {64: 2, 128: 1, 256: 1})
     monkeypatch.setattr(train, "LATENTS", 8)
-    small = ["--device", "cpu", "--batch", "2", "--vae_steps", "2", "--seed", "3"]
+    small = ["--device", "cpu", "--batch", "2", "--vae_steps", "2", "--dtype", "float32"]
     small += ["--steps", "4", "--diluted_steps", "4"]
 
-    def trained(name, *more):
-        folder = tmp_path / name
-        train.main([*small, "--work", str(folder), "--out", str(folder / "out"), *more])
+    def trained(name, seed="3", *more):
+        folder = ["--work", str(tmp_path / name), "--out", str(tmp_path / name / "out")]
+        return train.main([*small, *folder, "--seed", seed, *more])
+
+    def weights(name):
         pipe = FluxPipeline.from_pretrained(tmp_path / name / "out")
         parts = (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.vae)
         return [value for part in parts for value in part.state_dict().values()]
 
-    whole = trained("whole")
+    assert trained("whole") == 0
     save, left = train.save, ["transformer", "diluted"]
 
     def killed(path, **state):
@@ -171,20 +186,28 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "save", killed)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            trained("parts")
-    parts = trained("parts")
-    assert all(map(torch.equal, whole, parts))
+    assert [trained("parts") for _ in range(3)] == [130, 130, 0]
+    assert all(map(torch.equal, weights("whole"), weights("parts")))
     monkeypatch.setattr(train, "train_vae", None)
     monkeypatch.setattr(train, "save", save)
     more = ["--vae", str(tmp_path / "whole" / "out"), "--steps", "1", "--diluted_steps", "1"]
-    some, other = (trained(seed, *more, "--seed", seed) for seed in "34")
+    assert [trained(seed, seed, *more) for seed in "34"] == [0, 0]
+    whole, some, other = (weights(name) for name in ("whole", "3", "4"))
     largest = max(range(len(whole)), key=lambda i: whole[i].numel())  # of the transformer
     assert not torch.equal(some[largest], other[largest])
     last = whole[-1].float(), other[-1].float()  # the decoder's last bias: as it was
     torch.testing.assert_close(*last, rtol=1e-3, atol=1e-3)
-    shutil.rmtree(tmp_path / "whole")
+
+
+def test_training_goes_on_in_its_own_number_format(tmp_path, capsys, monkeypatch):
+    """A checkpoint says what it was trained in; another format is a mistake, said in a sentence."""
+    monkeypatch.setattr(train, "train_vae", lambda args: None)
+    (tmp_path / "transformer.pt").touch()
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: {"dtype": "float32"})
+    args = train.parser().parse_args(["--work", str(tmp_path), "--dtype", "bfloat16"])
+    args.device = "cpu"
+    with pytest.raises(UserError, match=r"--dtype is bfloat16, but .*trained in float32"):
+        train.run("transformer", {}, None, train.adam([torch.zeros(1)], 1.0), 1, 1, args)
 
 
 def test_dilution(demo, monkeypatch):
@@ -198,7 +221,7 @@ def test_dilution(demo, monkeypatch):
         return attend(query, key, value, attn_mask, **more)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    args = argparse.Namespace(batch=8, device="cpu", seed=0)
+    args = argparse.Namespace(batch=8, device="cpu", seed=0, dtype="float32")
     data = torch.zeros(8, demo_model.LATENT_CHANNELS, 32, 32), scenes(8)
     for dilution in (1, train.DILUTION):
         seen.clear()

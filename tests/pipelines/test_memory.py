@@ -119,18 +119,20 @@ def test_the_peak_is_that_of_one_picture():
 
 
 def test_the_next_cheaper_setting():
-    """Down a ladder that ends at a smaller picture."""
+    """Down a ladder that ends at a smaller picture; bfloat16 where the CPU has it."""
     flags = {"dtype": "bfloat16", "text_encoder_device": None, "tile_size": None}
-    assert cheaper(flags, "none", False, False) == "--tiled_vae on"
-    assert cheaper(flags, "none", True, False) == "--text_encoder_device cpu"
+    assert cheaper(flags, "none", False, None) == "--tiled_vae on"
+    assert cheaper(flags, "none", True, None) == "--text_encoder_device cpu"
     flags["text_encoder_device"] = "cpu"
-    assert cheaper(flags, "none", True, False) == "--offload model"
-    assert cheaper(flags, "model", True, False) == "--offload group"
-    assert cheaper(flags, "group", True, False) == "--tile_size 512"
+    assert cheaper(flags, "none", True, None) == "--offload model"
+    assert cheaper(flags, "model", True, None) == "--offload group"
+    assert cheaper(flags, "group", True, None) == "--tile_size 512"
     flags["tile_size"] = 512
-    assert cheaper(flags, "group", True, False) == "a smaller --size"
-    assert cheaper({**flags, "dtype": "float32"}, "none", True, True) == "--dtype bfloat16"
-    assert cheaper(flags, "none", True, True) == "a smaller --size"
+    assert cheaper(flags, "group", True, None) == "a smaller --size"
+    in_full = {**flags, "dtype": "float32"}
+    assert cheaper(in_full, "none", True, "bfloat16") == "--dtype bfloat16"
+    assert cheaper(in_full, "none", True, "float32") == "a smaller --size"
+    assert cheaper(flags, "none", True, "bfloat16") == "a smaller --size"
 
 
 def test_gib():

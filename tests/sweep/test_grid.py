@@ -9,7 +9,6 @@ import pytest
 from conftest import run
 from PIL import Image
 
-import run_dype
 from dype import DyPEConfig
 from dype.cli import flags
 from dype.cli.settings import resolve
@@ -257,27 +256,11 @@ def test_a_prompt_twice_is_drawn_once():
     assert [cell.prompt for cell in found] == ["a", "b"]
 
 
-def test_the_estimate_is_the_cost_model():
-    """FLUX at 4096: 3 PFLOP of attention and 1.6 of the rest per call; guidance doubles it."""
+def test_the_estimate_counts_tokens_through_the_denoiser():
+    """Steps times tokens; guidance doubles it, two passes are what each runs."""
     [plain] = resolve({"model": "flux-dev"})[1]
-    per_call = cells.work(plain) / 28
-    assert per_call == pytest.approx(4.6e15, rel=0.05)
+    assert cells.work(plain) == 28 * 256 * 256
     [guided] = resolve({"model": "flux-dev", "true_cfg": "3", "negative_prompt": "fog"})[1]
-    assert cells.work(guided) == pytest.approx(2 * cells.work(plain))
+    assert cells.work(guided) == 2 * cells.work(plain)
     [two] = resolve({"model": "flux-dev", "multipass": "twopass"})[1]
-    assert 0.5 < cells.work(two) / cells.work(plain) < 0.7
-
-
-def test_generation_and_sweeping_know_no_argparse():
-    root = Path(run_dype.__file__).parent / "dype"
-    for name in (
-        "generate",
-        "latents",
-        "cells",
-        "ablation",
-        "sweeps",
-        "records",
-        "sheets",
-        "memory",
-    ):
-        assert "argparse" not in (root / f"{name}.py").read_text()
+    assert cells.work(two) == 28 * 128 * 128 + 14 * 256 * 256

@@ -1,0 +1,131 @@
+"""How the house is built: who imports whom, and what the core needs."""
+
+import ast
+import importlib
+import subprocess
+import sys
+import tomllib
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import dype
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dype"
+CORE = {"config", "rope", "embedders", "embedders_complex", "families", "noise_schedule", "patch"}
+CORE |= {"errors", "__init__"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in [*PACKAGE.rglob("*.py"), ROOT / "run_dype.py"]}
+
+
+def imports(name: str, top_level_only: bool = False) -> set[str]:
+    """The modules of this repository that a module imports, within functions too."""
+    tree = ast.parse(MODULES[name].read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    targets = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            targets |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports by dots"
+            targets |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return (targets & MODULES.keys()) - {name, "dype"}
+
+
+def test_the_core_imports_nothing_of_the_folders():
+    flat = {path.stem for path in PACKAGE.glob("*.py")}
+    assert flat == CORE
+    for stem in CORE - {"__init__"}:
+        assert {target.count(".") for target in imports(f"dype.{stem}")} <= {1}, stem
+
+
+def test_no_import_goes_in_a_circle():
+    """Neither file by file, imports within functions included, nor folder by folder."""
+    list(TopologicalSorter({name: imports(name) for name in MODULES}).static_order())
+
+    def folder(name):
+        return name.split(".")[1] if name.count(".") > 1 else name if name == "run_dype" else "core"
+
+    graph: dict[str, set] = {}
+    for name in MODULES:
+        packages = {f"dype.{path.parent.name}" for path in PACKAGE.glob("*/__init__.py")}
+        targets = {folder(target) for target in imports(name, True) if target not in packages}
+        if name not in packages:
+            graph.setdefault(folder(name), set()).update(targets - {folder(name)})
+    list(TopologicalSorter(graph).static_order())
+
+
+def loaded(statement: str) -> set[str]:
+    """The top-level packages that a fresh interpreter has after a statement."""
+    report = "import sys; print(*{name.split('.')[0] for name in sys.modules})"
+    words = [sys.executable, "-c", f"{statement}; {report}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_core_needs_torch_alone():
+    names = ", ".join(f"dype.{stem}" for stem in sorted(CORE - {"__init__"}))
+    packages = loaded(f"import {names}; from dype import DyPEConfig, apply_dype, remove_dype")
+    assert "torch" in packages
+    others = {"diffusers", "transformers", "huggingface_hub", "safetensors", "yaml", "PIL"}
+    assert not packages & others
+
+
+def test_programs_wait_passively():
+    """OpenMP is asked before torch is imported; `import dype` alone asks nothing of anybody."""
+    check = "import os; assert os.environ.get('OMP_WAIT_POLICY') {}"
+    env = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    for program in ("run_dype", "dype.demo", "dype.metrics", "dype.figures", "dype.benchmark"):
+        code = f"import sys; sys.modules['torch'] = None\ntry: import {program}\n"
+        code += f"except ImportError: pass\n{check.format(chr(61) * 2 + chr(32) + repr('PASSIVE'))}"
+        subprocess.run([sys.executable, "-c", code], env=env, check=True)
+        subprocess.run(
+            [sys.executable, "-c", code.replace("'PASSIVE'", "'ACTIVE'")],
+            env=env | {"OMP_WAIT_POLICY": "ACTIVE"},
+            check=True,
+        )
+    code = f"import dype.patch; {check.format('is None')}"
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+
+
+def test_public_names_come_when_asked_for():
+    assert dype.__version__
+    assert callable(dype.load_pipeline)
+    with pytest.raises(AttributeError, match="has no attribute 'draw'"):
+        dype.draw  # noqa: B018
+    assert all(getattr(dype, name) for name in dype.__all__)
+
+
+def test_the_package_holds_every_folder_and_the_weights():
+    """What `pip install .` copies: `.ci/run` does it, this says early what it would miss."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert all((path / "__init__.py").exists() for path in PACKAGE.iterdir()
+               if path.is_dir() and path.name != "__pycache__")  # fmt: skip
+    [pattern] = [p for p in project["tool"]["setuptools"]["package-data"]["dype.demo"] if "*" in p]
+    files = {path for path in (PACKAGE / "demo").glob(pattern) if path.is_file()}
+    assert files == {path for path in (PACKAGE / "demo" / "weights").rglob("*") if path.is_file()}
+
+
+def test_ranges_hold_the_pins():
+    """Every dependency of the package is pinned in requirements.txt, within its range."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().split())
+    ranges = {need.name: need.specifier for need in map(Requirement, project["dependencies"])}
+    assert ranges.keys() == pins.keys()
+    assert all(pins[name] in ranges[name] for name in pins)
+
+
+def test_every_module_imports():
+    """Alone, after whatever else: no module leans on an import that another made."""
+    for name in MODULES.keys() - {"dype.metrics.image_reward"}:
+        importlib.import_module(name)
