@@ -174,7 +174,7 @@ class ZImageDyPE(DyPE):
 
 
 def add(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
-    """out = rows + columns, complex64, in one pass over real numbers; exact, as one of them is 0."""
+    """out = rows + columns, complex64, in one pass of real numbers; exact, as one of them is 0."""
     parts = [torch.view_as_real(part).flatten(-2) for part in (rows, columns, out)]
     if torch.compiler.is_compiling():  # which does without `out`
         parts[2].copy_(parts[0] + parts[1])

@@ -1,8 +1,8 @@
-"""The paper's figures, and four that it lacks: `python -m dype.figures NAME [--out FILE]`.
+"""The paper's figures, and three that it lacks: `python -m dype.figures NAME [--out FILE]`.
 
 Nothing is drawn with a model here. fig6, fig7 and ratios follow from the formulas; fig2a, fig2b,
-fig5, fig18, eq11, frontier and pairs read numbers saved in docs/data, and the others the pictures
-of a finished sweep: `python -m dype.figures fig3 outputs/sweep`. Needs the packages of
+fig5, fig18, eq11 and frontier read numbers saved in docs/data, and the others the pictures of a
+finished sweep: `python -m dype.figures fig3 outputs/sweep`. Needs the packages of
 requirements-dev.txt.
 """
 
@@ -29,7 +29,6 @@ FIGURES = {
     "fig18": trajectories.fig18,
     "eq11": trajectories.eq11,
     "frontier": ground_truth.frontier,
-    "pairs": ground_truth.pairs,
     "ratios": formulas.ratios,
     **image_rows.FIGURES,
 }

@@ -87,40 +87,13 @@ def looks_of(rows: list[dict]) -> dict[str, dict]:
     }
 
 
-def pairs(ground_truth: Path = GROUND_TRUTH, score: str = "spectrum") -> Figure:
-    """Layout against texture, a point per setting; a line leads from static to each dynamic one.
-
-    score: the one of texture, a distance, which falls to the top.
-    """
-    one_of("--score", score, ("spectrum", "patches"))
-    rows = reported(ground_truth, COMMAND)
-    sizes = sorted({one["size"] for one in rows} - {BASE}) or [BASE]
-    looks = looks_of(rows)
-    forms = [one for one in read(ground_truth, "pairs", COMMAND) if "_static" in one["against"]]
-    made = style.figure(style.DOUBLE, 3)
-    for axes, size in zip(
-        made.subplots(1, len(sizes), squeeze=False, sharey=True)[0], sizes, strict=True
-    ):
-        here = {one["setting"]: one for one in rows if one["size"] == size}
-        lines = [(one["against"], one["setting"]) for one in forms if one["size"] == size]
-        pairs_panel(axes, here, lines, looks, score)
-        axes.set_title(f"{size} px ({size / BASE:g}x)")
-    made.axes[0].invert_yaxis()
-    made.axes[0].set_ylabel(SCORES[score])
-    made.supxlabel(SCORES["layout"], fontsize=style.STYLE["axes.labelsize"])
-    found = {}
-    for axes in made.axes:
-        found |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    made.legend(found.values(), found, loc="outside right center", title="open: static")
-    return made
-
-
 def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
     """Overlap with the asked shape against texture, a panel per square size; both axes' best is
     top right.
 
-    A point per setting; those that differ by their attention scale alone are joined. MARKED ones
-    have their intervals, the chosen one a ring.
+    A point per setting; those that differ by their attention scale alone are joined, and a dotted
+    line leads from a static form to its dynamic ones. MARKED ones have their intervals, the chosen
+    one a ring.
     """
     one_of("--score", score, ("spectrum", "patches"))
     rows = reported(ground_truth, f"python -m dype.demo.evaluate --cutoff --save {CUTOFF}")
@@ -152,7 +125,12 @@ def frontier_panel(axes, rows: list[dict], looks: dict, score: str) -> None:
         if len(family) > 1:
             colour = looks[family[0]["method"]]["color"]
             axes.plot(*zip(*map(point, family), strict=True), color=colour, lw=0.6, zorder=1)
+    static = {one["method"]: one for one in rows if one["method"] and not one["dype"]}
     for one in rows:
+        start = static.get(one["method"]) if one["dype"] else None
+        if start and not SCALED.search(one["setting"]):
+            ends = zip(point(start), point(one), strict=True)
+            axes.plot(*ends, ":", color=looks[one["method"]]["color"], lw=0.8, zorder=1)
         if one["method"]:
             label = one["method"] if one["dype"] or one["method"] == "base" else "_static"
             fill = {} if label != "_static" else {"mfc": "white"}
@@ -166,25 +144,3 @@ def frontier_panel(axes, rows: list[dict], looks: dict, score: str) -> None:
             axes.vlines(at[0], *spans[1], colour, lw=0.8)
         if one["setting"] == CHOSEN:
             axes.plot(*point(one), "o", color=style.BLACK, mfc="none", ms=9, label="chosen")
-
-
-def pairs_panel(axes, rows: dict[str, dict], lines: list[tuple], looks: dict, score: str) -> None:
-    """One size: its rows by setting; lines from static to dynamic settings; looks by method."""
-
-    def point(name):
-        return rows[name]["layout"]["mean"], rows[name][score]["mean"]
-
-    for start, end in lines:
-        if start in rows and end in rows:
-            colour = looks[rows[end]["method"]]["color"]
-            axes.plot(*zip(point(start), point(end), strict=True), color=colour, lw=0.8)
-    for name, row in rows.items():
-        if row["method"] in looks:
-            fill = {} if row["dype"] else {"mfc": "white"}
-            look = looks[row["method"]] | fill
-            label = row["method"] if row["dype"] else f"_{name}"
-            axes.plot(*point(name), **look, markersize=5, linestyle="", label=label)
-        elif name in ("base", *TRUTH):
-            marker = "X" if name == "base" else "*"
-            label = TRUTH.get(name, name)
-            axes.plot(*point(name), marker, color=style.BLACK, markersize=7, label=label)

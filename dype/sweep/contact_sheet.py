@@ -17,17 +17,20 @@ GAP, FONT = 8, 16  # px
 def draw(rows: list[dict], folder: Path, columns: str | None = None) -> list[Path]:
     """Write `comparison_HxW.png` for every size and `summary.txt`; returns their paths.
 
-    rows: of results.csv. columns: the most columns in a row, or the setting that goes across; by
-    default seeds and prompts, where there are several, else the last setting that varies. Raises
-    ValueError for a setting that there is none of, OSError.
+    rows: of results.csv. columns: the most columns of a sheet (more go to `comparison_HxW_2.png`,
+    ...), or the setting that goes across; by default seeds and prompts, where there are several,
+    else the last setting that varies. Raises ValueError for a setting that there is none of,
+    OSError.
     """
     check_columns(columns)
     contents = {}
     for size in dict.fromkeys((int(one["height"]), int(one["width"])) for one in rows):
         some = [one for one in rows if (int(one["height"]), int(one["width"])) == size]
-        picture = io.BytesIO()
-        contact_sheet(some, folder, size, columns).save(picture, "png", optimize=True)
-        contents[folder / f"comparison_{size[0]}x{size[1]}.png"] = picture.getvalue()
+        for number, sheet in enumerate(contact_sheets(some, folder, size, columns), 1):
+            picture = io.BytesIO()
+            sheet.save(picture, "png", optimize=True)
+            more = f"_{number}" if number > 1 else ""
+            contents[folder / f"comparison_{size[0]}x{size[1]}{more}.png"] = picture.getvalue()
     contents[folder / "summary.txt"] = summary(rows).encode()
     records.write(contents)
     return list(contents)
@@ -42,8 +45,8 @@ def check_columns(columns: str | None) -> None:
     )
 
 
-def layout(rows: list[dict], columns: str | None) -> tuple[list, list, list[list[dict | None]]]:
-    """The labels down, those across, and the rows of results.csv at each place.
+def layout(rows: list[dict], columns: str | None) -> tuple[list[str], list[str], list]:
+    """A label for every line and column, and the row of results.csv at each place.
 
     A setting without effect on a picture, as lambda_t has none on a static method, is empty in its
     row, and the picture stands under every value of it.
@@ -67,51 +70,43 @@ def layout(rows: list[dict], columns: str | None) -> tuple[list, list, list[list
             own = values(one, across)
             if all(mine in ("", theirs) for mine, theirs in zip(own, head, strict=True)):
                 places[sides.index(values(one, down))][column] = one
-    return [labels(down, side) for side in sides], [labels(across, h) for h in heads], places
+    names = [", ".join(labels(down, side)) for side in sides]
+    return names, [", ".join(labels(across, head)) for head in heads], places
 
 
-def contact_sheet(rows: list[dict], folder: Path, size: tuple, columns: str | None) -> Image.Image:
-    """All pictures of one size (height, width), labelled; the failed as boxes that say why."""
+def contact_sheets(rows: list[dict], folder: Path, size: tuple, columns: str | None) -> list:
+    """All pictures of one size (height, width): settings down, seeds and prompts across."""
     sides, heads, places = layout(rows, columns)
     most = int(columns) if columns and columns.isdecimal() else MOST_COLUMNS
-    most = min(most, len(heads))
+    return [
+        draw_sheet(sides, heads[at : at + most], [line[at : at + most] for line in places], folder,
+                   size)
+        for at in range(0, len(heads), most)
+    ]  # fmt: skip
+
+
+def draw_sheet(sides: list, heads: list, places: list, folder: Path, size: tuple) -> Image.Image:
+    """One sheet, a line of text for every label; the failed as boxes that say why."""
     side = max(64, min(320, int((40e6 / len(sides) / len(heads)) ** 0.5)))  # px, the longer one
     height, width = (max(1, round(side * one / max(size))) for one in size)
-    left = [wrapped(lines, 16) for lines in sides]
-    top = [wrapped(lines, max(8, width // 8)) for lines in heads]
-    margin = 150 if any(left) else GAP
-    bar, title = GAP + max(map(len, top)) * (FONT + 4), FONT + 2 * GAP
-    block = bar + len(sides) * (height + GAP) + GAP  # of `most` columns; more go below
-    blocks = -(-len(heads) // most)
-    sheet = Image.new("RGB", (margin + most * (width + GAP), title + block * blocks), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
-    title_text = textwrap.shorten(constants(rows, size), sheet.width // 8, placeholder="...")
-    pen.text((GAP, GAP // 2), title_text, "black", font)
-    for column, lines in enumerate(top):
-        x = margin + column % most * (width + GAP)
-        y = title + column // most * block
-        pen.multiline_text((x, y + GAP // 2), "\n".join(lines), "black", font)
-        for row in range(len(sides)):
-            at = y + bar + row * (height + GAP)
-            if column % most == 0:
-                pen.multiline_text((GAP, at), "\n".join(left[row]), "black", font)
-            one = places[row][column]
-            if one is not None:
-                sheet.paste(small(one, folder, (width, height)), (x, at))
+    font = ImageFont.load_default(FONT)
+    left = GAP + max(round(font.getlength(label)) + GAP for label in sides)
+    top = 2 * GAP + FONT
+    shape = left + len(heads) * (width + GAP), top + len(sides) * (height + GAP)
+    sheet = Image.new("RGB", shape, "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, label in enumerate(heads):
+        x = left + column * (width + GAP)
+        pen.text(
+            (x, GAP // 2), textwrap.shorten(label, width // 9, placeholder="..."), "black", font
+        )
+        for line, row in enumerate(places):
+            if row[column] is not None:
+                place = (x, top + line * (height + GAP))
+                sheet.paste(small(row[column], folder, (width, height)), place)
+    for line, label in enumerate(sides):
+        pen.text((GAP, top + line * (height + GAP)), label, "black", font)
     return sheet
-
-
-def constants(rows: list[dict], size: tuple[int, int]) -> str:
-    """What all pictures of a sheet have in common."""
-    names = [n for n in ("model", "method", "seed", "prompt") if len({one[n] for one in rows}) == 1]
-    shared = labels(names, [rows[0][name] for name in names])
-    return ", ".join([f"height x width {size[0]}x{size[1]}", *shared])
-
-
-def wrapped(lines: list[str], width: int) -> list[str]:
-    """Labels in lines of at most so many characters, five lines at most."""
-    found = [part for line in lines for part in textwrap.wrap(line, width)]
-    return found if len(found) <= 5 else [*found[:4], found[4][: width - 3] + "..."]
 
 
 def small(one: dict, folder: Path, size: tuple[int, int]) -> Image.Image:

@@ -361,10 +361,7 @@ def scored(path: Path) -> Path:
     rows += [row(512, "yarn_paper_static", "yarn_paper", 0.8, 0.3)]
     rows += [row(512, "yarn_paper_1_2", "yarn_paper", 0.9, 0.5)]
     rows += [row(512, "yarn_paper_1_2_reversed", "yarn_paper", 0.0, 0.0, "reversed")]
-    forms = [("yarn_paper_1_2", "yarn_paper_static"), ("yarn_paper_static", "base")]
-    forms += [("yarn_paper_1_2_reversed", "yarn_paper_static")]
-    pairs = [{"size": 512, "setting": name, "against": other} for name, other in forms]
-    path.write_text(json.dumps({"protocol": {}, "rows": rows, "pairs": pairs}))
+    path.write_text(json.dumps({"protocol": {}, "rows": rows, "pairs": []}))
     return path
 
 
@@ -383,23 +380,10 @@ def test_scaling_curve(tmp_path):
     assert list(axes.get_xticks()) == [1, 2]
 
 
-def test_pairs(tmp_path):
-    """A line from the static point to the dynamic one, open to filled; no controls."""
-    axes = ground_truth.pairs(scored(tmp_path / "t.json")).axes[0]
-    line, base, truth, start, end = axes.lines
-    assert np.allclose(line.get_xydata(), [[0.8, 0.3], [0.9, 0.5]])
-    assert np.allclose(start.get_xydata(), [[0.8, 0.3]])
-    assert np.allclose(end.get_xydata(), [[0.9, 0.5]])
-    assert start.get_markerfacecolor() == "white"
-    assert end.get_markerfacecolor() == end.get_color() == line.get_color()
-    assert np.allclose(base.get_xydata(), [[0.1, 0.7]])
-    assert np.allclose(truth.get_xydata(), [[1.0, 0.0]])
-    assert axes.yaxis_inverted()
-
-
 def test_frontier(tmp_path):
     """A point per setting at its overlap and texture, intervals of the marked ones, a ring around
-    the chosen one; one line joins settings that differ by their attention scale, no other."""
+    the chosen one; a line joins settings that differ by their attention scale, a dotted one leads
+    from static to dynamic, open to filled; no controls."""
     path = scored(tmp_path / "t.json")
     whole = json.loads(path.read_text())
     template = whole["rows"][-2]
@@ -412,7 +396,12 @@ def test_frontier(tmp_path):
     path.write_text(json.dumps(whole))
     [axes] = ground_truth.frontier(path).axes
     drawn = [line.get_xydata().tolist() for line in axes.lines]
-    assert [line for line in drawn if len(line) > 1] == [[[0.8, 0.5], [0.9, 0.5]]]
+    lengths = [(line.get_linestyle(), line.get_xydata()) for line in axes.lines]
+    joined = {style: points for style, points in lengths if len(points) > 1}
+    assert joined.keys() == {"-", ":"}
+    assert np.allclose(joined["-"], [[0.8, 0.5], [0.9, 0.5]])
+    assert np.allclose(joined[":"], [[0.8, 0.3], [0.9, 0.5]])
+    assert [line.get_markerfacecolor() for line in axes.lines].count("white") == 1
     assert drawn.count([[0.9, 0.5]]) == 2  # the point and its ring
     points = [line for line in drawn if len(line) == 1]
     assert len(points) == 8  # base, truth, static and dynamic, three cutoffs, the ring
@@ -494,7 +483,7 @@ BAD = [
     (("fig2a", "--trajectories", "scores.json"), "scores.json is not what"),
     (("fig5", "--ground_truth", "broken/ring_base.png"), "is not what"),
     (("fig5", "--ground_truth", "scores.json", "--score", "x"), "--score is 'x', expected one of"),
-    (("pairs", "--ground_truth", "scores.json", "--score", "joint"), "expected one of spectrum"),
+    (("frontier", "--ground_truth", "scores.json", "--score", "joint"), "expected one of spectrum"),
     (("fig5", "--ground_truth", "scores.json", "--settings", "pi"), "--settings is 'pi', expected"),
 ]
 
@@ -538,7 +527,7 @@ def test_every_figure_renders(name, tmp_path, monkeypatch, capsys):
     more = []
     if name in image_rows.FIGURES:
         more = [str(swept(Path("out")))]
-    elif name in ("fig5", "frontier", "pairs"):
+    elif name in ("fig5", "frontier"):
         more = ["--ground_truth", str(scored(Path("scores.json")))]
     elif name in ("fig2a", "fig2b", "fig18", "eq11"):
         more = ["--trajectories", str(SAVED)]

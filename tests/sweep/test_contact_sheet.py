@@ -62,21 +62,23 @@ def test_contact_sheet():
         {"colour": "c", "dype_scale": "2", "dype_exponent": "1"},
         {"colour": "a", "dype_scale": "2", "dype_exponent": "2", "error": "out of memory"},
     )
-    sheet = contact_sheet.contact_sheet(rows, Path("out"), (64, 96), None)
-    assert colours(sheet) == [["s", "s"], ["a", "b"], ["c", "?"]]
-    across = contact_sheet.contact_sheet(rows, Path("out"), (64, 96), "dype_scale")
-    assert colours(across) == [["s", "s"], ["a", "c"], ["b", "?"]]
-    wrapped = contact_sheet.contact_sheet(rows, Path("out"), (64, 96), "1")
-    assert colours(wrapped) == [["s"], ["a"], ["c"], ["s"], ["b"], ["?"]]
+
+    def shown(columns):
+        sheets = contact_sheet.contact_sheets(rows, Path("out"), (64, 96), columns)
+        return [colours(sheet) for sheet in sheets]
+
+    assert shown(None) == [[["s", "s"], ["a", "b"], ["c", "?"]]]
+    assert shown("dype_scale") == [[["s", "s"], ["a", "c"], ["b", "?"]]]
+    assert shown("1") == [[["s"], ["a"], ["c"]], [["s"], ["b"], ["?"]]]
 
 
 def test_labels_name_what_varies(monkeypatch):
     """And nothing else: a scale that each method has of its own is no axis."""
     written = []
-    text = ImageDraw.ImageDraw.multiline_text
+    text = ImageDraw.ImageDraw.text
     monkeypatch.setattr(
         ImageDraw.ImageDraw,
-        "multiline_text",
+        "text",
         lambda self, at, words, *more: written.append(words) or text(self, at, words, *more),
     )
     rows = rows_of(
@@ -84,7 +86,7 @@ def test_labels_name_what_varies(monkeypatch):
         {"colour": "b", "method": "dy_ntk", "dype_scale": "2"},
         {"colour": "c", "method": "dy_ntk", "dype_scale": "2", "seed": "1"},
     )
-    contact_sheet.contact_sheet(rows, Path("out"), (64, 96), None)
+    contact_sheet.contact_sheets(rows, Path("out"), (64, 96), None)
     assert sorted(set(written)) == ["dy_ntk", "dy_yarn", "seed 0", "seed 1"]
 
 
@@ -113,3 +115,4 @@ def test_grid_from_a_finished_folder(capsys):
     assert "comparison_64x64.png" in capsys.readouterr().out
     assert run("--grid_from", "out", "--cols", "1") == 0
     assert path.read_bytes() != before
+    assert Path("out/comparison_64x64_2.png").exists()
