@@ -1,9 +1,10 @@
 """Run the command line in children that are forked after the imports, and kill them on cue.
 
-    python tests/interrupted.py FOLDER CUES ARGUMENTS...
+    python tests/interrupted.py CUES ARGUMENTS...
 
-CUES is JSON, a list of [event, count]: the child is killed (SIGKILL) at the count-th event of its
-kind; null lets it run to its end. Prints the children's exit codes, -9 for a kill, as JSON.
+CUES is JSON, a list of [folder, event, count]: the child works in that folder, and is killed
+(SIGKILL) at the count-th event of its kind; with no event it runs to its end. Prints the children's
+exit codes, -9 for a kill, as JSON.
 """
 
 import json
@@ -83,9 +84,9 @@ def set_trap(event: str, count: int) -> None:
         pathlib.Path.open = opening
 
 
-def main(folder: str, cues: str, *argv: str) -> None:
+def main(cues: str, *argv: str) -> None:
     codes = []
-    for cue in json.loads(cues):
+    for folder, *cue in json.loads(cues):
         child = os.fork()
         if child == 0:
             silence = os.open(os.devnull, os.O_WRONLY)

@@ -79,12 +79,13 @@ RUN = {
 
 @pytest.mark.parametrize("page", RUN)
 def test_commands_of_the_demo_run(page, tmp_path, monkeypatch):
-    """At a small size, with few steps; one of one picture, two sweeps."""
+    """At a small size, with few steps and seeds; one of one picture, two sweeps."""
     path = next(path for path in PAGES if path.name == page.strip())
     command = next(c for c in commands(path.read_text()) if "demo" in c and RUN[page] in c)
     words = shlex.split(command)[2:]
     words = [str(ROOT / w) if w.startswith("docs/") else w for w in words]
     monkeypatch.chdir(tmp_path)
     small = ["--size", "64"] if "--size" in words else ["--height", "64", "--width", "64"]
+    small += ["--seed", "0"] if "--seed" in words else []
     assert run_dype.main([*words, *small, "--steps", "2", "--base_resolution", "32"]) == 0
     assert list(tmp_path.rglob("seed_*.png"))

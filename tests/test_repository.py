@@ -63,17 +63,17 @@ def test_readme_draws_the_demo_as_the_command_line_does():
 
 
 def test_benchmark(capsys):
-    """The last line is JSON; at most a few copies, and near stock where stock is a lookup.
+    """The last line is JSON; a few copies at most, and not slower than stock; for busy machines.
 
-    For Z-Image and Qwen-Image the limit is loose, for busy machines: the aim is 1.2 at 4096 px.
+    The aim is 1.2 copies at 4096 px. Qwen-Image's stock embedder caches its output.
     """
-    assert benchmark.main(["embedder", "--sizes", "1024", "4096", "--repeats", "5"]) == 0
+    assert benchmark.main(["embedder", "--sizes", "4096", "--repeats", "3"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    families = found["families"]
+    families = {name: sizes["4096"] for name, sizes in found["families"].items()}
     assert found["device"]
     for name in ("flux", "flux2", "krea2"):
-        assert families[name]["1024"]["ours/stock"] < 1
-        assert families[name]["4096"]["ours/stock"] < 0.3
-        assert families[name]["4096"]["ours/copy"] < 2.5
-    for name in ("z-image", "qwen-image"):
-        assert families[name]["4096"]["ours/stock"] < 2
+        assert families[name]["ours/stock"] < 0.3
+        assert families[name]["ours/copy"] < 2.5
+    assert families["z-image"]["ours/stock"] < 0.8
+    assert families["z-image"]["ours/copy"] < 2
+    assert families["qwen-image"]["ours/stock"] < 2

@@ -84,7 +84,7 @@ def small(monkeypatch) -> None:
     changes = {
         "FluxTransformer2DModel": {"num_layers": 1, "num_single_layers": 1},
         "ZImageTransformer2DModel": {"n_layers": 1, "n_refiner_layers": 1, "dim": 256},
-        "AutoencoderKL": {"sample_size": 64},
+        "AutoencoderKL": {"sample_size": 64, "block_out_channels": (32,) * 4},
     }
     changes["FluxTransformer2DModel"] |= {"num_attention_heads": 2}
     changes["ZImageTransformer2DModel"] |= {"n_heads": 2, "n_kv_heads": 2}

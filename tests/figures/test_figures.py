@@ -400,7 +400,7 @@ def test_frontier(tmp_path):
     joined = {style: points for style, points in lengths if len(points) > 1}
     assert joined.keys() == {"-", ":"}
     assert np.allclose(joined["-"], [[0.8, 0.5], [0.9, 0.5]])
-    assert np.allclose(joined[":"], [[0.8, 0.3], [0.9, 0.5]])
+    assert np.allclose(joined[":"], [[0.72, 0.3], [0.81, 0.5]])
     assert [line.get_markerfacecolor() for line in axes.lines].count("white") == 1
     assert drawn.count([[0.9, 0.5]]) == 2  # the point and its ring
     points = [line for line in drawn if len(line) == 1]

@@ -1,8 +1,5 @@
 """Compilers, attention backends and caches with DyPE, in tiny pipelines; what a step waits for."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -81,27 +78,33 @@ def test_launches_are_counted():
         assert benchmark_embedder.launches(call, CPU) == count
 
 
-@pytest.mark.parametrize("how", ["blocks", "full"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_compiled(family, how):
-    """The graphs of a stock picture of two steps serve two of four; the same picture."""
+def compiled_frames(family: str, how: str, config: DyPEConfig | None) -> int:
+    """How many graphs a picture of two steps, then one of three take; the same as uncompiled."""
     build, draw = FAMILIES[family]
-    counts = []
-    for config, steps in ((None, 2), (CONFIG, 4)):
-        torch._dynamo.reset()
-        pipe = build()
-        pipe.dype_offload = "none"
-        if config:
-            apply_dype(pipe, config)
-        expected = draw(pipe, 128, 192, steps=steps)
-        counter = CompileCounter()
-        acceleration.compile_steps(pipe, how, backend=counter)
-        for _ in range(2 if config else 1):
-            found = draw(pipe, 128, 192, steps=steps)
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        counts.append(counter.frame_count)
-    assert 1 <= counts[1] == counts[0]
-    assert how == "blocks" or counts == [1, 1]
+    torch._dynamo.reset()
+    pipe = build()
+    pipe.dype_offload = "none"
+    if config:
+        apply_dype(pipe, config)
+    expected = {steps: draw(pipe, 128, 192, steps=steps) for steps in (2, 3)}
+    counter = CompileCounter()
+    acceleration.compile_steps(pipe, how, backend=counter)
+    for steps, wanted in expected.items():
+        found = draw(pipe, 128, 192, steps=steps)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_graph_serves_every_step(family):
+    assert compiled_frames(family, "full", CONFIG) == 1
+
+
+@pytest.mark.parametrize("family", ["flux", "z-image"])
+def test_blocks_take_as_many_graphs_as_stock(family):
+    """One per kind of block; z-image's embedder is no module, flux's is."""
+    counts = [compiled_frames(family, "blocks", config) for config in (None, CONFIG)]
+    assert 1 <= counts[0] == counts[1]
 
 
 class Waits(TorchDispatchMode):
@@ -250,19 +253,19 @@ def test_mistakes(flags, own_folder, capsys, monkeypatch):
     assert error.count("\n") == 1
 
 
-def test_broken_compiler(tmp_path):
-    """One sentence, exit code 1, no picture."""
-    words = [sys.executable, ROOT / "run_dype.py", *SMALL, "--compile", "blocks"]
-    broken = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(
-        words, env=os.environ | broken, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert "cannot compile: InvalidCxxCompiler" in last
-    assert last.endswith("try --compile off")
-    assert "Traceback" not in done.stderr
-    assert not list(tmp_path.rglob("*.png"))
+def test_broken_compiler(own_folder, capsys, monkeypatch):
+    """One sentence, exit code 1, no picture: what torch.compile says when it cannot."""
+
+    def broken(graph, inputs):
+        raise RuntimeError("No working C++ compiler found")
+
+    compiled = partial(acceleration.compile_steps, backend=broken)
+    monkeypatch.setattr(acceleration, "compile_steps", compiled)
+    assert run(*SMALL, "--compile", "full") == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("run_dype.py: cannot compile: backend='broken' raised")
+    assert last.endswith("; try --compile off")
+    assert not list(Path().rglob("*.png"))
 
 
 @GPU

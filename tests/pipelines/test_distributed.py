@@ -1,7 +1,7 @@
 """Several processes: one picture together, a sweep shared out, and how they fail."""
 
+import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,21 +22,14 @@ ROOT = Path(__file__).parents[2]
 ONE = [*TINY, "--size", "64x96", "--device", "cpu"]
 
 
-def torchrun(*words, folder) -> subprocess.CompletedProcess:
-    """tests/ranks.py in two processes; at most two minutes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+SWEEP = [*TINY, "--device", "cpu", "--size", "64,96x64", "--output_dir", "out"]
+
+
+def program(*words, folder) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*start, f"--master-port={port}", ROOT / "tests" / "ranks.py", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+        [sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120,
+    )  # fmt: skip
 
 
 def pixels(path) -> np.ndarray:
@@ -45,20 +38,30 @@ def pixels(path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """The folder of a picture and of latents that two processes have drawn together."""
+    """A folder where two processes have worked together, and what they printed.
+
+    A picture and latents (two.png, two.pt), a sweep that one process had begun (out), and a run in
+    which one of them raised an error.
+    """
+    if not hasattr(os, "fork"):
+        pytest.skip("forks its processes")
     folder = tmp_path_factory.mktemp("together")
-    done = torchrun(
-        "save:two.pt", *ONE, "--steps", "2", "--ulysses", "2", "--output", "two.png", folder=folder
-    )
+    assert run(*SWEEP, "--seed", "1", "--output_dir", folder / "out") == 0
+    before = {path.name: path.read_bytes() for path in (folder / "out").glob("seed_*.png")}
+    split = [*ONE, "--steps", "2", "--ulysses", "2", "--output"]
+    jobs = [["save:two.pt", *split, "two.png"], ["", *SWEEP, "--seed", "0-2"]]
+    jobs += [["raise:1", *split, "never.png"]]
+    done = program(ROOT / "tests" / "ranks.py", json.dumps(jobs), folder=folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("two.png") == 1  # from one of them
-    return folder
+    *codes, raised = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [[0, 0], [0, 0]], done.stderr
+    return folder, before, done, raised
 
 
 @pytest.mark.parametrize("name", ranks.FAMILIES)
 def test_split_latents(together, name):
     """Two processes by Ulysses draw what one does, within 1e-4; three sizes in turn."""
-    found = torch.load(together / "two.pt", weights_only=True)[name]
+    found = torch.load(together[0] / "two.pt", weights_only=True)[name]
     build, draw = ranks.FAMILIES[name]
     for latents, size in zip(found, ranks.SIZES, strict=True):
         pipe = build()
@@ -72,32 +75,40 @@ def test_split_latents(together, name):
 
 def test_split_picture(together, own_folder):
     """Through the command line: the picture of one process, to the last bit of its colours."""
+    folder, _, done, _ = together
+    assert done.stdout.count("two.png") == 1  # from one of them
     assert run(*ONE, "--steps", "2", "--output", "one.png") == 0
-    assert abs(pixels("one.png") - pixels(together / "two.png")).max() <= 1
-    record = records.load(together / "two.png")
+    assert abs(pixels("one.png") - pixels(folder / "two.png")).max() <= 1
+    record = records.load(folder / "two.png")
     assert record["flags"]["ulysses"] == 2
-    assert run("--from", together / "two.png", "--output", "from.png") == 0  # by one again
+    assert run("--from", folder / "two.png", "--output", "from.png") == 0  # by one again
     assert (pixels("from.png") == pixels("one.png")).all()
-    assert sorted(path.name for path in together.iterdir()) == ["two.json", "two.png", "two.pt"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["out", "two.json", "two.png", "two.pt"]
 
 
-@pytest.mark.parametrize("how", ["die", "raise"])
-def test_one_that_fails_ends_the_run(how, tmp_path):
-    """With an error, not with the other one waiting for it."""
-    start = time.monotonic()
-    done = torchrun(f"{how}:1", *ONE, "--steps", "3", "--ulysses", "2", folder=tmp_path)
-    assert done.returncode != 0
+def test_an_error_of_one_ends_the_run(together):
+    """It is not kept, and the other is not left to save half of a picture."""
+    folder, _, done, (_, code) = together
+    assert code == 1
+    assert "KeyError: 'no such thing'" in done.stderr
+    assert not (folder / "never.png").exists()
+
+
+def test_one_that_dies_ends_the_run(tmp_path):
+    """By torchrun: with an error, not with the other one waiting for it."""
+    start, words = time.monotonic(), ["-m", "torch.distributed.run", "--nproc-per-node=2"]
+    words += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    words += [ROOT / "tests" / "ranks.py", "die:1", *ONE, "--steps", "3", "--ulysses", "2"]
+    assert program(*words, folder=tmp_path).returncode != 0
     assert time.monotonic() - start < 100
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_shared_sweep(own_folder, tmp_path):
+def test_shared_sweep(together, monkeypatch):
     """One process begins, two go on, one finds nothing to do: one table, one contact sheet each."""
-    sweep = [*TINY, "--device", "cpu", "--size", "64,96x64", "--output_dir", "out"]
-    assert run(*sweep, "--seed", "1") == 0
-    before = {path.name: path.read_bytes() for path in Path("out").glob("seed_*.png")}
-    done = torchrun(*sweep, "--seed", "0-2", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    folder, before, done, _ = together
+    monkeypatch.chdir(folder)
     assert "pictures 6, there already 2" in done.stdout
     assert "[2/2 of this process]" in done.stdout
     rows = table()
@@ -110,12 +121,15 @@ def test_shared_sweep(own_folder, tmp_path):
     assert len(names) == 2 * 6 + 4
     for name, content in before.items():
         assert Path("out", name).read_bytes() == content
-    assert run(*sweep, "--seed", "0-2", "--output_dir", "alone") == 0
-    for path in Path("alone").glob("seed_*.png"):
-        assert abs(pixels(path) - pixels(Path("out", path.name))).max() <= 1
     times = {path.name: path.stat().st_mtime_ns for path in Path("out").glob("seed_*")}
-    assert run(*sweep, "--seed", "0-2") == 0
+    assert run(*SWEEP, "--seed", "0-2") == 0
     assert times == {path.name: path.stat().st_mtime_ns for path in Path("out").glob("seed_*")}
+
+
+def test_a_share_is_what_one_process_draws(together, own_folder):
+    assert run(*SWEEP, "--seed", "0-2") == 0
+    for path in Path("out").glob("seed_*.png"):
+        assert abs(pixels(path) - pixels(together[0] / "out" / path.name)).max() <= 1
 
 
 def test_shares():

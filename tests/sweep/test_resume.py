@@ -14,7 +14,7 @@ from PIL import Image
 from dype.sampling import records
 
 ROOT = Path(__file__).parents[2]
-SWEEP = "--model demo --method yarn_paper,yarn,ntk --seed 0-1 --size 64,96x64 --steps 2"
+SWEEP = "--model demo --method yarn_paper,ntk --seed 0-2 --size 64,96x64 --steps 1 --true_cfg 1"
 SWEEP += " --base_resolution 32 --output_dir out"
 CUES = [
     ["png", 1],
@@ -33,9 +33,14 @@ CUES = [
 UNEQUAL = {"seconds", "peak_memory"}
 
 
-def interrupted(folder: Path, cues: list) -> list[int]:
-    folder.mkdir()
-    words = [sys.executable, ROOT / "tests" / "interrupted.py", folder, json.dumps(cues)]
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """What a sweep left that was killed at every cue, and one that was not."""
+    if not hasattr(os, "fork"):
+        pytest.skip("kills forked children")
+    killed, whole = (tmp_path_factory.mktemp(name) for name in ("killed", "whole"))
+    cues = [[str(killed), *cue] for cue in CUES] + [[str(killed)], [str(killed)], [str(whole)]]
+    words = [sys.executable, ROOT / "tests" / "interrupted.py", json.dumps(cues)]
     done = subprocess.run(
         [*words, *SWEEP.split()],
         capture_output=True,
@@ -45,18 +50,9 @@ def interrupted(folder: Path, cues: list) -> list[int]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    if not hasattr(os, "fork"):
-        pytest.skip("kills forked children")
-    top = tmp_path_factory.mktemp("resume")
-    codes = interrupted(top / "killed", [*CUES, None, None])
-    assert codes == [-9] * len(CUES) + [0, 0]
-    assert interrupted(top / "whole", [None]) == [0]
-    return top / "killed" / "out", top / "whole" / "out"
+    codes = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [-9] * len(CUES) + [0, 0, 0]
+    return killed / "out", whole / "out"
 
 
 def table(folder: Path) -> list[dict]:
