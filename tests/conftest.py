@@ -4,11 +4,8 @@ import csv
 import os
 from pathlib import Path
 
-from dype.demo import model as demo_model
-from dype.embedders import FluxDyPE
-from dype.embedders_complex import QwenDyPE, ZImageDyPE
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each worker
 
 import pytest
 import torch
@@ -16,6 +13,9 @@ from diffusers import AutoencoderKL, FluxPipeline
 from diffusers import FluxTransformer2DModel as Transformer
 
 import run_dype
+from dype.demo import model as demo_model
+from dype.embedders import FluxDyPE
+from dype.embedders_complex import QwenDyPE, ZImageDyPE
 
 LATENT_CHANNELS = 4
 

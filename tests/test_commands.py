@@ -10,7 +10,7 @@ import run_dype
 from dype.benchmark import __main__ as benchmark
 from dype.cli import flags
 from dype.cli.settings import resolve
-from dype.demo import evaluate, judge, train, trajectories
+from dype.demo import evaluate, train, trajectories
 from dype.figures import __main__ as figures
 from dype.metrics import __main__ as metrics
 
@@ -26,7 +26,6 @@ PARSERS = {
     "run_dype.py": flags.parser,
     "dype.benchmark": benchmark.parser,
     "dype.demo.evaluate": evaluate.parser,
-    "dype.demo.judge": judge.parser,
     "dype.demo.train": train.parser,
     "dype.demo.trajectories": trajectories.parser,
     "dype.figures": figures.parser,

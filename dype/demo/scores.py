@@ -73,25 +73,25 @@ def taken(of: Judged, index: np.ndarray) -> Judged:
 
 def resampled(statistic: Callable[[np.ndarray], float], n: int) -> list[float]:
     """`statistic` of DRAWS sets, each of n pictures drawn with replacement: indices."""
-    return [statistic(chosen) for chosen in intervals.draws(n, DRAWS)]
+    return [statistic(chosen) for chosen in intervals.bootstrap_indices(n, DRAWS)]
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], n: int) -> dict:
     """`statistic` of all n pictures and its percentile interval."""
     value = statistic(np.arange(n))
-    return {"mean": value, "interval": intervals.middle(resampled(statistic, n))}
+    return {"mean": value, "interval": intervals.percentile_interval(resampled(statistic, n))}
 
 
 def distance(statistic: Callable[[np.ndarray], float], n: int) -> dict:
     """The same for distances, which are 0 or more: an interval about the value."""
     value = statistic(np.arange(n))
-    low, high = intervals.around(value, resampled(statistic, n))
+    low, high = intervals.normal_interval(value, resampled(statistic, n))
     return {"mean": value, "interval": [max(low, 0.0), high]}
 
 
 def shares(right: np.ndarray) -> dict:
     """The share of pictures that are right, and its interval."""
-    return {"mean": float(np.mean(right)), "interval": intervals.wilson(right)}
+    return {"mean": float(np.mean(right)), "interval": intervals.wilson_interval(right)}
 
 
 def score(of: Judged, truth: Judged) -> dict:

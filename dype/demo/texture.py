@@ -9,7 +9,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
+
+from dype.metrics.set_metrics import frechet_distance
+from dype.sampling.latents import mean_power_by_bin
 
 PATCH = 32  # px, two tokens: the leaves' finest sizes, seldom an object's whole edge
 FEATURES = 32  # random filters of 5 x 5 px, their mean magnitude over a patch
@@ -33,7 +35,7 @@ def log_spectrum(picture: np.ndarray) -> np.ndarray:
     frequency = np.hypot(np.fft.fftfreq(size, 1 / size)[:, None], np.arange(size // 2 + 1))
     bands = np.floor(4 * np.log2(np.maximum(frequency, 1) / 4)).astype(int)
     count = int(4 * np.log2(size / 8))
-    return np.log(ndimage.mean(power, bands, range(count)))
+    return np.log(mean_power_by_bin(*map(torch.from_numpy, (power, bands)), count).numpy())
 
 
 def spectrum_error(spectra: np.ndarray, truth: np.ndarray) -> float:
@@ -66,14 +68,12 @@ def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def frechet(mean: np.ndarray, outer: np.ndarray, true_mean, true_outer) -> float:
-    """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of two sets, from their mean outer products.
+    """Return the Frechet distance of two sets of patches, from means and mean outer products."""
+    root, true_root = covariance_root(mean, outer), covariance_root(true_mean, true_outer)
+    return frechet_distance(mean, root, true_mean, true_root)
 
-    tr (C C')^(1/2) is the sum of the roots of the eigenvalues of C^(1/2) C' C^(1/2).
-    """
-    covariance = outer - np.outer(mean, mean)
-    true_covariance = true_outer - np.outer(true_mean, true_mean)
-    values, vectors = np.linalg.eigh(covariance)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    crossed = np.sqrt(np.linalg.eigvalsh(root @ true_covariance @ root).clip(0)).sum()
-    shift = np.sum((mean - true_mean) ** 2)
-    return float(shift + np.trace(covariance) + np.trace(true_covariance) - 2 * crossed)
+
+def covariance_root(mean: np.ndarray, outer: np.ndarray) -> np.ndarray:
+    """Return F [F, F] with F F^T the covariance, outer - mean mean^T."""
+    values, vectors = np.linalg.eigh(outer - np.outer(mean, mean))
+    return vectors * np.sqrt(values.clip(0))

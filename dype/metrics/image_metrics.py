@@ -1,59 +1,65 @@
-"""The metrics of single pictures: each model is loaded when it is asked for.
+"""Load the metrics of single images: each model, and each package, when it is asked for.
 
-A metric is a context that yields a function from a `Picture` to a number. What is missing, a
-package or weights, raises `UnavailableError` with the way to get it.
+A loader is a context that yields a function of an RGB image and a prompt; it raises
+`UnavailableError` for a package or weights that are missing, with the way to get them.
 """
 
 import io
-import json
-import subprocess
-import tempfile
+import re
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from dype.errors import UnavailableError
+from dype.metrics import intervals
 from dype.pipelines.loading import LOADING, mute
 
-PATCH, LEVELS, DISTANCES = 64, 64, (1, 2, 3, 4)  # px, grey levels, px: GLCM of Aesthetic-4K
+PATCH, LEVELS, DISTANCES = 64, 64, (1, 2, 3, 4)  # px, gray levels, px: GLCM of Aesthetic-4K
 ANGLES = (0, np.pi / 4, np.pi / 2, 3 * np.pi / 4)
-JPEG = {"quality": 95, "subsampling": "4:2:0"}  # as Aesthetic-4K's own script saves pictures
+JPEG = {"quality": 95, "subsampling": "4:2:0"}  # as Aesthetic-4K's own script saves images
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-REWARD = Path(__file__).with_name("image_reward.py")
 
 
-class Picture(NamedTuple):
-    path: Path
-    image: Image.Image  # RGB
-    prompt: str
+def read_generated_image(path: Path, size: tuple[int, int]) -> Image.Image:
+    """Read an image of a sweep, in RGB, of (height, width). Raises OSError."""
+    try:
+        with path.open("rb") as file, PngImagePlugin.PngImageFile(file) as png:
+            image = png.convert("RGB")  # not by Image.open, because it refuses large images
+    except (ValueError, SyntaxError) as error:
+        raise OSError(str(error)) from error
+    if image.size != size[::-1]:
+        raise OSError(f"it is {image.height}x{image.width}, its row says {size[0]}x{size[1]}")
+    return image
 
 
-def measure_glcm(picture: Picture) -> float:
-    """GLCM score of Aesthetic-4K: grey / 4, 64 px patches, mean entropy; higher is richer.
+def measure_glcm(image: Image.Image, prompt: str = "") -> float:
+    """Return the GLCM score of Aesthetic-4K: gray / 4, 64 px patches, mean entropy.
 
     Entropy as the benchmark's script takes it, of the histogram of the matrix's values, bits, not
-    of the matrix as a distribution. Raises ValueError for a picture smaller than a patch.
+    of the matrix as a distribution. Raises ValueError for an image smaller than a patch.
     """
     from skimage.feature import graycomatrix
     from skimage.measure import shannon_entropy
 
-    grey = np.asarray(picture.image.convert("L")) // (256 // LEVELS)
-    rows, columns = (size // PATCH for size in grey.shape)
+    gray = np.asarray(image.convert("L")) // (256 // LEVELS)
+    rows, columns = (size // PATCH for size in gray.shape)
     if not rows or not columns:
         raise ValueError(f"it is smaller than a patch of {PATCH} px")
-    cells = grey[: rows * PATCH, : columns * PATCH].reshape(rows, PATCH, columns, PATCH)
+    cells = gray[: rows * PATCH, : columns * PATCH].reshape(rows, PATCH, columns, PATCH)
     patches = cells.swapaxes(1, 2).reshape(-1, PATCH, PATCH)
-    matrices = (graycomatrix(one, DISTANCES, ANGLES, LEVELS, normed=True) for one in patches)
+    matrices = (graycomatrix(patch, DISTANCES, ANGLES, LEVELS, normed=True) for patch in patches)
     return float(np.mean([shannon_entropy(matrix) for matrix in matrices]))
 
 
 @contextmanager
-def glcm(weights: None, device: str, python: str):
+def load_glcm(weights: None, device: str):
     try:
         import skimage  # noqa: F401
     except ImportError as error:
@@ -63,104 +69,135 @@ def glcm(weights: None, device: str, python: str):
     yield measure_glcm
 
 
-def measure_compression(picture: Picture) -> float:
-    """Raw bytes over those of a JPEG of quality 95, 4:2:0; lower is richer."""
+def measure_compression(image: Image.Image, prompt: str = "") -> float:
+    """Return raw bytes over those of a JPEG of quality 95, 4:2:0."""
     file = io.BytesIO()
-    picture.image.save(file, "jpeg", **JPEG)
-    return picture.image.width * picture.image.height * 3 / file.tell()
+    image.save(file, "jpeg", **JPEG)
+    return image.width * image.height * 3 / file.tell()
 
 
 @contextmanager
-def compression(weights: None, device: str, python: str):
+def load_compression(weights: None, device: str):
     yield measure_compression
 
 
-def missing(name: str, weights: str, error: Exception) -> UnavailableError:
-    """What to say of weights that cannot be loaded."""
+@contextmanager
+def load_demo(name: str, weights: None, device: str):
+    """Load the demo model's analytic check: `demo_layout`, or `demo_overlap`."""
+    try:
+        from dype.demo.layout_check import check
+        from dype.demo.scenes import COLOURS, SHAPES
+    except ImportError as error:
+        raise UnavailableError(
+            f"{name} needs dype.demo and scipy ({error}); pip install scipy==1.17.1"
+        ) from error
+    colors = "|".join(COLOURS)
+    caption = re.compile(f"an? ({colors}) ({'|'.join(SHAPES)}) on ({colors}) leaves")
+
+    def measure(image: Image.Image, prompt: str) -> float:
+        """Return 1 for the right layout and shape, else 0; or the overlap with the shape."""
+        asked = caption.match(prompt)
+        if asked is None:
+            raise ValueError(f"{prompt!r} is no caption of the demo model")
+        color, shape, ground = asked.groups()
+        verdict = check(np.asarray(image), color, ground)
+        if name == "demo_overlap":
+            return verdict.overlaps[shape]
+        return float(verdict.layout and verdict.shape == shape)
+
+    yield measure
+
+
+def first_sentence(error: Exception) -> str:
+    """Return the first sentence of a library's error, which may go on for a page."""
+    return " ".join(str(error).split()).split(". ")[0][:160]
+
+
+def weights_unavailable(name: str, weights: str, error: Exception) -> UnavailableError:
+    """Return the error for weights that cannot be loaded."""
+    reason = first_sentence(error)
     if Path(weights).is_dir():
-        return UnavailableError(f"{name} cannot load the weights in {weights}: {reason_of(error)}")
+        return UnavailableError(f"{name} cannot load the weights in {weights}: {reason}")
     return UnavailableError(
         f"{name} needs the weights {weights}, which are not here and cannot be fetched "
-        f"({reason_of(error)}); `hf download {weights}` where there is a network, or "
+        f"({reason}); `hf download {weights}` where there is a network, or "
         f"--weights {name}=FOLDER"
     )
 
 
-def reason_of(error: Exception) -> str:
-    """The first sentence of a library's error, which may go on for a page."""
-    return " ".join(str(error).split()).split(". ")[0][:160]
-
-
-def loaded(name: str, kind, weights: str, processor: str, device: str) -> tuple:
-    """A CLIP of class `kind` and its image processor (Pillow's filters). Raises as above."""
+def load_clip(name: str, model_class, weights: str, processor: str, device: str) -> tuple:
+    """Load a CLIP and a function from an image to its pixels. Raises UnavailableError."""
     from transformers import CLIPImageProcessorPil
     from transformers.utils import logging
 
     mute()
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # else a table of what one of a model's two towers leaves out
+    logging.set_verbosity_error()  # because it lists the tower that a model does not use
     try:
-        model, info = kind.from_pretrained(weights, output_loading_info=True)
+        model, info = model_class.from_pretrained(weights, output_loading_info=True)
         lacking = [*info["missing_keys"], *info["mismatched_keys"]]
         if lacking:  # transformers would fill them with noise
             raise ValueError(f"it has no {lacking[0]}")
-        images = CLIPImageProcessorPil.from_pretrained(processor)
+        image_processor = CLIPImageProcessorPil.from_pretrained(processor)
     except LOADING as error:
-        raise missing(name, weights, error) from error
+        raise weights_unavailable(name, weights, error) from error
     finally:
         logging.set_verbosity(verbosity)
-    return model.to(device).eval(), images
 
+    def preprocess(image: Image.Image) -> torch.Tensor:
+        return image_processor(image, return_tensors="pt")["pixel_values"].to(device)
 
-def pixels(images, picture: Picture, device: str) -> torch.Tensor:
-    return images(picture.image, return_tensors="pt")["pixel_values"].to(device)
+    return model.to(device).eval(), preprocess
 
 
 @contextmanager
-def clip(name: str, weights: str, processor: str, device: str, value: Callable):
-    """A metric from CLIP's output for a picture and its prompt, at most 77 tokens of it."""
+def load_clip_metric(name: str, weights: str, processor: str, device: str, score_fn: Callable):
+    """Load a metric from CLIP's output for an image and the first tokens of its prompt."""
     from transformers import AutoTokenizer, CLIPModel
 
-    model, images = loaded(name, CLIPModel, weights, processor, device)
+    model, preprocess = load_clip(name, CLIPModel, weights, processor, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(processor)
     except LOADING as error:
-        raise missing(name, processor, error) from error
-    most = model.config.text_config.max_position_embeddings
-    long = set()
+        raise weights_unavailable(name, processor, error) from error
+    limit = model.config.text_config.max_position_embeddings
+    long_prompts = set()
 
     @torch.inference_mode()
-    def measure(picture: Picture) -> float:
-        if len(tokenizer(picture.prompt, verbose=False)["input_ids"]) > most:
-            long.add(picture.prompt)
-        text = tokenizer(picture.prompt, truncation=True, max_length=most, return_tensors="pt")
+    def measure(image: Image.Image, prompt: str) -> float:
+        if len(tokenizer(prompt, verbose=False)["input_ids"]) > limit:
+            long_prompts.add(prompt)
+        text = tokenizer(prompt, truncation=True, max_length=limit, return_tensors="pt")
         ids, mask = text["input_ids"].to(device), text["attention_mask"].to(device)
-        shown = pixels(images, picture, device)
-        return float(value(model(input_ids=ids, attention_mask=mask, pixel_values=shown)))
+        pixels = preprocess(image)
+        return float(score_fn(model(input_ids=ids, attention_mask=mask, pixel_values=pixels)))
 
     yield measure
-    if long:
-        print(f"{name}: CLIP reads {most} tokens; longer, and read in part: {len(long)} prompts")
+    if long_prompts:
+        count = len(long_prompts)
+        print(f"{name}: CLIP reads {limit} tokens; longer, and read in part: {count} prompts")
 
 
-def clip_score(weights: str, device: str, python: str):
-    """max(100 cos, 0) of CLIP's two embeddings (arXiv 2104.08718, with 100 for their 2.5)."""
+def load_clip_score(weights: str, device: str):
+    """Load max(100 cos, 0) of CLIP's two embeddings (arXiv 2104.08718, 100 for their 2.5)."""
 
-    def value(out):
+    def score_fn(out):
         return (100 * (out.image_embeds * out.text_embeds).sum()).clamp(min=0)
 
-    return clip("clip_score", weights, weights, device, value)
+    return load_clip_metric("clip_score", weights, weights, device, score_fn)
 
 
-def pick_score(weights: str, device: str, python: str):
-    """CLIP's logit, exp(scale) cos, of the fine-tuned CLIP-H (arXiv 2305.01569)."""
+def load_pick_score(weights: str, device: str):
+    """Load CLIP's logit, exp(scale) cos, of the fine-tuned CLIP-H (arXiv 2305.01569)."""
     processor = weights if Path(weights).is_dir() else PICKSCORE_PROCESSOR
-    return clip("pick_score", weights, processor, device, lambda out: out.logits_per_image)
+    return load_clip_metric(
+        "pick_score", weights, processor, device, lambda out: out.logits_per_image
+    )
 
 
 @contextmanager
-def aesthetic(weights: str, device: str, python: str):
-    """LAION's linear predictor on the unit CLIP embedding (simple-aesthetics-predictor's V1)."""
+def load_aesthetic(weights: str, device: str):
+    """Load LAION's linear predictor on the unit CLIP embedding (aesthetics-predictor's V1)."""
     from transformers import CLIPVisionModelWithProjection
 
     class Predictor(CLIPVisionModelWithProjection):
@@ -169,44 +206,79 @@ def aesthetic(weights: str, device: str, python: str):
             self.predictor = torch.nn.Linear(config.projection_dim, 1)
             self.post_init()
 
-    model, images = loaded("aesthetic", Predictor, weights, weights, device)
+    model, preprocess = load_clip("aesthetic", Predictor, weights, weights, device)
 
     @torch.inference_mode()
-    def measure(picture: Picture) -> float:
-        embedding = model(pixels(images, picture, device)).image_embeds
+    def measure(image: Image.Image, prompt: str) -> float:
+        embedding = model(preprocess(image)).image_embeds
         return float(model.predictor(torch.nn.functional.normalize(embedding)))
 
     yield measure
 
 
 @contextmanager
-def image_reward(weights: str | None, device: str, python: str):
-    """ImageReward v1.0 (arXiv 2304.05977), in an interpreter of its own, see `dype/reward.py`."""
-    command = [python, str(REWARD), device, *([weights] if weights else [])]
-    with tempfile.TemporaryFile("w+") as log:
-        try:
-            worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-            )
-        except OSError as error:
-            raise UnavailableError(f"--python {python} cannot be run: {error.strerror}") from error
+def load_image_reward(weights: str | None, device: str):
+    """Load ImageReward v1.0 (arXiv 2304.05977), whose package needs older libraries than ours."""
+    try:
+        import ImageReward
+    except ImportError as error:
+        raise UnavailableError(
+            f"{sys.executable} cannot import ImageReward ({first_sentence(error)}); run this "
+            "command by the interpreter of an environment for it, see docs/metrics.md"
+        ) from error
+    files = {"name": "ImageReward-v1.0"}
+    if weights:
+        files = {"name": f"{weights}/ImageReward.pt", "med_config": f"{weights}/med_config.json"}
+    try:
+        model = ImageReward.load(device=device, **files)
+    except LOADING as error:
+        raise weights_unavailable("image_reward", weights or "THUDM/ImageReward", error) from error
+    yield lambda image, prompt: float(model.score(prompt, image))
 
-        def ask(line: str) -> str:
-            try:
-                worker.stdin.write(line)
-                worker.stdin.flush()
-            except BrokenPipeError:
-                pass  # its last words say why
-            answer = worker.stdout.readline()
-            if not answer:
-                log.seek(0)
-                last = (log.read().strip().splitlines() or ["it ended without a word"])[-1]
-                raise UnavailableError(
-                    f"image_reward cannot run in {python}: {last}; it needs an environment of its "
-                    "own, see docs/metrics.md, and --python FILE"
-                )
-            return answer
 
-        with worker:
-            ask("")  # it answers once it is loaded
-            yield lambda one: float(ask(json.dumps([str(one.path), one.prompt]) + "\n"))
+class ImageMetric(NamedTuple):
+    """A metric of single images."""
+
+    load: Callable  # (weights, device) -> a context
+    title: str
+    weights: str | None = None  # a hub repository
+    protocol: str = ""  # of a metric without weights
+    prompted: bool = False
+    statistic: Callable = intervals.mean
+    interval: Callable = intervals.mean_interval
+
+
+IMAGE_METRICS = {
+    "clip_score": ImageMetric(
+        load_clip_score, "CLIPScore, ViT-L/14, x 100, higher is better",
+        "openai/clip-vit-large-patch14", prompted=True,
+    ),
+    "image_reward": ImageMetric(
+        load_image_reward, "ImageReward v1.0, higher is better",
+        protocol="ImageReward-v1.0", prompted=True,
+    ),
+    "aesthetic": ImageMetric(
+        load_aesthetic, "LAION aesthetic predictor V1, ViT-L/14, higher is better",
+        "shunk031/aesthetics-predictor-v1-vit-large-patch14",
+    ),
+    "pick_score": ImageMetric(
+        load_pick_score, "PickScore v1, higher is better",
+        "yuvalkirstain/PickScore_v1", prompted=True,
+    ),
+    "glcm": ImageMetric(
+        load_glcm, "GLCM score of Aesthetic-4K, higher is richer",
+        protocol="64 gray levels, patches of 64 px",
+    ),
+    "compression": ImageMetric(
+        load_compression, "compression ratio of Aesthetic-4K, harmonic mean, lower is richer",
+        protocol="JPEG 95, 4:2:0", statistic=intervals.harmonic_mean,
+    ),
+    "demo_layout": ImageMetric(
+        partial(load_demo, "demo_layout"), "share with the right layout and shape",
+        protocol="dype.demo.layout_check", prompted=True, interval=intervals.wilson_interval,
+    ),
+    "demo_overlap": ImageMetric(
+        partial(load_demo, "demo_overlap"), "overlap with the asked shape, higher is better",
+        protocol="dype.demo.layout_check", prompted=True,
+    ),
+}  # fmt: skip

@@ -6,20 +6,20 @@ SEED = 0  # of every bootstrap
 RESAMPLES = 2000  # of a mean
 
 
-def draws(count: int, resamples: int) -> np.ndarray:
-    """Indices of pictures drawn with replacement, [resamples, count]."""
+def bootstrap_indices(count: int, resamples: int) -> np.ndarray:
+    """Return indices of images sampled with replacement, [resamples, count]."""
     return np.random.default_rng(SEED).integers(count, size=(resamples, count))
 
 
-def middle(resampled) -> list[float]:
-    """The middle 95 % of resampled values."""
+def percentile_interval(resampled) -> list[float]:
+    """Return the middle 95 % of resampled values."""
     return [float(edge) for edge in np.percentile(resampled, (2.5, 97.5))]
 
 
-def around(value: float, resampled) -> list[float]:
-    """value -+ 1.96 standard deviations of its resampled values.
+def normal_interval(value: float, resampled) -> list[float]:
+    """Return value -+ 1.96 standard deviations of its resampled values.
 
-    For distances and scores of sets, which a picture drawn twice makes worse by itself: the
+    For distances and scores of sets: an image sampled twice makes these worse by itself, so the
     percentiles of the resampled values would lie beside the value.
     """
     half = 1.96 * float(np.std(resampled))
@@ -27,36 +27,37 @@ def around(value: float, resampled) -> list[float]:
 
 
 def mean(values: np.ndarray) -> np.ndarray:
+    """Return the mean over the last axis."""
     return values.mean(-1)
 
 
 def harmonic_mean(values: np.ndarray) -> np.ndarray:
-    """Of ratios over equal amounts: the ratio of the sums."""
+    """Return the harmonic mean: of ratios over equal amounts, the ratio of the sums."""
     return 1 / (1 / values).mean(-1)
 
 
-def interval(values: np.ndarray, statistic=mean) -> list[float] | None:
-    """Of a statistic over pictures, [n]; None for fewer than 2."""
+def mean_interval(values: np.ndarray, statistic=mean) -> list[float] | None:
+    """Return the interval of a mean over images, [n]; None for fewer than 2."""
     if len(values) < 2:
         return None
-    return middle(statistic(values[draws(len(values), RESAMPLES)]))
+    return percentile_interval(statistic(values[bootstrap_indices(len(values), RESAMPLES)]))
 
 
-def wilson(right: np.ndarray) -> list[float]:
-    """Of a share [n]: Wilson's, which has a width where all are alike."""
-    n, p, z = len(right), float(np.mean(right)), 1.96
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+def wilson_interval(right: np.ndarray, statistic=mean) -> list[float]:
+    """Return Wilson's interval of a share, [n] of 0 or 1; it has a width where all are alike."""
+    n, p, z = len(right), float(statistic(right)), 1.96
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [max(float(centre - half), 0.0), min(float(centre + half), 1.0)]
+    return [max(float(center - half), 0.0), min(float(center + half), 1.0)]
 
 
 def paired_shares(right: np.ndarray, other: np.ndarray) -> list[float]:
-    """Of the difference of two shares of the same pictures, [n] each.
+    """Return the interval of the difference of two shares of the same images, [n] each.
 
-    Agresti and Min (2005): half a picture more in each of the four cells, so that it has a width
-    where no picture differs.
+    Agresti and Min (2005): half an image more in each of the four cells, so that the interval has
+    a width where no image differs.
     """
     n, gained, lost = len(right), np.sum(right > other), np.sum(right < other)
-    centre = float(gained - lost) / (n + 2)
+    center = float(gained - lost) / (n + 2)
     half = 1.96 * float(np.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (n + 2))) / (n + 2)
-    return [max(centre - half, -1.0), min(centre + half, 1.0)]
+    return [max(center - half, -1.0), min(center + half, 1.0)]

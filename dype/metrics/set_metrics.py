@@ -1,115 +1,152 @@
-"""Distances between sets of pictures from their Inception features, with bootstrap intervals.
+"""Compute distances between sets of images from Inception's features, with bootstrap intervals.
 
-The libraries compute these from pictures, once; an interval needs them from features, many times.
-Pictures are what is drawn anew, each with all of its patches; the real ones stay.
+The libraries compute these once, from images; an interval needs them many times, from features.
+The bootstrap resamples generated images, each with all its patches; real images stay fixed.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from dype.metrics.intervals import RESAMPLES, around, draws, middle
+from dype.metrics import intervals
 
 SLOW_RESAMPLES = 200  # of FID and Inception score
-SHUFFLE = 2020  # torch-fidelity's seed of the order in which features are split
+SHUFFLE_SEED = 2020  # torch-fidelity's, of the order in which features are split
+BAR = {"disable": None, "leave": False}  # of tqdm: none where stderr is no terminal
 
 
-def root_of_covariance(features: np.ndarray) -> np.ndarray:
-    """F [d, min(n, d)] with F F^T the covariance (over n - 1) of features [n, d]."""
-    centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
-    if len(features) <= features.shape[1]:
-        return centred.T
-    values, vectors = np.linalg.eigh(centred.T @ centred)
-    return vectors * np.sqrt(values.clip(0))
+def frechet_distance(
+    mean: np.ndarray, root: np.ndarray, other_mean: np.ndarray, other_root: np.ndarray
+) -> float:
+    """Return |m - m'|^2 + Tr(C + C' - 2 (C C')^(1/2)) of two sets of features.
 
-
-def frechet(real: np.ndarray, drawn: np.ndarray, choices) -> list[float]:
-    """Frechet distance of features [m, d] to drawn [n, d][choice], for every choice of rows.
-
-    |mu_1 - mu_2|^2 + Tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)). With C = F F^T the last trace is the sum
-    of the singular values of F_1^T F_2, which for a few hundred pictures is a small matrix.
+    mean [d]; root F [d, k], any k, with C = F F^T. The last trace is the sum of the singular
+    values of F^T F', which for a few hundred images is a small matrix.
     """
-    drawn = drawn - real.mean(0)
-    root = root_of_covariance(real)
-    across, squares = drawn @ root, (drawn**2).sum(1)
-    found = []
-    for choice in tqdm(choices, "resamples", disable=None, leave=False):
-        n, centre = len(choice), drawn[choice].mean(0)
-        trace = (squares[choice].sum() - n * (centre**2).sum()) / (n - 1)
-        part = across[choice]
-        part = (part - part.mean(0)) / np.sqrt(n - 1)
-        gram = part @ part.T if n < part.shape[1] else part.T @ part
-        product = np.sqrt(np.linalg.eigvalsh(gram).clip(0)).sum()
-        found.append(float((centre**2).sum() + (root**2).sum() + trace - 2 * product))
-    return found
+    traces = (root**2).sum() + (other_root**2).sum()
+    return float(
+        ((mean - other_mean) ** 2).sum() + traces - 2 * np.linalg.norm(root.T @ other_root, "nuc")
+    )
+
+
+def mean_and_root(features: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean of features [n, d], and F [d, <= n] with F F^T their covariance.
+
+    counts [n] says how often each row is in the set; the covariance is over the set's size - 1.
+    """
+    size, features, counts = counts.sum(), features[counts > 0], counts[counts > 0]
+    mean = counts @ features / size
+    return mean, (features - mean).T * np.sqrt(counts / (size - 1))
+
+
+def bootstrap_counts(images: int, resamples: int) -> np.ndarray:
+    """Return how often each image is in the set itself, and in resamples: [1 + resamples, n]."""
+    indices = [np.arange(images), *intervals.bootstrap_indices(images, resamples)]
+    return np.array([np.bincount(row, minlength=images) for row in indices])
+
+
+def fid(real: dict, generated: dict, splits: int) -> tuple[float, list[float]]:
+    """Return the Frechet distance and its interval; "features" [images, patches, d] of each."""
+    images, patches, d = generated["features"].shape
+    features, real_features = (s["features"].reshape(-1, d) for s in (generated, real))
+    mean, root = mean_and_root(real_features, np.ones(len(real_features)))
+    if root.shape[1] > d:
+        root = np.linalg.qr(root.T, "r").T  # [d, d], because it meets every resample
+    value, *resampled = (
+        frechet_distance(mean, root, *mean_and_root(features, counts.repeat(patches)))
+        for counts in tqdm(bootstrap_counts(images, SLOW_RESAMPLES), "resamples", **BAR)
+    )
+    return value, intervals.normal_interval(value, resampled)
 
 
 def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """KID's kernel (a b / d + 1)^3 of features [n, d] and [m, d], [n, m]."""
+    """Return KID's kernel (a b / d + 1)^3 of features [n, d] and [m, d], [n, m]."""
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
-def kernel_distance(real: np.ndarray, drawn: np.ndarray, patches: int, weights) -> np.ndarray:
-    """KID, the unbiased squared MMD, for every row of weights, [resamples, pictures].
+def kernel_distance(real: np.ndarray, generated: np.ndarray, patches: int, weights) -> np.ndarray:
+    """Return KID, the unbiased squared MMD, for every row of weights, [resamples, images].
 
-    real [m * patches, d] and drawn [pictures * patches, d]. A weight says how often a picture was
-    drawn. All pairs of pictures count, which is what KID's random subsets estimate; patches of the
-    same picture, or of its copies, are alike and would add what no new picture adds.
+    real [m * patches, d], generated [images * patches, d]. A weight says how often an image was
+    sampled. All pairs of images count, which is what KID's random subsets estimate. Patches of one
+    image, or of its copies, are not paired: they are alike, as new images would not be.
     """
 
-    def between(some, others):
-        return kernel(some, others).reshape(len(some) // patches, patches, -1, patches).sum((1, 3))
+    def image_kernel(a, b):
+        return kernel(a, b).reshape(len(a) // patches, patches, -1, patches).sum((1, 3))
 
-    among, within, across = between(real, real), between(drawn, drawn), between(drawn, real)
-    np.fill_diagonal(among, 0)
-    np.fill_diagonal(within, 0)
-    m, weights = len(among), np.asarray(weights, float)
+    among_real, among_generated = image_kernel(real, real), image_kernel(generated, generated)
+    across = image_kernel(generated, real)
+    np.fill_diagonal(among_real, 0)
+    np.fill_diagonal(among_generated, 0)
+    m, weights = len(among_real), np.asarray(weights, float)
     sums, squares = weights.sum(1), (weights**2).sum(1)
-    total = ((weights @ within) * weights).sum(1) / (sums**2 - squares)
-    total += among.sum() / (m * (m - 1)) - 2 * (weights @ across.sum(1)) / (sums * m)
+    total = ((weights @ among_generated) * weights).sum(1) / (sums**2 - squares)
+    total += among_real.sum() / (m * (m - 1)) - 2 * (weights @ across.sum(1)) / (sums * m)
     return total / patches**2
 
 
+def kid(real: dict, generated: dict, splits: int) -> tuple[float, list[float]]:
+    """Return KID and its interval, as `fid`; a resample of one image alone has no pairs."""
+    images, patches, d = generated["features"].shape
+    features, real_features = (s["features"].reshape(-1, d) for s in (generated, real))
+    counts = bootstrap_counts(images, intervals.RESAMPLES)
+    counts = counts[(counts > 0).sum(1) > 1]
+    value, *resampled = kernel_distance(real_features, features, patches, counts)
+    return float(value), intervals.percentile_interval(resampled)
+
+
 def inception_score(logits: np.ndarray, splits: int) -> float:
-    """exp of the mean divergence of p(y|x) from p(y), mean over splits; logits [n, classes]."""
+    """Return exp of the mean divergence of p(y|x) from p(y), mean over splits; [n, classes]."""
     logits = logits - logits.max(1, keepdims=True)
     logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     scores = []
     for i in range(splits):
         part = logs[len(logs) * i // splits : len(logs) * (i + 1) // splits]
-        whole = np.log(np.exp(part).mean(0))
-        scores.append(np.exp((np.exp(part) * (part - whole)).sum(1).mean()))
+        marginal = np.log(np.exp(part).mean(0))
+        scores.append(np.exp((np.exp(part) * (part - marginal)).sum(1).mean()))
     return float(np.mean(scores))
 
 
-def rows_of(pictures: np.ndarray, patches: int) -> np.ndarray:
-    """The rows of features [pictures * patches, d] that belong to pictures [n]."""
-    return (pictures[:, None] * patches + np.arange(patches)).ravel()
+def inception_score_with_interval(
+    real: None, generated: dict, splits: int
+) -> tuple[float, list[float]]:
+    """Return the Inception score and its interval; "logits" [images, patches, classes]."""
+    images, patches, classes = generated["logits"].shape
+    logits = generated["logits"].reshape(-1, classes)
+    order = np.random.RandomState(SHUFFLE_SEED).permutation(len(logits))
+    indices = [np.arange(images), *intervals.bootstrap_indices(images, SLOW_RESAMPLES)]
+    value, *resampled = (
+        inception_score(logits[patch_rows(index, patches)][order], splits) for index in indices
+    )
+    return value, intervals.normal_interval(value, resampled)
 
 
-def fid(real: dict, drawn: dict, splits: int) -> tuple[float, list[float]]:
-    """The distance and its interval. real, drawn: "features" [n, patches, d]."""
-    pictures, patches, d = drawn["features"].shape
-    ours, theirs = drawn["features"].reshape(-1, d), real["features"].reshape(-1, d)
-    choices = [rows_of(choice, patches) for choice in draws(pictures, SLOW_RESAMPLES)]
-    value, *resampled = frechet(theirs, ours, [np.arange(len(ours)), *choices])
-    return value, around(value, resampled)
+def patch_rows(images: np.ndarray, patches: int) -> np.ndarray:
+    """Return the rows of features [images * patches, d] that belong to images [n]."""
+    return (images[:, None] * patches + np.arange(patches)).ravel()
 
 
-def kid(real: dict, drawn: dict, splits: int) -> tuple[float, list[float]]:
-    """The distance and its interval, as `fid`; a resample of one picture alone has no pairs."""
-    pictures, patches, d = drawn["features"].shape
-    ours, theirs = drawn["features"].reshape(-1, d), real["features"].reshape(-1, d)
-    counts = [np.bincount(one, minlength=pictures) for one in draws(pictures, RESAMPLES)]
-    weights = [np.ones(pictures), *(one for one in counts if (one > 0).sum() > 1)]
-    value, *resampled = kernel_distance(theirs, ours, patches, weights)
-    return float(value), middle(resampled)
+class SetMetric(NamedTuple):
+    """A metric of a set of images, from Inception's features."""
+
+    compute: Callable  # (real or None, generated, splits) -> value, interval
+    title: str
+    real: bool  # compares with real images
+    patched: bool  # of patches, not of whole images
 
 
-def score(real: None, drawn: dict, splits: int) -> tuple[float, list[float]]:
-    """The Inception score and its interval. drawn: "logits" [n, patches, classes]."""
-    pictures, patches, classes = drawn["logits"].shape
-    logits = drawn["logits"].reshape(-1, classes)
-    order = np.random.RandomState(SHUFFLE).permutation(len(logits))
-    value = inception_score(logits[order], splits)
-    choices = [rows_of(choice, patches) for choice in draws(pictures, SLOW_RESAMPLES)]
-    return value, around(value, [inception_score(logits[one][order], splits) for one in choices])
+SET_METRICS = {
+    "fid": SetMetric(fid, "FID, lower is better", True, False),
+    "kid": SetMetric(kid, "KID, unbiased, lower is better", True, False),
+    "is": SetMetric(
+        inception_score_with_interval, "Inception score, higher is better", False, False
+    ),
+    "patch_fid": SetMetric(fid, "patch FID, lower is better", True, True),
+    "patch_kid": SetMetric(kid, "patch KID, unbiased, lower is better", True, True),
+    "patch_is": SetMetric(
+        inception_score_with_interval, "patch Inception score, higher is better", False, True
+    ),
+}

@@ -78,6 +78,17 @@ def rings(height: int, width: int) -> torch.Tensor:
     return (frequencies(height, width) * (min(height, width) // 2)).round().long()
 
 
+def mean_power_by_bin(power: torch.Tensor, bins: torch.Tensor, count: int) -> torch.Tensor:
+    """Average power over the entries of each bin 0 .. count - 1: [..., h, w] -> [..., count].
+
+    bins: the bin of every entry, int [h, w]; entries of other bins are left out.
+    """
+    bins = torch.where((bins >= 0) & (bins < count), bins, count).flatten()
+    total = power.new_zeros(*power.shape[:-2], count + 1)
+    total.index_add_(-1, bins, power.flatten(-2))
+    return (total / bins.bincount(minlength=count + 1))[..., :count]
+
+
 def power_spectrum(x: torch.Tensor) -> torch.Tensor:
     """Mean power over rings 1 .. Nyquist of each channel, [C, height, width] -> float64 [C, n].
 
@@ -86,9 +97,7 @@ def power_spectrum(x: torch.Tensor) -> torch.Tensor:
     """
     height, width = x.shape[-2:]
     power = torch.fft.fft2(x.cpu().double()).abs().square() / (height * width)
-    ring = rings(height, width).flatten()
-    total = power.new_zeros(len(x), int(ring.max()) + 1).index_add_(1, ring, power.flatten(1))
-    return (total / ring.bincount())[:, 1 : min(height, width) // 2 + 1]
+    return mean_power_by_bin(power, rings(height, width) - 1, min(height, width) // 2)
 
 
 def power_law(power: torch.Tensor, least: float = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -245,33 +245,3 @@ def test_vocabulary_is_the_captions():
     unknown = tokenizer.unk_token_id
     assert all(unknown not in tokenizer(scene.caption).input_ids for scene in scenes(50))
     assert unknown in tokenizer("a red castle").input_ids
-
-
-def test_judge(tmp_path, capsys):
-    """A sweep of rendered truth, and of truth with other captions: all right, and none."""
-    from dype.demo import judge
-    from dype.sweep import results
-
-    rng = np.random.default_rng(0)
-    rows = []
-    for number in range(8):
-        scene = sample_scene(rng)
-        name = f"{number}.png"
-        Image.fromarray(render(scene, 256)).save(tmp_path / name)
-        row = dict.fromkeys(results.COLUMNS, "") | {"file": name, "height": 256, "width": 256}
-        wrong = number % 2
-        other = next(s for s in SHAPES if s != scene.shape)
-        caption = scene.caption.replace(scene.shape, other) if wrong else scene.caption
-        row |= {"method": "wrong" if wrong else "right", "prompt": caption, "seconds": 2.0}
-        rows.append(row)
-    names = results.COLUMNS
-    header = {name: name for name in names}
-    (tmp_path / "results.csv").write_text(results.table([header, *rows], names))
-    assert judge.main([str(tmp_path)]) == 0
-    right, wrong = capsys.readouterr().out.splitlines()
-    assert "n 4  layout 1.00" in right
-    assert "shape 1.00" in right
-    assert right.endswith("256x256, right")
-    assert "shape 0.00" in wrong
-    assert float(right.split("overlap ")[1].split()[0]) > 0.85
-    assert len(results.by_setting(results.read_rows(tmp_path))) == 2

@@ -1,0 +1,88 @@
+"""demo_layout and demo_overlap, on rendered truth."""
+
+import ast
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scored_sweeps import make_sweep, report, score, values
+
+import dype.metrics
+from dype.demo.scenes import SHAPES, render, sample_scene
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+METRICS = ["--metrics", "demo_layout", "demo_overlap"]
+SMALL = {"height": "128", "width": "128"}
+
+
+def make_truth(wrong: str = "") -> Path:
+    """Write a sweep of rendered scenes; every second caption asks for another shape or color."""
+    rng = np.random.default_rng(0)
+    scenes, rows = [sample_scene(rng) for _ in range(8)], []
+    for number, scene in enumerate(scenes):
+        caption = scene.caption
+        if number % 2 and wrong:
+            present = getattr(scene, wrong)
+            choices = SHAPES if wrong == "shape" else ("red", "yellow", "green")
+            other = next(c for c in choices if c not in (present, scene.colour, scene.ground))
+            caption = caption.replace(present, other, 1)
+        method = "wrong" if number % 2 else "right"
+        rows.append({"method": method, "prompt": caption, "file": f"{number}.png"} | SMALL)
+    folder = make_sweep(*rows)
+    for number, scene in enumerate(scenes):
+        Image.fromarray(render(scene, 128)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("wrong", ["", "shape", "colour", "ground"])
+def test_truth_and_wrong_captions(wrong):
+    """All right for the truth; none of those whose caption asks for something else."""
+    assert score(make_truth(wrong), *METRICS) == 0
+    layout, overlap = values("demo_layout"), values("demo_overlap")
+    wrong_files = {f"{n}.png" for n in range(8) if n % 2} if wrong else set()
+    assert layout == {f"{n}.png": float(f"{n}.png" not in wrong_files) for n in range(8)}
+    assert min(value for file, value in overlap.items() if file not in wrong_files) > 0.85
+    if wrong == "shape":
+        assert np.mean([overlap[file] for file in wrong_files]) < 0.8
+    entries = {(e["metric"], e["setting"]): e for e in report()["means"]}
+    share = entries["demo_layout", "128x128, right"]
+    assert share["value"] == 1
+    assert share["interval"] == pytest.approx([0.510, 1], abs=1e-3)  # Wilson's, of 4 of 4
+    assert share["protocol"] == "dype.demo.layout_check"
+    low, high = entries["demo_overlap", "128x128, right"]["interval"]
+    assert low < entries["demo_overlap", "128x128, right"]["value"] < high < 1
+
+
+def test_another_prompt_is_skipped_and_named(capsys):
+    folder = make_sweep({"prompt": "a cat"}, {"prompt": "a red ring on teal leaves, lit"})
+    assert score(folder, *METRICS) == 1
+    captured = capsys.readouterr()
+    reason = "'a cat' is no caption of the demo model"
+    assert f"Skipped seed_0.png, demo_layout: {reason}" in captured.out
+    assert f"Skipped seed_0.png, demo_overlap: {reason}" in captured.out
+    assert captured.err.count("\n") == 1
+    assert list(values("demo_layout")) == ["seed_1.png"]
+
+
+def test_missing_scipy(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "dype.demo.layout_check", None)
+    assert score(make_sweep({}), "--metrics", "demo_layout") == 1
+    line = capsys.readouterr().err
+    assert "demo_layout needs dype.demo and scipy" in line
+    assert "pip install scipy==1.17.1" in line
+
+
+def test_the_demo_is_imported_when_asked_for():
+    """No module of dype.metrics imports dype.demo or scipy at its top."""
+    (folder,) = dype.metrics.__path__
+    modules = set()
+    for path in Path(folder).glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom):
+                modules.add(node.module)
+            elif isinstance(node, ast.Import):
+                modules |= {name.name for name in node.names}
+    assert "dype.sweep" in modules
+    assert not [name for name in modules if name.startswith(("dype.demo", "scipy"))]

@@ -1,0 +1,16 @@
+"""Intervals of means over images."""
+
+import numpy as np
+
+from dype.metrics import intervals
+
+
+def test_intervals_of_means_cover():
+    """95 of 100 intervals hold the true mean; the harmonic one that of its own statistic."""
+    rng = np.random.default_rng(3)
+    edges = [intervals.mean_interval(rng.exponential(size=60)) for _ in range(400)]
+    assert 0.90 < np.mean([low < 1 < high for low, high in edges]) < 0.97
+    values = rng.uniform(1, 9, size=200)
+    low, high = intervals.mean_interval(values, intervals.harmonic_mean)
+    assert low < 1 / np.mean(1 / values) < high < values.mean()
+    assert intervals.mean_interval(values[:1]) is None
