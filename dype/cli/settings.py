@@ -17,7 +17,7 @@ from dype.cli.validation import (
     lora,
 )
 from dype.config import DyPEConfig, one_of, preset
-from dype.errors import UserError
+from dype.errors import UserError, user_errors
 from dype.noise_schedule import check_shift
 from dype.pipelines import distributed
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS, Model, resolve_model
@@ -72,6 +72,7 @@ def typed(raw: dict) -> dict:
     return given
 
 
+@user_errors()
 def resolve(given: dict) -> tuple[dict, list[Settings]]:
     """The flags that were given, by a profile too, and every setting that they ask for.
 
@@ -79,13 +80,10 @@ def resolve(given: dict) -> tuple[dict, list[Settings]]:
     `--config`, `--from` and defaults together. Raises UserError, OSError.
     """
     given = {name: value for name, value in given.items() if value not in (None, False)}
-    try:
-        if "profile" in given and "config" not in given:
-            raise ValueError("--profile is of a --config FILE.toml, expected that too")
-        profile = load_profile(given["config"], given.get("profile")) if "config" in given else {}
-        return over(profile, given), settle(given, profile)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    if "profile" in given and "config" not in given:
+        raise ValueError("--profile is of a --config FILE.toml, expected that too")
+    profile = load_profile(given["config"], given.get("profile")) if "config" in given else {}
+    return over(profile, given), settle(given, profile)
 
 
 def settle(given: dict, profile: dict) -> list[Settings]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from dype.config import METHOD_SCALES, DyPEConfig
 from dype.figures import style
@@ -202,9 +202,8 @@ def opened(path: Path) -> tuple[Image.Image, str]:
     """A picture and its label, from the settings that it carries. Raises ValueError."""
     try:
         config = DyPEConfig.from_dict(records.load(path)["config"])
-        with path.open("rb") as file, PngImagePlugin.PngImageFile(file) as picture:
-            image = picture.convert("RGB")  # not by Image.open, which refuses large ones
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError) as error:
+        image = records.read_png(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be shown: {error}") from error
     label = records.method_name(config.method, config.dype)
     if config.dype and METHOD_SCALES[config.method] is not None:

@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from dype.errors import UnavailableError
 from dype.metrics import intervals
 from dype.pipelines.loading import LOADING, mute
+from dype.sampling import records
 
 PATCH, LEVELS, DISTANCES = 64, 64, (1, 2, 3, 4)  # px, gray levels, px: GLCM of Aesthetic-4K
 ANGLES = (0, np.pi / 4, np.pi / 2, 3 * np.pi / 4)
@@ -29,11 +30,7 @@ PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 def read_generated_image(path: Path, size: tuple[int, int]) -> Image.Image:
     """Read an image of a sweep, in RGB, of (height, width). Raises OSError."""
-    try:
-        with path.open("rb") as file, PngImagePlugin.PngImageFile(file) as png:
-            image = png.convert("RGB")  # not by Image.open, because it refuses large images
-    except (ValueError, SyntaxError) as error:
-        raise OSError(str(error)) from error
+    image = records.read_png(path)
     if image.size != size[::-1]:
         raise OSError(f"it is {image.height}x{image.width}, its row says {size[0]}x{size[1]}")
     return image

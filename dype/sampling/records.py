@@ -104,6 +104,15 @@ def load(path: str | Path) -> dict:
         raise ValueError("its settings are not JSON") from error
 
 
+def read_png(path: Path) -> Image.Image:
+    """A picture of this program, however large, in RGB. Raises OSError."""
+    try:
+        with path.open("rb") as file, PngImagePlugin.PngImageFile(file) as image:
+            return image.convert("RGB")  # not by Image.open, which refuses large pictures
+    except (ValueError, SyntaxError) as error:
+        raise OSError(str(error)) from error
+
+
 def open_picture(path: str | Path) -> Image.Image:
     """Any picture that Pillow reads, upright, in RGB. Raises OSError."""
     try:

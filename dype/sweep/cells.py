@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dype.config import METHOD_SCALES, DyPEConfig
-from dype.families import TOKEN
-from dype.sampling import multipass, records, sample
+from dype.sampling import multipass, records
 from dype.sampling.run import Settings
 from dype.sweep.results import AXES, short
 
@@ -92,17 +91,7 @@ def key(flags: dict, config: dict, prompt: str) -> str:
     return json.dumps(identity(flags, config, prompt), sort_keys=True)
 
 
-def work(settings: Settings) -> float:
-    """Tokens that pass through the denoiser for one image, as a measure of its time.
-
-    Attention costs more than that in large images; a progressive image is taken to run half of its
-    steps at full size.
-    """
-    flags, model = settings.flags, settings.model
-    total = 0.0
-    for one in multipass.sized(settings.passes, flags["height"], flags["width"]):
-        strength = flags["strength"] if flags["init_image"] else one.get("strength", 1.0)
-        calls = one["steps"] - sample.skipped(one["steps"], 0.5 if strength is None else strength)
-        total += calls * one["height"] * one["width"] / TOKEN**2
-    guided = model.cfg and flags[model.cfg] > model.cfg_off
-    return total * (2 if guided else 1)
+def work(settings: Settings) -> int:
+    """Steps times pixels, by which the time that is left is estimated."""
+    flags = settings.flags
+    return flags["steps"] * flags["height"] * flags["width"]

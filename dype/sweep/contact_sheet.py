@@ -4,7 +4,7 @@ import io
 import textwrap
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont
 
 from dype.pipelines import memory
 from dype.sampling import records
@@ -114,12 +114,9 @@ def small(one: dict, folder: Path, size: tuple[int, int]) -> Image.Image:
     reason = one["error"]
     if not reason:
         try:
-            with (
-                (folder / one["file"]).open("rb") as file,
-                PngImagePlugin.PngImageFile(file) as picture,  # Image.open refuses large ones
-            ):
-                return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-        except (OSError, SyntaxError):
+            picture = records.read_png(folder / one["file"])
+            return picture.resize(size, Image.Resampling.LANCZOS)
+        except OSError:
             reason = f"{one['file']} is missing"
     box = Image.new("RGB", size, "lightgrey")
     text = "\n".join(textwrap.wrap(reason, max(8, size[0] // 9))[:10])

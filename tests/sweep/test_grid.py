@@ -256,11 +256,8 @@ def test_a_prompt_twice_is_drawn_once():
     assert [cell.prompt for cell in found] == ["a", "b"]
 
 
-def test_the_estimate_counts_tokens_through_the_denoiser():
-    """Steps times tokens; guidance doubles it, two passes are what each runs."""
-    [plain] = resolve({"model": "flux-dev"})[1]
-    assert cells.work(plain) == 28 * 256 * 256
-    [guided] = resolve({"model": "flux-dev", "true_cfg": "3", "negative_prompt": "fog"})[1]
-    assert cells.work(guided) == 2 * cells.work(plain)
-    [two] = resolve({"model": "flux-dev", "multipass": "twopass"})[1]
-    assert cells.work(two) == 28 * 128 * 128 + 14 * 256 * 256
+def test_the_time_left_is_by_steps_and_pixels():
+    [small], [large] = (
+        resolve({"model": "flux-dev", "size": size})[1] for size in ("1024", "2048")
+    )
+    assert cells.work(large) == 4 * cells.work(small) == 28 * 2048**2
