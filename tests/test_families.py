@@ -1,23 +1,16 @@
 """Every family beside FLUX.1 in its real pipeline of tiny size."""
 
 import copy
+import inspect
 import math
 import warnings
 
+import diffusers
 import pytest
 import torch
-from conftest import latents, quiet
-from diffusers import (
-    QwenImageControlNetModel,
-    QwenImageControlNetPipeline,
-    QwenImageEditPipeline,
-    UniPCMultistepScheduler,
-    ZImageControlNetModel,
-    ZImageControlNetPipeline,
-)
+from conftest import latents, needs, quiet
+from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
-from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from PIL import Image
 from reference import turns
 from tables import CONFIG, FORMATS, GRID, assert_table, grid
@@ -130,9 +123,10 @@ def test_non_square_in_turn(family):
     assert torch.equal(draw(fresh, 64, 256), wide)
 
 
-def z_image_controlled() -> ZImageControlNetPipeline:
+def z_image_controlled() -> DiffusionPipeline:
+    parts = zimage().components
     torch.manual_seed(0)
-    control = ZImageControlNetModel(
+    control = diffusers.ZImageControlNetModel(
         dim=32,
         n_heads=2,
         n_kv_heads=2,
@@ -140,13 +134,15 @@ def z_image_controlled() -> ZImageControlNetPipeline:
         control_layers_places=[0],
         control_in_dim=4,
     )
-    return ZImageControlNetPipeline(**zimage().components, controlnet=control)
+    return diffusers.ZImageControlNetPipeline(**parts, controlnet=control)
 
 
-def qwen_image_controlled() -> QwenImageControlNetPipeline:
+def qwen_image_controlled() -> DiffusionPipeline:
     parts = qwen().components
-    control = QwenImageControlNetModel.from_transformer(parts["transformer"], num_layers=1, **HEADS)
-    return QwenImageControlNetPipeline(**parts, controlnet=control)
+    control = diffusers.QwenImageControlNetModel.from_transformer(
+        parts["transformer"], num_layers=1, **HEADS
+    )
+    return diffusers.QwenImageControlNetPipeline(**parts, controlnet=control)
 
 
 @pytest.mark.parametrize(
@@ -176,9 +172,10 @@ def test_controlnets_follow(build, name, tables):
 
 def test_qwen_image_edit_keeps_its_reference(tables, monkeypatch):
     """The picture follows every step; the one that is edited has the stock encoding."""
-    pipe = QwenImageEditPipeline(**qwen().components, processor=None)
+    parts = qwen().components
+    pipe = diffusers.QwenImageEditPipeline(**parts, processor=None)
     small = lambda area, ratio: (96, 64, None)  # noqa: E731, in place of a megapixel
-    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", small)
+    monkeypatch.setattr(inspect.getmodule(type(pipe)), "calculate_dimensions", small)
     stock, _ = pipe.transformer.pos_embed([[(1, *GRID), (1, 4, 6)]], max_txt_seq_len=TEXT)
     apply_dype(pipe, CONFIG)
     draw_qwen(quiet(pipe), 128, 192, image=Image.new("RGB", (96, 64), "red"))
@@ -355,6 +352,8 @@ def test_lora_loaded_before_or_after(when):
 
 def test_flux_ip_adapter(pipe):
     """Attention processors of an IP-Adapter beside DyPE, put in before and after."""
+    needs("FluxIPAdapterAttnProcessor")
+    adapted = diffusers.models.transformers.transformer_flux.FluxIPAdapterAttnProcessor
 
     def adapt():
         torch.manual_seed(1)
@@ -363,7 +362,7 @@ def test_flux_ip_adapter(pipe):
         )
         pipe.transformer.config["encoder_hid_dim_type"] = "ip_image_proj"
         processors = {
-            name: FluxIPAdapterAttnProcessor(32, 8, num_tokens=(2,), scale=[1.0])
+            name: adapted(32, 8, num_tokens=(2,), scale=[1.0])
             if name.startswith("transformer_blocks")
             else processor
             for name, processor in pipe.transformer.attn_processors.items()

@@ -5,7 +5,14 @@ import json
 import re
 from pathlib import Path
 
+import diffusers
+import pytest
+from conftest import FIRST_RELEASE, needs
+from packaging.version import Version
+from tiny import FAMILIES
+
 from dype.benchmark import __main__ as benchmark
+from dype.families import FAMILIES as CLASSES
 from dype.pipelines.catalog import MODELS
 
 ROOT = Path(__file__).parent.parent
@@ -26,9 +33,36 @@ def test_readme_and_ci_hold_the_two_commands():
 
 
 def test_pins_are_exact():
-    for name in ("requirements.txt", "requirements-dev.txt"):
-        for line in (ROOT / name).read_text().splitlines():
+    for path in ROOT.glob("requirements*.txt"):
+        for line in path.read_text().splitlines():
             assert re.fullmatch(r"[a-z-]+==[0-9.]+|-r requirements\.txt", line), line
+
+
+def test_oldest_releases():
+    """README's table holds the releases that tests are skipped below; the pins skip none."""
+    releases = re.findall(r"^\| .+ \| (0\.\d+) \| 2\.\d\.\d \|$", README, re.MULTILINE)
+    assert releases == list(dict.fromkeys(FIRST_RELEASE.values()))
+    pinned = re.search("diffusers==(.+)", (ROOT / "requirements.txt").read_text())[1]
+    for name, release in FIRST_RELEASE.items():
+        assert Version(release) <= Version(pinned), name
+    for name in CLASSES.keys() - {"Flux"}:  # which is no class of diffusers
+        assert hasattr(diffusers, name), name
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_there(name):
+    """A test skipped here, on the pinned versions, would be one that nobody runs."""
+    try:
+        FAMILIES[name][0]()
+    except pytest.skip.Exception as skipped:
+        pytest.fail(str(skipped))
+
+
+def test_a_class_is_skipped_below_its_first_release(monkeypatch):
+    monkeypatch.setattr(diffusers, "__version__", "0.36.0")
+    needs("BriaTransformer2DModel")
+    with pytest.raises(pytest.skip.Exception, match=r"Krea2.* needs diffusers 0\.39, .* 0\.36\.0"):
+        needs("Krea2Transformer2DModel")
 
 
 def test_links_lead_somewhere():

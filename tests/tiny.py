@@ -4,24 +4,11 @@
 -> latents.
 """
 
+import diffusers
 import torch
-from conftest import quiet, tiny_vae
-from diffusers import (
-    AutoencoderKLFlux2,
-    AutoencoderKLQwenImage,
-    ChromaPipeline,
-    ChromaTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
-    Flux2KleinPipeline,
-    Flux2Transformer2DModel,
-    Krea2Pipeline,
-    Krea2Transformer2DModel,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-    ZImagePipeline,
-    ZImageTransformer2DModel,
-)
-from transformers import Qwen3Config, Qwen3Model
+from conftest import needs, quiet, tiny_vae
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import nn
 
 from dype.demo import model as demo_model
 
@@ -50,9 +37,10 @@ def settings(height, width, steps, seed) -> dict:
     }
 
 
-def zimage_transformer(**changes) -> ZImageTransformer2DModel:
+def zimage_transformer(**changes) -> nn.Module:
+    needs("ZImageTransformer2DModel")
     torch.manual_seed(0)
-    return ZImageTransformer2DModel(
+    return diffusers.ZImageTransformer2DModel(
         in_channels=4,
         dim=32,
         n_layers=2,
@@ -66,14 +54,16 @@ def zimage_transformer(**changes) -> ZImageTransformer2DModel:
     ).eval()
 
 
-def zimage(text_encoder=None, tokenizer=None) -> ZImagePipeline:
+def zimage(text_encoder=None, tokenizer=None) -> DiffusionPipeline:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     parts = tiny_vae(), text_encoder, tokenizer, zimage_transformer()
-    return quiet(ZImagePipeline(scheduler, *parts))
+    return quiet(diffusers.ZImagePipeline(scheduler, *parts))
 
 
 def qwen3() -> dict:
     """A tiny text encoder and a tokenizer with a chat template, for pipelines drawn by prompts."""
+    from transformers import Qwen3Config, Qwen3Model  # newer than what the core's tests need
+
     tokenizer = demo_model.tokenizer("<bos>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     torch.manual_seed(0)
@@ -101,9 +91,9 @@ def draw_zimage(pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0, tok
     ).images
 
 
-def qwen_vae() -> AutoencoderKLQwenImage:
+def qwen_vae() -> nn.Module:
     torch.manual_seed(0)
-    return AutoencoderKLQwenImage(
+    return diffusers.AutoencoderKLQwenImage(
         base_dim=24,
         z_dim=4,
         dim_mult=[1, 1, 1, 1],
@@ -114,9 +104,10 @@ def qwen_vae() -> AutoencoderKLQwenImage:
     )
 
 
-def qwen_transformer(**changes) -> QwenImageTransformer2DModel:
+def qwen_transformer(**changes) -> nn.Module:
+    needs("QwenImageTransformer2DModel")
     torch.manual_seed(0)
-    return QwenImageTransformer2DModel(
+    return diffusers.QwenImageTransformer2DModel(
         in_channels=16,
         out_channels=4,
         num_layers=2,
@@ -127,11 +118,12 @@ def qwen_transformer(**changes) -> QwenImageTransformer2DModel:
     ).eval()
 
 
-def qwen() -> QwenImagePipeline:
+def qwen() -> DiffusionPipeline:
+    transformer = qwen_transformer()
     scheduler = FlowMatchEulerDiscreteScheduler(
         **DYNAMIC | {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
     )
-    return quiet(QwenImagePipeline(scheduler, qwen_vae(), None, None, qwen_transformer()))
+    return quiet(diffusers.QwenImagePipeline(scheduler, qwen_vae(), None, None, transformer))
 
 
 def text_of(pipe, batch: int, *shape) -> dict:
@@ -150,9 +142,10 @@ def draw_qwen(pipe, height, width, steps=3, seed=0, batch=1, guidance=1.0, token
     return pipe(**call, true_cfg_scale=guidance, **more).images
 
 
-def krea2() -> Krea2Pipeline:
+def krea2() -> DiffusionPipeline:
+    needs("Krea2Transformer2DModel")
     torch.manual_seed(0)
-    transformer = Krea2Transformer2DModel(
+    transformer = diffusers.Krea2Transformer2DModel(
         in_channels=16,
         num_layers=2,
         num_key_value_heads=2,
@@ -169,7 +162,7 @@ def krea2() -> Krea2Pipeline:
         **HEADS,
     ).eval()
     scheduler = FlowMatchEulerDiscreteScheduler(**DYNAMIC)
-    pipe = Krea2Pipeline(
+    pipe = diffusers.Krea2Pipeline(
         scheduler, qwen_vae(), None, None, transformer, text_encoder_select_layers=(0, 1)
     )
     return quiet(pipe)
@@ -181,9 +174,10 @@ def draw_krea2(pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0, **mo
     return pipe(**call, guidance_scale=guidance, **more).images
 
 
-def flux2() -> Flux2KleinPipeline:
+def flux2() -> DiffusionPipeline:
+    needs("Flux2Transformer2DModel")
     torch.manual_seed(0)
-    transformer = Flux2Transformer2DModel(
+    transformer = diffusers.Flux2Transformer2DModel(
         in_channels=16,
         num_layers=1,
         num_single_layers=1,
@@ -193,7 +187,7 @@ def flux2() -> Flux2KleinPipeline:
         guidance_embeds=False,
         **HEADS,
     ).eval()
-    vae = AutoencoderKLFlux2(
+    vae = diffusers.AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(4, 4, 4, 4),
@@ -201,9 +195,8 @@ def flux2() -> Flux2KleinPipeline:
         norm_num_groups=2,
         mid_block_add_attention=False,
     ).eval()
-    return quiet(
-        Flux2KleinPipeline(FlowMatchEulerDiscreteScheduler(**DYNAMIC), vae, None, None, transformer)
-    )
+    scheduler = FlowMatchEulerDiscreteScheduler(**DYNAMIC)
+    return quiet(diffusers.Flux2KleinPipeline(scheduler, vae, None, None, transformer))
 
 
 def draw_flux2(pipe, height, width, steps=3, seed=0, batch=1, guidance=1.0, **more):
@@ -215,9 +208,10 @@ def draw_flux2(pipe, height, width, steps=3, seed=0, batch=1, guidance=1.0, **mo
     return pipe(**call, guidance_scale=guidance, **more).images
 
 
-def chroma() -> ChromaPipeline:
+def chroma() -> DiffusionPipeline:
+    needs("ChromaTransformer2DModel")
     torch.manual_seed(0)
-    transformer = ChromaTransformer2DModel(
+    transformer = diffusers.ChromaTransformer2DModel(
         in_channels=16,
         num_layers=1,
         num_single_layers=1,
@@ -229,7 +223,7 @@ def chroma() -> ChromaPipeline:
         **HEADS,
     ).eval()
     scheduler = FlowMatchEulerDiscreteScheduler(**DYNAMIC)
-    return quiet(ChromaPipeline(scheduler, tiny_vae(), None, None, transformer))
+    return quiet(diffusers.ChromaPipeline(scheduler, tiny_vae(), None, None, transformer))
 
 
 def draw_chroma(pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0, **more):
