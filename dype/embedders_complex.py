@@ -127,15 +127,17 @@ class ZImageDyPE(DyPE):
         A picture's tokens share the place that the first of them has; padding is at the origin.
         """
         table = places.new_empty(len(ids), sum(self.axes_dim) // 2)
-        begin, (first, second, third) = 0, (dim // 2 for dim in self.axes_dim)
+        begin, (first, second, _) = 0, (dim // 2 for dim in self.axes_dim)
         for grid, length in zip(self.grids, self.lengths[0], strict=True):
             end, (rows, columns) = begin + grid[0] * grid[1], lines[grid]
             if end < begin + length:
                 table[end : begin + length] = torch.cat([places[0], rows[0], columns[0]])
-            columns = F.pad(columns, (first + second, 0))
-            columns[:, :first] = places[ids[begin : begin + 1, 0]]
-            rows = F.pad(rows, (first, third))
-            add(rows[:, None], columns[None], table[begin:end].view(*grid, -1))
+            both = table.new_zeros(2, max(grid), table.shape[1])  # the parts of rows, of columns
+            both[0, : grid[0], first : first + second] = rows
+            both[1, : grid[1], first + second :] = columns
+            both[1, :, :first] = places[ids[begin : begin + 1, 0]]
+            rows, columns = both[0, : grid[0], None], both[1, None, : grid[1]]
+            add(rows, columns, table[begin:end].view(*grid, -1))
             begin += length
         return table
 
@@ -202,5 +204,4 @@ def turns(at: torch.Tensor, inv_freq: torch.Tensor, m: torch.Tensor | None = Non
     if m is None:
         angle = angle.float()
         return torch.polar(torch.ones_like(angle), angle)
-    pair = torch.stack([angle.cos(), angle.sin()], -1) * m[..., None]
-    return torch.view_as_complex(pair.float())  # `polar` is written for one number at a time
+    return torch.polar(m, angle).to(torch.complex64)

@@ -195,8 +195,8 @@ def ramps(axis: Axis, at) -> torch.Tensor:
     """
     edges = pair_at(axis, at(axis.thresholds)).clamp(0, axis.dim // 2)
     low, high = edges[:, :1].floor(), edges[:, 1:].ceil()
-    high = torch.maximum(high, low + 0.001)  # which only tells where they are equal
-    return ((axis.pairs - low) / (high - low)).clamp(0, 1)
+    width = (high - low).clamp(min=0.001)  # which only tells where they are equal
+    return ((axis.pairs - low) / width).clamp(0, 1)
 
 
 def pair_at(axis: Axis, r: torch.Tensor) -> torch.Tensor:
