@@ -1,16 +1,23 @@
-"""The FLUX embedder alone: fast against slow, exact positions, one compiled graph."""
+"""Embedders with real tables: fast against slow, exact positions, one compiled graph, formats."""
 
 import copy
 
+import diffusers
 import numpy as np
 import pytest
 import reference
 import torch
+from conftest import needs
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+from reference import turns
+from tables import CONFIG, GRID, ORIGIN, assert_table, grid
+from tiny import FAMILIES, TEXT, seeded
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from dype import DyPEConfig
-from dype.embedders import FluxDyPE, grid_ids, read_ids
+from dype import DyPEConfig, apply_dype
+from dype.embedders import FluxDyPE, MatrixDyPE, grid_ids, read_ids
+from dype.patch import dype_applied
 from dype.rope import METHODS
 
 STOCK = FluxPosEmbed(10000, [16, 56, 56])
@@ -51,10 +58,10 @@ def test_fast_path_equals_slow_path(method):
 
 
 def test_unstretched_is_stock():
-    for grid in ((16, 16), (10, 16)):
-        ids = ids_of(grid, 5, (20, 15))
+    for size in ((16, 16), (10, 16)):
+        ids = ids_of(size, 5, (20, 15))
         for method in METHODS:
-            ours = embedder(DyPEConfig(method), 16, grid, 0.5)(ids)
+            ours = embedder(DyPEConfig(method), 16, size, 0.5)(ids)
             assert all(torch.equal(a, b) for a, b in zip(ours, STOCK(ids), strict=True))
 
 
@@ -157,3 +164,131 @@ def test_noise_level_after_inference_mode():
     assert made.sigma == 0.25
     made.set_timestep(0.125)
     assert made.sigma == 0.125
+
+
+def test_flux2_references_and_ties():
+    """References keep the stock encoding; as many text tokens as picture tokens are still text."""
+    transformer = FAMILIES["flux2"][0]().transformer
+    apply_dype(transformer, CONFIG)
+    seen = []
+    transformer.pos_embed.register_forward_hook(lambda m, args, out: seen.append(out))
+    for texts in (96, 120):
+        picture = nn.functional.pad(grid_ids(0, *GRID), (0, 1)).long()
+        reference = nn.functional.pad(grid_ids(10, 4, 6), (0, 1)).long()
+        ids = torch.cat([picture, reference])
+        text = torch.zeros(texts, 4, dtype=torch.long)
+        text[:, 3] = torch.arange(texts)
+        seen.clear()
+        transformer(
+            hidden_states=seeded((1, 120, 16), 0),
+            encoder_hidden_states=seeded((1, texts, TEXT), 1),
+            timestep=torch.tensor([0.5]),
+            img_ids=ids[None],
+            txt_ids=text[None],
+        )
+        for given, drawn, (cos, sin) in (
+            (ids, [True] * 96 + [False] * 24, seen[0]),
+            (text, None, seen[1]),
+        ):
+            positions = [tuple(row) for row in given.tolist()]
+            expected = turns(
+                "yarn",
+                (4, 4, 4, 4),
+                2000.0,
+                positions,
+                GRID,
+                0.5,
+                length=4,
+                lambda_s=1,
+                drawn=drawn,
+            )
+            assert_table(torch.complex(cos, sin)[:, ::2], expected)
+
+
+@pytest.mark.parametrize("name", ["BriaTransformer2DModel", "BriaFiboTransformer2DModel"])
+def test_bria_counts_time_to_a_thousand(name, tables):
+    """FLUX's format at the timesteps themselves."""
+    needs(name)
+    torch.manual_seed(0)
+    more = {"text_encoder_dim": TEXT} if name == "BriaFiboTransformer2DModel" else {}
+    transformer = getattr(diffusers, name)(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=TEXT, axes_dims_rope=[4, 6, 6], **more,
+    ).eval()  # fmt: skip
+    apply_dype(transformer, CONFIG)
+    if more:
+        more = {"text_encoder_layers": [seeded((1, TEXT, TEXT), n) for n in range(2)]}
+    transformer(
+        hidden_states=seeded((1, 96, 16), 0),
+        encoder_hidden_states=seeded((1, TEXT, TEXT), 1),
+        timestep=torch.tensor([500.0]),
+        img_ids=grid_ids(0, *GRID),
+        txt_ids=torch.zeros(TEXT, 3),
+        **more,
+    )
+    (sigma, table), *_ = tables
+    assert sigma == 0.5
+    places = ORIGIN + grid(0)
+    assert_table(table, turns("yarn", (4, 6, 6), 10000.0, places, GRID, 0.5, length=4, lambda_s=1))
+
+
+class EmbedND(nn.Module):
+    """The published format of Black Forest Labs' embedder, for a tiny `Flux`."""
+
+    def __init__(self, theta, axes_dim):
+        super().__init__()
+        self.theta, self.axes_dim = theta, axes_dim
+
+    def forward(self, ids):
+        parts = []
+        for axis, dim in enumerate(self.axes_dim):
+            steps = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+            angle = ids[..., axis, None].double() * (1.0 / self.theta**steps)
+            parts.append(
+                torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).unflatten(
+                    -1, (2, 2)
+                )
+            )
+        return torch.cat(parts, -3).float()[:, None]
+
+
+class Flux(nn.Module):
+    """A stand-in with the original's name, arguments and embedder; it returns the table."""
+
+    def __init__(self):
+        super().__init__()
+        self.pe_embedder = EmbedND(10000, (4, 6, 6))
+
+    def forward(self, img, img_ids, txt, txt_ids, timesteps, y=None, guidance=None):
+        return self.pe_embedder(torch.cat([txt_ids, img_ids], 1))
+
+
+def test_rotation_matrices():
+    """A host's own loop with BFL's classes, and its embedder back after an exception."""
+    model, ids = Flux(), grid_ids(0, *GRID).repeat(2, 1, 1)
+    stock = model.pe_embedder
+    texts = torch.zeros(2, TEXT, 3)
+    call = (None, ids, None, texts)
+    before = model(*call, torch.tensor([0.5, 0.5]))
+    with dype_applied(model, CONFIG):
+        assert isinstance(model.pe_embedder, MatrixDyPE)
+        table = model(*call, torch.tensor([0.5, 0.5]))
+        model.pe_embedder.set_timestep(0.25)
+        model.pe_embedder.set_grid(*GRID)
+        by_hand = model.pe_embedder(torch.cat([texts, ids], 1))
+        assert torch.equal(by_hand, model(*call, torch.tensor([0.25, 0.25])))
+    assert table.shape == before.shape == (2, 1, TEXT + 96, 8, 2, 2)
+    cos, sin = table[1, 0, :, :, 0, 0], table[1, 0, :, :, 1, 0]
+    assert torch.equal(table[0, 0, :, :, 1, 1], cos)
+    assert torch.equal(table[0, 0, :, :, 0, 1], -sin)
+    places = ORIGIN + grid(0)
+    assert_table(
+        torch.complex(cos, sin),
+        turns("yarn", (4, 6, 6), 10000.0, places, GRID, 0.5, length=4, lambda_s=1),
+    )
+    with dype_applied(model, DyPEConfig(base_resolution=192)):
+        assert torch.equal(model(*call, torch.tensor([0.5, 0.5])), before)
+    with pytest.raises(KeyError), dype_applied(model, CONFIG):
+        raise KeyError
+    assert model.pe_embedder is stock
+    assert not model._forward_pre_hooks

@@ -1,0 +1,59 @@
+"""mu and sigmas, and the shift that apply_dype sets."""
+
+import numpy as np
+import pytest
+from conftest import latents
+
+from dype import DyPEConfig, apply_dype, remove_dype
+from dype.noise_schedule import noise_schedule, unshifted
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 9, 28, 50, 1000])
+def test_unshifted_sigmas_have_numpys_bits(steps):
+    assert unshifted(steps) == np.linspace(1.0, 1 / steps, steps).tolist()
+
+
+def test_shift(pipe):
+    """Capped: mu = max_shift at every size, static methods too. The model's: its rule."""
+    pipe.scheduler.register_to_config(base_image_seq_len=256, max_image_seq_len=4096)
+    mu = lambda: [noise_schedule(pipe.scheduler, n, n, 4)[0] for n in (512, 1024, 2048, 4096)]  # noqa: E731
+    stock = mu()
+    assert stock[1:] == pytest.approx([1.15, 3.23, 11.55], abs=0.01)
+    for config in (DyPEConfig(), DyPEConfig("base"), DyPEConfig("yarn", dype=False)):
+        apply_dype(pipe, config)
+        assert mu() == [1.15] * 4
+    apply_dype(pipe, DyPEConfig(max_shift=1.5))
+    assert mu() == [1.5] * 4
+    apply_dype(pipe)
+    assert mu() == [1.15] * 4
+    apply_dype(pipe, DyPEConfig(shift="model"))
+    assert mu() == stock
+    apply_dype(pipe, DyPEConfig(shift="model", base_shift=0.0))
+    assert mu()[0] < stock[0]
+    remove_dype(pipe)
+    assert mu() == stock
+    with pytest.raises(ValueError, match="base_shift is"):
+        apply_dype(pipe, DyPEConfig(base_shift=0.3))
+
+
+def test_shift_leaves_what_others_changed(pipe):
+    apply_dype(pipe)
+    pipe.scheduler.register_to_config(base_shift=0.7)
+    remove_dype(pipe)
+    assert pipe.scheduler.config.base_shift == 0.7
+    pipe.scheduler.register_to_config(use_dynamic_shifting=False)
+    before = dict(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="max_shift is 1, but this model's schedule is static"):
+        apply_dype(pipe, DyPEConfig(max_shift=1))
+    apply_dype(pipe)  # a static schedule has nothing to cap
+    assert dict(pipe.scheduler.config) == before
+
+
+def test_pipeline_uses_the_capped_schedule(pipe):
+    """The sigmas of a drawing are those that noise_schedule tells beforehand."""
+    apply_dype(pipe, DyPEConfig("yarn", base_resolution=64))
+    latents(pipe, 512, 512, steps=5)
+    mu, sigmas = noise_schedule(pipe.scheduler, 512, 512, 5)
+    assert mu == 1.15
+    assert pipe.scheduler.sigmas.tolist() == pytest.approx(sigmas, abs=1e-7)
+    assert sigmas[-2] == pytest.approx(0.4412, abs=1e-4)
