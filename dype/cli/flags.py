@@ -133,8 +133,8 @@ FLAGS = {
          SWITCH),
         ("--multipass_only", None, "of --sweep methods only the two-pass picture (default: off)",
          SWITCH),
-        ("--cols", "N|NAME", "contact sheets: at most so many columns, or the setting that goes "
-         "across (default: seeds and prompts, else the last setting)", {}),
+        ("--cols", "N|NAME", "contact sheets: columns of one, more go to further sheets; or the "
+         "setting that goes across (default: 8; seeds and prompts, else the last setting)", {}),
         ("--grid_from", "FOLDER", "draw the contact sheets of a finished sweep again "
          "(default: none)", {}),
         ("--yes", None, f"more than {MOST} pictures are meant (default: off)", SWITCH),
