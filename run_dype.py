@@ -1,10 +1,13 @@
 """Draw pictures beyond the training resolution with DyPE: `python run_dype.py --prompt "..."`."""
 
 import io
+import os
 import sys
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, as dype/__init__.py
 
 from dype.cli.dry_run import dry_run, headline
 from dype.cli.flags import parse

@@ -2,7 +2,7 @@
 
 Each has `set_timestep` and `set_grid`, and `before`, which the transformer's forward pre-hook calls
 with the arguments of every denoiser call to read both from them. The complex formats are in
-`complex_embedders`.
+`embedders_complex`.
 """
 
 from functools import partial

@@ -79,12 +79,11 @@ class ZImageDyPE(DyPE):
     def set_grid(self, height_tokens, width_tokens=None, captions=None) -> None:
         """Set the size of the picture being drawn, in tokens; or a list of pairs, one per picture.
 
-        captions: the tokens of each caption, needed where the sizes differ. With them a call for as
-        many ids as the pictures have is taken to be for these, row by row: they are not looked at.
+        captions: the tokens of each caption, needed where the sizes differ.
         """
         pairs = [(height_tokens, width_tokens)] if width_tokens is not None else height_tokens
         self.grids = [(int(height), int(width)) for height, width in pairs]
-        self.grid, self.lengths = self.grids[0], None
+        self.grid, self.lengths, self.regular = self.grids[0], None, False
         self.places = self.stock.axes_lens[0]  # how far ids may count on the first axis
         if captions is not None:
             # a caption's padding counts on; as many zeros follow, which diffusers cuts off later
@@ -100,6 +99,7 @@ class ZImageDyPE(DyPE):
         patch = call.get("patch_size", 2)
         sizes = [(x.shape[-2] // patch, x.shape[-1] // patch) for x in call["x"]]
         self.set_grid(sizes, captions=[len(caption) for caption in call["cap_feats"]])
+        self.regular = True  # diffusers counts every picture row by row: no need to look
         return call
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ class ZImageDyPE(DyPE):
         make = partial(self.places_table, active, ids.device)
         places = self.once("places", self.places, active, ids.device, make=make)
         lines = {size: self.lines(size, ids.device) for size in sizes}
-        if self.lengths is not None:
+        if self.regular:
             pictures, captions = map(sum, self.lengths)
             if pictures == len(ids) != captions:
                 return self.fill(ids, places, lines)

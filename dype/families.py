@@ -140,8 +140,10 @@ def family_of(module) -> Family:
 
 def base_resolution(module: torch.nn.Module) -> int:
     """Trained size in px of what was loaded: of its folder in TRAINED_AT, else of its family."""
-    loaded = Path(getattr(module, "config", {}).get("_name_or_path") or "nowhere").resolve()
-    for folder, side in TRAINED_AT.items():
-        if folder.resolve() in (loaded, *loaded.parents):
-            return side
+    loaded = getattr(module, "config", {}).get("_name_or_path")
+    if loaded and Path(loaded).exists():
+        folders = [Path(loaded).resolve(), *Path(loaded).resolve().parents]
+        for folder, side in TRAINED_AT.items():
+            if folder.resolve() in folders:
+                return side
     return family_of(module).base_resolution

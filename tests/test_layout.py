@@ -49,7 +49,8 @@ def test_the_core_imports_nothing_of_the_folders():
 
 
 def test_no_import_goes_in_a_circle():
-    """Neither file by file, imports within functions included, nor folder by folder."""
+    """File by file, with what functions import when they are asked (metrics the demo's check); and
+    folder by folder."""
     list(TopologicalSorter({name: imports(name) for name in MODULES}).static_order())
 
     def folder(name):
@@ -84,32 +85,28 @@ def test_the_core_needs_torch_alone():
     assert not packages & others
 
 
-PASSIVE = """
-import os, sys
-sys.modules["torch"] = None  # what is asked of OpenMP is asked before
-for asked in ("PASSIVE", "ACTIVE"):
-    for program in ("run_dype", "dype.demo", "dype.metrics", "dype.figures", "dype.benchmark"):
-        os.environ.pop("OMP_WAIT_POLICY", None)
-        if asked == "ACTIVE":
-            os.environ["OMP_WAIT_POLICY"] = asked
-        for name in [name for name in sys.modules if name.split(".")[0] in ("dype", "run_dype")]:
-            del sys.modules[name]
-        try:
-            __import__(program)
-        except ImportError:
-            pass
-        assert os.environ["OMP_WAIT_POLICY"] == asked, program
-"""
+@pytest.mark.parametrize("asked", [None, "ACTIVE"])
+def test_programs_wait_passively(asked, tmp_path):
+    """Before torch is imported, unless the environment says otherwise; an import asks nothing."""
+    report = "import os; print(os.environ.get('OMP_WAIT_POLICY'))"
+    (tmp_path / "torch.py").write_text(f"{report}\n1 / 0\n")
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    env |= {"OMP_WAIT_POLICY": asked} if asked else {}
+    programs = [["-m", f"dype.{name}"] for name in ("metrics", "benchmark", "demo.train")]
+    for words in [["run_dype.py"], *programs, ["-c", "import dype.rope"]]:
+        done = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        )
+        assert "ZeroDivisionError" in done.stderr
+        assert done.stdout.strip() == str(asked or ("PASSIVE" if words[0] != "-c" else None)), words
 
 
-def test_metrics_need_no_pipelines():
-    """So that another environment can run them for a package of its own (docs/metrics.md)."""
-    assert not loaded("import dype.metrics.__main__") & {"diffusers", "transformers"}
-
-
-def test_programs_wait_passively():
-    """Unless the user's environment says otherwise; before torch is imported."""
-    subprocess.run([sys.executable, "-c", PASSIVE], cwd=ROOT, check=True)
+def test_no_argparse_below_the_commands():
+    """What generates and what plans sweeps knows nothing of a command line."""
+    for folder in ("pipelines", "sampling", "sweep"):
+        for path in (PACKAGE / folder).glob("*.py"):
+            assert "argparse" not in path.read_text(), path
 
 
 def test_public_names_come_when_asked_for():
@@ -118,6 +115,10 @@ def test_public_names_come_when_asked_for():
     with pytest.raises(AttributeError, match="has no attribute 'draw'"):
         dype.draw  # noqa: B018
     assert all(getattr(dype, name) for name in dype.__all__)
+    assert {*dype.__all__} <= {*dir(dype)}
+    code = "import dype; dype.rope.axis_frequencies, dype.patch.dype_applied; from dype import *; "
+    code += "DyPEConfig, load_pipeline"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_package_holds_every_folder_and_the_weights():

@@ -305,11 +305,17 @@ def test_config_must_be_one(pipe):
         apply_dype(pipe, "yarn")
 
 
-def test_base_resolution_follows_what_was_loaded(tmp_path):
+def test_base_resolution_follows_what_was_loaded(monkeypatch):
     transformer = tiny_transformer()
     assert base_resolution(transformer) == 1024
     transformer.register_to_config(_name_or_path=f"{MODELS['demo'].repo}/transformer")
     assert base_resolution(transformer) == 256
+    transformer.register_to_config(_name_or_path=f"{MODELS['demo'].repo}_of_another/transformer")
+    assert base_resolution(transformer) == 1024
+    monkeypatch.chdir(MODELS["demo"].repo)  # whatever folder one works in
+    for name in ("", "black-forest-labs/FLUX.1-dev"):
+        transformer.register_to_config(_name_or_path=name)
+        assert base_resolution(transformer) == 1024
 
 
 @pytest.mark.weights

@@ -1,5 +1,1 @@
 """What DyPE costs."""
-
-from dype.pipelines import wait_passively
-
-wait_passively()

@@ -110,6 +110,7 @@ def z_image(side: int, config: DyPEConfig) -> tuple:
     stock = RopeEmbedder(256.0, [32, 48, 48], [1536, 512, 512])
     ours = ZImageDyPE(stock, config, TRAINED)
     ours.set_grid([(side, side)], captions=[TEXT_TOKENS])
+    ours.regular = True  # as the pre-hook says of diffusers' own calls
     ids = grid_ids(TEXT_TOKENS + 1, side, side).int()
     return stock, ours, (ids,)
 

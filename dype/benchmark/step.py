@@ -137,12 +137,12 @@ def z_image_prompt(pipe) -> dict:
 class Benched(NamedTuple):
     """A model that is timed."""
 
-    model: str  # of models.MODELS, whose defaults it has
+    model: str  # of catalog.MODELS, whose defaults it has
     pipeline: Callable
     call: Callable
     dtype: str | None = None  # None: `fast_dtype` of the device
     shape: Architecture | None = None
-    prompt: Callable = demo_prompt  # pipeline -> what `generate.draw` takes for a prompt
+    prompt: Callable = demo_prompt  # pipeline -> what `sample.draw` takes for a prompt
 
 
 MODELS = {

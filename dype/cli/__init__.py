@@ -1,5 +1,1 @@
 """The command line of run_dype.py: flags, their settings, what is refused."""
-
-from dype.pipelines import wait_passively
-
-wait_passively()

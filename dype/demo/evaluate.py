@@ -40,7 +40,7 @@ from dype.sweep.grid import sides
 try:
     from dype.demo import report
 except ModuleNotFoundError as error:
-    sys.exit(f"there is no {error.name}; pip install -r requirements-dev.txt")
+    sys.exit(f"there is no {error.name}; pip install {error.name}")
 
 
 DEMO = MODELS["demo"]

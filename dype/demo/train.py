@@ -74,12 +74,6 @@ def run(name: str, modules: dict, loss_at, optimizer, steps: int, decay: int, ar
     first, smooth, rate = 0, None, optimizer.param_groups[0]["lr"]
     if path.exists():
         state = torch.load(path, map_location=args.device)
-        before = state.get("dtype", "bfloat16")  # which older checkpoints do not say
-        if before != args.dtype:
-            raise UserError(
-                f"--dtype is {args.dtype}, but {path} was trained in {before}, expected the "
-                "same, or another --work"
-            )
         first, smooth, average = state["step"], state["loss"], state["average"]
         optimizer.load_state_dict(state["optimizer"])
         for key, module in modules.items():
@@ -321,11 +315,25 @@ def parser() -> Parser:
     return made
 
 
+def settled_dtype(args: argparse.Namespace) -> str:
+    """The number format of a training that goes on, else --dtype or what the device is fast in."""
+    paths = [args.work / f"{stage}.pt" for stage in ("diluted", "transformer", "vae")]
+    for path in (path for path in paths if path.exists()):
+        before = torch.load(path, map_location="cpu").get("dtype", "bfloat16")  # as older ones had
+        if args.dtype not in (None, before):
+            raise UserError(
+                f"--dtype is {args.dtype}, but {path} was trained in {before}, expected the "
+                "same, or another --work"
+            )
+        return before
+    return args.dtype or fast_dtype(args.device)
+
+
 def train(args: argparse.Namespace) -> None:
     """All stages, then the pipeline's folder. Raises UserError, OSError."""
     args.work = args.work or Path(f"outputs/demo_training_{args.seed}")
     args.out = args.out or (args.work / "pipeline" if args.seed else WEIGHTS)
-    args.dtype = args.dtype or fast_dtype(args.device)
+    args.dtype = settled_dtype(args)
     if args.vae and not (args.vae / "vae").is_dir():
         raise UserError(f"--vae is {args.vae}, expected the folder of a pipeline")
     print(f"training on {args.device} in {args.dtype}")

@@ -18,7 +18,7 @@ try:
 
     from dype.figures import formulas, ground_truth, image_rows, style, trajectories
 except ModuleNotFoundError as error:
-    sys.exit(f"there is no {error.name}; pip install -r requirements-dev.txt")
+    sys.exit(f"there is no {error.name}; pip install {error.name}")
 
 FIGURES = {
     "fig2a": trajectories.fig2a,

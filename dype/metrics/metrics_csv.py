@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,11 +29,13 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
         raise ValueError(f"{path} is no table of this program; move it away") from error
     for row in rows:
         try:
-            float(row["value"])
+            finite = math.isfinite(float(row["value"]))
         except ValueError:
+            finite = False
+        if not finite:
             raise ValueError(
                 f"{path} has {row['metric']} {row['value']!r} of {row['file']}, expected a number"
-            ) from None
+            )
     return rows
 
 

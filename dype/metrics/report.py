@@ -14,6 +14,8 @@ from dype.sweep import results
 
 REPORT, TABLE = "metrics.json", "metrics.txt"
 METRICS = IMAGE_METRICS | SET_METRICS
+ENTRY = ("setting", "protocol", "value", "interval", "reason")  # of a set metric
+ENTRY += ("generated", "real", "size", "upscaled")
 HEADER = f"{'n':>5} {'value':>10}  {'95 % interval':22}  height x width, setting"
 NOTE = (
     "Intervals are of 95 %, by bootstrap over the generated images: percentiles; for FID and "
@@ -31,7 +33,7 @@ def read_set_entries(folder: Path) -> list[dict]:
     try:
         entries = json.loads(path.read_bytes())["sets"] if path.exists() else []
         for entry in entries:
-            METRICS[entry["metric"]], entry["setting"], entry["protocol"]
+            SET_METRICS[entry["metric"]], [entry[name] for name in ENTRY]
         return entries
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is no report of this program; move it away") from error

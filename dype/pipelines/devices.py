@@ -20,19 +20,18 @@ def default_device() -> str:
 def fast_dtype(device: str) -> str:
     """bfloat16, or float32 on a CPU that multiplies bfloat16 slower than float32.
 
-    Processors without AVX-512's or AMX's instructions for it are a hundred times slower; asked of a
-    product, since the processor, the libraries and their settings all have a say. In CPU time of
-    one thread, whatever else the machine does.
+    Processors without AVX-512's or AMX's instructions for it are many times slower; asked of a
+    product on one thread, since the processor, the libraries and their settings all have a say.
     """
     if torch.device(device).type != "cpu":
         return "bfloat16"
 
     def seconds(dtype: torch.dtype) -> float:
         a, times = torch.ones(192, 192, dtype=dtype), []
-        for _ in range(4):
-            start = time.thread_time()
+        for _ in range(8):
+            start = time.perf_counter()
             a @ a
-            times.append(time.thread_time() - start)
+            times.append(time.perf_counter() - start)
         return min(times)
 
     threads = torch.get_num_threads()

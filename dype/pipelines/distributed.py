@@ -90,7 +90,7 @@ def degree(flags: dict) -> int:
 def check(flags: dict, model, passes: list[dict], dry: bool) -> None:
     """Raise ValueError for a picture that cannot be split as the flags ask.
 
-    passes: with their sizes, as of `generate.sized`. dry: nothing is drawn, by however many.
+    passes: with their sizes, as of `multipass.sized`. dry: nothing is drawn, by however many.
     """
     count, (_, started_count) = degree(flags), started()
     if started_count > 1 and flags["device"] and torch.device(flags["device"]).index is not None:

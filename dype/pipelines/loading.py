@@ -48,7 +48,7 @@ def load_pipeline(
 ):
     """Load a pipeline with stock diffusers and put it where it fits.
 
-    name: of `models.MODELS`, a diffusers folder or a hub id. dtype: one of `DTYPES`; None: the
+    name: of `catalog.MODELS`, a diffusers folder or a hub id. dtype: one of `DTYPES`; None: the
     model's own. offload: one of `OFFLOADS`; "auto" takes the fastest that fits the device's memory.
     quantize: the transformer, and its text encoder unless that has a device of its own, to one of
     `QUANTIZED`. loras: (path or hub id, scale) pairs. pixels: of the largest picture to be

@@ -35,7 +35,7 @@ class Settings:
 
     @property
     def passes(self) -> list[dict]:
-        """The passes that the flags ask for, for `generate.multipass`. Raises ValueError."""
+        """The passes that the flags ask for, for `multipass.multipass`. Raises ValueError."""
         flags = self.flags
         if flags["multipass"] == "progressive":
             sides, base = (flags["height"], flags["width"]), self.config.base_resolution
@@ -47,7 +47,7 @@ class Settings:
 def drawn(pipe, settings: Settings, prompt: str, encode: Callable) -> tuple[Image.Image, dict]:
     """One picture and its record, whose seconds are those after the text encoders.
 
-    encode: a text -> its embeddings, as `generate.encode`.
+    encode: a text -> its embeddings, as `sample.encode`.
     """
     flags = settings.flags
     height, width = flags["height"], flags["width"]

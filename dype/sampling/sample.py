@@ -31,7 +31,7 @@ def encode(pipe, text: str, max_sequence_length: int = 512) -> dict:
     """A prompt as the pipeline's own text encoders see it, on the CPU: what `draw` takes for it.
 
     Once it is made the encoders can go. Raises TypeError for a pipeline that is not of
-    `models.PIPELINES`.
+    `catalog.PIPELINES`.
     """
     kind = type(pipe).__name__
     if kind not in EMBEDDINGS:
@@ -78,7 +78,7 @@ def draw(
     strength: float | None = 1.0,
     cache: str = "off",
 ) -> Image.Image:
-    """One picture of `height` x `width` px, by a text-to-image pipeline of `models.PIPELINES`.
+    """One picture of `height` x `width` px, by a text-to-image pipeline of `catalog.PIPELINES`.
 
     prompt, negative_prompt: text, or what `encode` made of it. guidance: None is the pipeline's own
     default. image: start from this picture, enlarged to the size and noised, instead of from noise;

@@ -1,6 +1,7 @@
 """Contact sheets and the summary of a finished sweep, from its results.csv alone."""
 
 import io
+import re
 import textwrap
 from pathlib import Path
 
@@ -33,6 +34,9 @@ def draw(rows: list[dict], folder: Path, columns: str | None = None) -> list[Pat
             contents[folder / f"comparison_{size[0]}x{size[1]}{more}.png"] = picture.getvalue()
     contents[folder / "summary.txt"] = summary(rows).encode()
     records.write(contents)
+    for path in {*folder.glob("comparison_*.png")} - contents.keys():  # of more columns before
+        if re.fullmatch(r"comparison_\d+x\d+_\d+\.png", path.name):
+            path.unlink()
     return list(contents)
 
 
@@ -89,7 +93,7 @@ def draw_sheet(sides: list, heads: list, places: list, folder: Path, size: tuple
     """One sheet, a line of text for every label; the failed as boxes that say why."""
     side = max(64, min(320, int((40e6 / len(sides) / len(heads)) ** 0.5)))  # px, the longer one
     height, width = (max(1, round(side * one / max(size))) for one in size)
-    font = ImageFont.load_default(FONT)
+    font, sides = ImageFont.load_default(FONT), [shortened(label, 60) for label in sides]
     left = GAP + max(round(font.getlength(label)) + GAP for label in sides)
     top = 2 * GAP + FONT
     shape = left + len(heads) * (width + GAP), top + len(sides) * (height + GAP)
@@ -97,9 +101,7 @@ def draw_sheet(sides: list, heads: list, places: list, folder: Path, size: tuple
     pen = ImageDraw.Draw(sheet)
     for column, label in enumerate(heads):
         x = left + column * (width + GAP)
-        pen.text(
-            (x, GAP // 2), textwrap.shorten(label, width // 9, placeholder="..."), "black", font
-        )
+        pen.text((x, GAP // 2), shortened(label, width // 9), "black", font)
         for line, row in enumerate(places):
             if row[column] is not None:
                 place = (x, top + line * (height + GAP))
@@ -107,6 +109,10 @@ def draw_sheet(sides: list, heads: list, places: list, folder: Path, size: tuple
     for line, label in enumerate(sides):
         pen.text((GAP, top + line * (height + GAP)), label, "black", font)
     return sheet
+
+
+def shortened(label: str, letters: int) -> str:
+    return textwrap.shorten(label, max(8, letters), placeholder="...")
 
 
 def small(one: dict, folder: Path, size: tuple[int, int]) -> Image.Image:

@@ -194,7 +194,7 @@ def attempt(
     except OSError:  # a full disk would fail every other cell too
         raise
     except Exception as error:  # whatever one setting does to a model, the others are drawn
-        if team.together:
+        if team.together or errors.of_compiler(error):  # which is no cell's fault
             raise
         failure = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if errors.ran_out(error):

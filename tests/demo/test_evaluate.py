@@ -373,7 +373,7 @@ def test_bad_input(words, tmp_path, monkeypatch, capsys):
     for name, text in (("there", '{"steps": 20}'), ("odd", "[1]")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "protocol.json").write_text(text)
-    monkeypatch.setattr(loading, "load_pipeline", None)
+    monkeypatch.setattr(evaluate, "load_pipeline", None)
     assert evaluate.main(words.split()) == 2
     err = capsys.readouterr().err
     assert err.startswith("dype.demo.evaluate: ")

@@ -196,15 +196,18 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
     torch.testing.assert_close(*last, rtol=1e-3, atol=1e-3)
 
 
-def test_training_goes_on_in_its_own_number_format(tmp_path, capsys, monkeypatch):
-    """A checkpoint says what it was trained in; another format is a mistake, said in a sentence."""
-    monkeypatch.setattr(train, "train_vae", lambda args: None)
-    (tmp_path / "transformer.pt").touch()
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: {"dtype": "float32"})
-    args = train.parser().parse_args(["--work", str(tmp_path), "--dtype", "bfloat16"])
-    args.device = "cpu"
-    with pytest.raises(UserError, match=r"--dtype is bfloat16, but .*trained in float32"):
-        train.run("transformer", {}, None, train.adam([torch.zeros(1)], 1.0), 1, 1, args)
+def test_training_goes_on_in_its_own_number_format(tmp_path, monkeypatch):
+    """A checkpoint says what it was trained in; to ask for another is a mistake."""
+    monkeypatch.setattr(train, "fast_dtype", lambda device: "float32")
+    args = train.parser().parse_args(["--work", str(tmp_path)])
+    assert train.settled_dtype(args) == "float32"
+    torch.save({"step": 250}, tmp_path / "vae.pt")  # as before formats were written down
+    assert train.settled_dtype(args) == "bfloat16"
+    torch.save({"dtype": "float32"}, tmp_path / "transformer.pt")
+    assert train.settled_dtype(args) == "float32"
+    args.dtype = "bfloat16"
+    with pytest.raises(UserError, match=r"--dtype is bfloat16, but .* was trained in float32"):
+        train.settled_dtype(args)
 
 
 def test_dilution(demo, monkeypatch):

@@ -21,7 +21,6 @@ from dype.demo import trajectories
 from dype.figures import __main__ as figures
 from dype.figures import formulas, ground_truth, image_rows, style
 from dype.figures import trajectories as sampled
-from dype.pipelines import loading
 from dype.sampling import records
 from dype.sampling.latents import power_spectrum
 from dype.sweep import results
@@ -316,7 +315,7 @@ def test_trajectories_go_on_where_they_were(tmp_path, monkeypatch, capsys):
     assert found[:1] == first
     assert [one["setting"] for one in found] == ["base", *trajectories.SETTINGS]
     assert [len(first[0][name]) for name in ("sigmas", "spectra", "entropy")] == [3, 3, 2]
-    monkeypatch.setattr(loading, "load_pipeline", None)
+    monkeypatch.setattr(trajectories, "load_pipeline", None)
     assert trajectories.main(both) == 0
     assert len(sampled.fig18(out).axes) == 1
     capsys.readouterr()
@@ -512,7 +511,7 @@ def test_bad_input(argv, message, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_bad_input_of_trajectories(argv, message, monkeypatch, capsys):
-    monkeypatch.setattr(loading, "load_pipeline", None)
+    monkeypatch.setattr(trajectories, "load_pipeline", None)
     assert trajectories.main(argv) == 2
     said = capsys.readouterr().err
     assert message in said
@@ -556,5 +555,5 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in [n for n in sys.modules if n.startswith("dype.figures.")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(SystemExit, match=r"no matplotlib; pip install -r requirements-dev.txt"):
+    with pytest.raises(SystemExit, match="no matplotlib; pip install matplotlib"):
         importlib.import_module("dype.figures.__main__")

@@ -253,15 +253,16 @@ def test_mistakes(flags, own_folder, capsys, monkeypatch):
     assert error.count("\n") == 1
 
 
-def test_broken_compiler(own_folder, capsys, monkeypatch):
-    """One sentence, exit code 1, no picture: what torch.compile says when it cannot."""
+@pytest.mark.parametrize("seeds", ["0", "0-2"])
+def test_broken_compiler(seeds, own_folder, capsys, monkeypatch):
+    """One sentence, exit code 1, no picture, of a sweep too: what torch.compile says."""
 
     def broken(graph, inputs):
         raise RuntimeError("No working C++ compiler found")
 
     compiled = partial(acceleration.compile_steps, backend=broken)
     monkeypatch.setattr(acceleration, "compile_steps", compiled)
-    assert run(*SMALL, "--compile", "full") == 1
+    assert run(*SMALL, "--compile", "full", "--seed", seeds) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("run_dype.py: cannot compile: backend='broken' raised")
     assert last.endswith("; try --compile off")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -100,7 +101,10 @@ def test_one_that_dies_ends_the_run(tmp_path):
     start, words = time.monotonic(), ["-m", "torch.distributed.run", "--nproc-per-node=2"]
     words += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     words += [ROOT / "tests" / "ranks.py", "die:1", *ONE, "--steps", "3", "--ulysses", "2"]
-    assert program(*words, folder=tmp_path).returncode != 0
+    done = program(*words, folder=tmp_path)
+    assert done.returncode == 1
+    assert re.search(r"rank +: 1 ", done.stderr)
+    assert re.search(r"exitcode +: 3 ", done.stderr)  # at its second denoiser call, not before
     assert time.monotonic() - start < 100
     assert not list(tmp_path.rglob("*.png"))
 

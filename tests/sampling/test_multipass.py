@@ -24,7 +24,7 @@ SETTINGS = {"guidance": 0.0, "seed": 7, "max_sequence_length": 16}
 
 
 def prompt_of(pipe):
-    """A prompt where there are encoders, else random embeddings as `generate.encode` gives them."""
+    """A prompt where there are encoders, else random embeddings as `sample.encode` gives them."""
     if pipe.text_encoder is not None:
         return "a red ring on teal leaves"
     text, mask = seeded((1, TEXT, TEXT), 1), torch.ones(1, TEXT, dtype=torch.bool)

@@ -116,3 +116,14 @@ def test_grid_from_a_finished_folder(capsys):
     assert run("--grid_from", "out", "--cols", "1") == 0
     assert path.read_bytes() != before
     assert Path("out/comparison_64x64_2.png").exists()
+    assert run("--grid_from", "out") == 0
+    assert path.read_bytes() == before
+    assert not Path("out/comparison_64x64_2.png").exists()
+
+
+def test_narrow_pictures_and_long_prompts():
+    """Labels are shortened to what there is room for."""
+    rows = rows_of({"colour": "a", "prompt": "a ring " * 100}, {"colour": "b", "seed": "1"})
+    for size, columns in (((1024, 64), None), ((64, 96), "seed")):
+        [sheet] = contact_sheet.contact_sheets(rows, Path("out"), size, columns)
+        assert max(sheet.size) < 1400

@@ -179,7 +179,7 @@ def test_cells_that_fail_are_written_down_and_the_rest_go_on(monkeypatch, capsys
     assert Path("out/summary.txt").read_text().splitlines()[1].split()[:2] == ["2", "5"]
     monkeypatch.setattr(sample, "draw", draw)
     assert run(*line) == 0
-    assert sorted((row["seed"], row["error"]) for row in table()) == [(n, "") for n in "0123456"]
+    assert [(row["seed"], row["error"]) for row in table()] == [(n, "") for n in "0612345"]
 
 
 def test_out_of_memory_alone_says_what_is_cheaper(monkeypatch, capsys):
