@@ -44,7 +44,7 @@ def run_command(
     command: Callable[[], int | None],
     *,
     out_of_memory: str = "try smaller sizes",
-    interrupted: str = "run it again for the rest",
+    interrupted: str = "",
     rank: int = 0,
 ) -> int:
     """Run a command and return its exit code; an expected error is one sentence on stderr.
@@ -56,7 +56,7 @@ def run_command(
         command: the work; returns an exit code, or None for 0.
         out_of_memory: what to try then.
         interrupted: what Ctrl-C leaves to do.
-        rank: of this process; the first one alone tells of a mistake, which all of them see.
+        rank: of this process; the first one alone tells of what all of them see.
 
     Raises:
         Whatever is none of these: a bug.
@@ -76,7 +76,8 @@ def run_command(
             raise
         return fail(program, f"out of memory; {out_of_memory}")
     except KeyboardInterrupt:
-        return fail(program, f"interrupted; {interrupted}", 130)
+        sentence = f"interrupted; {interrupted}" if interrupted else "interrupted"
+        return fail(program, sentence, 130) if rank == 0 else 130
 
 
 def fail(program: str, error, code: int = 1) -> int:

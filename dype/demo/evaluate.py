@@ -32,7 +32,7 @@ from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, sample_scene
 from dype.errors import Parser, run_command, user_errors
 from dype.patch import apply_dype
 from dype.pipelines.catalog import MODELS
-from dype.pipelines.devices import autocast, default_device, fast_dtype
+from dype.pipelines.devices import autocast, choose_dtype, default_device
 from dype.pipelines.loading import load_pipeline
 from dype.sampling import multipass, records
 from dype.sweep.grid import sides
@@ -206,8 +206,8 @@ def agreed(args) -> None:
             before = dict(json.loads(path.read_bytes()))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is not of this program; move it away") from error
-    args.dtype = args.dtype or before.get("dtype") or fast_dtype(default_device())
-    if before:
+    args.dtype = choose_dtype(args.dtype, before.get("dtype"), default_device())
+    if path.exists():
         for name, now in protocol(args).items():
             if before.get(name) != now:
                 raise ValueError(

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dype.demo import model as demo_model
 from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, render, sample_scene
 from dype.errors import Parser, UserError, run_command
-from dype.pipelines.devices import DTYPES, autocast, fast_dtype
+from dype.pipelines.devices import DTYPES, autocast, check_device, fast_dtype
 
 BASE = 256  # px, the only size that the transformer ever sees
 SEEN = tuple(t for t in TRIPLES if t not in HELD_OUT)
@@ -333,6 +333,7 @@ def train(args: argparse.Namespace) -> None:
     """All stages, then the pipeline's folder. Raises UserError, OSError."""
     args.work = args.work or Path(f"outputs/demo_training_{args.seed}")
     args.out = args.out or (args.work / "pipeline" if args.seed else WEIGHTS)
+    check_device(args.device, "none")
     args.dtype = settled_dtype(args)
     if args.vae and not (args.vae / "vae").is_dir():
         raise UserError(f"--vae is {args.vae}, expected the folder of a pipeline")

@@ -25,7 +25,7 @@ from dype.demo.scenes import sample_scene
 from dype.errors import Parser, UserError, run_command, user_errors
 from dype.patch import apply_dype
 from dype.pipelines.catalog import MODELS
-from dype.pipelines.devices import autocast, default_device, fast_dtype
+from dype.pipelines.devices import autocast, choose_dtype, default_device
 from dype.pipelines.loading import load_pipeline
 from dype.sampling import records
 from dype.sampling.latents import power_spectrum
@@ -135,14 +135,14 @@ def load(path: Path, protocol: dict) -> list[dict]:
     Raises ValueError if their protocol was another.
     """
     if not path.exists():
-        protocol["dtype"] = protocol["dtype"] or fast_dtype(default_device())
+        protocol["dtype"] = choose_dtype(protocol["dtype"], None, default_device())
         return []
     try:
         found = json.loads(path.read_text("utf-8"))
         known, pictures = dict(found["protocol"]), list(found["pictures"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not of this program; move it away") from error
-    protocol["dtype"] = protocol["dtype"] or known.get("dtype")
+    protocol["dtype"] = choose_dtype(protocol["dtype"], known.get("dtype"), default_device())
     other = [name for name, value in protocol.items() if known.get(name) != value]
     if other:
         raise ValueError(
@@ -179,7 +179,10 @@ def parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
-    return run_command("dype.demo.trajectories", lambda: run(parser().parse_args(argv)))
+    rest = "run it again for the rest"
+    return run_command(
+        "dype.demo.trajectories", lambda: run(parser().parse_args(argv)), interrupted=rest
+    )
 
 
 @user_errors()

@@ -8,7 +8,7 @@ protocol is not computed again. docs/metrics.md says how each metric is computed
 import argparse
 import re
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from dype.errors import Parser, UserError, fail, run_command, user_errors
@@ -163,9 +163,13 @@ def compute(args, names: list[str], weights: dict, rows: list[dict], reals: list
         for name in protocols
         if not all((row["file"], name) in values for row in rows)
     }
-    for load in loaders.values() if len(loaders) + len(set_names) > 1 else ():
-        with load():  # what the last one lacks is said before the first one works for hours
-            pass
+    inception = cache(partial(inception_features.load_inception, weights["inception"], device))
+    if args.overwrite or len(loaders) + len(set_names) > 1:
+        for load in loaders.values():
+            with load():  # what the last one lacks is said before anything is computed or deleted
+                pass
+        if args.overwrite and set_names:
+            inception()
 
     def save(skipped: dict[str, str]) -> str:
         return report.write_report(folder, rows, values, sets, skipped)
@@ -177,7 +181,6 @@ def compute(args, names: list[str], weights: dict, rows: list[dict], reals: list
         args.real, reals, args.filter, args.patch, args.patches, args.splits,
         weights["inception"] or inception_features.WEIGHTS,
     )  # fmt: skip
-    inception = partial(inception_features.load_inception, weights["inception"], device)
     skipped = scores.score_sets(folder, rows, set_names, options, inception, sets, save)
     skipped |= scores.score_images(folder, rows, values, protocols, loaders, prompts)
     print(save(skipped), end="")

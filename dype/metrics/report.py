@@ -32,8 +32,10 @@ def read_set_entries(folder: Path) -> list[dict]:
     path = folder / REPORT
     try:
         entries = json.loads(path.read_bytes())["sets"] if path.exists() else []
+        # Earlier versions wrote no protocol: nothing tells whether their values are up to date.
+        entries = [e for e in entries if SET_METRICS[e["metric"]] and "protocol" in e]
         for entry in entries:
-            SET_METRICS[entry["metric"]], [entry[name] for name in ENTRY]
+            [entry[name] for name in ENTRY]
         return entries
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is no report of this program; move it away") from error

@@ -4,7 +4,6 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,14 +118,14 @@ def score_sets(
     Args:
         rows: of results.csv, of images.
         names: of set metrics.
-        load_inception: called once, if there is an entry to compute.
+        load_inception: called where there is an entry to compute; loads once.
         entries: of an earlier run; gets the new ones in place of those of another protocol.
         save: called with the skipped images after each new entry.
 
     Returns:
         Why images were skipped, by file.
     """
-    extract, skipped, real = cache(load_inception), {}, {}
+    skipped, real = {}, {}
     for setting, group in results.by_setting(rows).items():
         paths, size, generated = [folder / row["file"] for row in group], image_size(group[0]), {}
         for name in names:
@@ -135,9 +134,11 @@ def score_sets(
             if any(asked.items() <= entry.items() for entry in entries):
                 continue
             if view not in generated:
-                generated[view] = stack_features(paths, view, None, extract(), skipped)
+                generated[view] = stack_features(paths, view, None, load_inception(), skipped)
             if SET_METRICS[name].real and view not in real:
-                real[view] = stack_features(options.reals, view, options.filter, extract(), skipped)
+                real[view] = stack_features(
+                    options.reals, view, options.filter, load_inception(), skipped
+                )
             entry = key | set_entry(name, options, view, generated[view], real.get(view))
             entries[:] = [e for e in entries if not key.items() <= e.items()] + [entry]
             save(skipped)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -361,6 +362,8 @@ BAD = {
     "base --strip a.xyz": "--strip is a.xyz, expected",
     "base --size 64 --steps 3 --out there": "steps is 3, but there was drawn with 20",
     "base --out odd": "odd/protocol.json is not of this program",
+    "base --out bare": "steps is 20, but bare was drawn with None",
+    "base --out other": "dtype is ",
     "--sizes 64": "unrecognized arguments",
     "--drawn --out nowhere": "nowhere has none of these pictures",
 }
@@ -370,7 +373,10 @@ BAD = {
 def test_bad_input(words, tmp_path, monkeypatch, capsys):
     """One sentence, exit code 2, before anything is loaded or written."""
     monkeypatch.chdir(tmp_path)
-    for name, text in (("there", '{"steps": 20}'), ("odd", "[1]")):
+    weights = evaluate.weights_hash(Path(evaluate.DEMO.repo))
+    other = json.dumps({"steps": 20, "true_cfg": 5.0, "dtype": ["x"], "weights": weights})
+    texts = {"there": '{"steps": 20}', "odd": "[1]", "bare": "{}", "other": other}
+    for name, text in texts.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "protocol.json").write_text(text)
     monkeypatch.setattr(evaluate, "load_pipeline", None)
@@ -379,7 +385,7 @@ def test_bad_input(words, tmp_path, monkeypatch, capsys):
     assert err.startswith("dype.demo.evaluate: ")
     assert BAD[words] in err
     assert err.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["odd", "there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "odd", "other", "there"]
 
 
 def test_a_picture_that_is_cut_off(tmp_path, capsys, short):

@@ -321,6 +321,11 @@ def test_trajectories_go_on_where_they_were(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert trajectories.main([*few[:2], "--steps", "3"]) == 2
     assert "steps 2, not 3" in capsys.readouterr().err
+    saved = json.loads(out.read_text())
+    for dtype in ("foo", None):  # no format of ours: not taken for one
+        out.write_text(json.dumps(saved | {"protocol": saved["protocol"] | {"dtype": dtype}}))
+        assert trajectories.main(both) == 2
+        assert f"was made with dtype {dtype!r}" in capsys.readouterr().err
 
 
 def test_entropy_deviation(tmp_path):

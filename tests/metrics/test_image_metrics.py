@@ -229,4 +229,5 @@ def test_image_reward(monkeypatch, capsys):
     assert score(*other, "--overwrite") == 0
     weights = Path("weights").absolute()
     files = {"name": f"{weights}/ImageReward.pt", "med_config": f"{weights}/med_config.json"}
-    assert calls == [{"device": "cpu", "name": "ImageReward-v1.0"}, {"device": "cpu"} | files]
+    default, own = {"device": "cpu", "name": "ImageReward-v1.0"}, {"device": "cpu"} | files
+    assert calls == [default, own, own]  # --overwrite loads it once before it deletes anything

@@ -252,6 +252,8 @@ def test_what_the_machine_lacks(capsys):
         Path("out/metrics.json").write_text(content)
         assert score(folder) == 2
         assert "metrics.json is no report" in capsys.readouterr().err
+    Path("out/metrics.json").write_text('{"sets": [{"metric": "fid"}]}')  # of an earlier version
+    assert score(folder) == 0
 
 
 def test_one_run_at_a_time(capsys):
