@@ -40,34 +40,20 @@ def parser() -> Parser:
     made = Parser(prog="python -m dype.benchmark", description=__doc__)
     flag = made.add_argument
     flag("what", nargs="?", choices=RUNS, default="embedder")
-    flag(
-        "--sizes",
-        nargs="+",
-        type=int,
-        metavar="PX",
-        help=f"(default: {listed(SIZES)}; on a GPU step and pipeline {listed({'': LARGE})})",
-    )
+    flag("--sizes", nargs="+", type=int, metavar="PX", help=f"(default: {listed(SIZES)}; on a GPU "
+         f"step and pipeline {listed({'': LARGE})})")  # fmt: skip
     flag("--repeats", type=int, metavar="N", help=f"(default: {listed(REPEATS)})")
     flag("--device", metavar="NAME", help="cpu or cuda (default: cpu for embedder, else the best)")
-    flag(
-        "--families",
-        nargs="+",
-        choices=benchmark_embedder.FAMILIES,
-        default=[*benchmark_embedder.FAMILIES],
-        help="of embedder (default: all)",
-    )
-    flag(
-        "--model",
-        choices=benchmark_step.MODELS,
-        help="of step, pipeline: demo, or the real size "
-        "with random weights (default: demo on a CPU, flux on a GPU)",
-    )
+    flag("--families", nargs="+", choices=benchmark_embedder.FAMILIES,
+         default=[*benchmark_embedder.FAMILIES], help="of embedder (default: all)")  # fmt: skip
+    flag("--model", choices=benchmark_step.MODELS, help="of step, pipeline: demo, or the real size "
+         "with random weights (default: demo on a CPU, flux on a GPU)")  # fmt: skip
     flag("--method", choices=METHOD_SCALES, default="yarn", help="(default: yarn)")
     flag("--attention", metavar="NAME", help="of step, pipeline (default: diffusers' own)")
     flag("--compile", choices=COMPILES, default="off", help="of step, pipeline (default: off)")
     flag("--steps", type=int, metavar="N", help="of pipeline (default: the model's)")
     flag("--alone", action="store_true", help="of pipeline: with DyPE only (default: in turns)")
-    return made  # fmt: skip
+    return made
 
 
 def completed(args: argparse.Namespace) -> argparse.Namespace:

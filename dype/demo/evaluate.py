@@ -32,7 +32,7 @@ from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, sample_scene
 from dype.errors import Parser, run_command, user_errors
 from dype.patch import apply_dype
 from dype.pipelines.catalog import MODELS
-from dype.pipelines.devices import autocast, choose_dtype, default_device
+from dype.pipelines.devices import autocast, default_device, fast_dtype
 from dype.pipelines.loading import load_pipeline
 from dype.sampling import multipass, records
 from dype.sweep.grid import sides
@@ -143,9 +143,8 @@ def draw_all(pipe, jobs: list[tuple], args, bar: tqdm) -> None:
             draw(pipe, *job)
             bar.update()
     elif jobs:
-        with ProcessPoolExecutor(
-            args.processes, get_context("spawn"), start, (args.weights,)
-        ) as pool:
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(args.processes, spawn, start, (args.weights,)) as pool:
             for _ in pool.map(work, jobs):
                 bar.update()
 
@@ -199,24 +198,29 @@ def agreed(args) -> None:
 
     Raises ValueError, OSError.
     """
-    path = args.out / "protocol.json"
-    before = {}
-    if path.exists():
-        try:
-            before = dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is not of this program; move it away") from error
-    args.dtype = choose_dtype(args.dtype, before.get("dtype"), default_device())
-    if path.exists():
-        for name, now in protocol(args).items():
-            if before.get(name) != now:
-                raise ValueError(
-                    f"{name} is {now!r}, but {args.out} was drawn with {before.get(name)!r}, "
-                    "expected the same, or another --out"
-                )
-    else:
+    path, now = args.out / "protocol.json", protocol(args)
+    try:
+        before = dict(json.loads(path.read_bytes())) if path.exists() else None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not of this program; move it away") from error
+    go_on(args.out, before, now)
+    args.dtype = now["dtype"]
+    if before is None:
         args.out.mkdir(parents=True, exist_ok=True)
-        records.write({path: json.dumps(protocol(args)).encode()})
+        records.write({path: json.dumps(now).encode()})
+
+
+def go_on(path: Path, before: dict | None, now: dict) -> None:
+    """Settle the dtype of `now`, the protocol; ValueError if what is there had another one."""
+    known = (before or {}).get("dtype")
+    known = known if known in ("bfloat16", "float32") else None
+    now["dtype"] = now["dtype"] or known or fast_dtype(default_device())
+    for name, value in now.items():
+        if before is not None and before.get(name) != value:
+            raise ValueError(
+                f"{name} is {value!r}, but {path} was drawn with {before.get(name)!r}, "
+                "expected the same, or another --out"
+            )
 
 
 def asked(args) -> list[Cell]:

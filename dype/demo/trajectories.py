@@ -20,12 +20,12 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from dype.config import DyPEConfig, number
-from dype.demo.evaluate import weights_hash
+from dype.demo.evaluate import go_on, weights_hash
 from dype.demo.scenes import sample_scene
 from dype.errors import Parser, UserError, run_command, user_errors
 from dype.patch import apply_dype
 from dype.pipelines.catalog import MODELS
-from dype.pipelines.devices import autocast, choose_dtype, default_device
+from dype.pipelines.devices import autocast
 from dype.pipelines.loading import load_pipeline
 from dype.sampling import records
 from dype.sampling.latents import power_spectrum
@@ -134,21 +134,14 @@ def load(path: Path, protocol: dict) -> list[dict]:
 
     Raises ValueError if their protocol was another.
     """
-    if not path.exists():
-        protocol["dtype"] = choose_dtype(protocol["dtype"], None, default_device())
-        return []
+    known, pictures = None, []
     try:
-        found = json.loads(path.read_text("utf-8"))
-        known, pictures = dict(found["protocol"]), list(found["pictures"])
+        if path.exists():
+            found = json.loads(path.read_text("utf-8"))
+            known, pictures = dict(found["protocol"]), list(found["pictures"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not of this program; move it away") from error
-    protocol["dtype"] = choose_dtype(protocol["dtype"], known.get("dtype"), default_device())
-    other = [name for name, value in protocol.items() if known.get(name) != value]
-    if other:
-        raise ValueError(
-            f"{path} was made with {other[0]} {known.get(other[0])!r}, not "
-            f"{protocol[other[0]]!r}; expected the same, or another --out"
-        )
+    go_on(path, known, protocol)
     return pictures
 
 

@@ -42,11 +42,6 @@ def fast_dtype(device: str) -> str:
         torch.set_num_threads(threads)
 
 
-def choose_dtype(asked: str | None, known, device: str) -> str:
-    """The number format asked for, else that of the earlier work, else one fast on `device`."""
-    return asked or (known if known in ("bfloat16", "float32") else fast_dtype(device))
-
-
 def autocast(device, dtype: str):
     """A context in which matrix products are in bfloat16, if that is the `dtype`."""
     kind = torch.device(device).type

@@ -320,12 +320,12 @@ def test_trajectories_go_on_where_they_were(tmp_path, monkeypatch, capsys):
     assert len(sampled.fig18(out).axes) == 1
     capsys.readouterr()
     assert trajectories.main([*few[:2], "--steps", "3"]) == 2
-    assert "steps 2, not 3" in capsys.readouterr().err
+    assert "steps is 3, but" in capsys.readouterr().err
     saved = json.loads(out.read_text())
     for dtype in ("foo", None):  # no format of ours: not taken for one
         out.write_text(json.dumps(saved | {"protocol": saved["protocol"] | {"dtype": dtype}}))
         assert trajectories.main(both) == 2
-        assert f"was made with dtype {dtype!r}" in capsys.readouterr().err
+        assert f"was drawn with {dtype!r}" in capsys.readouterr().err
 
 
 def test_entropy_deviation(tmp_path):
