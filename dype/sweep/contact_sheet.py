@@ -90,18 +90,19 @@ def contact_sheets(rows: list[dict], folder: Path, size: tuple, columns: str | N
 
 
 def draw_sheet(sides: list, heads: list, places: list, folder: Path, size: tuple) -> Image.Image:
-    """One sheet, a line of text for every label; the failed as boxes that say why."""
+    """One sheet, up to three lines of text for a label; the failed as boxes that say why."""
     side = max(64, min(320, int((40e6 / len(sides) / len(heads)) ** 0.5)))  # px, the longer one
     height, width = (max(1, round(side * one / max(size))) for one in size)
-    font, sides = ImageFont.load_default(FONT), [shortened(label, 60) for label in sides]
+    font, sides = ImageFont.load_default(FONT), [wrapped(label, 60, 1) for label in sides]
+    heads = [wrapped(label, width // 9, 3) for label in heads]
     left = GAP + max(round(font.getlength(label)) + GAP for label in sides)
-    top = 2 * GAP + FONT
+    top = GAP + (FONT + GAP // 2) * max(label.count("\n") + 1 for label in heads)
     shape = left + len(heads) * (width + GAP), top + len(sides) * (height + GAP)
     sheet = Image.new("RGB", shape, "white")
     pen = ImageDraw.Draw(sheet)
     for column, label in enumerate(heads):
         x = left + column * (width + GAP)
-        pen.text((x, GAP // 2), shortened(label, width // 9), "black", font)
+        pen.text((x, GAP // 2), label, "black", font)
         for line, row in enumerate(places):
             if row[column] is not None:
                 place = (x, top + line * (height + GAP))
@@ -111,8 +112,10 @@ def draw_sheet(sides: list, heads: list, places: list, folder: Path, size: tuple
     return sheet
 
 
-def shortened(label: str, letters: int) -> str:
-    return textwrap.shorten(label, max(8, letters), placeholder="...")
+def wrapped(label: str, letters: int, most: int) -> str:
+    """The label in at most so many lines of so many letters."""
+    lines = textwrap.wrap(label, max(8, letters), max_lines=most, placeholder="...")
+    return "\n".join(lines)
 
 
 def small(one: dict, folder: Path, size: tuple[int, int]) -> Image.Image:

@@ -88,6 +88,12 @@ def test_labels_name_what_varies(monkeypatch):
     )
     contact_sheet.contact_sheets(rows, Path("out"), (64, 96), None)
     assert sorted(set(written)) == ["dy_ntk", "dy_yarn", "seed 0", "seed 1"]
+    written.clear()
+    lit = [f"a yellow cross on teal leaves, lit from {side}" for side in ("above", "below")]
+    rows = rows_of(*({"colour": "a", "prompt": one, "seed": seed} for one in lit for seed in "01"))
+    contact_sheet.contact_sheets(rows, Path("out"), (96, 96), None)
+    heads = {label.replace("\n", " ") for label in written if "seed" in label}
+    assert heads == {f"seed {seed}, {one}" for one in lit for seed in "01"}
 
 
 def test_summary():
