@@ -210,6 +210,12 @@ def test_training_goes_on_in_its_own_number_format(tmp_path, monkeypatch):
         train.settled_dtype(args)
 
 
+def test_training_needs_its_device(tmp_path, capsys):
+    assert train.main(["--work", str(tmp_path / "work"), "--device", "tpu"]) == 1
+    assert "this machine has no device tpu; try cpu" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_dilution(demo, monkeypatch):
     """The text is attended to as among up to 16 times as many picture tokens, each sample's."""
     monkeypatch.setattr(train, "run", lambda name, modules, loss_at, *_: loss_at(0))

@@ -18,6 +18,8 @@ from scored_sweeps import (
 )
 from test_set_metrics import plain_kid
 
+from dype.errors import UnavailableError
+from dype.metrics import inception_features
 from dype.metrics.inception_features import random_patches
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -100,6 +102,21 @@ def test_set_metrics_go_on(inception):
     make_sweep({"method": "base"}, {"method": "base"})
     assert score(folder, "--metrics", "compression") == 0
     assert report()["sets"] == []  # its setting is not there
+
+
+def test_overwrite_keeps_what_it_cannot_compute(inception, monkeypatch, capsys):
+    """Without Inception's weights nothing is deleted."""
+    argv = [make_sweep({}, {}, {}), "--metrics", "kid", "--real", make_reals(3), "--overwrite"]
+    assert score(*argv) == 0
+    before = report()
+
+    def missing(*_):
+        raise UnavailableError("cannot load Inception")
+
+    monkeypatch.setattr(inception_features, "load_inception", missing)
+    assert score(*argv) == 1
+    assert "cannot load Inception" in capsys.readouterr().err
+    assert report() == before
 
 
 def test_an_interrupted_run_keeps_its_settings(monkeypatch, inception):
