@@ -10,26 +10,23 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, as dype/__init__.py
 
 from dype.cli.dry_run import dry_run, headline
-from dype.cli.flags import parse
+from dype.cli.flags import RunOptions, parse
 from dype.cli.settings import resolve
 from dype.errors import UnavailableError, UserError, fail, ran_out, run_command, user_errors
-from dype.patch import apply_dype
-from dype.pipelines import acceleration, distributed
-from dype.pipelines.devices import check_device, default_device
-from dype.pipelines.distributed import Team
-from dype.pipelines.loading import load_pipeline
+from dype.pipelines import distributed
 from dype.sampling import records
-from dype.sampling.run import Settings, describe_schedule, drawn, encoder, out_of_memory
+from dype.sampling.run import generate_with_record, load, out_of_memory, prepare
+from dype.sampling.sample import prompt_encoder
+from dype.sampling.settings import RunSettings
 from dype.sweep import contact_sheet, results
-from dype.sweep import run as sweep_run
-from dype.sweep.cells import Cell, plan
+from dype.sweep import run as sweep
 
 PROGRAM = "run_dype.py"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
-    rank, _ = distributed.started()
+    rank, _ = distributed.rank_and_world_size()
     quiet = redirect_stdout(io.StringIO()) if rank else nullcontext()
     with quiet:  # of several processes one speaks
         return run_command(
@@ -42,109 +39,63 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command(argv: list[str]) -> int:
-    """What was asked for: a picture or a sweep, on one process or several, or what it would be."""
-    given = vars(parse(argv))
-    if distributed.started()[0] and (given["grid_from"] or given["dry_run"]):
+    """Parse and resolve the words, then generate one image, or the images of a sweep."""
+    words = vars(parse(argv))
+    if "grid_from" in words and distributed.rank_and_world_size()[0]:
         return 0
-    if given["grid_from"]:
-        return sheet(Path(given["grid_from"]), given["cols"])
-    given, settings = resolve(given)
-    one = len(settings) == len(settings[0].prompts) == 1 and "sweep" not in given
-    if given.get("dry_run"):
-        return dry_run(settings[0]) if one else dry_sweep(given, settings)
-    team = distributed.join(settings[0].flags, alone=one)
-    code = single(given, settings[0], team) if one else sweep(given, settings, team)
-    distributed.leave()  # not after an error, when the others may not be there to be taken leave of
-    return code
+    if "grid_from" in words:
+        return draw_sheets(Path(words["grid_from"]), words.get("cols"))
+    options, runs = resolve(words)
+    single = len(runs) == 1 and options.sweep is None
+    return generate_one(options, runs[0]) if single else generate_sweep(options, runs)
 
 
-def load(settings: Settings, pixels: int):
-    """The pipeline, with DyPE applied once to see that it can be."""
-    flags, device = settings.flags, distributed.own_device(settings.flags)
-    names = ("revision", "dtype", "text_encoder_device", "vae_device", "offload", "quantize")
-    if flags["attention"]:
-        check_device(device or default_device(), "none")
-    masked = settings.model.pipeline in acceleration.MASKED
-    acceleration.check_attention(
-        flags["attention"], device or default_device(), flags["dtype"], masked
-    )
-    pipe = load_pipeline(
-        flags["model"],
-        **{name: flags[name] for name in names},
-        device=device,
-        loras=settings.loras,
-        pixels=pixels,
-    )
-    if flags["cache"] != "off":
-        print(acceleration.CACHE_WARNING.format(flags["cache"]))
+def generate_one(options: RunOptions, run: RunSettings) -> int:
+    """Load a pipeline, generate one image, save it with its record."""
+    if options.dry_run:
+        return dry_run(run)
+    path = output_path(options, run)
+    state = distributed.join(run, alone=True)
+    pipe = load(run, run.height * run.width, state)
+    pipe.set_progress_bar_config(disable=not state.is_main_process)
+    prepared = prepare(pipe, run)
+    print(headline(run, prepared))
     try:
-        apply_dype(pipe, settings.config)
-        distributed.check_heads(pipe.transformer, flags["ulysses"])
-        acceleration.compile_steps(pipe, flags["compile"])
-    except (TypeError, ValueError) as error:  # what only the loaded checkpoint can tell
-        raise UserError(f"{flags['model']}: {error}") from error
-    return pipe
-
-
-def single(given: dict, settings: Settings, team: Team) -> int:
-    """Load, draw one picture, save it."""
-    path = output_path(given, settings)
-    flags, prompt = settings.flags, settings.prompts[0]
-    pipe = load(settings, flags["height"] * flags["width"])
-    pipe.set_progress_bar_config(disable=not team.main)
-    print(headline(settings, describe_schedule(pipe.scheduler, settings)))
-    try:
-        image, record = drawn(pipe, settings, prompt, encoder(pipe, [(settings, prompt)]))
+        image, record = generate_with_record(pipe, run, prepared, prompt_encoder(pipe, [run]))
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        raise UnavailableError(out_of_memory(pipe, settings)) from error
-    if team.main:
-        path = records.save(image, path, record, given.get("overwrite", False))
+        raise UnavailableError(out_of_memory(pipe, run)) from error
+    if state.is_main_process:
+        path = path if options.overwrite else records.free_path(path)  # taken meanwhile, perhaps
+        records.save(image, record, path)
     print(f"{path}  {record['seconds']:.1f} s")
+    state.destroy_process_group()  # not after an error: the others may not be there any more
     return 0
 
 
-def planned(given: dict, settings: list[Settings]) -> tuple[Path, list[Cell]]:
-    """The folder of a sweep and its cells. Raises UserError."""
-    if "output" in given:
+def generate_sweep(options: RunOptions, runs: list[RunSettings]) -> int:
+    """Generate every image that is not there yet, then the contact sheets and the summary."""
+    folder = Path(options.output_dir or Path("outputs") / (options.sweep or "sweep"))
+    if options.output is not None:
         raise UserError("--output names one file, expected one picture or --output_dir")
-    folder = Path(given.get("output_dir", Path("outputs") / given.get("sweep", "sweep")))
     with user_errors():
-        contact_sheet.check_columns(given.get("cols"))
-    return folder, plan(settings, folder)
-
-
-def dry_sweep(given: dict, settings: list[Settings]) -> int:
-    """Print what a sweep would draw."""
-    folder, cells = planned(given, settings)
-    with user_errors():
-        print(sweep_run.outline(cells, folder, given.get("overwrite", False)))
-    return 0
-
-
-def sweep(given: dict, settings: list[Settings], team: Team) -> int:
-    """Draw every cell that is not there yet, then the contact sheets and the summary."""
-    folder, cells = planned(given, settings)
-
-    def ready(rest):
-        sizes = [cell.settings.flags["height"] * cell.settings.flags["width"] for cell in rest]
-        pipe = load(settings[0], max(sizes))
-        return pipe, encoder(pipe, [(cell.settings, cell.prompt) for cell in rest])
-
-    with user_errors():
-        failures = sweep_run.run(cells, folder, ready, given.get("overwrite", False), team)
-    if not team.main:
+        contact_sheet.check_columns(options.cols)
+        if options.dry_run:
+            print(sweep.outline(runs, folder, options.overwrite))
+            return 0
+        failures = sweep.run_sweep(runs, folder, options.overwrite)
+    if failures is None:  # of several processes one draws the sheets
         return 0
-    sheet(folder, given.get("cols"))
+    draw_sheets(folder, options.cols)
     if not failures:
         return 0
     table = folder / results.RESULTS
-    sentence = f"{failures} of {len(cells)} pictures failed, see {table}; the same command tries "
+    sentence = f"{failures} of {len(runs)} pictures failed, see {table}; the same command tries "
     return fail(PROGRAM, sentence + "them again")
 
 
-def sheet(folder: Path, columns: str | None) -> int:
+def draw_sheets(folder: Path, columns: str | None) -> int:
     """Contact sheets and summary of a finished sweep. Raises UserError, OSError."""
     with user_errors():
         rows = results.read_rows(folder)
@@ -155,18 +106,18 @@ def sheet(folder: Path, columns: str | None) -> int:
     return 0
 
 
-def output_path(given: dict, settings: Settings) -> Path:
+def output_path(options: RunOptions, run: RunSettings) -> Path:
     """Where the picture goes, checked before anything is loaded. Raises UserError, OSError."""
-    if "output" in given:
-        path = Path(given["output"])
-        if path.suffix.lower() != ".png":
-            raise UserError(f"--output is {given['output']!r}, expected a name ending in .png")
-        for taken in (path, path.with_suffix(".json")):
-            if taken.is_dir() or (taken.exists() and not given.get("overwrite")):
-                raise UserError(f"--output: {taken} exists, expected --overwrite or another name")
+    if options.output is None:
+        path = Path(options.output_dir or "outputs") / run.file_name
+        path = path if options.overwrite else records.free_path(path)
     else:
-        [cell] = plan([settings], Path(given.get("output_dir", "outputs")))
-        path = cell.path if given.get("overwrite") else records.free_path(cell.path)
+        path = Path(options.output)
+        if path.suffix.lower() != ".png":
+            raise UserError(f"--output is {options.output!r}, expected a name ending in .png")
+        for taken in (path, path.with_suffix(".json")):
+            if taken.is_dir() or (taken.exists() and not options.overwrite):
+                raise UserError(f"--output: {taken} exists, expected --overwrite or another name")
     records.check_writable(path.parent)
     return path
 

@@ -1,7 +1,10 @@
 """The settings of DyPE: one frozen dataclass, the only home of their defaults."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from types import NoneType
+from typing import Any, get_args
 
 # method -> lambda_s when `dype_scale` is None (paper section 4 and App. D; the two power forms as
 # their authors' code has them); None where kappa has no use: `tasr` follows t itself.
@@ -19,62 +22,154 @@ METHOD_SCALES = {
     "vision_yarn": 2.0,
     "cutoff": None,
 }
+SCALES = ", ".join(f"{name} {scale:g}" for name, scale in METHOD_SCALES.items() if scale)
 SHIFTS = ("cap", "model")
 PATHS = ("constant", "falling", "rising")  # of the attention scale, as the noise falls
 PRESETS = ("off", "auto", "4k")
 
 
 @dataclass(frozen=True)
+class Flag:
+    """A setting and its flag on the command line: every use of either is a loop over these."""
+
+    help: str  # with its default where no single value says it
+    metavar: str = ""  # "": by its type
+    low: float | None = None  # of numbers: the least, the most, of what a multiple
+    high: float = math.inf
+    multiple: int | None = None
+    above: bool = False  # the least is out of range itself
+    choices: Collection[str] = ()
+    label: str | None = None  # a value on contact sheets, "scale {}"; None: takes no list of values
+    changes_image: bool = True  # False: says where or how fast alone
+    group: str = ""  # title in --help, of the flags that follow too
+    aliases: tuple[str, ...] = ()
+    switches: tuple[tuple[str, Any, str], ...] = ()  # further flags: (name, value, help)
+    more: dict[str, Any] | None = None  # arguments of argparse's `add_argument`
+    # of the field that it is written at; default ...: there is none, or the model's own
+    name: str = ""
+    type: type = str
+    optional: bool = False
+    default: Any = ...
+
+    def parse(self, text: str):
+        """The value that a text stands for. Raises ValueError, naming the flag."""
+        value = text
+        if self.type is bool:
+            one_of(f"--{self.name}", text, ("on", "off"))
+            value = text == "on"
+        elif self.type in (int, float):
+            try:
+                value = self.type(text)
+            except ValueError:
+                kind = "a whole number" if self.type is int else "a number"
+                raise ValueError(f"--{self.name} is {text!r}, expected {kind}") from None
+        self.check(value, "--")
+        return value
+
+    def check(self, value, prefix: str = "") -> None:
+        """Raise ValueError unless a value is of the flag's type and in its range."""
+        name = prefix + self.name
+        if value is None and self.optional:
+            return
+        if self.choices:
+            one_of(name, value, self.choices)
+        elif self.type in (int, float):
+            whole, limits = self.type is int, (self.low, self.high)
+            number(name, value, *limits, above=self.above, whole=whole, multiple=self.multiple)
+        elif not isinstance(value, self.type):
+            kind = "True or False" if self.type is bool else "text"
+            raise ValueError(f"{name} is {value!r}, expected {kind}")
+
+
+def flag(help: str, default=..., **row):
+    """A field of a dataclass of settings, with all that is said of it in a `Flag`."""
+    known = {} if default is ... else {"default": default}
+    return field(metadata={"flag": Flag(help, **row)}, **known)
+
+
+def flags_of(settings: type) -> list[Flag]:
+    """The flags of a dataclass, those of a dataclass within it in its place."""
+    flags = []
+    for part in fields(settings):
+        kinds = get_args(part.type) or (part.type,)
+        if part.type is DyPEConfig:
+            flags += flags_of(DyPEConfig)
+        elif "flag" in part.metadata:
+            default = ... if part.default is MISSING else part.default
+            known = {"name": part.name, "type": kinds[0], "default": default}
+            flags.append(replace(part.metadata["flag"], optional=NoneType in kinds, **known))
+    return flags
+
+
+@dataclass(frozen=True)
 class DyPEConfig:
     """Settings of one encoding. Raises ValueError on a value out of range; nothing is clamped."""
 
-    method: str = "yarn"  # a key of METHOD_SCALES
-    dype: bool = True  # False: the static method
-    dype_scale: float | None = None  # lambda_s in [0, 8]; None: the method's own
-    dype_exponent: float = 2.0  # lambda_t in [0, 1000]
-    dype_start_sigma: float = 1.0  # t_start in (0, 1]: above it the encoding stays as at t = 1
+    # fmt: off
+    method: str = flag(
+        ", ".join(METHOD_SCALES), "yarn", choices=METHOD_SCALES, label="{}",
+        group="position encoding", aliases=("--dype_method",),
+    )
+    dype: bool = flag(
+        "follow the noise level", True, label="", more={"nargs": "?", "const": "on"},
+        switches=(("--no_dype", False, "the static method, as --dype off"),),
+    )
+    dype_scale: float | None = flag(
+        f"lambda_s, 0 to 8 (default: the method's, {SCALES})", None, low=0, high=8,
+        label="scale {}",
+    )
+    dype_exponent: float = flag("lambda_t, 0 to 1000", 2.0, low=0, high=1000, label="exponent {}")
+    dype_start_sigma: float = flag(
+        "t_start, above 0 to 1: above it the encoding stays as at t = 1", 1.0, metavar="T",
+        low=0, high=1, above=True, label="start {}",
+    )
     alpha: float = 1.0  # yarn_paper alone: the ramp's ends, turns over the trained length
     beta: float = 32.0
-    cutoff: float = 1.0  # c of the method cutoff: a wavelength, times the trained length
+    cutoff: float = flag(
+        "c of the method cutoff: the wavelength of its cut at t = 1/2, times the trained length; "
+        "above 0 to 1000", 1.0, low=0, high=1000, above=True, label="cutoff {}",
+    )
     cutoff_width: float = 0.5  # delta, of ln wavelength
     spectrum_exponent: float = 2.0  # omega of C / f^omega
-    attention_scale: float | None = None  # a of m = 1 + a ln s in [0, 2]; None: the method's own m
-    attention_path: str = "constant"  # a times 1, u ("falling"), 1 - u ("rising"); static: 1
-    base_resolution: int | None = None  # px; None: the model's own
-    anisotropic: bool = True  # each axis by its own scale; False: every axis by the largest
-    shift: str | None = None  # "cap", "model", or None: the model's default
-    base_shift: float | None = None  # of the schedule; None: the scheduler's own
-    max_shift: float | None = None
+    attention_scale: float | None = flag(
+        "a of m = 1 + a ln s, 0 to 2, for any method (default: the method's own m)", None,
+        low=0, high=2, label="attention scale {}",
+    )
+    attention_path: str = flag(
+        "with --attention_scale: a stays (constant), falls with the noise (falling: times u) or "
+        "rises as it falls (rising: times 1 - u)", "constant", choices=PATHS,
+    )
+    base_resolution: int | None = flag(
+        "side that the model was trained at", None, metavar="PX", low=16, high=16384, multiple=16
+    )
+    anisotropic: bool = flag(
+        "stretch each axis by its own scale; off: every axis by the largest", True,
+        switches=(("--isotropic", False, "as --anisotropic off"),),
+    )
+    shift: str | None = flag(
+        "cap: mu = max_shift at every size, as the authors; model: the scheduler's own rule", None,
+        metavar="cap|model", choices=SHIFTS, group="noise schedule",
+    )
+    base_shift: float | None = flag(
+        "with --shift model (default: the scheduler's)", None, low=-10, high=20
+    )
+    max_shift: float | None = flag("(default: the scheduler's)", None, low=-10, high=20)
+    # fmt: on
 
     def __post_init__(self):
-        one_of("method", self.method, METHOD_SCALES)
-        for name in ("dype", "anisotropic"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
-        if self.shift is not None:
-            one_of("shift", self.shift, SHIFTS)
-        number("dype_scale", self.dype_scale, 0, 8, optional=True)
-        number("dype_exponent", self.dype_exponent, 0, 1000)
-        number("dype_start_sigma", self.dype_start_sigma, 0, 1, above=True)
+        for row in CONFIG_FLAGS:
+            row.check(getattr(self, row.name))
         number("alpha", self.alpha, 0, math.inf, above=True)
         number("beta", self.beta, self.alpha, math.inf, above=True)
-        for name in ("cutoff", "cutoff_width", "spectrum_exponent"):
+        for name in ("cutoff_width", "spectrum_exponent"):
             number(name, getattr(self, name), 0, 1000, above=True)
-        number("attention_scale", self.attention_scale, 0, 2, optional=True)
-        one_of("attention_path", self.attention_path, PATHS)
         if self.attention_path != "constant" and self.attention_scale is None:
             raise ValueError(
                 f"attention_path is {self.attention_path!r}, expected an attention_scale with it"
             )
-        number("base_resolution", self.base_resolution, 16, 16384, optional=True, multiple=16)
-        number("base_shift", self.base_shift, -10, 20, optional=True)
-        number("max_shift", self.max_shift, -10, 20, optional=True)
-
-    @property
-    def lambda_s(self) -> float:
-        """`dype_scale`, or the method's own."""
         own = METHOD_SCALES[self.method] or 0.0
-        return own if self.dype_scale is None else self.dype_scale
+        lambda_s = own if self.dype_scale is None else self.dype_scale
+        object.__setattr__(self, "lambda_s", lambda_s)  # follows from two fields: no field itself
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -86,6 +181,9 @@ class DyPEConfig:
             if name not in known:
                 raise ValueError(f"unknown setting {name!r}, expected one of {', '.join(known)}")
         return cls(**settings)
+
+
+CONFIG_FLAGS = flags_of(DyPEConfig)
 
 
 def one_of(name: str, value, accepted) -> None:

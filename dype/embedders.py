@@ -7,6 +7,7 @@ with the arguments of every denoiser call to read both from them. The complex fo
 
 from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,31 @@ class DyPE:
         return self.memory[key]
 
 
+class Texts(NamedTuple):
+    """Where a family's text tokens are, in numbers of them."""
+
+    before: int = 0  # in front of the picture's, in what the embedder is called with
+    within: int = 0  # of those, how many are in the call's own ids
+    apart: int = -1  # in a call of the embedder by themselves
+
+
+def joined(module, call: dict) -> Texts:
+    """FLUX.1: the transformer puts `txt_ids` in front of `img_ids`."""
+    mode_token = bool(getattr(module, "union", False))  # a union controlnet adds one
+    return Texts(before=call["txt_ids"].shape[-2] + mode_token)
+
+
+def apart(module, call: dict) -> Texts:
+    """FLUX.2: one call for the pictures, one for the text."""
+    return Texts(apart=call["txt_ids"].shape[-2])
+
+
+def within(module, call: dict) -> Texts:
+    """Krea 2: one tensor of ids for all."""
+    text = call["encoder_hidden_states"].shape[1]
+    return Texts(before=text, within=text)
+
+
 class FluxDyPE(DyPE, torch.nn.Module):
     """FLUX's format: (cos, sin), float32 [S, D], each value repeated for its pair.
 
@@ -109,13 +135,14 @@ class FluxDyPE(DyPE, torch.nn.Module):
         """
         self.layout = (before, after)
 
-    def before(self, module: torch.nn.Module, call: dict, family) -> dict:
+    def before(self, module: torch.nn.Module, call: dict) -> dict:
         """Read noise level and grid from a denoiser call and return it with exact ids.
 
         The ids are copied to the host once per picture, since the pipelines hand the same tensor to
         every step (but FLUX.2's with reference pictures, which make a new one each time). All
         samples of a batch share the noise level and the ids.
         """
+        family = self.family
         self.set_timestep(family.sigma(call[family.time].flatten()[0]))
         ids, texts = call[family.ids], family.texts(module, call)
         version = 0 if ids.is_inference() else ids._version

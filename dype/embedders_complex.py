@@ -21,9 +21,9 @@ class QwenDyPE(DyPE, torch.nn.Module):
     the stock encoding, as the text does. Nothing is cached.
     """
 
-    def before(self, module: torch.nn.Module, call: dict, family) -> dict:
+    def before(self, module: torch.nn.Module, call: dict) -> dict:
         """Read noise level and grid from a denoiser call. All samples of a batch share them."""
-        self.set_timestep(family.sigma(call[family.time].flatten()[0]))
+        self.set_timestep(self.family.sigma(call[self.family.time].flatten()[0]))
         self.set_grid(*pictures(call["img_shapes"])[0][1:])
         return call
 
@@ -91,11 +91,11 @@ class ZImageDyPE(DyPE):
             self.lengths = [padded(height * width) for height, width in self.grids], texts
             self.places = max(texts) + 2
 
-    def before(self, module: torch.nn.Module, call: dict, family) -> dict:
+    def before(self, module: torch.nn.Module, call: dict) -> dict:
         """Read noise level and grids from a denoiser call; its latents are [C, F, H, W] each."""
         if isinstance(call["x"][0], (list, tuple)):
             raise ValueError("x holds lists of pictures, expected one picture per sample")
-        self.set_timestep(family.sigma(call[family.time].flatten()[0]))
+        self.set_timestep(self.family.sigma(call[self.family.time].flatten()[0]))
         patch = call.get("patch_size", 2)
         sizes = [(x.shape[-2] // patch, x.shape[-1] // patch) for x in call["x"]]
         self.set_grid(sizes, captions=[len(caption) for caption in call["cap_feats"]])

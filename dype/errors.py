@@ -17,10 +17,6 @@ class UnavailableError(Exception):
     """What the machine or the network lacks, as one sentence with the next thing to try: 1."""
 
 
-class ElsewhereError(Exception):
-    """Another process of this run has failed, and said why: exit code 1."""
-
-
 class Parser(argparse.ArgumentParser):
     """Raises UserError where argparse prints its usage and exits."""
 
@@ -63,8 +59,6 @@ def run_command(
     """
     try:
         return command() or 0
-    except ElsewhereError:
-        return 1
     except UserError as error:
         return fail(program, error, 2) if rank == 0 else 2
     except (UnavailableError, OSError) as error:

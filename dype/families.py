@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from dype.embedders import FluxDyPE, MatrixDyPE
+from dype.embedders import FluxDyPE, MatrixDyPE, apart, joined, within
 from dype.embedders_complex import QwenDyPE, ZImageDyPE
 
 TOKEN = 16  # px per token: the VAE's factor 8 times the 2 x 2 packing
@@ -14,29 +14,20 @@ DEMO = Path(__file__).parent / "demo" / "weights"
 TRAINED_AT = {DEMO: 256}  # px: the checkpoints whose size is not their family's
 
 
-class Texts(NamedTuple):
-    """Where a family's text tokens are, in numbers of them."""
-
-    before: int = 0  # in front of the picture's, in what the embedder is called with
-    within: int = 0  # of those, how many are in the call's own ids
-    apart: int = -1  # in a call of the embedder by themselves
+def sigma_itself(time: torch.Tensor) -> torch.Tensor:
+    return time
 
 
-def joined(module, call: dict) -> Texts:
-    """FLUX.1: the transformer puts `txt_ids` in front of `img_ids`."""
-    mode_token = bool(getattr(module, "union", False))  # a union controlnet adds one
-    return Texts(before=call["txt_ids"].shape[-2] + mode_token)
+def sigma_of_thousandths(time: torch.Tensor) -> torch.Tensor:
+    return time.double() / 1000
 
 
-def apart(module, call: dict) -> Texts:
-    """FLUX.2: one call for the pictures, one for the text."""
-    return Texts(apart=call["txt_ids"].shape[-2])
+def sigma_of_complement(time: torch.Tensor) -> torch.Tensor:
+    return 1 - time.double()
 
 
-def within(module, call: dict) -> Texts:
-    """Krea 2: one tensor of ids for all."""
-    text = call["encoder_hidden_states"].shape[1]
-    return Texts(before=text, within=text)
+def never(config: dict) -> None:
+    return None
 
 
 class Family(NamedTuple):
@@ -47,10 +38,10 @@ class Family(NamedTuple):
     base_resolution: int = 1024  # px
     shift: str = "model"  # the schedule to draw with, of DyPEConfig
     time: str = "timestep"  # the argument that holds the noise level ...
-    sigma: Callable = lambda time: time  # ... and how: sigma in [0, 1] from it
+    sigma: Callable = sigma_itself  # ... and how: sigma in [0, 1] from it
     ids: str = "img_ids"  # the argument with the pictures' ids, where there are any
     texts: Callable = joined
-    reason: Callable = lambda config: None  # why a configuration can't be had, or None
+    reason: Callable = never  # why a configuration can't be had, or None
     mu: Callable | None = None  # mu(tokens, steps), where the pipeline has a rule of its own
 
 
@@ -73,17 +64,20 @@ def flux2_mu(tokens: int, steps: int) -> float:
     return compute_empirical_mu(tokens, steps)
 
 
+def krea2_turbo_mu(tokens: int, steps: int) -> float:
+    """The distilled pipeline's, whatever the size."""
+    return 1.15
+
+
 FLUX = Family("pos_embed", FluxDyPE, shift="cap")
 FLUX2 = FLUX._replace(texts=apart, mu=flux2_mu)
 KREA2 = FLUX._replace(attribute="rotary_emb", ids="position_ids", texts=within)
-KREA2_TURBO = KREA2._replace(mu=lambda tokens, steps: 1.15)  # the pipeline's, whatever the size
-BRIA = FLUX._replace(sigma=lambda time: time.double() / 1000, shift="model")
+KREA2_TURBO = KREA2._replace(mu=krea2_turbo_mu)
+BRIA = FLUX._replace(sigma=sigma_of_thousandths, shift="model")
 BFL = FLUX._replace(attribute="pe_embedder", embedder=MatrixDyPE, time="timesteps")
 QWEN = Family("pos_embed", QwenDyPE, 1328, reason=layered)
 NUCLEUS = QWEN._replace(base_resolution=1024)
-ZIMAGE = Family(
-    "rope_embedder", ZImageDyPE, time="t", sigma=lambda time: 1 - time.double(), reason=omni
-)
+ZIMAGE = Family("rope_embedder", ZImageDyPE, time="t", sigma=sigma_of_complement, reason=omni)
 
 FAMILIES = {
     "FluxTransformer2DModel": FLUX,

@@ -2,6 +2,7 @@
 
 import inspect
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -43,13 +44,16 @@ def apply_dype(target, config: DyPEConfig | None = None) -> None:
                 f"the shift of a {type(scheduler).__name__} cannot be set, expected "
                 "FlowMatchEulerDiscreteScheduler or shift model"
             )
-    remove_dype(target)
+    put_back(modules, families, scheduler)
     trained = (config.base_resolution or base_resolution(modules[0])) / TOKEN
     for module, family in zip(modules, families, strict=True):
         stock = getattr(module, family.attribute)
         embedder = family.embedder(stock, config, trained)
         setattr(module, family.attribute, embedder)
-        embedder.hook = module.register_forward_pre_hook(before_denoiser, with_kwargs=True)
+        embedder.family = family
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        hook = partial(before_denoiser, family.attribute, names)
+        embedder.hook = module.register_forward_pre_hook(hook, with_kwargs=True)
     if scheduler is not None:
         set_shift(scheduler, shift_settings(scheduler, config, drawing))
 
@@ -59,23 +63,31 @@ def remove_dype(target) -> None:
 
     Does nothing where DyPE is not applied. Raises TypeError as `apply_dype` does.
     """
-    for module in denoisers(target):
-        attribute = family_of(module).attribute
-        embedder = getattr(module, attribute)
+    modules = denoisers(target)
+    put_back(modules, map(family_of, modules), getattr(target, "scheduler", None))
+
+
+def put_back(modules: list, families, scheduler) -> None:
+    """Put back the stock embedders of modules, and a scheduler's shift."""
+    for module, family in zip(modules, families, strict=True):
+        embedder = getattr(module, family.attribute)
         if hasattr(embedder, "stock"):
             embedder.hook.remove()
-            setattr(module, attribute, embedder.stock)
-    if getattr(target, "scheduler", None) is not None:
-        restore_shift(target.scheduler)
+            setattr(module, family.attribute, embedder.stock)
+    if scheduler is not None:
+        restore_shift(scheduler)
 
 
 @torch.compiler.disable
-def before_denoiser(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The pre-hook. Looks its embedder up on the module, so that a deep copy drives its own."""
-    family = family_of(module)
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
+def before_denoiser(
+    attribute: str, names: list[str], module: torch.nn.Module, args: tuple, kwargs: dict
+) -> tuple[tuple, dict]:
+    """The pre-hook. Looks its embedder up on the module, so that a deep copy drives its own.
+
+    attribute: where that sits. names: of the arguments of the module's `forward`.
+    """
     call = dict(zip(names, args, strict=False)) | kwargs
-    return (), getattr(module, family.attribute).before(module, call, family)
+    return (), getattr(module, attribute).before(module, call)
 
 
 @contextmanager

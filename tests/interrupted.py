@@ -60,12 +60,13 @@ def set_trap(event: str, count: int) -> None:
         sample.draw = lambda *args, **kwargs: die() if reached() else draw(*args, **kwargs)
     elif event == "sheets":
         run_dype.contact_sheet.draw = lambda *args: die()
-    elif event == "replace":  # the picture is in place, its record is not
+    elif event in ("json_there", "png_there"):  # one of the two files is in place
+        ending = f".{event.removesuffix('_there')}"
         replace = pathlib.Path.replace
 
         def replaced(path, target):
             found = replace(path, target)
-            if str(target).endswith(".png") and reached():
+            if str(target).endswith(ending) and reached():
                 die()
             return found
 
@@ -73,13 +74,11 @@ def set_trap(event: str, count: int) -> None:
     else:
         opened = pathlib.Path.open
         ending = {"png": ".png.", "json": ".json.", "table": f"{results.RESULTS}."}
-        mode_of = {"csv": "ab"} | dict.fromkeys(ending, "wb")
 
         def opening(path, mode="r", *args, **kwargs):
             file = opened(path, mode, *args, **kwargs)
             name = path.name
-            ours = name == results.RESULTS if event == "csv" else ending[event] in name
-            return Half(file) if ours and mode == mode_of[event] and reached() else file
+            return Half(file) if ending[event] in name and mode == "wb" and reached() else file
 
         pathlib.Path.open = opening
 

@@ -20,6 +20,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
@@ -77,13 +78,14 @@ def work(extra: str, *words: str) -> int:
     if kind in ("die", "raise"):
         mortal(int(value), kind)
     if kind == "save":
-        leave, distributed.leave = distributed.leave, lambda: None  # the group is still needed
+        leave = PartialState.destroy_process_group
+        PartialState.destroy_process_group = lambda state: None  # it is still needed
     code = run_dype.main([*words])
     if kind == "save":
         found = drawn(2)
         if int(os.environ["RANK"]) == 0:
             torch.save(found, value)
-        leave()
+        leave(PartialState())
     return code
 
 

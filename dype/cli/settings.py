@@ -1,205 +1,206 @@
-"""How flags, presets, records and models' defaults become the settings of a run."""
+"""How words, presets, records, files and models' defaults become the settings of every image."""
 
 import difflib
+import math
 import tomllib
-from dataclasses import fields
+from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 
-from dype.cli.flags import ENCODING, PROFILED, SWITCHES
-from dype.cli.validation import (
-    CONFIG_NUMBERS,
-    NUMBERS,
-    check_flags,
-    check_guidance,
-    check_init_image,
-    check_passes,
-    known_model,
-    lora,
-)
-from dype.config import DyPEConfig, one_of, preset
+from dype.cli import validation
+from dype.cli.flags import ENCODING, NAMES, SWITCHES, RunOptions, parse, to_values
+from dype.config import CONFIG_FLAGS, DyPEConfig, preset
 from dype.errors import UserError, user_errors
 from dype.noise_schedule import check_shift
 from dype.pipelines import distributed
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS, Model, resolve_model
 from dype.sampling import multipass, records
-from dype.sampling.run import Settings
+from dype.sampling.settings import RUN_FLAGS, RunSettings
 from dype.sweep import grid
-from dype.sweep.grid import check_prompt, read_prompts, sides
 
-CONFIG_FLAGS = tuple(field.name for field in fields(DyPEConfig))
-MODEL_FLAGS = (
-    "height",
-    "width",
-    "steps",
-    "guidance",
-    "true_cfg",
-    "negative_prompt",
-    "max_sequence_length",
-    "dtype",
-)
-
-
-def typed(raw: dict) -> dict:
-    """Flags as they were given, one value each, as values. Raises ValueError."""
-    given = dict(raw)
-    kinds = {name: kind for name, (kind, *_) in NUMBERS.items()} | CONFIG_NUMBERS
-    for name, kind in kinds.items():
-        if name in given:
-            try:
-                given[name] = kind(given[name])
-            except ValueError:
-                wanted = "a whole number" if kind is int else "a number"
-                raise ValueError(f"--{name} is {given[name]!r}, expected {wanted}") from None
-    if "size" in given:
-        given["height"], given["width"] = sides(given.pop("size"))
-    if given.pop("no_dype", False):
-        if given.get("dype", "off") == "on":
-            raise ValueError("--no_dype and --dype on contradict each other, expected one of them")
-        given["dype"] = "off"
-    if "dype" in given:
-        one_of("--dype", given["dype"], ("on", "off"))
-        given["dype"] = given["dype"] == "on"
-    progressive = given.pop("progressive", False)
-    if progressive and given.setdefault("multipass", "progressive") != "progressive":
-        raise ValueError(
-            f"--progressive and --multipass {given['multipass']} contradict each other, expected "
-            "one of them"
-        )
-    if given.pop("isotropic", False):
-        given["anisotropic"] = False
-    if "init_image" in given:
-        given["init_image"] = str(Path(given["init_image"]).absolute())
-    return given
+CONFIG_NAMES = [part.name for part in fields(DyPEConfig)]
+OPTION_NAMES = [part.name for part in fields(RunOptions)]
+OF_MODEL = [row.name for row in RUN_FLAGS if hasattr(MODELS[DEFAULT_MODEL], row.name)]
+IN_A_FILE = NAMES - {"config", "profile", "from", "grid_from", "dry_run", "yes"}
+# flags that take a list, in the order in which a sweep goes through them, the last the fastest
+LISTS = ["multipass", *(row.name for row in [*CONFIG_FLAGS, *RUN_FLAGS] if row.label is not None)]
+LISTS = [*dict.fromkeys(name for name in LISTS if name != "seed"), "seed"]
 
 
 @user_errors()
-def resolve(given: dict) -> tuple[dict, list[Settings]]:
-    """The flags that were given, by a profile too, and every setting that they ask for.
+def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
+    """What is to be done, and the settings of every image.
 
-    given: words, as `vars` of what `flags.parse` returns. Puts flags, `--sweep`, `--preset`,
-    `--config`, `--from` and defaults together. Raises UserError, OSError.
+    words: as `vars` of what `flags.parse` returns. A flag wins over `--sweep`,
+    that over `--preset`, that over `--config` or `--from`, that over the default. Raises UserError,
+    OSError.
     """
-    given = {name: value for name, value in given.items() if value not in (None, False)}
-    if "profile" in given and "config" not in given:
+    words = to_values(words)
+    if "profile" in words and "config" not in words:
         raise ValueError("--profile is of a --config FILE.toml, expected that too")
-    profile = load_profile(given["config"], given.get("profile")) if "config" in given else {}
-    return over(profile, given), settle(given, profile)
-
-
-def settle(given: dict, profile: dict) -> list[Settings]:
-    """The settings of each cell. Raises ValueError, UserError."""
-    for level in (given, profile):
-        if "size" in level and {"height", "width"} & level.keys():
-            raise ValueError("--size and --height or --width contradict each other, expected one")
-    if "source" in given and "config" in given:
+    if {"from_", "config"} <= words.keys():
         raise ValueError("--from has every setting already, expected no --config with it")
-    source = load_source(given["source"]) if "source" in given else {}
-    name, model, source = chosen_model(profile | given, source)
-    prompts = read_prompts(profile | given) or source.get("prompts") or [model.prompt]
-    lines = swept(profile | given, model)
-    count = len(prompts) * sum(grid.cells(over(profile, over(line, given)))[0] for line in lines)
-    if count > grid.MOST and not given.get("yes"):
+    file, record = words.get("config"), words.get("from_")
+    profile = load_profile(file, words.get("profile")) if file is not None else {}
+    source = load_source(record) if record is not None else {}
+    given = profile | words
+    options = RunOptions(**{name: given[name] for name in OPTION_NAMES if name in given})
+    name, entry, source = choose_model(given, source)
+    prompts = find_prompts(given, options, entry, source)
+    lines = sweep_lines(options, given.get("base_resolution", entry.base_resolution))
+    lower = default_values(entry) | source | profile
+    levels = [(lower | line | words, line | words) for line in lines]
+    count = len(prompts) * sum(math.prod(map(len, cell_axes(values))) for values, _ in levels)
+    if count > grid.MOST and not options.yes:
         raise ValueError(f"these are {count} pictures, expected at most {grid.MOST}, or --yes")
-    found, notes = [], set()
-    for line in lines:
-        upper = over(line, given)
-        for cell in grid.each(over(profile, upper)):
-            below = typed({k: v for k, v in cell.items() if k not in upper})
-            above = typed({k: v for k, v in cell.items() if k in upper})
-            found.append(merge(above, source | below, name, model, prompts, notes))
+    notes: set[str] = set()
+    runs = [
+        resolve_run(cell | {"model": name}, upper, entry, options, notes)
+        for values, upper in levels
+        for cell in each_cell(values)
+    ]
     for note in sorted(notes):
         print(note)
-    check_passes(profile | given, [settings.flags for settings in found])
-    return found
+    check_strengths(given, runs)
+    images: dict[str, RunSettings] = {}  # those of one name would be the same image
+    for run in (replace(run, prompt=prompt) for prompt in prompts for run in runs):
+        images.setdefault(run.file_name, run)
+    return options, [*images.values()]
 
 
-def swept(given: dict, model: Model) -> list[dict]:
-    """The lines of `--sweep`, printed as the flags that they stand for. Raises ValueError."""
-    quick, only = given.get("quick", False), given.get("multipass_only", False)
-    if "sweep" not in given:
-        if quick or only:
-            raise ValueError(f"--{'quick' if quick else 'multipass_only'} is of a --sweep NAME")
-        return [{}]
-    base = typed({k: v for k, v in given.items() if k == "base_resolution"})
-    base = base.get("base_resolution", model.base_resolution)
-    lines = grid.named(given["sweep"], base, quick, only)
-    print(f"--sweep {given['sweep']} stands for")
-    for line in lines:
-        print(f"  {grid.spelled(line)}")
-    note = grid.SWEEPS[given["sweep"]][2]
-    if note:
-        print(note)
-    return lines
-
-
-def chosen_model(given: dict, source: dict) -> tuple[str, Model, dict]:
-    """The name of the model, what is known of it, and what of `source` holds for it."""
+def choose_model(given: dict, source: dict) -> tuple[str, Model, dict]:
+    """The name of the model, what is known of it, and what of a record's settings is not bound to
+    another model."""
     name = given.get("model", source.get("model", DEFAULT_MODEL))
-    known_model(name)
-    if name not in MODELS and Path(name).is_dir():
+    if name and name not in MODELS and Path(name).is_dir():
         name = str(Path(name).absolute())  # so that the record holds from anywhere
     revision = given.get("revision", source.get("revision") if "model" not in given else None)
-    if source and source["model"] != name:  # what belongs to the other model stays behind
-        bound = (*MODEL_FLAGS, "revision", "base_resolution")
-        source = {k: v for k, v in source.items() if k not in bound}
+    if source and source["model"] != name:
+        bound = {*OF_MODEL, "revision", "base_resolution"} - {"prompt"}
+        source = {key: value for key, value in source.items() if key not in bound}
     return name, resolve_model(name, revision), source
 
 
-def merge(given: dict, source: dict, name: str, model: Model, prompts: list, notes: set):
-    """The settings of one cell: `given` wins over the preset, that over `source`, that over the
-    model's default. Adds what the preset chose to `notes`. Raises ValueError, UserError."""
-    flags = {"model": name, "revision": None, "lora": [], "seed": 42}
-    flags |= {"tiled_vae": "auto", "tile_size": None, "device": None, "offload": "auto"}
-    flags |= {"text_encoder_device": None, "vae_device": None, "quantize": "none"}
-    flags |= {"compile": "off", "attention": None, "cache": "off", "ulysses": 1, "ring": 1}
-    flags |= {"multipass": "single", "pass2_strength": 0.5, "pass3_strength": 0.4}
-    flags |= {"init_image": None, "init_sha256": None, "strength": 0.5}
-    flags |= {name: getattr(model, name) for name in MODEL_FLAGS}
-    flags |= {k: v for k, v in (source | given).items() if k in flags} | {"model": name}
-    if "init_image" in given:
-        flags["init_sha256"] = None
-    check_flags(flags, model)
-
-    config = merge_config(given, source, flags, model, notes)
-    check_shift(model.schedule, config, model.family)
-
-    if flags["steps"] == 1 and model.schedule.get("shift_terminal"):
-        raise UserError(f"--steps is 1, expected at least 2 with {name}, whose last sigma is fixed")
-    check_guidance(name, model, flags, given)
-    check_init_image(flags)
-    if given.get("magic_suffix"):
-        if not model.suffix:
-            raise UserError(f"--magic_suffix is for qwen-image, expected none with {name}")
-        prompts = [prompt + model.suffix for prompt in prompts]
-    loras = [lora(text) for text in flags["lora"]]
-    flags["lora"] = [f"{path}:{scale}" for path, scale in loras]
-    made = Settings(model, config, flags, prompts, loras)
-    passes = multipass.sized(made.passes, flags["height"], flags["width"])
-    distributed.check(flags, model, passes, given.get("dry_run", False))
-    return made
+def find_prompts(given: dict, options: RunOptions, entry: Model, source: dict) -> list[str]:
+    """The prompts that are given, of a record, or the model's own. Raises UserError."""
+    prompts = list(given.get("prompt", []))
+    if options.prompts_file is not None:
+        prompts += grid.read_prompts(Path(options.prompts_file))
+    prompts = prompts or source.get("prompt") or [entry.prompt]
+    for prompt in prompts:
+        check_prompt(prompt)
+    if not options.magic_suffix:
+        return prompts
+    if not entry.suffix:
+        raise UserError("--magic_suffix is for qwen-image, expected none with this model")
+    return [prompt + entry.suffix for prompt in prompts]
 
 
-def merge_config(given: dict, source: dict, flags: dict, model: Model, notes: set) -> DyPEConfig:
-    """The position encoding's part of `merge`."""
-    config = DyPEConfig(base_resolution=model.base_resolution).to_dict()
-    saved, asked = ({k: v for k, v in d.items() if k in CONFIG_FLAGS} for d in (source, given))
-    chosen = {}
-    name = given.get("preset", source.get("preset"))
-    if name is not None:
-        trained = DyPEConfig.from_dict(config | saved | asked).base_resolution
-        chosen = preset(name, flags["height"], flags["width"], trained)
-        applied = [f"{k} {v}" for k, v in chosen.items() if k not in asked]
-        notes.add(f"preset {name}: {', '.join(applied) or 'nothing that no flag says'}")
-    asked = saved | chosen | asked
-    if asked.get("method", model.dype["method"]) == model.dype["method"]:
-        config |= model.dype  # another method brings its own scale and exponent
-    return DyPEConfig.from_dict(config | asked)
+def check_prompt(text) -> None:
+    """Raise UserError for a prompt without words, or with bytes that are no text."""
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"--prompt is {text!r}, expected some words")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--prompt is {text!r}, expected UTF-8 text") from None
 
 
-def load_source(name: str) -> dict:
+def sweep_lines(options: RunOptions, base_resolution: int) -> list[dict]:
+    """The lines of `--sweep`, printed as the flags that they stand for. Raises ValueError."""
+    if options.sweep is None:
+        if options.quick or options.multipass_only:
+            flag = "quick" if options.quick else "multipass_only"
+            raise ValueError(f"--{flag} is of a --sweep NAME")
+        return [{}]
+    lines = grid.named(options.sweep, base_resolution, options.quick, options.multipass_only)
+    print(f"--sweep {options.sweep} stands for", *lines, sep="\n  ")
+    if grid.SWEEPS[options.sweep].note:
+        print(grid.SWEEPS[options.sweep].note)
+    return [to_values(vars(parse(line.split()))) for line in lines]
+
+
+def default_values(entry: Model) -> dict:
+    """What an image's settings are where nothing is said of them, but for the encoding's."""
+    values = {row.name: row.default for row in RUN_FLAGS} | {"init_sha256": None, "lora": []}
+    return values | {key: getattr(entry, key) for key in (*OF_MODEL, "base_resolution")}
+
+
+def cell_axes(values: dict) -> list[list[dict]]:
+    """The lists among values: of each list the settings of every entry."""
+    heights, widths = (
+        side if isinstance(side, list) else [side] for side in (values["height"], values["width"])
+    )
+    count = max(len(heights), len(widths))
+    heights, widths = (side * count if len(side) == 1 else side for side in (heights, widths))
+    axes = [[{"height": h, "width": w} for h, w in zip(heights, widths, strict=True)]]
+    lists = [name for name in LISTS if isinstance(values.get(name), list)]
+    return axes + [[{name: value} for value in values[name]] for name in lists]
+
+
+def each_cell(values: dict):
+    """The settings with one entry from each list, for every combination."""
+    for parts in product(*cell_axes(values)):
+        cell = dict(values)
+        for part in parts:
+            cell |= part
+        yield cell
+
+
+def resolve_run(
+    values: dict, upper: dict, entry: Model, options: RunOptions, notes: set[str]
+) -> RunSettings:
+    """The settings of one image, but for its prompt. Raises ValueError.
+
+    upper: the flags that win over a preset; what that sets is added to `notes`.
+    """
+    height, width = values["height"], values["width"]
+    if options.preset is not None:
+        chosen = preset(options.preset, height, width, values["base_resolution"])
+        chosen = {name: value for name, value in chosen.items() if name not in upper}
+        applied = ", ".join(f"{name} {value}" for name, value in chosen.items())
+        notes.add(f"preset {options.preset}: {applied or 'nothing that no flag says'}")
+        values |= chosen
+    method = values.setdefault("method", entry.dype["method"])
+    own = entry.dype if method == entry.dype["method"] else {}  # of this method alone
+    config = {name: values[name] for name in CONFIG_NAMES if name in values}
+    config = DyPEConfig.from_dict(own | config)
+    check_shift(entry.schedule, config, entry.family)
+    if values["init_image"] is not None:
+        values["init_image"] = str(Path(values["init_image"]).absolute())
+        known = None if "init_image" in upper else values["init_sha256"]
+        values["init_sha256"] = validation.hash_init_image(values, known)
+        passes = [{"height": height, "width": width, "steps": values["steps"]}]
+        passes[0]["strength"] = values["strength"]
+    else:
+        strengths = values["pass2_strength"], values["pass3_strength"]
+        passes = multipass.resolve_passes(
+            values["multipass"], height, width, values["steps"], strengths, config.base_resolution
+        )
+    values["lora"] = [validation.normalize_lora(text) for text in values["lora"]]
+    values["negative_prompt"] = validation.effective_negative_prompt(values, upper, entry)
+    settings = {row.name: values[row.name] for row in RUN_FLAGS if row.name != "prompt"}
+    settings |= {"init_sha256": values["init_sha256"], "prompt": ""}
+    run = RunSettings(**settings, config=config, entry=entry, passes=passes)
+    validation.check_run(run)
+    distributed.check(run, options.dry_run)
+    return run
+
+
+def check_strengths(given: dict, runs: list[RunSettings]) -> None:
+    """Raise ValueError for strengths that are given, but that no pass has."""
+    passes = max(len(multipass.PASSES[run.multipass]) for run in runs)
+    for count, flag in multipass.STRENGTHS.items():
+        if flag in given and passes < count:
+            raise ValueError(f"--{flag} is for a --multipass of {count} passes, expected one")
+    if "strength" in given and runs[0].init_image is None:
+        raise ValueError("--strength is for --init_image FILE, expected that too")
+
+
+def load_source(file: str) -> dict:
     """The settings in a picture's record, checked. Raises UserError."""
     try:
-        record = records.load(Path(name))
+        record = records.load(Path(file))
         flags, prompt = dict(record["flags"]), record["prompt"]
         config = DyPEConfig.from_dict(record["config"]).to_dict()
         if flags["revision"] is None:
@@ -211,18 +212,20 @@ def load_source(name: str) -> dict:
         texts = [flags["model"], *flags["lora"], flags["negative_prompt"] or "", prompt]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError
+        for row in RUN_FLAGS:
+            if row.name in flags and row.name != "lora":
+                row.check(flags[row.name], "--")
     except OSError as error:
-        raise UserError(f"--from {name} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"--from {file} cannot be read: {error.strerror or error}") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--from {name} carries no complete settings") from error
+        raise UserError(f"--from {file} carries no complete settings") from error
     except ValueError as error:
-        raise UserError(f"--from {name}: {error}") from error
-    check_prompt(prompt)
-    return flags | config | {"prompts": [prompt]}
+        raise UserError(f"--from {file}: {error}") from error
+    return flags | config | {"prompt": [prompt]}
 
 
 def load_profile(file: str, name: str | None) -> dict:
-    """The settings of a profile of a file, spelled as on the command line.
+    """The flags of a profile, parsed as if they stood before those of the command line.
 
     name: of a table, None for `[default]` alone; a `[NAME.dype]` table may hold the position
     encoding's flags. Raises ValueError with the line of a syntax error, the flag nearest to an
@@ -241,45 +244,37 @@ def load_profile(file: str, name: str | None) -> dict:
             raise ValueError(f"--config {file}: {key!r} stands in no table, expected [default]")
     if name is not None and name not in tables:
         raise ValueError(f"--profile is {name!r}, expected one of {', '.join(tables) or 'none'}")
-    found = {}
-    for table in ("default", name):
-        level = {}
-        for key, value in tables.get(table, {}).items():
-            inner = value if key == "dype" and isinstance(value, dict) else {key: value}
-            for flag, given in inner.items():
-                near = PROFILED if inner is not value else PROFILED & ENCODING
-                if flag not in near:
-                    meant = difflib.get_close_matches(flag, sorted(near), 1, 0)[0]
-                    where = f"[{table}.dype]" if inner is value else f"[{table}]"
-                    raise ValueError(
-                        f"--config {file} {where}: there is no {flag!r}, expected {meant!r}"
-                    )
-                level[flag] = spelled(file, flag, given)
-        found = over(found, level)
-    return {flag: given for flag, given in found.items() if given is not False}
+    values: dict = {}
+    for table in dict.fromkeys(("default", name)):
+        settings = dict(tables.get(table, {}))
+        inner = settings.pop("dype", {})
+        if not isinstance(inner, dict):  # the flag itself
+            settings, inner = settings | {"dype": inner}, {}
+        words = []
+        for where, accepted, part in (
+            (f"[{table}]", IN_A_FILE, settings),
+            (f"[{table}.dype]", IN_A_FILE & ENCODING, inner),
+        ):
+            for key, value in part.items():
+                if value is False:  # of a switch that [default] has on
+                    values.pop(key, None)
+                if key not in accepted:
+                    near = difflib.get_close_matches(key, sorted(accepted), 1, 0)[0]
+                    raise ValueError(f"--config {file} {where}: there is no {key!r}, expected "
+                                     f"{near!r}")  # fmt: skip
+                words += as_words(file, key, value)
+        values |= to_values(vars(parse(words)))
+    return values
 
 
-def over(lower: dict, upper: dict) -> dict:
-    """Two levels of flags: the upper wins, whichever way it says it."""
-    hidden = set()
-    for one, other in ({"size"}, {"height", "width"}), ({"dype"}, {"no_dype"}):
-        hidden |= one if upper.keys() & other else set()
-        hidden |= other if upper.keys() & one else set()
-    return {name: value for name, value in lower.items() if name not in hidden} | upper
-
-
-def spelled(file: str, flag: str, value):
-    """A TOML value as the command line's: text, a list of texts, or whether a switch is on."""
-    several = flag in ("prompt", "lora")
-    if isinstance(value, bool) and flag == "dype":
-        return "on" if value else "off"
-    if isinstance(value, bool) or flag in SWITCHES:
-        if isinstance(value, bool) and flag in SWITCHES:
-            return value
-    elif isinstance(value, list) and value and not any(isinstance(one, dict) for one in value):
-        texts = [spelled(file, flag, one) for one in value]
-        return [text for one in texts for text in one] if several else ",".join(texts)
-    elif isinstance(value, int | float | str):
-        return [value] if several else str(value)
-    wanted = "true or false" if flag in SWITCHES else "a number, text or a list of them"
-    raise ValueError(f"--config {file}: {flag} is {value!r}, expected {wanted}")
+def as_words(file: str, flag: str, value) -> list[str]:
+    """A TOML value as words of the command line. Raises ValueError."""
+    if flag in SWITCHES and isinstance(value, bool):
+        return [f"--{flag}"] * value
+    values = value if isinstance(value, list) else [value]
+    if flag in SWITCHES or not values or any(isinstance(part, dict | list) for part in values):
+        wanted = "true or false" if flag in SWITCHES else "a number, text or a list of them"
+        raise ValueError(f"--config {file}: {flag} is {value!r}, expected {wanted}")
+    texts = [("off", "on")[part] if isinstance(part, bool) else str(part) for part in values]
+    texts = texts if flag in ("prompt", "lora") else [",".join(texts)]
+    return [f"--{flag}={text}" for text in texts]

@@ -6,129 +6,85 @@ from pathlib import Path
 
 import torch
 
-from dype.cli.flags import CHOICES
 from dype.config import number, one_of
 from dype.errors import UserError
 from dype.families import TOKEN
 from dype.pipelines import acceleration
-from dype.pipelines.catalog import MODELS, Model
+from dype.pipelines.catalog import Model
 from dype.sampling import records
-from dype.sampling.multipass import PASSES, STRENGTHS
-from dype.sweep.grid import SIDE
-
-# flag -> (type, smallest, largest, multiple of)
-NUMBERS = {
-    "height": (int, *SIDE),
-    "width": (int, *SIDE),
-    "steps": (int, 1, 1000, None),
-    "seed": (int, 0, 2**63 - 1, None),
-    "guidance": (float, 0, 100, None),
-    "true_cfg": (float, 1, 100, None),
-    "max_sequence_length": (int, 1, 1024, None),
-    "tile_size": (int, 128, 4096, 64),
-    "ulysses": (int, 1, 64, None),
-    "ring": (int, 1, 64, None),
-    "strength": (float, 0, 1, None),
-    "pass2_strength": (float, 0, 1, None),
-    "pass3_strength": (float, 0, 1, None),
-}
-# of DyPEConfig, which knows their ranges
-CONFIG_NUMBERS = {"base_resolution": int} | dict.fromkeys(
-    (
-        "dype_scale",
-        "dype_exponent",
-        "dype_start_sigma",
-        "cutoff",
-        "attention_scale",
-        "base_shift",
-        "max_shift",
-    ),
-    float,
-)
+from dype.sampling.settings import RunSettings
 
 
-def check_flags(flags: dict, model: Model) -> None:
-    """Raise ValueError for a number out of its range, a word out of its list, no device at all."""
-    for name, (kind, low, high, multiple) in NUMBERS.items():
-        limits = {"whole": kind is int, "multiple": multiple, "optional": name == "tile_size"}
-        limits["above"] = name.endswith("strength")
-        number(f"--{name}", flags[name], low, high, **limits)
-    number("--max_sequence_length", flags["max_sequence_length"], 1, model.longest_text)
-    for name, accepted in CHOICES.items():
-        if name in flags:
-            one_of(f"--{name}", flags[name], accepted)
-    check_speed(flags, model)
+def check_run(run: RunSettings) -> None:
+    """Raise ValueError for settings that this model, or each other, rule out."""
+    if run.max_sequence_length > run.entry.longest_text:
+        number("--max_sequence_length", run.max_sequence_length, 1, run.entry.longest_text)
+    if run.steps == 1 and run.entry.schedule.get("shift_terminal"):
+        raise ValueError(
+            f"--steps is 1, expected at least 2 with {run.model}, whose last sigma is fixed"
+        )
     for name in ("device", "text_encoder_device", "vae_device"):
         try:
-            torch.device(flags[name] or "cpu")
+            torch.device(getattr(run, name) or "cpu")
         except (RuntimeError, TypeError):
             raise ValueError(
-                f"--{name} is {flags[name]!r}, expected cpu, cuda, cuda:1, mps, ..."
+                f"--{name} is {getattr(run, name)!r}, expected cpu, cuda, cuda:1, mps, ..."
             ) from None
-    if flags["vae_device"] and model.pipeline != "FluxPipeline":
+    if run.vae_device and run.entry.pipeline != "FluxPipeline":
         raise ValueError("--vae_device is for FLUX.1 pipelines, expected none with this model")
-    if flags["vae_device"] and flags["offload"] not in ("auto", "none"):
+    if run.vae_device and run.offload not in ("auto", "none"):
         raise ValueError(
-            f"--offload is {flags['offload']!r}, but --vae_device puts a part in a place of its "
-            "own, expected --offload none"
+            f"--offload is {run.offload!r}, but --vae_device puts a part in a place of its own, "
+            "expected --offload none"
         )
+    check_speed(run)
 
 
-def check_speed(flags: dict, model: Model) -> None:
+def check_speed(run: RunSettings) -> None:
     """Raise ValueError for what makes steps cheaper, but not for this model, or not together."""
-    if flags["attention"] is not None:
-        one_of("--attention", flags["attention"], acceleration.backends())
-    if flags["cache"] != "off" and model.pipeline not in acceleration.CACHES[flags["cache"]]:
+    if run.attention is not None:
+        one_of("--attention", run.attention, acceleration.backends())
+    if run.cache != "off" and run.entry.pipeline not in acceleration.CACHES[run.cache]:
         raise ValueError(
-            f"--cache is {flags['cache']!r}, but {acceleration.unsupported(model.pipeline)}"
+            f"--cache is {run.cache!r}, but {acceleration.unsupported(run.entry.pipeline)}"
         )
-    if flags["compile"] != "off" and flags["cache"] != "off":
+    if run.compile != "off" and run.cache != "off":
         raise ValueError(
-            f"--compile is {flags['compile']!r}, but --cache decides anew at every step what to "
-            "run, expected one of them off"
+            f"--compile is {run.compile!r}, but --cache decides anew at every step what to run, "
+            "expected one of them off"
         )
-    acceleration.check_offload(flags["compile"], flags["offload"])
+    acceleration.check_offload(run.compile, run.offload)
 
 
-def check_passes(given: dict, cells: list[dict]) -> None:
-    """Raise ValueError for strengths that no pass has; cells: the flags of every one."""
-    passes = max(len(PASSES[flags["multipass"]]) for flags in cells)
-    for count, flag in STRENGTHS.items():
-        if flag in given and passes < count:
-            raise ValueError(f"--{flag} is for a --multipass of {count} passes, expected one")
-    if "strength" in given and cells[0]["init_image"] is None:
-        raise ValueError("--strength is for --init_image FILE, expected that too")
+def hash_init_image(values: dict, known: str | None) -> str:
+    """The hash of the pixels of a picture to start from.
 
-
-def check_init_image(flags: dict) -> None:
-    """Note the hash of a picture to start from. Raises UserError for one that is none, of another
-    aspect, or another than the one that `--from` a picture asks for again."""
-    if flags["init_image"] is None:
-        return
-    if flags["multipass"] != "single":
+    Raises UserError for one that is none, of another aspect, or whose hash is not the one `known`
+    from when the picture was drawn that `--from` asks for again.
+    """
+    file, height, width = (values[name] for name in ("init_image", "height", "width"))
+    if values["multipass"] != "single":
         raise UserError(
-            f"--multipass is {flags['multipass']}, but --init_image is the first pass already, "
+            f"--multipass is {values['multipass']}, but --init_image is the first pass already, "
             "expected single"
         )
     try:
-        changed = Path(flags["init_image"]).stat().st_mtime_ns
-        width, height, digest = measured(flags["init_image"], changed)
+        wide, high, sha256 = measured(file, Path(file).stat().st_mtime_ns)
     except OSError as error:
         reason = error.strerror or "it is no picture"
-        raise UserError(f"--init_image {flags['init_image']} cannot be read: {reason}") from error
-    if flags["init_sha256"] not in (None, digest):
+        raise UserError(f"--init_image {file} cannot be read: {reason}") from error
+    if known not in (None, sha256):
         raise UserError(
-            f"--init_image {flags['init_image']} has changed since the picture was drawn, "
-            "expected the same, or --init_image once more for this one"
+            f"--init_image {file} has changed since the picture was drawn, expected the same, or "
+            "--init_image once more for this one"
         )
-    flags["init_sha256"] = digest
-    stretch = flags["width"] / flags["height"] * height / width
-    if not 0.97 < stretch < 1.03:
-        side = max(TOKEN, round(flags["width"] * height / width / TOKEN) * TOKEN)
+    if not 0.97 < width / height * high / wide < 1.03:
+        side = max(TOKEN, round(width * high / wide / TOKEN) * TOKEN)
         raise UserError(
-            f"--init_image is {width}x{height}, but the size {flags['width']}x{flags['height']}, "
-            f"expected its aspect, as --size {flags['width']}x{side}"
+            f"--init_image is {wide}x{high}, but the size {width}x{height}, expected its aspect, "
+            f"as --size {width}x{side}"
         )
+    return sha256
 
 
 @lru_cache
@@ -141,42 +97,38 @@ def measured(path: str, changed: int) -> tuple[int, int, str]:
     return *picture.size, hashlib.sha256(picture.tobytes()).hexdigest()
 
 
-def check_guidance(name: str, model: Model, flags: dict, given: dict) -> None:
-    """Settle the negative prompt. Raises UserError for guidance that would be ignored."""
-    scale = flags[model.cfg] if model.cfg else model.cfg_off
-    if model.cfg != "true_cfg" and flags["true_cfg"] != 1:
+def effective_negative_prompt(values: dict, given: dict, model: Model) -> str | None:
+    """The negative prompt that has an effect. Raises UserError for guidance that has none.
+
+    given: the flags of this image, without the model's own prompt, which belongs to its own scale.
+    """
+    name, prompt, true_cfg = (values[key] for key in ("model", "negative_prompt", "true_cfg"))
+    scale = values[model.cfg] if model.cfg else model.cfg_off
+    if model.cfg != "true_cfg" and true_cfg != 1:
         raise UserError(
-            f"--true_cfg is {flags['true_cfg']:g}, but the guidance of {name} is --guidance, "
-            "expected that instead"
+            f"--true_cfg is {true_cfg:g}, but the guidance of {name} is --guidance, expected that "
+            "instead"
         )
-    if model.guidance == 0 and flags["guidance"]:
-        raise UserError(f"--guidance is {flags['guidance']:g}, but {name} takes none, expected 0")
+    if model.guidance == 0 and values["guidance"]:
+        raise UserError(f"--guidance is {values['guidance']:g}, but {name} takes none, expected 0")
     if scale <= model.cfg_off and "negative_prompt" not in given:
-        flags["negative_prompt"] = None  # the model's own belongs to its own scale
-    if flags["negative_prompt"] is not None and not model.cfg:
+        return None
+    if prompt is not None and not model.cfg:
         raise UserError(f"--negative_prompt is ignored by {name}, expected none")
-    if flags["negative_prompt"] is not None and scale <= model.cfg_off:
+    if prompt is not None and scale <= model.cfg_off:
         raise UserError(
             f"--negative_prompt is ignored at --{model.cfg} {scale:g}, expected a larger scale"
         )
-    if model.cfg == "true_cfg" and flags["negative_prompt"] is None and scale > 1:
+    if model.cfg == "true_cfg" and prompt is None and scale > 1:
         raise UserError(
             f"--true_cfg {scale:g} does nothing without --negative_prompt, expected "
             'one, or --negative_prompt ""'
         )
+    return prompt
 
 
-def known_model(name: str) -> None:
-    """Refuse what can be neither a model of the table, a folder nor a hub id."""
-    if name in MODELS or (name and Path(name).is_dir()) or "/" in name:
-        return
-    raise UserError(
-        f"--model is {name!r}, expected one of {', '.join(MODELS)}, a diffusers folder or a hub id"
-    )
-
-
-def lora(text: str) -> tuple[str, float]:
-    """PATH[:SCALE] -> (path, scale), the path absolute if it is here. Raises UserError."""
+def normalize_lora(text: str) -> str:
+    """PATH[:SCALE] -> PATH:SCALE, the path absolute if it is here. Raises UserError."""
     path, colon, scale = text.rpartition(":")
     if not colon or not path or Path(text).exists():
         path, scale = text, 1.0
@@ -184,4 +136,5 @@ def lora(text: str) -> tuple[str, float]:
         number("scale", float(scale), -100, 100)
     except ValueError:
         raise UserError(f"--lora is {text!r}, expected PATH or PATH:SCALE") from None
-    return str(Path(path).absolute()) if Path(path).exists() else path, float(scale)
+    path = str(Path(path).absolute()) if Path(path).exists() else path
+    return f"{path}:{float(scale)}"

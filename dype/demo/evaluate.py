@@ -35,7 +35,7 @@ from dype.pipelines.catalog import MODELS
 from dype.pipelines.devices import autocast, default_device, fast_dtype
 from dype.pipelines.loading import load_pipeline
 from dype.sampling import multipass, records
-from dype.sweep.grid import sides
+from dype.sweep.grid import parse_size
 
 try:
     from dype.demo import report
@@ -235,7 +235,7 @@ def asked(args) -> list[Cell]:
         raise ValueError(f"--out is {args.out}, expected a folder")
     if args.strip and args.strip.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ValueError(f"--strip is {args.strip}, expected a name in .png or .jpg")
-    size = sides(args.size)
+    size = parse_size(args.size)
     for side in size:
         number("--size", side, 64, 4096, multiple=16)
     if args.settings:

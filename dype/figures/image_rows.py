@@ -13,6 +13,7 @@ from PIL import Image
 from dype.config import METHOD_SCALES, DyPEConfig
 from dype.figures import style
 from dype.sampling import records
+from dype.sampling.settings import method_name
 from dype.sweep.results import COLUMNS, read_rows
 
 MIDDLE = "0.4,0.4,0.2"
@@ -205,7 +206,7 @@ def opened(path: Path) -> tuple[Image.Image, str]:
         image = records.read_png(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be shown: {error}") from error
-    label = records.method_name(config.method, config.dype)
+    label = method_name(config.method, config.dype)
     if config.dype and METHOD_SCALES[config.method] is not None:
         label += rf", $\lambda_s$ {config.lambda_s:g}, $\lambda_t$ {config.dype_exponent:g}"
     return image, label

@@ -6,13 +6,12 @@ protocol is not computed again. docs/metrics.md says how each metric is computed
 """
 
 import argparse
-import re
 import sys
 from functools import cache, partial
 from pathlib import Path
 
 from dype.errors import Parser, UserError, fail, run_command, user_errors
-from dype.metrics import inception_features, metrics_csv, report, scores
+from dype.metrics import inception_features, report, scores
 from dype.metrics.image_metrics import IMAGE_METRICS
 from dype.metrics.set_metrics import SET_METRICS
 from dype.pipelines.devices import check_device, default_device
@@ -105,26 +104,14 @@ def prompts_by_file(rows: list[dict], path: Path | None) -> dict[str, str]:
     """Return the prompt to score each image against, by file name. Raises UserError."""
     if path is None:
         return {row["file"]: row["prompt"] for row in rows}
-    try:
-        texts = read_prompts({"prompts_file": path})
-    except UserError as error:
-        raise UserError(str(error).replace("--prompts_file", "--prompts")) from error
-    numbers: dict[int, set[str]] = {}  # a sweep's file names count its prompts from the second on
-    for row in rows:
-        match = re.search(r"_prompt_(\d+)\.png$", row["file"])
-        numbers.setdefault(int(match[1]) if match else 1, set()).add(row["prompt"])
-    mixed = [number for number, prompts in numbers.items() if len(prompts) > 1]
-    if mixed:
+    texts = read_prompts(path, "--prompts")
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    if len(texts) != len(prompts):
         raise UserError(
-            f"--prompts cannot tell which prompt is the sweep's {mixed[0]}: its images are of "
-            "several lists; score each in a folder of its own"
+            f"--prompts {path} has {len(texts)}, the sweep {len(prompts)} prompts, expected one "
+            "line for each, in the order of results.csv"
         )
-    if set(numbers) != set(range(1, len(texts) + 1)):
-        raise UserError(
-            f"--prompts {path} has {len(texts)}, the sweep {max(numbers)} prompts, expected one "
-            "line for each, in the sweep's order"
-        )
-    replacement = {p: texts[number - 1] for number, prompts in numbers.items() for p in prompts}
+    replacement = dict(zip(prompts, texts, strict=True))
     return {row["file"]: replacement[row["prompt"]] for row in rows}
 
 
@@ -135,7 +122,7 @@ def read_kept(args, names: list[str], protocols: dict[str, str], rows: list[dict
     """
     files = {row["file"] for row in rows}
     with user_errors():
-        values = {(r["file"], r["metric"]): r for r in metrics_csv.read_metrics(args.folder)}
+        values = {(r["file"], r["metric"]): r for r in results.read_metrics(args.folder)}
         if not args.overwrite:
             scores.check_protocols(values, files, protocols)
     sets = report.read_set_entries(args.folder)
@@ -175,7 +162,7 @@ def compute(args, names: list[str], weights: dict, rows: list[dict], reals: list
         return report.write_report(folder, rows, values, sets, skipped)
 
     if args.overwrite:  # a stopped run must leave no values of the way before
-        metrics_csv.write_metrics(folder, values.values())
+        scores.write_metrics(folder, values)
         save({})
     options = scores.SetOptions(
         args.real, reals, args.filter, args.patch, args.patches, args.splits,
@@ -203,7 +190,7 @@ def command(args) -> int:
         reals = inception_features.list_real_images(args.real) if args.real else []
     check_numbers(args, rows, names)
     with results.locked(folder):
-        for file in (metrics_csv.FILE, report.REPORT, report.TABLE):
+        for file in (results.METRICS, report.REPORT, report.TABLE):
             for part in folder.glob(f".{file}.*.part"):  # of a killed run
                 part.unlink()
         return compute(args, names, weights, rows, reals)

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from dype.metrics.image_metrics import IMAGE_METRICS, read_generated_image
 from dype.metrics.inception_features import INCEPTION_SIZE, View, count_upscaled, stack_features
-from dype.metrics.metrics_csv import FILE, write_metrics
 from dype.metrics.set_metrics import SET_METRICS
 from dype.sweep import results
 
@@ -39,8 +38,8 @@ def check_protocols(values: Values, files: set[str], protocols: dict[str, str]) 
         asked = protocols.get(name, row["protocol"])
         if file in files and row["protocol"] != asked:
             raise ValueError(
-                f"{name} in {FILE} is by {row['protocol']!r}, asked for {asked!r}, expected the "
-                "same or --overwrite"
+                f"{name} in {results.METRICS} is by {row['protocol']!r}, asked for {asked!r}, "
+                "expected the same or --overwrite"
             )
 
 
@@ -79,8 +78,13 @@ def score_images(
                 else:
                     entry = {"file": file, "metric": name, "value": f"{value:.7g}"}
                     values[file, name] = entry | {"protocol": protocols[name]}
-                    write_metrics(folder, values.values())
+                    write_metrics(folder, values)
     return skipped
+
+
+def write_metrics(folder: Path, values: Values) -> None:
+    """Write metrics.csv, whole or not at all. Raises OSError."""
+    results.write_table(folder / results.METRICS, results.METRIC_COLUMNS, values.values())
 
 
 class SetOptions(NamedTuple):

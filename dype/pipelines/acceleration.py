@@ -1,6 +1,6 @@
 """Cheaper steps by what the ecosystem has: compilers, attention kernels, caches of features."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -83,26 +83,38 @@ def compile_steps(pipe, how: str, **more) -> None:
     One graph serves all steps of a size and method. more: of `torch.compile`. Raises ValueError
     where weights are moved within what is compiled.
     """
-    if how != "off":
-        check_offload(how, pipe.dype_offload)
-        torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    if how == "off":
+        return
+    check_offload(how, pipe.dype_offload)
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
     if how == "blocks":
         pipe.transformer.compile_repeated_blocks(fullgraph=True, **more)
-    elif how == "full":
+    else:
         pipe.transformer.compile(fullgraph=True, **more)
 
 
+@contextmanager
 def caching(pipe, name: str, steps: int):
-    """A context in which denoiser calls may reuse features of earlier ones: a key of CACHES.
+    """Let denoiser calls reuse features of earlier ones for a while: a key of CACHES but "off".
 
     steps: that the drawing takes. Raises ValueError where diffusers has no support for it.
     """
-    if name == "off":
-        return nullcontext()
+    from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+    from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
+
     kind = type(pipe).__name__
     if kind not in CACHES[name]:
         raise ValueError(f"--cache is {name!r}, but {unsupported(kind)}")
-    return cached(pipe.transformer, settings_of(name, steps))
+    configs = {"first_block": FirstBlockCacheConfig, "taylorseer": TaylorSeerCacheConfig}
+    if name == "magcache":
+        config = MagCacheConfig(num_inference_steps=steps, mag_ratios=FLUX_MAG_RATIOS)
+    else:
+        config = configs[name]()
+    pipe.transformer.enable_cache(config)
+    try:
+        yield
+    finally:
+        pipe.transformer.disable_cache()
 
 
 def unsupported(kind: str) -> str:
@@ -110,22 +122,3 @@ def unsupported(kind: str) -> str:
     known = [name for name, kinds in CACHES.items() if kind in kinds]
     has = ", ".join(known) or "none in diffusers"
     return f"a {kind} has {has}, expected {', '.join([*known, 'off'])}"
-
-
-def settings_of(name: str, steps: int):
-    """diffusers' configuration, with its own defaults."""
-    from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
-    from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
-
-    if name == "magcache":
-        return MagCacheConfig(num_inference_steps=steps, mag_ratios=FLUX_MAG_RATIOS)
-    return {"first_block": FirstBlockCacheConfig, "taylorseer": TaylorSeerCacheConfig}[name]()
-
-
-@contextmanager
-def cached(transformer, settings):
-    transformer.enable_cache(settings)
-    try:
-        yield
-    finally:
-        transformer.disable_cache()

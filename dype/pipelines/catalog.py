@@ -175,11 +175,16 @@ def resolve_model(name: str, revision: str | None = None) -> Model:
 
     A folder named like a repository of the table, and of its class, counts as that. Of a hub id
     the index and the scheduler's configuration are fetched; without a network FLUX.1-dev's
-    defaults are taken. Raises ValueError for the class of a pipeline that needs more than a
-    prompt, or is not supported.
+    defaults are taken. Raises ValueError for a name that is none of these, and for the class of a
+    pipeline that needs more than a prompt, or is not supported.
     """
     if name in MODELS:
         return MODELS[name]
+    if not name or ("/" not in name and not Path(name).is_dir()):
+        raise ValueError(
+            f"--model is {name!r}, expected one of {', '.join(MODELS)}, a diffusers folder or a "
+            "hub id"
+        )
     folder = Path(name).resolve()
     for model in MODELS.values():
         if name == model.repo or folder == Path(model.repo).resolve():

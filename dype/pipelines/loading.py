@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from dype.config import one_of
 from dype.errors import UnavailableError
 from dype.pipelines import memory
-from dype.pipelines.catalog import PIPELINES, resolve_model
+from dype.pipelines.catalog import PIPELINES, Model, resolve_model
 from dype.pipelines.devices import DTYPES, check_device, default_device
 from dype.pipelines.memory import place
 
@@ -45,6 +45,7 @@ def load_pipeline(
     quantize: str = "none",
     loras: list[tuple[str, float]] = (),
     pixels: int = 4096 * 4096,
+    entry: Model | None = None,
 ):
     """Load a pipeline with stock diffusers and put it where it fits.
 
@@ -52,11 +53,11 @@ def load_pipeline(
     model's own. offload: one of `OFFLOADS`; "auto" takes the fastest that fits the device's memory.
     quantize: the transformer, and its text encoder unless that has a device of its own, to one of
     `QUANTIZED`. loras: (path or hub id, scale) pairs. pixels: of the largest picture to be
-    drawn, for "auto".
+    drawn, for "auto". entry: what `resolve_model` says of the name, if that was asked before.
     Raises `UnavailableError` with the reason and what to try, ValueError for an unknown word.
     """
     one_of("offload", offload, OFFLOADS)
-    model = resolve_model(name, revision)
+    model = entry or resolve_model(name, revision)
     dtype = dtype or model.dtype
     one_of("dtype", dtype, DTYPES)
     one_of("quantize", quantize, QUANTIZED)

@@ -79,21 +79,21 @@ def decoding_room(free: int, parts: dict[str, int], offload: str) -> int:
     return free - (sum(parts.values()) if offload == "none" else parts.get("vae", 0))
 
 
-def cheaper(flags: dict, offload: str, tiled: bool, cpu_dtype: str | None) -> str:
+def cheaper(run, offload: str, tiled: bool, cpu_dtype: str | None) -> str:
     """The next setting that needs less memory, as flags. Layer by layer no weights are left.
 
-    cpu_dtype: the `fast_dtype` of the CPU, where that is what computes.
+    run: a `RunSettings`. cpu_dtype: the `fast_dtype` of the CPU, where that is what computes.
     """
     if not tiled:
         return "--tiled_vae on"
     if cpu_dtype is not None:
-        halved = flags["dtype"] == "float32" and cpu_dtype == "bfloat16"
+        halved = run.dtype == "float32" and cpu_dtype == "bfloat16"
         return "--dtype bfloat16" if halved else "a smaller --size"
-    if offload == "none" and flags["text_encoder_device"] is None:
+    if offload == "none" and run.text_encoder_device is None:
         return "--text_encoder_device cpu"
     if offload in ("none", "model"):
         return f"--offload {OFFLOADS[OFFLOADS.index(offload) + 1]}"
-    return "--tile_size 512" if flags["tile_size"] is None else "a smaller --size"
+    return "--tile_size 512" if run.tile_size is None else "a smaller --size"
 
 
 def reset_peak() -> None:

@@ -22,8 +22,16 @@ def progressive(height: int, width: int, base_resolution: int, steps: int) -> li
             f"progressive passes begin at {base_resolution}x{base_resolution} px, expected a "
             f"larger picture than {width}x{height}"
         )
-    both = [{"scale": scale, "steps": steps}, {"scale": 1.0, "steps": steps}]
-    return [both[0], both[1] | {"strength": None}]
+    return [{"scale": scale, "steps": steps}, {"scale": 1.0, "steps": steps, "strength": None}]
+
+
+def resolve_passes(
+    name: str, height: int, width: int, steps: int, strengths: tuple, base_resolution: int
+) -> list[dict]:
+    """The passes of a name of `PASSES`, for `run_passes`. Raises ValueError."""
+    if name == "progressive":
+        return sized(progressive(height, width, base_resolution, steps), height, width)
+    return sized(passes_of(name, steps, *strengths), height, width)
 
 
 def passes_of(name: str, steps: int, *strengths: float) -> list[dict]:
@@ -38,26 +46,44 @@ def multipass(pipe, prompt, height: int, width: int, passes: list[dict], **setti
     """A picture of `height` x `width` px in several passes, each refining the one before.
 
     passes: dicts with `scale` (of both sides; growing, at last 1), `steps`, and from the second on
-    `strength` in (0, 1], or None as in `draw`. The picture of each pass is enlarged and noised to
-    the level that the next one's schedule has there, which depends on the size where the shift
-    does. settings: the others of `draw`. Hand-over is in pixels: no family's autoencoder commutes
-    with enlarging (docs/log.md). Raises ValueError for passes that make no sense.
+    `strength` in (0, 1], or None as in `draw`. settings: the others of `draw`. Raises ValueError
+    for passes that make no sense.
     """
-    image = None
-    for one in sized(passes, height, width):
+    check_passes(passes)
+    return run_passes(pipe, prompt, sized(passes, height, width), **settings)
+
+
+def run_passes(pipe, prompt, passes: list[dict], image=None, **settings):
+    """The picture of the last pass; the first refines `image`, if there is one.
+
+    The picture of each pass is enlarged and noised to the level that the next one's schedule has
+    there, which depends on the size where the shift does. Hand-over is in pixels: no family's
+    autoencoder commutes with enlarging (docs/log.md).
+    """
+    for one in passes:
         image = sample.draw(pipe, prompt, image=image, **settings | one)
     return image
 
 
 def sized(passes: list[dict], height: int, width: int) -> list[dict]:
-    """The passes with their sizes in px instead of scales. Raises ValueError."""
-    found, before = [], 0.0
+    """The passes with their sizes in px instead of scales."""
+    keep = ("steps", "strength")
+    return [
+        {"height": resized(height, one["scale"]), "width": resized(width, one["scale"])}
+        | {name: one[name] for name in keep if name in one}
+        for one in passes
+    ]
+
+
+def check_passes(passes: list[dict]) -> None:
+    """Raise ValueError for passes that make no sense."""
     if not passes:
         raise ValueError("passes is empty, expected at least one")
-    for one in passes:
+    before = 0.0
+    for number_before, one in enumerate(passes):
         if unknown := one.keys() - {"scale", "steps", "strength"}:
             raise ValueError(f"a pass has {min(unknown)!r}, expected scale, steps and strength")
-        if not {"scale", "steps"} <= one.keys() or ("strength" in one) != bool(found):
+        if not {"scale", "steps"} <= one.keys() or ("strength" in one) != bool(number_before):
             raise ValueError(
                 f"a pass is {one}, expected scale and steps, and strength from the second on"
             )
@@ -65,11 +91,8 @@ def sized(passes: list[dict], height: int, width: int) -> list[dict]:
         number("steps", one["steps"], 1, 1000, whole=True)
         number("strength", one.get("strength", 1.0), 0, 1, above=True, optional=True)
         before = one["scale"]
-        sides = {"height": resized(height, before), "width": resized(width, before)}
-        found.append(sides | {name: one[name] for name in ("steps", "strength") if name in one})
     if before != 1:
         raise ValueError(f"the last pass has scale {before}, expected 1")
-    return found
 
 
 def resized(side: int, scale: float) -> int:

@@ -11,22 +11,6 @@ from PIL import Image, ImageOps, PngImagePlugin
 KEY = "dype"  # the PNG's text chunk
 
 
-def method_name(method: str, dype: bool) -> str:
-    """`yarn`, or `dy_yarn` where it follows the noise level; never `dy_base`."""
-    return f"dy_{method}" if dype and method != "base" else method
-
-
-def file_name(
-    seed: int, method: str, dype: bool, height: int, width: int, prompt: int = 0, more: str = ""
-) -> str:
-    """The authors' scheme, height first; `prompt` counts from 0 and shows from the second on.
-
-    more: the parts of swept settings, each after an underscore.
-    """
-    more += f"_prompt_{prompt + 1}" if prompt else ""
-    return f"seed_{seed}_method_{method_name(method, dype)}_res_{height}x{width}{more}.png"
-
-
 def check_writable(folder: Path) -> None:
     """Make the folder and write to it, or raise OSError in plain words."""
     try:
@@ -46,19 +30,14 @@ def free_path(path: Path) -> Path:
     return free
 
 
-def save(image: Image.Image, path: Path, record: dict, overwrite: bool = False) -> Path:
-    """Write PATH.png and PATH.json, each whole or not at all. Raises OSError, leaving neither.
-
-    Returns where they are: another name if PATH was taken while the picture was drawn.
-    """
-    path = path if overwrite else free_path(path)
+def save(image: Image.Image, record: dict, path: Path) -> None:
+    """Write PATH.json, then PATH.png: an image is never without its record. Raises OSError."""
     text = text_of(record)
     info = PngImagePlugin.PngInfo()
     info.add_itxt(KEY, text.decode())
     picture = io.BytesIO()
     image.save(picture, "png", pnginfo=info)
-    write({path: picture.getvalue(), path.with_suffix(".json"): text})
-    return path
+    write({path.with_suffix(".json"): text, path: picture.getvalue()})
 
 
 def text_of(record: dict) -> bytes:

@@ -1,143 +1,130 @@
-"""Resolved settings -> an image and its record."""
+"""Settings -> a pipeline, an image and its record."""
 
-import gc
 import platform
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from contextlib import ExitStack
 from importlib.metadata import version
 
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 from dype import rope
-from dype.config import DyPEConfig
+from dype.errors import UserError, user_errors
 from dype.noise_schedule import noise_schedule
 from dype.patch import apply_dype
 from dype.pipelines import acceleration, distributed, memory
-from dype.pipelines.catalog import Model
-from dype.pipelines.devices import fast_dtype
+from dype.pipelines.devices import check_device, default_device, fast_dtype
+from dype.pipelines.loading import load_pipeline
 from dype.pipelines.memory import execution_device, set_tiling
 from dype.sampling import multipass, records, sample
+from dype.sampling.settings import RunSettings
+
+LOAD = ("revision", "dtype", "text_encoder_device", "vae_device", "offload", "quantize")
+CALL = ("guidance", "seed", "max_sequence_length", "true_cfg", "cache")  # of `sample.draw`
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything that one cell needs, resolved; what is under `flags` goes into the record."""
+def load(run: RunSettings, pixels: int, state: PartialState):
+    """The pipeline of a run, compiled where it asks for that.
 
-    model: Model
-    config: DyPEConfig
-    flags: dict
-    prompts: list[str]
-    loras: list[tuple[str, float]]
-
-    @property
-    def passes(self) -> list[dict]:
-        """The passes that the flags ask for, for `multipass.multipass`. Raises ValueError."""
-        flags = self.flags
-        if flags["multipass"] == "progressive":
-            sides, base = (flags["height"], flags["width"]), self.config.base_resolution
-            return multipass.progressive(*sides, base, flags["steps"])
-        strengths = flags["pass2_strength"], flags["pass3_strength"]
-        return multipass.passes_of(flags["multipass"], flags["steps"], *strengths)
-
-
-def drawn(pipe, settings: Settings, prompt: str, encode: Callable) -> tuple[Image.Image, dict]:
-    """One picture and its record, whose seconds are those after the text encoders.
-
-    encode: a text -> its embeddings, as `sample.encode`.
+    pixels: of the largest image. state: of `distributed.join`; each of several processes has a card
+    of its own. Raises UserError, UnavailableError.
     """
-    flags = settings.flags
-    height, width = flags["height"], flags["width"]
-    apply_dype(pipe, settings.config)
-    tiled = set_tiling(pipe, flags["tiled_vae"], flags["tile_size"], height * width)
-    schedule = describe_schedule(pipe.scheduler, settings)
-    names = ("guidance", "seed", "max_sequence_length", "true_cfg", "cache")
-    call = {name: flags[name] for name in names}
+    alone = state.num_processes == 1 or state.device.type == "cpu"
+    device = run.device if alone else str(state.device)
+    if run.attention is not None:
+        check_device(device or default_device(), "none")
+        masked = run.entry.pipeline in acceleration.MASKED
+        acceleration.check_attention(run.attention, device or default_device(), run.dtype, masked)
+    loras = [text.rpartition(":") for text in run.lora]
+    pipe = load_pipeline(
+        run.model,
+        **{name: getattr(run, name) for name in LOAD},
+        device=device,
+        loras=[(path, float(scale)) for path, _, scale in loras],
+        pixels=pixels,
+        entry=run.entry,
+    )
+    if run.cache != "off":
+        print(acceleration.CACHE_WARNING.format(run.cache))
+    if run.ulysses > 1:
+        distributed.check_heads(pipe.transformer, run.ulysses)
+    if run.compile != "off":
+        with user_errors():
+            acceleration.compile_steps(pipe, run.compile)
+    return pipe
+
+
+def prepare(pipe, run: RunSettings) -> dict:
+    """Set the encoding, the schedule and the tiling of a run; return what its record says of them.
+
+    Raises UserError if this checkpoint cannot have them.
+    """
+    try:
+        apply_dype(pipe, run.config)
+    except (TypeError, ValueError) as error:  # what only the loaded checkpoint can tell
+        raise UserError(f"{run.model}: {error}") from error
+    tiled = set_tiling(pipe, run.tiled_vae, run.tile_size, run.height * run.width)
+    return describe_schedule(pipe.scheduler, run) | {"tiled_vae": tiled}
+
+
+def generate_with_record(
+    pipe, run: RunSettings, prepared: dict, encode: Callable
+) -> tuple[Image.Image, dict]:
+    """Generate an image; its record's seconds are those after the text encoders.
+
+    prepared: what `prepare` returned. encode: a text -> its embeddings, as `sample.encode`.
+    """
     memory.reset_peak()
-    negative = against(pipe, flags)
+    negative = sample.negative_prompt_of(pipe, run)
+    call = {name: getattr(run, name) for name in CALL}
     call["negative_prompt"] = None if negative is None else encode(negative)
-    text = encode(prompt)
+    call["image"] = records.open_picture(run.init_image) if run.init_image else None
+    text = encode(run.prompt)
     start = time.perf_counter()
-    evenly = distributed.SPLIT.get(settings.model.pipeline, True)
-    split = distributed.split(pipe.transformer, flags["ulysses"], flags["ring"], evenly)
-    with acceleration.attending(flags["attention"]), split:
-        if flags["init_image"]:
-            picture = records.open_picture(flags["init_image"])
-            call |= {"image": picture, "strength": flags["strength"], "steps": flags["steps"]}
-            image = sample.draw(pipe, text, height=height, width=width, **call)
-        else:
-            image = multipass.multipass(pipe, text, height, width, settings.passes, **call)
+    with ExitStack() as stack:
+        if run.attention is not None:
+            stack.enter_context(acceleration.attending(run.attention))
+        if run.ulysses * run.ring > 1:
+            evenly = distributed.SPLIT[run.entry.pipeline]
+            split = distributed.split(pipe.transformer, run.ulysses, run.ring, evenly)
+            stack.enter_context(split)
+        image = multipass.run_passes(pipe, text, run.passes, **call)
     seconds = time.perf_counter() - start
-    if flags["multipass"] == "progressive":  # which the picture itself has settled
-        run = schedule["passes"][1]["sigmas"] = pipe.scheduler.sigmas.tolist()
-        print(f"full size: {len(run) - 1} of {flags['steps']} steps, from sigma {run[0]:.2f}")
-    record = {"prompt": prompt, "flags": flags, "config": settings.config.to_dict(), **schedule}
-    return image, record | {"tiled_vae": tiled, **machine(pipe, seconds)}
+    if run.multipass == "progressive":  # which the picture itself has settled
+        sigmas = prepared["passes"][1]["sigmas"] = pipe.scheduler.sigmas.tolist()
+        print(f"full size: {len(sigmas) - 1} of {run.steps} steps, from sigma {sigmas[0]:.2f}")
+    return image, run.record | prepared | machine(pipe, seconds)
 
 
-def against(pipe, flags: dict) -> str | None:
-    """The negative prompt, or the one that a pipeline with guidance implies; None: none at all."""
-    given = flags["negative_prompt"]
-    return sample.implied(pipe, flags["guidance"]) if given is None else given
-
-
-def describe_schedule(scheduler, settings: Settings) -> dict:
+def describe_schedule(scheduler, run: RunSettings) -> dict:
     """mu, the sigmas and kappas of the schedule for the whole size, and what each pass runs of its
     own; the scheduler has the shift set already."""
-    flags, family = settings.flags, settings.model.family
-
-    def schedule(height, width, steps):
-        return noise_schedule(scheduler, height, width, steps, family)
-
-    mu, sigmas = schedule(flags["height"], flags["width"], flags["steps"])
-    called = torch.tensor(sigmas[:-1], dtype=torch.float64)
-    kappa, _ = rope.schedule(called, settings.config)
-    shift = settings.config.shift or family.shift
-    found = {"shift": "static" if mu is None else shift, "lambda_s": settings.config.lambda_s}
-    found |= {"mu": mu, "sigmas": sigmas, "kappas": kappa.tolist(), "passes": []}
-    run = multipass.sized(settings.passes, flags["height"], flags["width"])
-    if flags["init_image"]:
-        run[0]["strength"] = flags["strength"]
-    for one in run:
-        strength = one.get("strength", 1.0)
-        first = 0 if strength is None else sample.skipped(one["steps"], strength)
-        sigmas = schedule(one["height"], one["width"], one["steps"])[1][first:]
-        found["passes"].append(one | {"sigmas": sigmas})
-    return found
+    family, config, passes = run.entry.family, run.config, []
+    for one in run.passes:  # the last of the whole size
+        size_and_steps = one["height"], one["width"], one["steps"]
+        mu, sigmas = noise_schedule(scheduler, *size_and_steps, family)
+        first = sample.skipped(one["steps"], one["strength"]) if one.get("strength") else 0
+        passes.append(one | {"sigmas": sigmas[first:]})
+    kappa, _ = rope.schedule(torch.tensor(sigmas[:-1], dtype=torch.float64), config)
+    return {
+        "shift": "static" if mu is None else config.shift or family.shift,
+        "lambda_s": config.lambda_s,
+        "mu": mu,
+        "sigmas": sigmas,
+        "kappas": kappa.tolist(),
+        "passes": passes,
+    }
 
 
-def encoder(pipe, images: list[tuple[Settings, str]]) -> Callable:
-    """A text -> its embeddings. Encoders with a device of their own encode all, and go.
-
-    images: the settings and the prompt of each that is to be generated.
-    """
-    flags = images[0][0].flags
-
-    @lru_cache(maxsize=8)
-    def encode(text):
-        return sample.encode(pipe, text, flags["max_sequence_length"])
-
-    apart = [name for name in pipe.dype_apart if name.startswith("text_encoder")]
-    if not apart:
-        return encode
-    texts = {prompt for _, prompt in images}
-    texts |= {against(pipe, settings.flags) for settings, _ in images}
-    known = {text: encode(text) for text in texts if text is not None}
-    for name in apart:
-        setattr(pipe, name, None)
-    gc.collect()
-    return known.__getitem__
-
-
-def out_of_memory(pipe, settings: Settings) -> str:
+def out_of_memory(pipe, run: RunSettings) -> str:
     """One sentence with the peak and the next cheaper setting."""
     device = execution_device(pipe)
     peak, tiled = memory.peak(device) or 0, getattr(pipe.vae, "use_tiling", False)
     cpu_dtype = fast_dtype("cpu") if device.type == "cpu" else None
-    less = memory.cheaper(settings.flags, pipe.dype_offload, tiled, cpu_dtype)
+    less = memory.cheaper(run, pipe.dype_offload, tiled, cpu_dtype)
     return f"out of memory at a peak of {memory.gib(peak)}; try {less}"
 
 

@@ -1,7 +1,11 @@
 """Generate one image with a pipeline that is loaded and has DyPE applied."""
 
+import gc
 import inspect
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 from PIL import Image
@@ -54,6 +58,32 @@ def encode(pipe, text: str, max_sequence_length: int = 512) -> dict:
     return embeddings
 
 
+def prompt_encoder(pipe, runs: list) -> Callable:
+    """A text -> its embeddings. Encoders with a device of their own encode all, and go.
+
+    runs: `RunSettings`, of the images to be generated.
+    """
+
+    @lru_cache(maxsize=8)
+    def encode_text(text):
+        return encode(pipe, text, runs[0].max_sequence_length)
+
+    apart = [name for name in pipe.dype_apart if name.startswith("text_encoder")]
+    if not apart:
+        return encode_text
+    texts = {run.prompt for run in runs} | {negative_prompt_of(pipe, run) for run in runs}
+    known = {text: encode_text(text) for text in texts if text is not None}
+    for name in apart:
+        setattr(pipe, name, None)
+    gc.collect()
+    return known.__getitem__
+
+
+def negative_prompt_of(pipe, run) -> str | None:
+    """A run's negative prompt, or the one that a pipeline with guidance implies; None: none."""
+    return implied(pipe, run.guidance) if run.negative_prompt is None else run.negative_prompt
+
+
 def moved(part, device):
     """A tensor, or a list of them (Z-Image's embeddings), on another device; the rest as it is."""
     if isinstance(part, list):
@@ -88,7 +118,7 @@ def draw(
     a key of `speed.CACHES`. The noise is drawn on the CPU: a seed means the same start on every
     device, and at strength 1 the same as without a picture.
     """
-    known = inspect.signature(pipe.__call__).parameters
+    known, device = inspect.signature(pipe.__call__).parameters, execution_device(pipe)
     if guidance is None:
         guidance = known["guidance_scale"].default or 0.0
     if negative_prompt is None:
@@ -103,7 +133,7 @@ def draw(
         "generator": torch.Generator("cpu").manual_seed(seed),
     }
     for prefix, text in {"": prompt, "negative_": negative_prompt}.items():
-        call |= worded(pipe, prefix, text, max_sequence_length)
+        call |= worded(pipe, prefix, text, max_sequence_length, device)
     call = {name: value for name, value in call.items() if name in known}
     if guidance == 0 and known["guidance_scale"].default is None:
         del call["guidance_scale"]  # Qwen-Image warns of any number
@@ -111,18 +141,18 @@ def draw(
         call |= started(pipe, image, strength, call)
     apart = getattr(pipe, "dype_apart", {})
     count = len(call.get("sigmas", range(steps)))
-    with set_aside(pipe, *apart), acceleration.caching(pipe, cache, count):
+    reuse = nullcontext() if cache == "off" else acceleration.caching(pipe, cache, count)
+    with set_aside(pipe, *apart), reuse:
         found = pipe(**call, output_type="latent" if "vae" in apart else "pil").images
     return decode(pipe, found, height, width) if "vae" in apart else found[0]
 
 
-def worded(pipe, prefix: str, text: str | dict | None, max_sequence_length: int) -> dict:
+def worded(pipe, prefix: str, text: str | dict | None, max_sequence_length: int, device) -> dict:
     """The arguments that say a prompt, as embeddings where the pipeline takes them."""
     if isinstance(text, str):
         known = inspect.signature(pipe.__call__).parameters
         embeds = f"{prefix}prompt_embeds" in known
         text = encode(pipe, text, max_sequence_length) if embeds else {"prompt": text}
-    device = execution_device(pipe)
     return {f"{prefix}{name}": moved(part, device) for name, part in (text or {}).items()}
 
 

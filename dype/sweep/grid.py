@@ -1,102 +1,89 @@
-"""Lists of settings: what `--seed 0-3 --method yarn,ntk` stands for, and sweeps with a name."""
+"""Lists of values: what `0-3`, `1:3:0.5`, `2048x3072` stand for; prompts files; named sweeps."""
 
 import math
 import re
 from decimal import Decimal, InvalidOperation
-from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from dype.config import number
 from dype.errors import UserError
+from dype.families import TOKEN
+from dype.sampling.settings import SIDE
 
-# Flags that take a list, in the order in which a sweep goes through them, the last the fastest.
-WORDS = ("size", "multipass", "method", "dype")
-NUMBERS = ("dype_scale", "dype_exponent", "dype_start_sigma", "cutoff", "attention_scale")
-NUMBERS += ("steps", "guidance", "true_cfg", "pass2_strength", "pass3_strength")
-LISTS = (*WORDS, *NUMBERS, "seed")
-SIDE = (64, 16384, 16)  # px: the least, the most, and of what a multiple
 MOST = 10_000  # pictures without --yes
 RANGE = re.compile(r"(\d+)-(\d+)")
 
 TABLE1_SIZES = "2x:3x,3x:2x,3x,4x"
 
-# name -> (its lines, those with --quick, what to know of the paper's table). A line is flags; a
-# size of 1.5x is that many times the base resolution, of 2x:3x that many in width and height.
+
+class Sweep(NamedTuple):
+    """A sweep with a name: lines of flags.
+
+    A size of 1.5x is that many times the base resolution, of 2x:3x that many in width and height.
+    """
+
+    lines: tuple[str, ...]
+    quick: tuple[str, ...] = ()  # with --quick
+    note: str = ""  # what to know of the paper's table
+
+
 SWEEPS = {
-    "methods": (
-        [
-            {"size": "1x,1.5x,2x,3x,4x", "method": "vision_yarn,yarn,ntk,base"},
-            {"size": "4x", "multipass": "twopass"},
-        ],
-        [{"size": "1x,2x", "method": "vision_yarn,yarn,ntk,base"}],
-        None,
+    "methods": Sweep(
+        (
+            "--size 1x,1.5x,2x,3x,4x --method vision_yarn,yarn,ntk,base",
+            "--size 4x --multipass twopass",
+        ),
+        ("--size 1x,2x --method vision_yarn,yarn,ntk,base",),
     ),
-    "params": (
-        [{"dype": "off"}, {"dype_scale": "1:3:0.5", "dype_exponent": "1:3:0.5"}],
-        [{"dype": "off"}, {"dype_scale": "1:3:1", "dype_exponent": "1:3:1"}],
-        None,
+    "params": Sweep(
+        ("--dype off", "--dype_scale 1:3:0.5 --dype_exponent 1:3:0.5"),
+        ("--dype off", "--dype_scale 1:3:1 --dype_exponent 1:3:1"),
     ),
-    "paper-table1": (
-        [
-            {"size": TABLE1_SIZES, "method": "base"},
-            {"size": TABLE1_SIZES, "method": "ntk,yarn", "dype": "off,on"},
-            {"size": TABLE1_SIZES, "method": "tasr", "dype": "on"},
-        ],
-        None,
-        None,
+    "paper-table1": Sweep(
+        (
+            f"--size {TABLE1_SIZES} --method base",
+            f"--size {TABLE1_SIZES} --method ntk,yarn --dype off,on",
+            f"--size {TABLE1_SIZES} --method tasr --dype on",
+        ),
     ),
-    "paper-table3": (
-        [{"size": "2x,4x", "method": "yarn", "dype": "on"}],
-        None,
-        "left out: every other row of the table, none of which is a position encoding",
+    "paper-table3": Sweep(
+        ("--size 2x,4x --method yarn --dype on",),
+        note="left out: every other row of the table, none of which is a position encoding",
     ),
-    "paper-table6": (
-        [
-            {"size": "3x", "method": "base"},
-            {"size": "3x", "method": "ntk", "dype": "off"},
-            {
-                "size": "3x",
-                "method": "ntk_mult,ntk",
-                "dype_scale": "1,1.5,2,2.5",
-                "dype_exponent": "1",
-            },
-            {"size": "3x", "method": "ntk_mult,ntk", "dype_scale": "2", "dype_exponent": "0.5,2"},
-        ],
-        None,
-        None,
+    "paper-table6": Sweep(
+        (
+            "--size 3x --method base",
+            "--size 3x --method ntk --dype off",
+            "--size 3x --method ntk_mult,ntk --dype_scale 1,1.5,2,2.5 --dype_exponent 1",
+            "--size 3x --method ntk_mult,ntk --dype_scale 2 --dype_exponent 0.5,2",
+        ),
     ),
-    "paper-table7": (
-        [
-            {"size": "3x", "method": "base"},
-            {"size": "3x", "method": "yarn", "dype": "off,on"},
-            {"size": "3x", "method": "yarn_ntk_only,yarn_both", "dype": "on"},
-        ],
-        None,
-        None,
+    "paper-table7": Sweep(
+        (
+            "--size 3x --method base",
+            "--size 3x --method yarn --dype off,on",
+            "--size 3x --method yarn_ntk_only,yarn_both --dype on",
+        ),
     ),
-    "paper-table8": (
-        [
-            {"size": "4096", "method": "base"},
-            {"size": "4096", "method": "yarn", "dype": "off,on"},
-        ],
-        None,
-        "the paper's table is of Qwen-Image: --model qwen-image",
+    "paper-table8": Sweep(
+        ("--size 4096 --method base", "--size 4096 --method yarn --dype off,on"),
+        note="the paper's table is of Qwen-Image: --model qwen-image",
     ),
 }
 
 
-def named(name: str, base: int, quick: bool, multipass_only: bool) -> list[dict]:
+def named(name: str, base: int, quick: bool, multipass_only: bool) -> list[str]:
     """The lines of a sweep, with sizes for a base resolution in px. Raises ValueError."""
-    full, short, _ = SWEEPS[name]
-    if quick and short is None:
+    sweep = SWEEPS[name]
+    if quick and not sweep.quick:
         raise ValueError(f"--quick is for --sweep methods and params, expected none with {name}")
-    lines = short if quick else full
+    lines = sweep.quick if quick else sweep.lines
     if multipass_only:
-        lines = [line for line in lines if "multipass" in line]
+        lines = [line for line in lines if "--multipass" in line]
         if not lines:
             raise ValueError("--multipass_only is for --sweep methods, expected no --quick with it")
-    sized = [{"size": pixels(line["size"], base)} if "size" in line else {} for line in lines]
-    return [line | size for line, size in zip(lines, sized, strict=True)]
+    return [re.sub(r"(?<=--size )\S+", lambda match: pixels(match[0], base), x) for x in lines]
 
 
 def pixels(sizes: str, base: int) -> str:
@@ -105,32 +92,27 @@ def pixels(sizes: str, base: int) -> str:
     def side(text: str) -> str:
         if not text.endswith("x"):
             return text
-        return str(math.floor(float(text.removesuffix("x")) * base / 16 + 0.5) * 16)
+        return str(math.floor(float(text.removesuffix("x")) * base / TOKEN + 0.5) * TOKEN)
 
-    return ",".join("x".join(map(side, one.split(":"))) for one in sizes.split(","))
-
-
-def spelled(line: dict) -> str:
-    """A line as one would type it."""
-    return " ".join(f"--{name} {value}" for name, value in line.items())
+    return ",".join("x".join(map(side, size.split(":"))) for size in sizes.split(","))
 
 
-def values(name: str, text: str) -> list[str]:
+def parse_list(name: str, text: str, numbers: bool) -> list[str]:
     """The values of a list: `a,b`, of numbers also `0-3` and `1:3:0.5`, ends included.
 
     Raises ValueError for an empty one or a range that goes backwards.
     """
-    found = []
-    for item in str(text).split(","):
+    texts = []
+    for item in text.split(","):
         item = item.strip()
         if not item:
             raise ValueError(f"--{name} is {text!r}, expected values between the commas")
-        spans = name not in WORDS and (":" in item or RANGE.fullmatch(item))
-        found += steps(name, item) if spans else [item]
-    return list(dict.fromkeys(found))
+        spans = numbers and (":" in item or RANGE.fullmatch(item))
+        texts += parse_range(name, item) if spans else [item]
+    return list(dict.fromkeys(texts))
 
 
-def steps(name: str, item: str) -> list[str]:
+def parse_range(name: str, item: str) -> list[str]:
     """`1:3:0.5` -> 1, 1.5, 2, 2.5, 3; the step is 1 where none is given."""
     text = item.replace("-", ":") if RANGE.fullmatch(item) else item
     try:
@@ -146,54 +128,25 @@ def steps(name: str, item: str) -> list[str]:
     return [f"{(first + i * step).normalize():f}" for i in range(int(count))]
 
 
-def cells(settings: dict) -> tuple[int, list[tuple[str, list[str]]]]:
-    """How many cells the lists of a line span, and the lists."""
-    lists = [(name, values(name, settings[name])) for name in LISTS if name in settings]
-    return math.prod(len(found) for _, found in lists), lists
-
-
-def each(settings: dict):
-    """Every cell of a line: the settings with one value from each list."""
-    _, lists = cells(settings)
-    for chosen in product(*(found for _, found in lists)):
-        yield settings | dict(zip((name for name, _ in lists), chosen, strict=True))
-
-
-def sides(size: str) -> tuple[int, int]:
+def parse_size(size: str) -> tuple[int, int]:
     """`2048x3072`, width first, -> (3072, 2048): height, width. Raises ValueError."""
-    low, high, multiple = SIDE
-    found = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", size)
-    if not found:
+    match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", size)
+    if not match:
         raise ValueError(f"--size is {size!r}, expected WIDTHxHEIGHT or one number, in px")
-    width, height = int(found[1]), int(found[2] or found[1])
+    width, height = int(match[1]), int(match[2] or match[1])
     for side in (width, height):
-        number("--size", side, low, high, multiple=multiple)
+        number("--size", side, SIDE["low"], SIDE["high"], multiple=SIDE["multiple"])
     return height, width
 
 
-def read_prompts(given: dict) -> list[str]:
-    """The prompts of --prompt, then those of --prompts_file. Raises UserError."""
-    prompts = list(given.get("prompt", []))
-    if "prompts_file" in given:
-        path = Path(given["prompts_file"])
-        try:
-            lines = path.read_text("utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise UserError(f"--prompts_file {path} cannot be read: {reason}") from error
-        prompts += [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise UserError(f"--prompts_file {path} is empty, expected one prompt per line")
-    for text in prompts:
-        check_prompt(text)
-    return prompts
-
-
-def check_prompt(text) -> None:
-    """Raise UserError for a prompt without words, or with bytes that are no text."""
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"--prompt is {text!r}, expected some words")
+def read_prompts(path: Path, name: str = "--prompts_file") -> list[str]:
+    """The prompts of a file, one per line that is not blank. Raises UserError, naming the flag."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"--prompt is {text!r}, expected UTF-8 text") from None
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"{name} {path} cannot be read: {reason}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{name} {path} is empty, expected one prompt per line")
+    return prompts

@@ -2,93 +2,119 @@
 
 import csv
 import io
+import math
 import os
 import statistics
 from contextlib import contextmanager
 from pathlib import Path
 
+from dype.config import CONFIG_FLAGS
 from dype.sampling import records
+from dype.sampling.settings import (
+    RUN_FLAGS,
+    RunSettings,
+    format_value,
+    image_settings,
+    method_name,
+    name_part,
+)
 
-RESULTS = "results.csv"
-# what may be swept -> its part of the file name; sheets and tables take them in this order
-AXES = {
-    "dype_scale": "scale",
-    "dype_exponent": "exponent",
-    "dype_start_sigma": "start",
-    "cutoff": "cutoff",
-    "attention_scale": "attention",
-    "steps": "steps",
-    "guidance": "guidance",
-    "true_cfg": "cfg",
-    "pass2_strength": "pass2",
-    "pass3_strength": "pass3",
-}
-COLUMNS = ["file", "model", "height", "width", "method", *AXES, "multipass", "seed", "prompt"]
-COLUMNS += ["seconds", "peak_memory", "error"]
-# what may vary over a sheet -> how its values are labelled
-LABELS = {
-    "model": "{}",
-    "method": "{}",
-    "dype_scale": "scale {}",
-    "dype_exponent": "exponent {}",
-    "dype_start_sigma": "start {}",
-    "cutoff": "cutoff {}",
-    "attention_scale": "attention scale {}",
-    "steps": "{} steps",
-    "guidance": "guidance {}",
-    "true_cfg": "true CFG {}",
-    "multipass": "{}",
-    "pass2_strength": "strength {}",
-    "pass3_strength": "third {}",
-    "seed": "seed {}",
-    "prompt": "{}",
-}
+RESULTS, METRICS = "results.csv", "metrics.csv"
+# what may vary over a sheet -> how its values are labelled; the last that varies goes across
+LABELS = {"model": "{}"}
+LABELS |= {row.name: row.label for row in [*CONFIG_FLAGS, *RUN_FLAGS] if row.label}
+LABELS |= {"settings": "{}", "seed": LABELS.pop("seed"), "prompt": "{}"}
 SAMPLES = ("seed", "prompt")  # of one setting
+COLUMNS = ["file", "model", "height", "width", *LABELS, "seconds", "peak_memory", "error"]
+COLUMNS = [*dict.fromkeys(COLUMNS)]
+METRIC_COLUMNS = ["file", "metric", "value", "protocol"]
 
 
-def short(value: float) -> str:
-    """1.5 -> 1.5, 2.0 -> 2: in full, so that two values never look the same."""
-    return str(value).removesuffix(".0")
+def to_row(run: RunSettings, record: dict | None = None, error: str = "") -> dict:
+    """A row of results.csv: of an image with its record, or of one that failed."""
+    values = image_settings(run.record)
+    if values["attention_scale"] is None and run.config.method != "base":
+        values["attention_scale"] = "own"
+    row = {name: values.get(name) for name in LABELS}
+    row |= {"file": run.file_name, "height": run.height, "width": run.width, "error": error}
+    row["method"] = method_name(run.config.method, run.config.dype)
+    further = {name: value for name, value in run.changed.items() if name not in LABELS}
+    row["settings"] = " ".join(f"{name} {name_part(value)}" for name, value in further.items())
+    row |= {name: (record or {}).get(name) for name in ("seconds", "peak_memory")}
+    return {name: "" if value is None else format_value(value) for name, value in row.items()}
 
 
 def read_rows(folder: Path) -> list[dict]:
-    """The rows of results.csv, every column filled; a line that a kill left half is none.
+    """The rows of results.csv, every column filled, with the values of metrics.csv by metric.
 
-    Raises ValueError if it is no such table.
+    Raises ValueError if one of them is no table of this program.
     """
-    path = folder / RESULTS
+    rows = read_table(folder / RESULTS, ["file", "height", "width", "seconds", "error"])
+    values: dict[str, dict] = {}
+    for row in read_metrics(folder):
+        values.setdefault(row["file"], {})[row["metric"]] = row["value"]
+    try:
+        for row in rows:
+            int(row["height"]), int(row["width"]), float(row["seconds"] or len(row["error"]))
+    except ValueError as error:
+        raise ValueError(f"{folder / RESULTS} is no table of a sweep; move it away") from error
+    return [dict.fromkeys(COLUMNS, "") | row | values.get(row["file"], {}) for row in rows]
+
+
+def read_own_rows(folder: Path) -> list[dict]:
+    """The rows of results.csv, to be written again. Raises ValueError as `read_rows`, and for a
+    table of an earlier version, which named its images by another rule."""
+    read_rows(folder)
+    rows = read_table(folder / RESULTS, [])
+    if rows and not {*COLUMNS} <= rows[0].keys():
+        raise ValueError(
+            f"{folder / RESULTS} is of an earlier version of this program, which can only be read; "
+            "give another --output_dir, or move the folder away"
+        )
+    return rows
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of metrics.csv. Raises ValueError for another table and for what is no number."""
+    path = folder / METRICS
+    rows = read_table(path, METRIC_COLUMNS)
+    for row in rows:
+        try:
+            finite = math.isfinite(float(row["value"]))
+        except ValueError:
+            finite = False
+        if not finite:
+            raise ValueError(
+                f"{path} has {row['metric']} {row['value']!r} of {row['file']}, expected a number"
+            )
+    return rows
+
+
+def read_table(path: Path, columns: list[str]) -> list[dict]:
+    """The rows of a CSV file with at least these columns; none where there is no file.
+
+    Raises ValueError for another table.
+    """
     if not path.exists():
         return []
     try:
-        whole = path.read_text("utf-8").rpartition("\n")[0]
-        rows = list(csv.DictReader(io.StringIO(whole, newline="")))
-        rows = [one for one in rows if None not in one and None not in one.values()]
-        for one in rows:
-            int(one["height"]), int(one["width"]), float(one["seconds"] or len(one["error"]))
-    except (ValueError, KeyError, csv.Error) as error:  # no UTF-8, no columns of ours, no CSV
-        raise ValueError(f"{path} is no table of a sweep; move it away") from error
-    return [dict.fromkeys(COLUMNS, "") | one for one in rows]
+        table = csv.DictReader(io.StringIO(path.read_text("utf-8"), newline=""), strict=True)
+        rows = list(table)
+        broken = any(None in row or None in row.values() for row in rows)
+        if broken or not {*columns} <= {*(table.fieldnames or [])}:
+            raise ValueError("other columns")
+    except (ValueError, csv.Error) as error:  # no UTF-8, no CSV
+        raise ValueError(f"{path} is no table of this program; move it away") from error
+    return rows
 
 
-def table(rows: list[dict], names: list[str]) -> str:
-    """Rows as CSV, without the header."""
+def write_table(path: Path, columns: list[str], rows) -> None:
+    """Write a CSV file, whole or not at all. Raises OSError."""
     text = io.StringIO(newline="")
-    csv.DictWriter(text, names, restval="", lineterminator="\n").writerows(rows)
-    return text.getvalue()
-
-
-def append(path: Path, found: dict) -> None:
-    """Add a row to results.csv, in the order of its header: at once, as other processes may too."""
-    with path.open(encoding="utf-8", newline="") as file:
-        names = next(csv.reader(file))
-    with path.open("ab", buffering=0) as file:
-        file.write(table([found], names).encode())
-
-
-def rewrite(folder: Path, rows: list[dict]) -> None:
-    """results.csv anew, whole or not at all; with the columns that others have put in."""
-    names = dict.fromkeys([*COLUMNS, *(name for one in rows for name in one)])
-    records.write({folder / RESULTS: table([{n: n for n in names}, *rows], [*names]).encode()})
+    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    records.write({path: text.getvalue().encode()})
 
 
 @contextmanager

@@ -1,224 +1,207 @@
-"""A sweep: each of its pictures drawn once, whatever interrupts it.
+"""A sweep: each of its images generated once, whatever interrupts it.
 
-A cell is finished when its picture is there: the picture carries its settings, and the JSON beside
-it and its row of results.csv are made again from them where a kill lost these.
+An image is finished when its PNG is there: the JSON beside it was written before it, and the row of
+results.csv, which is written whole after each image, is made from its record.
 """
 
 import gc
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 
 from dype import errors
-from dype.pipelines.distributed import ALONE, Team
+from dype.errors import UserError
+from dype.pipelines import distributed
 from dype.sampling import records
-from dype.sampling.run import drawn, out_of_memory
-from dype.sweep.cells import Cell, axes, effective, identity, key, work
-from dype.sweep.results import RESULTS, append, locked, read_rows, rewrite, short
+from dype.sampling.run import generate_with_record, load, out_of_memory, prepare
+from dype.sampling.sample import prompt_encoder
+from dype.sampling.settings import RunSettings, image_settings
+from dype.sweep.results import COLUMNS, RESULTS, locked, read_own_rows, to_row, write_table
+
+Rows = dict[str, dict | None]  # file -> row of results.csv; None: an image that is not there
 
 
-def located(cells: list[Cell], folder: Path) -> list[Cell]:
-    """The cells, each at the picture that it has already, whatever another list called that."""
-    names = {cell.path.name for cell in cells}
-    known = {}
-    for path in folder.glob("seed_*.png"):
-        if path.name not in names:
-            with suppress(ValueError, KeyError, TypeError):
-                record = records.load(path)
-                known[key(record["flags"], record["config"], record["prompt"])] = path
-    found = []
-    for cell in cells:
-        own = key(cell.settings.flags, cell.settings.config.to_dict(), cell.prompt)
-        path = cell.path if cell.path.exists() else known.get(own, cell.path)
-        found.append(replace(cell, path=path))
-    return found
+def find_finished(
+    runs: list[RunSettings], folder: Path, overwrite: bool
+) -> list[tuple[RunSettings, dict | None]]:
+    """The runs, each with the record of its image, None where that is to be generated.
 
-
-def finished(cells: list[Cell], overwrite: bool) -> dict[Path, dict]:
-    """The records of cells whose pictures are there.
-
-    Raises ValueError if one was drawn with other settings, naming the flag; with `overwrite` it
-    counts as not drawn.
+    Raises ValueError if an image of other settings, or of nobody's, has the name of one of them;
+    with `overwrite` it counts as not there.
     """
-    found = {}
-    for cell in cells:
-        if not cell.path.exists():
-            continue
+    found = []
+    for run in runs:
+        path, record = folder / run.file_name, None
         try:
-            record = records.load(cell.path)
-            before = identity(record["flags"], record["config"], record["prompt"])
+            record = records.load(path)
+            now, before = image_settings(run.record), image_settings(record)
+        except FileNotFoundError:
+            pass
         except (ValueError, KeyError, TypeError) as error:
-            if overwrite:
-                continue
-            raise ValueError(
-                f"{cell.path} is in the way: {error}; try --overwrite, or another --output_dir"
-            ) from error
-        now = identity(cell.settings.flags, cell.settings.config.to_dict(), cell.prompt)
-        other = [n for n in (now | before) if now.get(n) != before.get(n)]
-        if other and not overwrite:
-            name = other[0]
-            raise ValueError(
-                f"--{name} is {now.get(name)!r}, but {cell.path} was drawn with "
-                f"{before.get(name)!r}, expected the same, --overwrite, or another --output_dir"
-            )
-        if not other:
-            found[cell.path] = record
+            record = None
+            if not overwrite:
+                raise ValueError(
+                    f"{path} is in the way: {error}; try --overwrite, or another --output_dir"
+                ) from error
+        else:
+            differing = [name for name in now if now[name] != before.get(name)]
+            if differing and not overwrite:
+                name = differing[0]
+                raise ValueError(
+                    f"--{name} is {now[name]!r}, but {path} was drawn with {before.get(name)!r}, "
+                    "expected the same, --overwrite, or another --output_dir"
+                )
+            record = None if differing else record
+        found.append((run, record))
     return found
 
 
-def row(cell: Cell, record: dict | None = None, error: str = "") -> dict:
-    """A cell as a row of results.csv."""
-    flags, config = cell.settings.flags, cell.settings.config
-    own = axes(cell.settings)
-    if own["dype_scale"] is None and own["dype_exponent"] is not None:
-        own["dype_scale"] = config.lambda_s
-    felt = effective(config.method, config.dype)
-    if own["attention_scale"] is None and "attention_scale" in felt:
-        own["attention_scale"] = "own"
-    found = {name: flags[name] for name in ("model", "height", "width", "multipass", "seed")}
-    found |= {name: "" if value is None else short(value) for name, value in own.items()}
-    found |= {"file": cell.path.name, "prompt": cell.prompt, "error": error}
-    found["method"] = records.method_name(config.method, config.dype)
-    took = record or {"seconds": "", "peak_memory": ""}
-    return found | {name: took[name] for name in ("seconds", "peak_memory")}
+def open_folder(runs: list[RunSettings], folder: Path, overwrite: bool) -> tuple[Rows, list[str]]:
+    """Make a folder's tables and JSONs say what its images say, after a kill at any moment.
 
-
-def reconcile(folder: Path, cells: list[Cell], found: dict[Path, dict]) -> None:
-    """Make results.csv and the JSONs say what the pictures say, after a kill at any moment."""
-    ours = {cell.path.name for cell in cells}
-    done = {path.name for path in found}
-    kept = [
-        one
-        for one in read_rows(folder)
-        if one["file"] not in ours or (one["file"] in done and not one["error"])
-    ]
-    known = {one["file"] for one in kept}
-    ours |= {cell.path.with_suffix(".json").name for cell in cells} | {RESULTS, "summary.txt"}
+    The folder is locked by the caller. Returns its rows, those of other sweeps first, and the names
+    of the images that are to be generated. Raises ValueError, OSError.
+    """
+    rows: Rows = {row["file"]: row for row in read_own_rows(folder)}
+    names = []
+    for run, record in find_finished(runs, folder, overwrite):
+        rows.pop(run.file_name, None)
+        rows[run.file_name] = to_row(run, record) if record else None
+        beside = (folder / run.file_name).with_suffix(".json")
+        if record is None:
+            names.append(run.file_name)
+        elif not beside.exists() or beside.read_bytes() != records.text_of(record):
+            records.write({beside: records.text_of(record)})
     for part in folder.glob(".*.part"):
         owner = part.name[1:].rsplit(".", 2)[0]  # .NAME.PROCESS.part
-        if owner in ours or owner.startswith("comparison_"):
+        tables = owner in (RESULTS, "summary.txt") or owner.startswith("comparison_")
+        if tables or Path(owner).with_suffix(".png").name in rows:
             part.unlink()
-    for cell in cells:
-        beside = cell.path.with_suffix(".json")
-        if cell.path in found:
-            text = records.text_of(found[cell.path])
-            if not beside.exists() or beside.read_bytes() != text:
-                records.write({beside: text})
-            if cell.path.name not in known:
-                kept.append(row(cell, found[cell.path]))
-        else:
-            beside.unlink(missing_ok=True)  # of a picture that is gone, or is drawn anew
-    rewrite(folder, kept)
+    write_rows(folder, rows)
+    return rows, names
 
 
-def run(
-    cells: list[Cell], folder: Path, load: Callable, overwrite: bool, team: Team = ALONE
-) -> int:
-    """Draw what is not there yet; returns how many cells failed. Raises ValueError, OSError.
+def write_rows(folder: Path, rows: Rows) -> None:
+    """Write results.csv. Raises OSError."""
+    write_table(folder / RESULTS, COLUMNS, [row for row in rows.values() if row])
 
-    load: the cells to be drawn -> the pipeline and the function from a text to its embeddings;
-    called if there are any. A cell that fails is written down, and the rest go on. Of several
-    processes each draws its share; where they draw each picture together, a failure ends the run,
-    since the others would wait for this one.
+
+def run_sweep(runs: list[RunSettings], folder: Path, overwrite: bool) -> int | None:
+    """Generate the images that are not there yet, and write results.csv.
+
+    Of several processes each generates its share; with --ulysses or --ring all of them each image.
+    Returns how many images failed, in the main process. Raises ValueError, OSError, UserError.
     """
-    with ExitStack() as open_until_done:
-        places = team.agreed(lambda: prepared(cells, folder, overwrite, open_until_done))
-        cells = [replace(cell, path=path) for cell, (path, _) in zip(cells, places, strict=True)]
-        rest = [cell for cell, (_, done) in zip(cells, places, strict=True) if not done]
-        print(f"{folder}: pictures {len(cells)}, there already {len(cells) - len(rest)}")
-        mine = team.share(rest)
-        first, whole = len(cells) - len(rest), f"{len(cells)}"
-        if len(mine) < len(rest):
-            first, whole = 0, f"{len(mine)} of this process"
-        labels = [f"[{count}/{whole}]" for count in range(first + 1, first + 1 + len(mine))]
-        failed = team.total(draw_all(mine, labels, folder, load, overwrite, team) if mine else 0)
-        if team.main and team.count > 1:
-            arrange(folder, cells)
-        return failed
+    main, together = distributed.rank_and_world_size()[0] == 0, runs[0].ulysses * runs[0].ring > 1
+    with ExitStack() as stack:
+        rows, names = {}, []
+        if main:  # the others wait for it in `join`
+            records.check_writable(folder)
+            stack.enter_context(locked(folder))
+            rows, names = open_folder(runs, folder, overwrite)
+        state = distributed.join(runs[0], alone=False)
+        [names] = broadcast_object_list([names])
+        there = len(runs) - len(names)
+        print(f"{folder}: pictures {len(runs)}, there already {there}")
+        with state.split_between_processes(names) as share:
+            mine = [run for run in runs if run.file_name in (names if together else share)]
+        whole = f"{len(runs)}"
+        if len(mine) < len(names):
+            there, whole = 0, f"{len(mine)} of this process"
+        labels = [f"[{there + number}/{whole}]" for number in range(1, 1 + len(mine))]
+        new = generate_all(mine, labels, folder, rows, state, together) if mine else {}
+        if not together:
+            new = {row["file"]: row for row in gather_object([*new.values()])}
+        state.destroy_process_group()  # not after an error: the others may not be there any more
+        if main:
+            write_rows(folder, rows | new)
+        return sum(bool(row["error"]) for row in new.values()) if main else None
 
 
-def arrange(folder: Path, cells: list[Cell]) -> None:
-    """Put the rows of results.csv into the order of the cells, whoever drew them first."""
-    place = {cell.path.name: i for i, cell in enumerate(cells)}
-    rows = sorted(read_rows(folder), key=lambda one: place.get(one["file"], -1))
-    rewrite(folder, rows)
+def generate_all(
+    runs: list[RunSettings],
+    labels: list[str],
+    folder: Path,
+    rows: Rows,
+    state: PartialState,
+    together: bool,
+) -> Rows:
+    """Load a pipeline, generate images, and return their rows; one that fails is noted there.
 
+    Args:
+        runs: of the images that this process generates.
+        labels: of the lines that are printed of them.
+        rows: of the folder, which the main process writes after each image.
+        state: of `distributed.join`.
+        together: whether all processes generate each image. An error then ends the run, since the
+            others would wait for this one.
 
-def prepared(
-    cells: list[Cell], folder: Path, overwrite: bool, stack: ExitStack
-) -> list[tuple[Path, bool]]:
-    """Make the folder's records say what its pictures say: each cell's place, and if it is done.
-
-    The folder is locked until the stack is left. Raises ValueError, OSError.
+    Raises:
+        OSError: a full disk, say, would fail every other image too.
     """
-    records.check_writable(folder)
-    stack.enter_context(locked(folder))
-    cells = located(cells, folder)
-    found = finished(cells, overwrite)
-    reconcile(folder, cells, found)
-    return [(cell.path, cell.path in found) for cell in cells]
-
-
-def draw_all(
-    mine: list[Cell], labels: list[str], folder: Path, load: Callable, overwrite: bool, team: Team
-) -> int:
-    """Draw this process's share of the cells; returns how many failed."""
-    pipe, encode = load(mine)
-    pipe.set_progress_bar_config(disable=not team.main)
-    failed, start = 0, time.perf_counter()
-    done, left = 0.0, sum(work(cell.settings) for cell in mine)
-    for label, cell in zip(labels, mine, strict=True):
-        failure = attempt(pipe, cell, encode, folder, overwrite, team)
-        failed += bool(failure)
-        done, left = done + work(cell.settings), left - work(cell.settings)
+    main = state.is_main_process
+    pipe = load(runs[0], max(run.height * run.width for run in runs), state)
+    pipe.set_progress_bar_config(disable=not main)
+    encode, new = prompt_encoder(pipe, runs), {}
+    start, done, left = time.perf_counter(), 0, sum(map(estimate_work, runs))
+    for label, run in zip(labels, runs, strict=True):
+        failure, generated = attempt(pipe, run, encode, together)
+        if generated and (main or not together):
+            records.save(*generated, folder / run.file_name)
+        new[run.file_name] = to_row(run, generated and generated[1], failure)
+        if main:
+            write_rows(folder, rows | new)
+        done, left = done + estimate_work(run), left - estimate_work(run)
         seconds = (time.perf_counter() - start) * left / done
-        more = f", about {span(seconds)} left" if cell is not mine[-1] else ""
-        print(f"{label} {cell.path.name}  {failure or 'done'}{more}", flush=True)
-    return failed
+        rest = f", about {span(seconds)} left" if left else ""
+        print(f"{label} {run.file_name}  {failure or 'done'}{rest}", flush=True)
+    return new
 
 
-def attempt(
-    pipe, cell: Cell, encode: Callable, folder: Path, overwrite: bool, team: Team = ALONE
-) -> str:
-    """Draw a cell and write it down; returns why it failed, or "". Raises OSError."""
-    failure, record = "", None
+def attempt(pipe, run: RunSettings, encode: Callable, together: bool) -> tuple[str, tuple | None]:
+    """Why an image could not be generated, or ""; and the image with its record."""
     try:
-        image, record = drawn(pipe, cell.settings, cell.prompt, encode)
-        if team.together and not team.main:
-            return ""
-        records.save(image, cell.path, record, overwrite)
-    except OSError:  # a full disk would fail every other cell too
-        raise
-    except Exception as error:  # whatever one setting does to a model, the others are drawn
-        if team.together or errors.of_compiler(error):  # which is no cell's fault
+        return "", generate_with_record(pipe, run, prepare(pipe, run), encode)
+    except Exception as error:  # the fault of one setting, unless it would hit every other too
+        alone = isinstance(error, OSError | UserError) or errors.of_compiler(
+            error
+        )  # no fault of its settings
+        if together or alone:
             raise
         failure = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if errors.ran_out(error):
-            failure = out_of_memory(pipe, cell.settings)
-    if failure:  # outside of the handler, whose traceback holds on to the tensors
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    append(folder / RESULTS, row(cell, record, failure))
-    return failure
+            failure = out_of_memory(pipe, run)
+    gc.collect()  # outside of the handler, whose traceback holds on to the tensors
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return failure, None
 
 
-def outline(cells: list[Cell], folder: Path, overwrite: bool) -> str:
-    """What a sweep would draw, and about how long that takes. Raises ValueError as `run` does."""
-    cells = located(cells, folder)
-    found = finished(cells, overwrite)
-    rest = [cell.settings for cell in cells if cell.path not in found]
-    lines = [f"  {cell.path.name}{'  (there)' * (cell.path in found)}" for cell in cells]
-    lines.append(f"pictures {len(cells)}, there already {len(found)}")
-    done = [cell for cell in cells if cell.path in found]
+def estimate_work(run: RunSettings) -> int:
+    """Steps times pixels, by which the time that is left is estimated."""
+    return run.steps * run.height * run.width
+
+
+def outline(runs: list[RunSettings], folder: Path, overwrite: bool) -> str:
+    """What a sweep would draw, and about how long that takes.
+
+    Raises ValueError as `open_folder` does.
+    """
+    read_own_rows(folder)
+    found = find_finished(runs, folder, overwrite)
+    done = [(run, record) for run, record in found if record]
+    lines = [f"  {run.file_name}{'  (there)' * bool(record)}" for run, record in found]
+    lines.append(f"pictures {len(runs)}, there already {len(done)}")
     if done:
-        seconds = sum(found[cell.path]["seconds"] for cell in done)
-        rate = seconds / sum(work(cell.settings) for cell in done)
-        lines[-1] += f"; the rest: about {span(sum(map(work, rest)) * rate)} at the pace of those"
+        rate = sum(record["seconds"] for _, record in done)
+        rate /= sum(estimate_work(run) for run, _ in done)
+        rest = sum(estimate_work(run) for run, record in found if not record)
+        lines[-1] += f"; the rest: about {span(rest * rate)} at the pace of those"
     else:
         lines[-1] += "; how long that takes can be said once one is there"
     return "\n".join(lines)

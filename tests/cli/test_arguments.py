@@ -12,6 +12,8 @@ from PIL import Image, PngImagePlugin
 from tiny import qwen_vae
 
 import run_dype
+from dype.cli import flags
+from dype.cli.settings import resolve
 from dype.pipelines import acceleration, loading, memory
 from dype.pipelines.catalog import MODELS
 from dype.pipelines.memory import decoding, set_tiling
@@ -43,10 +45,9 @@ def calls(tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(run_dype, "load_pipeline", recorded("load", pipe))
+    monkeypatch.setattr(sampling_run, "load_pipeline", recorded("load", pipe))
     monkeypatch.setattr(sampling_run, "set_tiling", recorded("tiling", True))
     monkeypatch.setattr(sampling_run, "apply_dype", recorded("apply", None))
-    monkeypatch.setattr(run_dype, "apply_dype", recorded("apply", None))
     monkeypatch.setattr(acceleration, "compile_steps", recorded("compile", None))
     monkeypatch.setattr(sample, "encode", lambda pipe, text, length: text)
     monkeypatch.setattr(sample, "draw", recorded("draw", Image.new("RGB", (96, 64))))
@@ -69,6 +70,7 @@ def test_every_flag_arrives_and_comes_back(calls):
         "quantize": "none",
         "loras": [("a/b", 0.5)],
         "pixels": 64 * 96,
+        "entry": MODELS["demo"],
     }
     assert first["tiling"][0] == ("on", 128, 64 * 96)
     ((config,), _) = first["apply"]
@@ -121,7 +123,8 @@ def test_drawing_again_decodes_as_before(calls):
 
 def test_two_runs_at_once_overwrite_nothing(calls, monkeypatch):
     """A name that was taken while the picture was drawn stays; --overwrite takes it."""
-    name = "outputs/seed_7_method_dy_ntk_res_64x96"
+    [run] = resolve(vars(flags.parse(FLAGS)))[1]
+    name = f"outputs/{run.file_name.removesuffix('.png')}"
     plain = sample.draw
 
     def slow(*args, **kwargs):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from dype.cli import flags
 from dype.cli.settings import resolve
 from dype.pipelines.catalog import MODELS
 from dype.sampling import records
-from dype.sampling.run import Settings
+from dype.sampling.settings import RunSettings
+from dype.sweep import results
 
 PICTURE = ["--height", "64", "--width", "64", "--steps", "2", "--base_resolution", "32"]
 PICTURE += ["--prompt", "a red ring"]
@@ -80,7 +82,6 @@ BAD = {
     "shift": (2, "--shift none"),
     "unknown flag": (2, "--heigth 512"),
     "dype word": (2, "--dype maybe"),
-    "dype and no_dype": (2, "--dype on --no_dype"),
     "dype_scale negative": (2, "--dype_scale -1"),
     "dype_scale nan": (2, "--dype_scale nan"),
     "dype_scale a word": (2, "--dype_scale big"),
@@ -219,7 +220,7 @@ def test_dry_run_says_what_it_assumes(capsys):
 
 def test_prompts_file_with_a_byte_order_mark():
     Path("prompts.txt").write_bytes(b"\xef\xbb\xbfa red ring\n")
-    assert settings("--prompts_file", "prompts.txt").prompts == ["a red ring"]
+    assert settings("--prompts_file", "prompts.txt").prompt == "a red ring"
 
 
 def test_disk_full(folder, monkeypatch, capsys):
@@ -239,7 +240,8 @@ def test_draw_record_and_draw_again(folder, capsys):
     flags = ["--model", folder, *PICTURE, "--dype-scale", "1.5"]
     assert run(*flags) == 0
     assert run(*flags) == 0
-    name = "seed_42_method_dy_yarn_res_64x64"
+    name = settings(*map(str, flags)).file_name.removesuffix(".png")
+    assert name.startswith("seed_42_method_dy_yarn_res_64x64_")
     first, second = (f"outputs/{name}{more}.png" for more in ("", "_2"))
     assert run("--from", second, "--output", "third.png") == 0
     pixels = [np.asarray(Image.open(path)) for path in (first, second, "third.png")]
@@ -258,14 +260,16 @@ def test_draw_record_and_draw_again(folder, capsys):
 
 
 def test_several_prompts(folder):
-    assert settings("--prompt", "a", "--prompt", "b", "c").prompts == ["a", "b", "c"]
+    found = resolved("--prompt", "a", "--prompt", "b", "c")
+    assert [run.prompt for run in found] == ["a", "b", "c"]
     with open("prompts.txt", "w") as file:
         file.write("a blue disk\n\n  a red cross  \n")
     assert run("--model", folder, *PICTURE[:-2], "--prompts_file", "prompts.txt", "--no_dype") == 0
-    name = "seed_42_method_yarn_res_64x64"
-    paths = [f"outputs/sweep/{name}{more}.png" for more in ("", "_prompt_2")]
-    prompts = [records.load(path)["prompt"] for path in paths]
-    assert prompts == ["a blue disk", "a red cross"]
+    rows = results.read_rows(Path("outputs/sweep"))
+    assert [row["prompt"] for row in rows] == ["a blue disk", "a red cross"]
+    for row in rows:
+        assert records.load(Path("outputs/sweep") / row["file"])["prompt"] == row["prompt"]
+        assert row["prompt"].replace(" ", "-") in row["file"]
 
 
 def test_parts_on_other_devices_draw_the_same(folder):
@@ -314,35 +318,40 @@ def test_tiled_decoding(folder):
     assert abs(on - off).mean() < 8
 
 
-def settings(*argv) -> Settings:
-    [only] = resolve(vars(flags.parse(list(argv))))[1]
+def resolved(*argv) -> list[RunSettings]:
+    return resolve(vars(flags.parse(list(argv))))[1]
+
+
+def settings(*argv) -> RunSettings:
+    [only] = resolved(*argv)
     return only
 
 
 def test_precedence(folder):
     """An explicit flag over the preset, that over --from, that over the model's default."""
-    assert settings("--model", "demo").flags["steps"] == MODELS["demo"].steps
+    assert settings("--model", "demo").steps == MODELS["demo"].steps
     run("--model", folder, *PICTURE, "--method", "ntk", "--dype_scale", "1.5", "--output", "a.png")
     again = settings("--from", "a.png")
     assert (again.config.method, again.config.dype_scale) == ("ntk", 1.5)
-    assert (again.flags["steps"], again.flags["model"]) == (2, str(folder))
+    assert (again.steps, again.model) == (2, str(folder))
     preset = settings("--from", "a.png", "--preset", "4k")
     assert (preset.config.method, preset.config.dype_scale) == ("vision_yarn", 2.0)
     explicit = settings("--from", "a.png", "--preset", "4k", "--dype_scale", "3", "--steps", "9")
     assert (explicit.config.method, explicit.config.dype_scale) == ("vision_yarn", 3.0)
-    assert explicit.flags["steps"] == 9
+    assert explicit.steps == 9
     other = settings("--from", "a.png", "--model", "flux-dev")
-    assert (other.config.base_resolution, other.flags["steps"]) == (1024, 28)
+    assert (other.config.base_resolution, other.steps) == (1024, 28)
     assert other.config.method == "ntk"
 
 
 def test_defaults_are_the_papers():
     found = settings()
-    assert found.flags["model"] == "flux-krea"
+    assert found.model == "flux-krea"
     assert (found.config.method, found.config.dype, found.config.lambda_s) == ("yarn", True, 1.0)
     expected = {"height": 4096, "width": 4096, "steps": 28, "seed": 42, "guidance": 4.5}
-    assert expected.items() <= found.flags.items()
-    assert found.prompts[0].startswith("A mysterious woman stands confidently in elaborate")
+    assert expected.items() <= found.record["flags"].items()
+    assert found.prompt.startswith("A mysterious woman stands confidently in elaborate")
+    assert found.file_name == "seed_42_method_dy_yarn_res_4096x4096.png"
 
 
 def test_spellings():
@@ -352,9 +361,24 @@ def test_spellings():
     assert settings("--dype_method", "ntk").config.method == "ntk"
     assert settings("--isotropic").config.anisotropic is False
     assert settings("--dype_scale", "0").config.dype_scale == 0
-    assert settings("--lora", "a:0.5", "--lora", "b").loras == [("a", 0.5), ("b", 1.0)]
+    assert settings("--lora", "a:0.5", "--lora", "b").lora == ["a:0.5", "b:1.0"]
     Path("c").write_text("")
-    assert settings("--lora", "c:2").loras == [(str(Path("c").absolute()), 2.0)]
+    assert settings("--lora", "c:2").lora == [f"{Path('c').absolute()}:2.0"]
+
+
+def test_the_last_word_wins():
+    assert settings("--dype", "on", "--no_dype").config.dype is False
+    assert settings("--no_dype", "--dype").config.dype is True
+    assert settings("--multipass", "single", "--progressive").multipass == "progressive"
+    for words, size in {
+        "--size 64x96 --height 128": (128, 64),
+        "--height 128 --size 64x96": (96, 64),
+        "--height 128 --width 256 --size 64": (64, 64),
+    }.items():
+        found = settings(*words.split())
+        assert (found.height, found.width) == size
+    both = resolved("--size", "64,96x64", "--width", "128")
+    assert [(run.height, run.width) for run in both] == [(64, 128)]
 
 
 def test_another_method_brings_its_own_scale():
@@ -363,12 +387,38 @@ def test_another_method_brings_its_own_scale():
     assert settings("--model", "demo", "--method", other).config.dype_scale is None
 
 
+NAMES = {  # flags -> the name after the authors' part
+    "": "dy_yarn_res_4096x4096",
+    "--width 2048": "dy_yarn_res_4096x2048",
+    "--no_dype --size 64": "yarn_res_64x64",
+    "--method base --size 64": "base_res_64x64",
+    "--method base --dype_scale 3": "base_res_4096x4096",
+    "--dype_scale 1": "dy_yarn_res_4096x4096",
+    "--dype_scale 1.5 --steps 9": "dy_yarn_res_4096x4096_steps_9_dype_scale_1.5",
+    "--isotropic": "dy_yarn_res_4096x4096_anisotropic_off",
+    "--multipass twopass --pass3_strength 0.5": None,
+    "--device cpu --offload group --tiled_vae on": "dy_yarn_res_4096x4096",
+    "--model z-image": "dy_yarn_res_4096x4096_model_z-image",
+    "--model demo": "dy_yarn_paper_res_512x512_model_demo",
+    "--prompt Cats": "dy_yarn_res_4096x4096_prompt_cats-ec05d70c",
+}
+
+
 def test_file_names():
-    assert records.file_name(42, "yarn", True, 4096, 2048).endswith("dy_yarn_res_4096x2048.png")
-    assert records.file_name(42, "yarn", False, 64, 64) == "seed_42_method_yarn_res_64x64.png"
-    assert records.file_name(1, "base", True, 64, 64, 1) == (
-        "seed_1_method_base_res_64x64_prompt_2.png"
-    )
+    """The authors' scheme, and every setting that is not at its default; nothing else."""
+    for words, name in NAMES.items():
+        if name is not None:
+            assert settings(*words.split()).file_name == f"seed_42_method_{name}.png", words
+
+
+def test_names_tell_any_two_images_apart():
+    """Values that look alike, long prompts that differ at their ends, a cut name."""
+    prompts = ["a b", "a-b", "A b", "a  b", "ab", "猫", "犬", *("word " * 40 + end for end in "xy")]
+    more = ["--model", "qwen-image", "--negative_prompt", "n" * 300, "--true_cfg", "2,3"]
+    names = [run.file_name for run in resolved("--prompt", *prompts, *more)]
+    assert len(set(names)) == 2 * len(prompts)
+    assert max(map(len, names)) < 200
+    assert all(re.fullmatch(r"[a-zA-Z0-9._-]+", name) for name in names)
 
 
 def test_dry_run(capsys):

@@ -418,7 +418,7 @@ def test_frontier(tmp_path):
 def swept(folder: Path, methods=("base", "ntk", "dy_ntk", "dy_tasr", "yarn", "dy_yarn"), **more):
     """A finished sweep: pictures of a colour each, whose columns darken, with their records."""
     folder.mkdir(exist_ok=True)
-    rows = [dict(zip(results.COLUMNS, results.COLUMNS, strict=True))]
+    rows = results.read_rows(folder)
     for prompt in ("a ring", "a cross"):
         for i, name in enumerate(methods):
             method, dynamic = name.removeprefix("dy_"), name.startswith("dy_")
@@ -426,13 +426,11 @@ def swept(folder: Path, methods=("base", "ntk", "dy_ntk", "dy_tasr", "yarn", "dy
             pixels[..., 1] = np.arange(64) + 64 * (prompt == "a cross")
             config = DyPEConfig(method, dype=dynamic).to_dict()
             path = folder / f"{prompt[2:]}_{name}{''.join(more.values())}.png"
-            records.save(Image.fromarray(pixels), path, {"config": config})
+            records.save(Image.fromarray(pixels), {"config": config}, path)
             row = dict.fromkeys(results.COLUMNS, "") | {"file": path.name, "method": name}
             row |= {"height": "48", "width": "64", "seed": "0", "prompt": prompt, "seconds": "1"}
             rows.append(row | more)
-    path = folder / "results.csv"
-    text = results.table(rows[path.exists() :], results.COLUMNS)
-    path.write_text((path.read_text() if path.exists() else "") + text)
+    results.write_table(folder / "results.csv", results.COLUMNS, rows)
     return folder
 
 

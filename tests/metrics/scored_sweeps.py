@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dype.metrics import __main__ as metrics
-from dype.metrics import inception_features, metrics_csv
+from dype.metrics import inception_features
 from dype.sweep import results
 
 PROMPT = "a red ring on teal leaves"
@@ -63,7 +63,7 @@ def report(folder: str = "out") -> dict:
 
 def values(name: str, folder: str = "out") -> dict[str, float]:
     """Return the values of a metric by file."""
-    rows = metrics_csv.read_metrics(Path(folder))
+    rows = results.read_metrics(Path(folder))
     return {row["file"]: float(row["value"]) for row in rows if row["metric"] == name}
 
 

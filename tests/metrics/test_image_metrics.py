@@ -173,15 +173,15 @@ def test_what_is_missing_is_said_first(weights, monkeypatch):
 
 
 def test_prompts(weights, capsys):
-    """The n-th line for the sweep's n-th prompt, whatever the order of its images."""
-    files = [f"seed_{seed}_{end}.png" for end in ("b_prompt_2", "a") for seed in (0, 1)]
+    """The n-th line for the n-th prompt of results.csv."""
+    files = [f"seed_{seed}_{end}.png" for end in ("a", "b") for seed in (0, 1)]
     prompts = ["a blue disk on red leaves"] * 2 + [PROMPT] * 2
     rows = [{"file": f, "prompt": p} for f, p in zip(files, prompts, strict=True)]
     folder = make_sweep(*rows)
     argv = ["--weights", f"clip_score={weights['clip']}", "--metrics", "clip_score"]
     assert score(folder, *argv) == 0
     recorded = values("clip_score")
-    Path("same.txt").write_text(f"{PROMPT}\n\na blue disk on red leaves\n")
+    Path("same.txt").write_text(f"a blue disk on red leaves\n\n{PROMPT}\n")
     assert score(folder, *argv, "--prompts", "same.txt") == 2
     line = capsys.readouterr().err
     assert f"clip_score in metrics.csv is by '{weights['clip']}', asked for" in line
@@ -189,15 +189,15 @@ def test_prompts(weights, capsys):
     assert "--overwrite" in line
     assert score(folder, *argv, "--prompts", "same.txt", "--overwrite") == 0
     assert values("clip_score") == recorded
-    Path("other.txt").write_text("a blue disk on red leaves\na green cross\n")
+    Path("other.txt").write_text("a green cross\na blue disk on red leaves\n")
     assert score(folder, *argv, "--prompts", "other.txt", "--overwrite") == 0
     assert values("clip_score") != recorded
     Path("one.txt").write_text(PROMPT)
     assert score(folder, *argv, "--prompts", "one.txt") == 2
     assert "has 1, the sweep 2 prompts" in capsys.readouterr().err
-    make_sweep(*rows, {"file": "seed_9_prompt_2.png", "prompt": "a green cross"})
+    make_sweep(*rows, {"file": "seed_9.png", "prompt": "a green cross"})
     assert score(folder, *argv, "--prompts", "other.txt") == 2
-    assert "several lists" in capsys.readouterr().err
+    assert "has 2, the sweep 3 prompts" in capsys.readouterr().err
 
 
 class Reward:

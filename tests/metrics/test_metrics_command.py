@@ -18,7 +18,7 @@ from scored_sweeps import (
     write_results,
 )
 
-from dype.metrics import image_metrics, metrics_csv
+from dype.metrics import image_metrics
 from dype.sweep import results
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -32,7 +32,7 @@ def test_values_and_means():
     assert score(folder) == 0
     assert (folder / "results.csv").read_bytes() == before
     assert (folder / "metrics.csv").read_text().startswith("file,metric,value,protocol\n")
-    rows = metrics_csv.read_metrics(folder)
+    rows = results.read_metrics(folder)
     assert len(rows) == 6
     protocols = {(row["metric"], row["protocol"]) for row in rows}
     assert protocols == {
@@ -112,7 +112,7 @@ def test_another_protocol_is_refused(monkeypatch, capsys):
     assert Path("out/metrics.csv").read_text() == text
     assert score(folder, "--metrics", "compression") == 0  # it has not changed
     assert score(folder, "--metrics", "glcm", "--overwrite") == 0
-    rows = metrics_csv.read_metrics(folder)
+    rows = results.read_metrics(folder)
     assert {row["protocol"] for row in rows if row["metric"] == "glcm"} == {"32 gray levels"}
     assert values("compression") == before  # of the image before it was replaced
     expected = image_metrics.measure_glcm(noise(7))
@@ -198,7 +198,7 @@ BAD = {
     "holds 0 images, expected two or more": ["out", "--real", "bare"],
     "bare has no results.csv with images": ["bare"],
     "nowhere has no results.csv with images": ["nowhere"],
-    "text/results.csv is no table of a sweep": ["text"],
+    "text/results.csv is no table of this program": ["text"],
     "failed has no results.csv with images": ["failed"],
     "--prompts is for clip_score": ["out", "--metrics", "glcm", "--prompts", "p.txt"],
     "--prompts p.txt cannot be read: No such file": ["out", "--prompts", "p.txt"],

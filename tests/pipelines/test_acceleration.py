@@ -154,9 +154,8 @@ def test_cache(family, cache, monkeypatch):
     """Work is skipped, DyPE follows every step nevertheless, and afterwards nothing is left."""
     build, draw = FAMILIES[family]
     if cache == "first_block":  # at a threshold that these random weights stay below
-        monkeypatch.setattr(
-            acceleration, "settings_of", lambda *_: FirstBlockCacheConfig(threshold=9.0)
-        )
+        loose = partial(FirstBlockCacheConfig, threshold=9.0)
+        monkeypatch.setattr("diffusers.FirstBlockCacheConfig", loose)
     pipe = build()
     apply_dype(pipe, CONFIG)
     expected = draw(pipe, 128, 192, steps=8)
@@ -182,8 +181,11 @@ def test_cache(family, cache, monkeypatch):
 @pytest.mark.parametrize("family", ["z-image", "krea2", "chroma"])
 def test_no_cache_for(family):
     pipe = FAMILIES[family][0]()
-    with pytest.raises(ValueError, match="has none in diffusers, expected off"):
-        acceleration.caching(pipe, "first_block", 4)
+    with (
+        pytest.raises(ValueError, match="has none in diffusers, expected off"),
+        acceleration.caching(pipe, "first_block", 4),
+    ):
+        pass
 
 
 def test_attention_is_put_back(pipe):
@@ -233,7 +235,7 @@ MISTAKES = {
     "--attention quick": (2, "--attention is 'quick', expected one of flash, "),
     "--attention flash": (1, "--attention flash cannot be used here: Flash Attention backend"),
     "--attention native --device cuda:9": (1, "this machine has no device cuda:9"),
-    "--cache quick": (2, "argument --cache: invalid choice: 'quick' (choose from 'off', "),
+    "--cache quick": (2, "--cache is 'quick', expected one of off, first_block, taylorseer"),
     "--cache first_block --compile blocks": (2, "--compile is 'blocks', but --cache decides anew"),
     "--compile full --offload model": (2, "but --offload model moves weights within it"),
     "--compile blocks --offload group": (2, "but --offload group moves weights within it"),
@@ -245,7 +247,7 @@ MISTAKES = {
 @pytest.mark.parametrize("flags", MISTAKES)
 def test_mistakes(flags, own_folder, capsys, monkeypatch):
     """One sentence each, before anything is loaded."""
-    monkeypatch.setattr("run_dype.load_pipeline", None)
+    monkeypatch.setattr("dype.sampling.run.load_pipeline", None)
     code, sentence = MISTAKES[flags]
     assert run("--model", "demo", *flags.split()) == code
     error = capsys.readouterr().err

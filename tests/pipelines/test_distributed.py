@@ -16,7 +16,6 @@ from conftest import TINY, run, table, tiny_transformer
 from PIL import Image
 
 from dype.pipelines import distributed
-from dype.pipelines.distributed import Team
 from dype.sampling import records
 
 ROOT = Path(__file__).parents[2]
@@ -136,15 +135,6 @@ def test_a_share_is_what_one_process_draws(together, own_folder):
         assert abs(pixels(path) - pixels(together[0] / "out" / path.name)).max() <= 1
 
 
-def test_shares():
-    """Every cell is in one share; all are in each where pictures are drawn together."""
-    cells = list(range(7))
-    shares = [Team(rank, 3).share(cells) for rank in range(3)]
-    assert sorted(cell for share in shares for cell in share) == cells
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert Team(1, 3, together=True).share(cells) == cells
-
-
 MISTAKES = {  # flags, processes -> what is said
     ("--ulysses 2", 1): "there is 1 process, expected torchrun --nproc-per-node=2 run_dype.py",
     ("--ulysses 2", 4): "--ulysses is 2, but there are 4 processes, expected torchrun",
@@ -167,7 +157,7 @@ def test_mistakes(flags, count, own_folder, capsys, monkeypatch):
     """One sentence and exit code 2, before anything is loaded or any group is made."""
     monkeypatch.setenv("WORLD_SIZE", str(count))
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr("run_dype.load_pipeline", None)
+    monkeypatch.setattr("dype.sampling.run.load_pipeline", None)
     assert run("--model", "demo", *flags.split()) == 2
     error = capsys.readouterr().err
     assert MISTAKES[flags, count] in error

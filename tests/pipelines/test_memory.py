@@ -115,19 +115,19 @@ def test_peaks_in_a_process_of_its_own():
 
 def test_the_next_cheaper_setting():
     """Down a ladder that ends at a smaller picture; bfloat16 where the CPU has it."""
-    flags = {"dtype": "bfloat16", "text_encoder_device": None, "tile_size": None}
-    assert cheaper(flags, "none", False, None) == "--tiled_vae on"
-    assert cheaper(flags, "none", True, None) == "--text_encoder_device cpu"
-    flags["text_encoder_device"] = "cpu"
-    assert cheaper(flags, "none", True, None) == "--offload model"
-    assert cheaper(flags, "model", True, None) == "--offload group"
-    assert cheaper(flags, "group", True, None) == "--tile_size 512"
-    flags["tile_size"] = 512
-    assert cheaper(flags, "group", True, None) == "a smaller --size"
-    in_full = {**flags, "dtype": "float32"}
+    run = SimpleNamespace(dtype="bfloat16", text_encoder_device=None, tile_size=None)
+    assert cheaper(run, "none", False, None) == "--tiled_vae on"
+    assert cheaper(run, "none", True, None) == "--text_encoder_device cpu"
+    run.text_encoder_device = "cpu"
+    assert cheaper(run, "none", True, None) == "--offload model"
+    assert cheaper(run, "model", True, None) == "--offload group"
+    assert cheaper(run, "group", True, None) == "--tile_size 512"
+    run.tile_size = 512
+    assert cheaper(run, "group", True, None) == "a smaller --size"
+    in_full = SimpleNamespace(**{**vars(run), "dtype": "float32"})
     assert cheaper(in_full, "none", True, "bfloat16") == "--dtype bfloat16"
     assert cheaper(in_full, "none", True, "float32") == "a smaller --size"
-    assert cheaper(flags, "none", True, "bfloat16") == "a smaller --size"
+    assert cheaper(run, "none", True, "bfloat16") == "a smaller --size"
 
 
 def test_gib():
@@ -142,8 +142,6 @@ def test_gib():
 @pytest.mark.parametrize("offload", ["none", "group"])
 def test_encoders_apart_are_used_once_and_go(offload):
     """With other parts offloaded or not: the same pixels, and no encoder left while drawing."""
-    from dype.sampling.run import encoder
-
     plain = quiet(FluxPipeline(**tiny_components()))
     place(plain, "cpu", "none", {}, 64 * 64)
     size = {"height": 64, "width": 96, "steps": 2}
@@ -154,10 +152,10 @@ def test_encoders_apart_are_used_once_and_go(offload):
     pipe.text_encoder_2.register_forward_hook(lambda *args: calls.append(1))
     drawn = sample.draw(pipe, "a red ring", **size, **SETTINGS)
     assert (np.asarray(drawn) == np.asarray(wanted)).all()
-    flags = {"guidance": 0.0, "negative_prompt": None, "max_sequence_length": 16}
-    images = [(SimpleNamespace(flags=flags), text) for text in ("a red ring", "b")]
+    settings = {"guidance": 0.0, "negative_prompt": None, "max_sequence_length": 16}
+    runs = [SimpleNamespace(prompt=text, **settings) for text in ("a red ring", "b")]
     calls.clear()
-    encode = encoder(pipe, images)
+    encode = sample.prompt_encoder(pipe, runs)
     assert len(calls) == 2
     assert pipe.text_encoder is None
     assert pipe.text_encoder_2 is None

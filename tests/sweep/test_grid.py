@@ -1,6 +1,5 @@
 """Lists of settings, sweeps with a name, and the cells that they make."""
 
-import json
 import os
 import shlex
 from pathlib import Path
@@ -12,13 +11,15 @@ from PIL import Image
 from dype import DyPEConfig
 from dype.cli import flags
 from dype.cli.settings import resolve
-from dype.sweep import cells, grid
+from dype.sampling.settings import RunSettings, image_settings
+from dype.sweep import grid
+from dype.sweep.run import estimate_work
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
-def planned(*argv) -> list[cells.Cell]:
-    return cells.plan(resolve(vars(flags.parse([*argv])))[1], Path("out"))
+def planned(*argv) -> list[RunSettings]:
+    return resolve(vars(flags.parse([*argv])))[1]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,8 @@ def planned(*argv) -> list[cells.Cell]:
     ],
 )
 def test_lists(name, text, expected):
-    assert grid.values(name, text) == expected.split()
+    numbers = name not in ("method", "size")
+    assert grid.parse_list(name, text, numbers) == expected.split()
 
 
 BAD = {
@@ -61,13 +63,11 @@ BAD = {
     "one of the list out of range": "--dype_scale 1,9",
     "one of the list unknown": "--method yarn,yarm",
     "dype maybe": "--dype on,maybe",
-    "dype list and no_dype": "--dype on,off --no_dype",
     "too many": "--seed 0-10000",
     "far too many": "--seed 0-99999999999",
     "size a word": "--size tall",
     "size of three": "--size 64x64x64",
     "size odd": "--size 1000",
-    "size and height": "--size 1024 --height 1024",
     "multipass unknown": "--multipass fourpass",
     "pass2_strength 0": "--multipass twopass --pass2_strength 0",
     "pass2_strength above 1": "--multipass twopass --pass2_strength 1.5",
@@ -125,11 +125,11 @@ def test_the_product_and_what_draws_the_same_once():
     found = planned(
         *shlex.split("--method base,ntk --dype on,off --dype_scale 1,2 --seed 0-1 --prompt a b")
     )
-    names = [cell.path.name for cell in found]
+    names = [cell.file_name for cell in found]
     assert len(set(names)) == len(names) == 2 * 2 * 4  # base, ntk, ntk with 1 and with 2
-    assert "seed_0_method_base_res_4096x4096.png" in names
-    assert "seed_1_method_dy_ntk_res_4096x4096_scale_1_prompt_2.png" in names
-    assert "seed_0_method_ntk_res_4096x4096_prompt_2.png" in names
+    assert names[0].startswith("seed_0_method_base_res_4096x4096_prompt_a")
+    assert sum("dy_ntk_res_4096x4096_dype_scale_1_" in name for name in names) == 4
+    assert sum("dy_ntk_res_4096x4096_prompt_" in name for name in names) == 4  # 2, its own
     assert found[0].prompt == "a"
     assert found[-1].prompt == "b"
 
@@ -137,19 +137,20 @@ def test_the_product_and_what_draws_the_same_once():
 def test_the_time_aware_baseline_has_no_lambdas():
     """TASR follows t itself: lambda_s and lambda_t change nothing, the start does."""
     lists = "--method tasr --dype_scale 1,2 --dype_exponent 1,2 --dype_start_sigma 0.5,1"
-    names = [cell.path.name for cell in planned(*lists.split())]
+    names = [cell.file_name for cell in planned(*lists.split())]
     assert names == [
-        f"seed_42_method_dy_tasr_res_4096x4096_start_{start}.png" for start in ("0.5", "1")
+        f"seed_42_method_dy_tasr_res_4096x4096{start}.png"
+        for start in ("_dype_start_sigma_0.5", "")
     ]
 
 
 def test_settings_that_a_method_does_not_feel():
     """The cut moves the cutoffs alone, dynamic and static; the attention scale all but `base`."""
     lists = "--method base,pi,cutoff --no_dype --cutoff 1,2 --attention_scale 0,0.3"
-    names = [cell.path.name for cell in planned(*lists.split())]
+    names = [cell.file_name for cell in planned(*lists.split())]
     assert names == ["seed_42_method_base_res_4096x4096.png"] + [
-        f"seed_42_method_{method}_res_4096x4096{cut}_attention_{scale}.png"
-        for method, cuts in (("pi", [""]), ("cutoff", ["_cutoff_1", "_cutoff_2"]))
+        f"seed_42_method_{method}_res_4096x4096{cut}_attention_scale_{scale}.png"
+        for method, cuts in (("pi", [""]), ("cutoff", ["", "_cutoff_2"]))
         for cut in cuts
         for scale in ("0", "0.3")
     ]
@@ -157,26 +158,32 @@ def test_settings_that_a_method_does_not_feel():
 
 def test_the_path_of_an_attention_scale_that_is_not_felt():
     """The same picture as with a constant one: where there is no a, no method, no noise level."""
-    single = {"multipass": "single"}
 
     def same(*settings, **more):
-        one = DyPEConfig(*settings, attention_scale=0.3, **more).to_dict()
-        other = one | {"attention_path": "rising"}
-        return cells.key(single, one, "") == cells.key(single, other, "")
+        flags = planned()[0].record
+        config = DyPEConfig(*settings, attention_scale=0.3, **more).to_dict()
+        pair = [flags | {"config": config | {"attention_path": p}} for p in ("constant", "rising")]
+        return image_settings(pair[0]) == image_settings(pair[1])
 
     assert same("base")
     assert same("yarn", False)
     assert not same("yarn")
-    older = DyPEConfig("yarn").to_dict()
-    known = cells.key(single, older, "")
+
+
+def test_older_records_lack_settings():
+    """What they lack was at its default."""
+    record = planned("--method", "yarn")[0].record
+    known = image_settings(record)
     for name in ("cutoff", "cutoff_width", "attention_scale", "attention_path"):
-        del older[name]
-    assert cells.key(single, older, "") == known
+        del record["config"][name]
+    for name in ("cache", "attention", "init_sha256"):
+        del record["flags"][name]
+    assert image_settings(record) == known
 
 
 def test_sizes_are_width_first_and_names_height_first():
     found = planned("--size", "1024,2048x3072")
-    assert [cell.path.name[-13:-4] for cell in found] == ["1024x1024", "3072x2048"]
+    assert [cell.file_name[-13:-4] for cell in found] == ["1024x1024", "3072x2048"]
 
 
 COUNTS = {
@@ -205,11 +212,8 @@ def test_named_sweeps_are_presets_of_the_list_flags(line, model, capsys):
     lines = [text for text in printed[1:] if text.startswith("  --")]
     again = [cell for text in lines for cell in planned(*shlex.split(text), *model)]
 
-    def key(cell):
-        own = cells.identity(cell.settings.flags, cell.settings.config.to_dict(), cell.prompt)
-        return json.dumps(own, sort_keys=True)
-
-    assert sorted(map(key, again)) == sorted(map(key, found))
+    names = [sorted(run.file_name for run in runs) for runs in (again, found)]
+    assert names[0] == names[1]
     assert ("left out" in " ".join(printed)) == ("table3" in line)
     assert ("--model qwen-image" in " ".join(printed)) == ("table8" in line)
 
@@ -217,37 +221,37 @@ def test_named_sweeps_are_presets_of_the_list_flags(line, model, capsys):
 def test_sizes_of_a_named_sweep_are_whole_tokens():
     """Multiples of the base resolution to the nearest 16 px: 1.5 x 1328 is 1992, so 2000."""
     found = planned("--sweep", "methods", "--model", "qwen-image")
-    sizes = dict.fromkeys(cell.settings.flags["height"] for cell in found)
+    sizes = dict.fromkeys(cell.height for cell in found)
     assert list(sizes) == [1328, 2000, 2656, 3984, 5312]
 
 
 def rows(name: str) -> set[str]:
     """The rows of a named sweep, as its file names have them."""
-    return {cell.path.name.split("_res_")[0][15:] for cell in planned("--sweep", name)}
+    return {cell.file_name.split("_res_")[0][15:] for cell in planned("--sweep", name)}
 
 
 def test_paper_tables_hold_the_papers_settings():
     """Rows of Tables 1, 7 and 8; lambdas and size of both schedulers of Table 6."""
     assert rows("paper-table1") == {"base", "ntk", "dy_tasr", "dy_ntk", "yarn", "dy_yarn"}
-    sizes = [(c.settings.flags["width"], c.settings.flags["height"])
+    sizes = [(c.width, c.height)
              for c in planned("--sweep", "paper-table1")]  # fmt: skip
     assert list(dict.fromkeys(sizes)) == [(2048, 3072), (3072, 2048), (3072, 3072), (4096, 4096)]
     assert rows("paper-table7") == {"base", "yarn", "dy_yarn", "dy_yarn_ntk_only", "dy_yarn_both"}
     assert rows("paper-table8") == {"base", "yarn", "dy_yarn"}
     found = planned("--sweep", "paper-table6")
-    assert {cell.settings.flags["height"] for cell in found} == {3072}
+    assert {cell.height for cell in found} == {3072}
     for method in ("ntk", "ntk_mult"):
         pairs = [
-            (cell.settings.config.dype_scale, cell.settings.config.dype_exponent)
+            (cell.config.dype_scale, cell.config.dype_exponent)
             for cell in found
-            if cell.settings.config.dype and cell.settings.config.method == method
+            if cell.config.dype and cell.config.method == method
         ]
         assert sorted(pairs) == [(1, 1), (1.5, 1), (2, 0.5), (2, 1), (2, 2), (2.5, 1)]
 
 
 def test_a_flag_wins_over_the_named_sweep():
     found = planned("--sweep", "methods", "--method", "ntk", "--size", "2048", "--seed", "1,2")
-    assert {cell.settings.config.method for cell in found} == {"ntk"}
+    assert {cell.config.method for cell in found} == {"ntk"}
     assert len(found) == 2 * 2  # one and two passes
 
 
@@ -257,7 +261,5 @@ def test_a_prompt_twice_is_drawn_once():
 
 
 def test_the_time_left_is_by_steps_and_pixels():
-    [small], [large] = (
-        resolve({"model": "flux-dev", "size": size})[1] for size in ("1024", "2048")
-    )
-    assert cells.work(large) == 4 * cells.work(small) == 28 * 2048**2
+    [small], [large] = (planned("--size", size) for size in ("1024", "2048"))
+    assert estimate_work(large) == 4 * estimate_work(small) == 28 * 2048**2

@@ -20,14 +20,14 @@ CUES = [
     ["png", 1],
     ["png", 2],
     ["draw", 2],
-    ["csv", 1],
-    ["replace", 1],
+    ["table", 2],
+    ["png_there", 1],
+    ["json_there", 1],
     ["json", 1],
     ["table", 1],
     ["png", 1],
-    ["csv", 2],
     ["draw", 1],
-    ["replace", 2],
+    ["png_there", 2],
     ["sheets", 1],
 ]
 UNEQUAL = {"seconds", "peak_memory"}

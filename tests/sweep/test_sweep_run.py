@@ -13,17 +13,23 @@ import torch
 from conftest import TINY, run, table
 from PIL import Image
 
-import run_dype
 from dype.sampling import records, sample
+from dype.sampling import run as sampling_run
+from dype.sweep import results
+from dype.sweep import run as run_images
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def test_a_sweep_from_one_command(capsys, monkeypatch):
     """Pictures, records, table, sheets and summary; a second time nothing is drawn or loaded."""
-    loads = []
-    load = run_dype.load_pipeline
-    monkeypatch.setattr(run_dype, "load_pipeline", lambda *a, **k: loads.append(k) or load(*a, **k))
+    loads, load = [], sampling_run.load_pipeline
+
+    def counted(*args, **kwargs):
+        loads.append(kwargs)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(sampling_run, "load_pipeline", counted)
     line = [*TINY, *shlex.split("--method yarn,base --seed 0-1 --size 64,64x96 --output_dir out")]
     assert run(*line) == 0
     rows = table()
@@ -49,39 +55,61 @@ def test_a_sweep_from_one_command(capsys, monkeypatch):
 
 
 def test_more_of_the_same_is_added(monkeypatch):
-    """A longer list draws what is new; columns that others added to the table stay."""
-    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed"]
-    assert run(*line, "0-1") == 0
-    path = Path("out/results.csv")
-    scored = [
-        f"{text},{'clip' if i == 0 else f'0.{i}'}"
-        for i, text in enumerate(path.read_text().splitlines())
-    ]
-    path.write_text("\n".join(scored) + "\n")
+    """A longer list, or another setting, draws what is new; names hang on no other image."""
+    line = [*TINY, "--size", "64", "--output_dir", "out"]
+    assert run(*line, "--seed", "0-1") == 0
+    first = table()
     draws = []
     draw = sample.draw
     monkeypatch.setattr(sample, "draw", lambda *a, **k: draws.append(k["seed"]) or draw(*a, **k))
-    assert run(*line, "0-3") == 0
-    assert draws == [2, 3]
-    assert [row["clip"] for row in table()] == ["0.1", "0.2", "", ""]
-    assert [row["seed"] for row in table()] == ["0", "1", "2", "3"]
+    assert run(*line, "--seed", "0-3") == 0
+    assert run(*line, "--seed", "0-1", "--dype_scale", "1,2") == 0
+    assert run(*line, "--seed", "0", "--true_cfg", "2,5", "--base_resolution", "48") == 0
+    assert draws == [2, 3, 0, 1, 0, 0]
+    rows = table()
+    assert all(row in rows for row in first)
+    assert len({row["file"] for row in rows}) == len(rows) == 8
+    assert (
+        sorted(row["settings"] for row in rows)
+        == ["base_resolution 32"] * 6 + ["base_resolution 48"] * 2
+    )
 
 
-def test_another_axis_finds_what_is_there(monkeypatch):
-    """File names depend on what varies; what was drawn under another name is not drawn again."""
+def test_an_edited_prompts_file(monkeypatch):
+    """Images are known by their records: what is new is drawn, what is gone stays."""
+    line = [*TINY, "--size", "64", "--output_dir", "out", "--prompts_file", "prompts.txt"]
+    Path("prompts.txt").write_text("a ring\na cross\n")
+    assert run(*line) == 0
+    before = {path.name: path.read_bytes() for path in Path("out").glob("seed_*.png")}
+    drawn, draw = [], run_images.generate_with_record
+
+    def counted(pipe, run, *args):
+        drawn.append(run.prompt)
+        return draw(pipe, run, *args)
+
+    monkeypatch.setattr(run_images, "generate_with_record", counted)
+    Path("prompts.txt").write_text("a disk\na ring\na star\n")
+    assert run(*line) == 0
+    assert drawn == ["a disk", "a star"]
+    assert [row["prompt"] for row in table()] == ["a cross", "a disk", "a ring", "a star"]
+    for name, content in before.items():
+        assert Path("out", name).read_bytes() == content
+
+
+def test_a_folder_of_an_earlier_version(capsys):
+    """It can be read, not gone on with: one sentence says what to do, and nothing changes."""
     line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
-    assert run(*line, "--dype_scale", "1") == 0
-    draws = []
-    draw = sample.draw
-    monkeypatch.setattr(sample, "draw", lambda *a, **k: draws.append(k["seed"]) or draw(*a, **k))
-    assert run(*line, "--dype_scale", "1,2") == 0
-    assert draws == [0, 1]
-    assert sorted((row["dype_scale"], row["seed"]) for row in table()) == [
-        ("1", "0"),
-        ("1", "1"),
-        ("2", "0"),
-        ("2", "1"),
-    ]
+    assert run(*line) == 0
+    path = Path("out/results.csv")
+    rows = [{k: v for k, v in row.items() if k != "settings"} for row in table()]
+    results.write_table(path, list(rows[0]), rows)
+    before = path.read_bytes()
+    for more in ([], ["--dry_run"], ["--overwrite"]):
+        capsys.readouterr()
+        assert run(*line, *more) == 2
+        assert "of an earlier version" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert run("--grid_from", "out") == 0
 
 
 def test_a_deleted_picture_is_drawn_again_under_its_name():
@@ -119,32 +147,32 @@ def test_one_picture_of_a_named_sweep_is_a_sweep(capsys):
     assert "there already 1" in capsys.readouterr().out
 
 
-def test_a_changed_flag_is_noticed(capsys):
-    """And named; --overwrite draws again what was drawn with other settings, and only that."""
-    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed"]
-    assert run(*line, "0-1") == 0
+def test_an_image_of_other_settings_in_the_way(capsys):
+    """As another rule of names would leave it: the flag is named, --overwrite draws it again."""
+    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
+    assert run(*line) == 0
+    path, other = sorted(Path("out").glob("seed_*.png"))
+    path.write_bytes(other.read_bytes())
     capsys.readouterr()
-    assert run(*line, "0-1", "--true_cfg", "2") == 2
+    assert run(*line) == 2
     err = capsys.readouterr().err
-    assert "--true_cfg is 2.0" in err
-    assert "drawn with 5.0" in err
-    assert run(*line, "0-1", "--true_cfg", "2", "--overwrite") == 0
-    assert [row["true_cfg"] for row in table()] == ["2", "2"]
-    capsys.readouterr()
-    assert run(*line, "0-1", "--true_cfg", "2", "--overwrite") == 0
-    assert "there already 2" in capsys.readouterr().out
+    assert f"--seed is 0, but {path} was drawn with 1" in err
+    assert path.read_bytes() == other.read_bytes()
+    assert run(*line, "--overwrite") == 0
+    assert "there already 1" in capsys.readouterr().out
+    assert records.load(path)["flags"]["seed"] == 0
 
 
 def test_somebody_elses_picture_stays(capsys):
-    os.mkdir("out")
-    name = Path("out/seed_0_method_dy_yarn_paper_res_64x64.png")
+    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
+    assert run(*line) == 0
+    name = next(Path("out").glob("seed_0*.png"))
     Image.new("RGB", (8, 8)).save(name)
     before = name.read_bytes()
-    assert run(*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 2
+    assert run(*line) == 2
     assert "is in the way" in capsys.readouterr().err
     assert name.read_bytes() == before
-    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1", "--overwrite"]
-    assert run(*line) == 0
+    assert run(*line, "--overwrite") == 0
     assert records.load(name)["flags"]["seed"] == 0
 
 
@@ -179,7 +207,7 @@ def test_cells_that_fail_are_written_down_and_the_rest_go_on(monkeypatch, capsys
     assert Path("out/summary.txt").read_text().splitlines()[1].split()[:2] == ["2", "5"]
     monkeypatch.setattr(sample, "draw", draw)
     assert run(*line) == 0
-    assert [(row["seed"], row["error"]) for row in table()] == [(n, "") for n in "0612345"]
+    assert [(row["seed"], row["error"]) for row in table()] == [(n, "") for n in "0123456"]
 
 
 def test_out_of_memory_alone_says_what_is_cheaper(monkeypatch, capsys):
