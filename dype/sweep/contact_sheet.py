@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dype.pipelines import memory
 from dype.sampling import records
-from dype.sweep.results import LABELS, SAMPLES, by_setting, labels, spread, varies
+from dype.sweep.results import COLUMNS, LABELS, SAMPLES, by_setting, labels, spread, varies
 
 MOST_COLUMNS = 8
 GAP, FONT = 8, 16  # px
@@ -134,17 +134,20 @@ def small(one: dict, folder: Path, size: tuple[int, int]) -> Image.Image:
 
 
 def summary(rows: list[dict]) -> str:
-    """Per setting: pictures, failures, mean and standard deviation of seconds and memory."""
-    heads = f"{'pictures':>8}  {'failed':>6}  {'seconds':>16}  {'peak GiB':>14}"
-    lines = [f"{heads}  height x width, setting"]
-    for key, some in by_setting(rows).items():
-        good = [one for one in some if not one["error"]]
-        seconds = spread([float(one["seconds"]) for one in good], 1)
-        peaks = [float(one["peak_memory"]) / memory.GIB for one in good if one["peak_memory"]]
-        lines.append(
-            f"{len(good):8}  {len(some) - len(good):6}  {seconds:>16}  {spread(peaks, 2):>14}  "
-            + key
-        )
+    """Per setting: pictures, failures, mean and standard deviation of seconds, memory, metrics."""
+    metrics = sorted({name for row in rows for name in row} - {*COLUMNS})
+    heads = [f"{'pictures':>8}", f"{'failed':>6}", f"{'seconds':>16}", f"{'peak GiB':>14}"]
+    lines = ["  ".join([*heads, *(f"{name:>16}" for name in metrics), "height x width, setting"])]
+    for setting, group in by_setting(rows).items():
+        good = [row for row in group if not row["error"]]
+        seconds = spread([float(row["seconds"]) for row in good], 1)
+        peaks = [float(row["peak_memory"]) / memory.GIB for row in good if row["peak_memory"]]
+        cells = [f"{len(good):8}", f"{len(group) - len(good):6}", f"{seconds:>16}"]
+        cells.append(f"{spread(peaks, 2):>14}")
+        for name in metrics:
+            values = [float(row[name]) for row in good if row.get(name)]
+            cells.append(f"{spread(values, 3):>16}")
+        lines.append("  ".join([*cells, setting]))
     return "\n".join(
         [*lines, "", "Mean and standard deviation over the pictures of a setting.", ""]
     )

@@ -109,6 +109,18 @@ def test_summary():
     assert " ".join(lines[2].split()) == "1 0 2.0 1.00 64x96, base"
 
 
+def test_the_summary_has_the_metrics():
+    """Those of metrics.csv, which results.csv is joined with; an image without one is left out."""
+    rows = rows_of(*({"colour": "a", "seed": seed, "file": f"{seed}.png"} for seed in "012"))
+    results.write_table(Path("out/results.csv"), results.COLUMNS, rows)
+    entry = {"metric": "glcm", "protocol": "so"}
+    values = [entry | {"file": f"{seed}.png", "value": str(seed)} for seed in (0, 2)]
+    results.write_table(Path("out/metrics.csv"), results.METRIC_COLUMNS, values)
+    head, line, *_ = contact_sheet.summary(results.read_rows(Path("out"))).splitlines()
+    assert "glcm" in head
+    assert " ".join(line.split()).endswith("1.000 (1.414) 64x96, dy_yarn")
+
+
 def test_grid_from_a_finished_folder(capsys):
     """The same sheets again, without a model."""
     assert run(*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 0
