@@ -66,7 +66,7 @@ def read_own_rows(folder: Path) -> list[dict]:
     table of an earlier version, which named its images by another rule."""
     read_rows(folder)
     rows = read_table(folder / RESULTS, [])
-    if rows and not {*COLUMNS} <= rows[0].keys():
+    if rows and "settings" not in rows[0]:
         raise ValueError(
             f"{folder / RESULTS} is of an earlier version of this program, which can only be read; "
             "give another --output_dir, or move the folder away"
@@ -111,7 +111,7 @@ def read_table(path: Path, columns: list[str]) -> list[dict]:
 def write_table(path: Path, columns: list[str], rows) -> None:
     """Write a CSV file, whole or not at all. Raises OSError."""
     text = io.StringIO(newline="")
-    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    table = csv.DictWriter(text, columns, "", extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     records.write({path: text.getvalue().encode()})
