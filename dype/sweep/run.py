@@ -109,7 +109,8 @@ def run_sweep(runs: list[RunSettings], folder: Path, overwrite: bool) -> int | N
         there = len(runs) - len(names)
         print(f"{folder}: pictures {len(runs)}, there already {there}")
         with state.split_between_processes(names) as share:
-            mine = [run for run in runs if run.file_name in (names if together else share)]
+            chosen = {*(names if together else share)}
+        mine = [run for run in runs if run.file_name in chosen]
         whole = f"{len(runs)}"
         if len(mine) < len(names):
             there, whole = 0, f"{len(mine)} of this process"
