@@ -111,7 +111,7 @@ class DyPEConfig:
         group="position encoding", aliases=("--dype_method",),
     )
     dype: bool = flag(
-        "follow the noise level", True, label="", more={"nargs": "?", "const": "on"},
+        "follow the noise level", True, label="",
         switches=(("--no_dype", False, "the static method, as --dype off"),),
     )
     dype_scale: float | None = flag(

@@ -128,7 +128,10 @@ def parser() -> Parser:
             groups[title] = command.add_argument_group(title)
         add, several = groups[title].add_argument, row.label is not None
         shown = {"metavar": (row.metavar or METAVARS[row.type]) + ",..." * several}
-        more = {"action": "store_true"} if row.name in SWITCHES else shown | (row.more or {})
+        if row.name in SWITCHES:
+            more = {"action": "store_true"}
+        else:
+            more = shown | ({"nargs": "?", "const": "on"} if row.type is bool else row.more or {})
         names = [f"--{row.name.rstrip('_')}", *row.aliases]
         add(*names, dest=row.name, help=HELP[row.name], **more)
         for name, value, text in row.switches:

@@ -246,23 +246,20 @@ def load_profile(file: str, name: str | None) -> dict:
         raise ValueError(f"--profile is {name!r}, expected one of {', '.join(tables) or 'none'}")
     values: dict = {}
     for table in dict.fromkeys(("default", name)):
-        settings = dict(tables.get(table, {}))
-        inner = settings.pop("dype", {})
-        if not isinstance(inner, dict):  # the flag itself
-            settings, inner = settings | {"dype": inner}, {}
         words = []
-        for where, accepted, part in (
-            (f"[{table}]", IN_A_FILE, settings),
-            (f"[{table}.dype]", IN_A_FILE & ENCODING, inner),
-        ):
-            for key, value in part.items():
-                if value is False:  # of a switch that [default] has on
-                    values.pop(key, None)
-                if key not in accepted:
-                    near = difflib.get_close_matches(key, sorted(accepted), 1, 0)[0]
-                    raise ValueError(f"--config {file} {where}: there is no {key!r}, expected "
-                                     f"{near!r}")  # fmt: skip
-                words += as_words(file, key, value)
+        for key, value in tables.get(table, {}).items():
+            nested = key == "dype" and isinstance(value, dict)
+            where = f"[{table}.dype]" if nested else f"[{table}]"
+            accepted = IN_A_FILE & ENCODING if nested else IN_A_FILE
+            for flag, setting in value.items() if nested else [(key, value)]:
+                if flag not in accepted:
+                    near = difflib.get_close_matches(flag, sorted(accepted), 1, 0)[0]
+                    raise ValueError(
+                        f"--config {file} {where}: there is no {flag!r}, expected {near!r}"
+                    )
+                if setting is False:  # of a switch that [default] has on
+                    values.pop(flag, None)
+                words += as_words(file, flag, setting)
         values |= to_values(vars(parse(words)))
     return values
 

@@ -39,7 +39,8 @@ def to_row(run: RunSettings, record: dict | None = None, error: str = "") -> dic
     row |= {"file": run.file_name, "height": run.height, "width": run.width, "error": error}
     row["method"] = method_name(run.config.method, run.config.dype)
     further = {name: value for name, value in run.changed.items() if name not in LABELS}
-    row["settings"] = " ".join(f"{name} {name_part(value)}" for name, value in further.items())
+    parts = [f"{name} {name_part(value)}" for name, value in further.items()]
+    row["settings"] = ", ".join(parts) or "defaults"
     row |= {name: (record or {}).get(name) for name in ("seconds", "peak_memory")}
     return {name: "" if value is None else format_value(value) for name, value in row.items()}
 

@@ -75,6 +75,17 @@ def test_more_of_the_same_is_added(monkeypatch):
     )
 
 
+def test_settings_without_a_column_of_their_own():
+    """They are named in one, by which sheets and summary tell them apart from the defaults."""
+    line = ["--model", "demo", "--steps", "1", "--size", "64", "--seed", "0-1", "--output_dir", "o"]
+    assert run(*line, "--true_cfg", "1") == 0
+    assert run(*line, "--true_cfg", "1", "--isotropic", "--base_resolution", "32") == 0
+    told = ["defaults"] * 2 + ["base_resolution 32, anisotropic off"] * 2
+    assert [row["settings"] for row in table("o")] == told
+    lines = Path("o/summary.txt").read_text().splitlines()[1:3]
+    assert [line.split("64x64, dy_yarn_paper, ")[1] for line in lines] == [told[0], told[2]]
+
+
 def test_an_edited_prompts_file(monkeypatch):
     """Images are known by their records: what is new is drawn, what is gone stays."""
     line = [*TINY, "--size", "64", "--output_dir", "out", "--prompts_file", "prompts.txt"]
