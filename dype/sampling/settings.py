@@ -138,12 +138,9 @@ class RunSettings:
         defaults |= {"dype_scale": METHOD_SCALES[self.config.method]}
         defaults |= {"base_resolution": self.entry.base_resolution}
         defaults |= {row.name: getattr(self.entry, row.name, row.default) for row in RUN_FLAGS}
-        values = image_settings(self.record)
-        if self.init_image:
-            values["init_image"] = f"{Path(self.init_image).stem} {self.init_sha256[:8]}"
         return {
             name: value
-            for name, value in values.items()
+            for name, value in image_settings(self.record).items()
             if name not in ALWAYS_NAMED and value not in (None, [], defaults.get(name))
         }
 
@@ -161,7 +158,7 @@ class RunSettings:
 FLAGS = flags_of(RunSettings)
 RUN_FLAGS = [row for row in FLAGS if row not in CONFIG_FLAGS]
 CONFIG_DEFAULTS = DyPEConfig().to_dict()
-ALWAYS_NAMED = {"seed", "method", "dype", "height", "width", "init_sha256"}
+ALWAYS_NAMED = {"seed", "method", "dype", "height", "width"}
 LONGEST = 160  # letters of a name, without the digest of one that is longer
 
 
@@ -173,7 +170,10 @@ def image_settings(record: dict) -> dict:
     flags, config = record["flags"], CONFIG_DEFAULTS | record["config"]
     rows = [row for row in RUN_FLAGS if row.changes_image and row.name != "prompt"]
     values = {row.name: flags.get(row.name, row.default) for row in rows} | config
-    values |= {"init_sha256": flags.get("init_sha256"), "prompt": record["prompt"]}
+    values["prompt"] = record["prompt"]
+    if values["init_image"] is not None:  # wherever it is
+        sha256 = flags.get("init_sha256") or "unknown"
+        values["init_image"] = f"{Path(values['init_image']).stem} {sha256[:8]}"
     method, dype = config["method"], config["dype"] and config["method"] != "base"
     values["dype"] = dype
     if dype and values["dype_scale"] is None:

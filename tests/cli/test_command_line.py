@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +259,27 @@ def test_draw_record_and_draw_again(folder, capsys):
     assert record["seconds"] > 0
     assert {"torch", "diffusers", "transformers"} <= set(record["versions"])
     assert not [name for name in os.listdir("outputs") if "part" in name]
+
+
+ONCE = "resolve_model resolve_run sized distributed.check check_run load_pipeline apply_dype "
+ONCE += "set_tiling describe_schedule noise_schedule generate_with_record save"
+
+
+def test_each_thing_is_computed_once(folder):
+    """From the words to the picture: nothing is resolved, applied or described a second time."""
+    calls = Counter()
+
+    def count(frame, event, argument):
+        if event == "call" and "dype" in frame.f_code.co_filename:
+            name = Path(frame.f_code.co_filename).stem + "." + frame.f_code.co_name
+            calls.update((name, frame.f_code.co_name))
+
+    sys.setprofile(count)
+    try:
+        assert run("--model", folder, *PICTURE) == 0
+    finally:
+        sys.setprofile(None)
+    assert {name: calls[name] for name in ONCE.split()} == dict.fromkeys(ONCE.split(), 1)
 
 
 def test_several_prompts(folder):
