@@ -46,7 +46,7 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     given = profile | words
     options = RunOptions(**{name: given[name] for name in OPTION_NAMES if name in given})
     name, entry, source = choose_model(given, source)
-    prompts = find_prompts(given, options, entry, source)
+    prompts = find_prompts(given, source, options, name, entry)
     lines = sweep_lines(options, given.get("base_resolution", entry.base_resolution))
     lower = default_values(entry) | source | profile
     levels = [(lower | line | words, line | words) for line in lines]
@@ -81,7 +81,9 @@ def choose_model(given: dict, source: dict) -> tuple[str, Model, dict]:
     return name, resolve_model(name, revision), source
 
 
-def find_prompts(given: dict, options: RunOptions, entry: Model, source: dict) -> list[str]:
+def find_prompts(
+    given: dict, source: dict, options: RunOptions, name: str, entry: Model
+) -> list[str]:
     """The prompts that are given, of a record, or the model's own. Raises UserError."""
     prompts = list(given.get("prompt", []))
     if options.prompts_file is not None:
@@ -92,7 +94,7 @@ def find_prompts(given: dict, options: RunOptions, entry: Model, source: dict) -
     if not options.magic_suffix:
         return prompts
     if not entry.suffix:
-        raise UserError("--magic_suffix is for qwen-image, expected none with this model")
+        raise UserError(f"--magic_suffix is for qwen-image, expected none with {name}")
     return [prompt + entry.suffix for prompt in prompts]
 
 
