@@ -41,21 +41,20 @@ def main(argv: list[str] | None = None) -> int:
 def command(argv: list[str]) -> int:
     """Parse and resolve the words, then generate one image, or the images of a sweep."""
     words = vars(parse(argv))
-    if "grid_from" in words and distributed.rank_and_world_size()[0]:
-        return 0
+    rank, _ = distributed.rank_and_world_size()
     if "grid_from" in words:
-        return draw_sheets(Path(words["grid_from"]), words.get("cols"))
+        return 0 if rank else draw_sheets(Path(words["grid_from"]), words.get("cols"))
     options, runs = resolve(words)
-    single = len(runs) == 1 and options.sweep is None
-    return generate_one(options, runs[0]) if single else generate_sweep(options, runs)
+    return generate_sweep(options, runs) if options.sweep else generate_one(options, runs[0])
 
 
 def generate_one(options: RunOptions, run: RunSettings) -> int:
     """Load a pipeline, generate one image, save it with its record."""
     if options.dry_run:
         return dry_run(run)
+    distributed.check_start(run, single_image=True)
+    state = distributed.join(run)
     path = output_path(options, run)
-    state = distributed.join(run, alone=True)
     pipe = load(run, run.height * run.width, state)
     pipe.set_progress_bar_config(disable=not state.is_main_process)
     prepared = prepare(pipe, run)
@@ -76,7 +75,7 @@ def generate_one(options: RunOptions, run: RunSettings) -> int:
 
 def generate_sweep(options: RunOptions, runs: list[RunSettings]) -> int:
     """Generate every image that is not there yet, then the contact sheets and the summary."""
-    folder = Path(options.output_dir or Path("outputs") / (options.sweep or "sweep"))
+    folder = Path(options.output_dir or f"outputs/{options.sweep}")
     if options.output is not None:
         raise UserError("--output names one file, expected one picture or --output_dir")
     with user_errors():

@@ -1,7 +1,7 @@
 """The settings of DyPE: one frozen dataclass, the only home of their defaults."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, get_args
@@ -41,12 +41,14 @@ class Flag:
     choices: Collection[str] = ()
     label: str | None = None  # a value on contact sheets, "scale {}"; None: takes no list of values
     changes_image: bool = True  # False: says where or how fast alone
+    has_effect: Callable[[dict], bool] = lambda settings: True  # in an image of these settings
     group: str = ""  # title in --help, of the flags that follow too
     aliases: tuple[str, ...] = ()
     switches: tuple[tuple[str, Any, str], ...] = ()  # further flags: (name, value, help)
-    more: dict[str, Any] | None = None  # arguments of argparse's `add_argument`
-    # of the field that it is written at; default ...: there is none, or the model's own
+    arguments: dict[str, Any] | None = None  # of argparse's `add_argument`
+    # of the field that it is written at; default ...: there is none, or it is the model's
     name: str = ""
+    word: str = ""  # its name on the command line
     type: type = str
     optional: bool = False
     default: Any = ...
@@ -79,6 +81,11 @@ class Flag:
         elif not isinstance(value, self.type):
             kind = "True or False" if self.type is bool else "text"
             raise ValueError(f"{name} is {value!r}, expected {kind}")
+        elif self.type is str:
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{name} is {value!r}, expected UTF-8 text") from None
 
 
 def flag(help: str, default=..., **row):
@@ -89,15 +96,18 @@ def flag(help: str, default=..., **row):
 
 def flags_of(settings: type) -> list[Flag]:
     """The flags of a dataclass, those of a dataclass within it in its place."""
-    flags = []
+    flags, group = [], ""
     for part in fields(settings):
         kinds = get_args(part.type) or (part.type,)
         if part.type is DyPEConfig:
             flags += flags_of(DyPEConfig)
         elif "flag" in part.metadata:
+            row = part.metadata["flag"]
+            group = row.group or group
             default = ... if part.default is MISSING else part.default
-            known = {"name": part.name, "type": kinds[0], "default": default}
-            flags.append(replace(part.metadata["flag"], optional=NoneType in kinds, **known))
+            known = {"name": part.name, "word": part.name.rstrip("_"), "type": kinds[0]}
+            known |= {"optional": NoneType in kinds, "default": default, "group": group}
+            flags.append(replace(row, **known))
     return flags
 
 
@@ -117,27 +127,34 @@ class DyPEConfig:
     dype_scale: float | None = flag(
         f"lambda_s, 0 to 8 (default: the method's, {SCALES})", None, low=0, high=8,
         label="scale {}",
+        has_effect=lambda settings: settings["dype"] and METHOD_SCALES[settings["method"]],
     )
-    dype_exponent: float = flag("lambda_t, 0 to 1000", 2.0, low=0, high=1000, label="exponent {}")
+    dype_exponent: float = flag(
+        "lambda_t, 0 to 1000", 2.0, low=0, high=1000, label="exponent {}",
+        has_effect=lambda settings: settings["dype"] and METHOD_SCALES[settings["method"]],
+    )
     dype_start_sigma: float = flag(
         "t_start, above 0 to 1: above it the encoding stays as at t = 1", 1.0, metavar="T",
-        low=0, high=1, above=True, label="start {}",
+        low=0, high=1, above=True, label="start {}", has_effect=lambda settings: settings["dype"],
     )
     alpha: float = 1.0  # yarn_paper alone: the ramp's ends, turns over the trained length
     beta: float = 32.0
     cutoff: float = flag(
         "c of the method cutoff: the wavelength of its cut at t = 1/2, times the trained length; "
         "above 0 to 1000", 1.0, low=0, high=1000, above=True, label="cutoff {}",
+        has_effect=lambda settings: settings["method"] == "cutoff",
     )
     cutoff_width: float = 0.5  # delta, of ln wavelength
     spectrum_exponent: float = 2.0  # omega of C / f^omega
     attention_scale: float | None = flag(
         "a of m = 1 + a ln s, 0 to 2, for any method (default: the method's own m)", None,
         low=0, high=2, label="attention scale {}",
+        has_effect=lambda settings: settings["method"] != "base",
     )
     attention_path: str = flag(
         "with --attention_scale: a stays (constant), falls with the noise (falling: times u) or "
         "rises as it falls (rising: times 1 - u)", "constant", choices=PATHS,
+        has_effect=lambda settings: settings["attention_scale"] and settings["dype"],
     )
     base_resolution: int | None = flag(
         "side that the model was trained at", None, metavar="PX", low=16, high=16384, multiple=16
@@ -167,8 +184,8 @@ class DyPEConfig:
             raise ValueError(
                 f"attention_path is {self.attention_path!r}, expected an attention_scale with it"
             )
-        own = METHOD_SCALES[self.method] or 0.0
-        lambda_s = own if self.dype_scale is None else self.dype_scale
+        default = METHOD_SCALES[self.method] or 0.0
+        lambda_s = default if self.dype_scale is None else self.dype_scale
         object.__setattr__(self, "lambda_s", lambda_s)  # follows from two fields: no field itself
 
     def to_dict(self) -> dict:

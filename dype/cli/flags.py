@@ -4,7 +4,7 @@ import argparse
 import re
 from dataclasses import dataclass
 
-from dype.config import CONFIG_FLAGS, PRESETS, Flag, flag, flags_of
+from dype.config import PRESETS, Flag, flag, flags_of
 from dype.errors import Parser
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS
 from dype.sampling.settings import FLAGS
@@ -71,11 +71,15 @@ class RunOptions:
 
 
 OPTIONS = flags_of(RunOptions)
-SWITCHES = {row.name for row in OPTIONS if row.type is bool}  # flags without a value
-SWITCHES |= {switch[0][2:] for row in FLAGS for switch in row.switches}
-ENCODING = {"preset", "no_dype", "isotropic"} | {row.name for row in CONFIG_FLAGS}
-ENCODING -= {"shift", "base_shift", "max_shift"}
-NAMES = {row.name.rstrip("_") for row in [*FLAGS, *OPTIONS]} | SWITCHES | {"size"}
+ALL = [*FLAGS, *OPTIONS]
+# flags without a value -> the setting that they say
+SWITCHES = {row.name: row.name for row in OPTIONS if row.type is bool} | {
+    switch[0].removeprefix("--"): row.name for row in FLAGS for switch in row.switches
+}
+ON_OFF = {row.name for row in FLAGS if row.type is bool}
+NAMES = {row.word for row in ALL} | SWITCHES.keys() | {"size"}
+ENCODING = {row.name for row in ALL if row.group == "position encoding"} | {"no_dype", "isotropic"}
+GROUPS = dict.fromkeys(row.group for row in ALL)
 METAVARS = {int: "N", float: "X", str: "NAME", bool: "on|off"}
 OF_MODEL = {"method": lambda model: model.dype["method"], "shift": lambda model: model.family.shift}
 
@@ -93,10 +97,10 @@ def help_text(row: Flag) -> str:
     """The help of a flag, with its default: one value, or a model's and those that differ."""
     if "(default: " in row.help:
         return row.help
-    own = OF_MODEL.get(row.name, lambda model: getattr(model, row.name))
+    of_model = OF_MODEL.get(row.name, lambda model: getattr(model, row.name))
     default = "off" if row.default is False else row.default
     if row.default is ... or row.name in OF_MODEL or row.name == "base_resolution":
-        defaults = {name: own(model) for name, model in MODELS.items()}
+        defaults = {name: of_model(model) for name, model in MODELS.items()}
         default = defaults[DEFAULT_MODEL]
         others = [f"{name} {value}" for name, value in defaults.items() if value != default]
         default = "; ".join([f"{default}", *others])
@@ -105,7 +109,7 @@ def help_text(row: Flag) -> str:
     return f"{row.help} (default: {default})".strip()
 
 
-HELP = {row.name: help_text(row) for row in [*FLAGS, *OPTIONS]}
+HELP = {row.name: help_text(row) for row in ALL}
 
 
 def parser() -> Parser:
@@ -121,19 +125,16 @@ def parser() -> Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    groups, title = {}, ""
-    for row in [*FLAGS, *OPTIONS]:
-        title = row.group or title
-        if title not in groups:
-            groups[title] = command.add_argument_group(title)
-        add, several = groups[title].add_argument, row.label is not None
+    groups = {title: command.add_argument_group(title) for title in GROUPS}
+    for row in ALL:
+        add, several = groups[row.group].add_argument, row.label is not None
         shown = {"metavar": (row.metavar or METAVARS[row.type]) + ",..." * several}
+        if row.type is bool:
+            shown |= {"nargs": "?", "const": "on"}
         if row.name in SWITCHES:
-            more = {"action": "store_true"}
-        else:
-            more = shown | ({"nargs": "?", "const": "on"} if row.type is bool else row.more or {})
-        names = [f"--{row.name.rstrip('_')}", *row.aliases]
-        add(*names, dest=row.name, help=HELP[row.name], **more)
+            shown = {"action": "store_true"}
+        names = [f"--{row.word}", *row.aliases]
+        add(*names, dest=row.name, help=HELP[row.name], **shown, **row.arguments or {})
         for name, value, text in row.switches:
             const = [value] if several else value
             add(name, dest=row.name, action="store_const", const=const, help=text + OFF)
@@ -145,8 +146,8 @@ def parser() -> Parser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags that are given, as texts. Raises UserError. Hyphens may stand for underscores."""
 
-    def underscored(flag):
-        return "--" + flag[0][2:].replace("-", "_")
+    def underscored(match):
+        return "--" + match[0][2:].replace("-", "_")
 
     return parser().parse_args([re.sub(r"^--[a-z0-9_-]+", underscored, word) for word in argv])
 
@@ -161,12 +162,13 @@ def to_values(words: dict) -> dict:
         sizes = [parse_size(text) for text in parse_list("size", values.pop("size"), False)]
         heights, widths = map(list, zip(*sizes, strict=True))
         values = {"height": heights, "width": widths} | values
-    for row in [*FLAGS, *OPTIONS]:
+    for row in ALL:
         text = values.get(row.name)
-        if not isinstance(text, str):  # not given, or a constant
-            continue
-        numbers = row.type in (int, float)
-        texts = [text] if row.label is None else parse_list(row.name, text, numbers)
-        parsed = [row.parse(item) for item in texts]
-        values[row.name] = parsed[0] if row.label is None else parsed
+        if isinstance(text, str) and row.label is None:
+            values[row.name] = row.parse(text)
+        elif isinstance(text, str):
+            texts = parse_list(row.name, text, row.type in (int, float))
+            values[row.name] = [row.parse(item) for item in texts]
+        elif row.arguments and row.name in values:  # a flag that may be given several times
+            values[row.name] = [row.parse(item) for item in text]
     return values

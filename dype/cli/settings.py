@@ -8,23 +8,25 @@ from itertools import product
 from pathlib import Path
 
 from dype.cli import validation
-from dype.cli.flags import ENCODING, NAMES, SWITCHES, RunOptions, parse, to_values
+from dype.cli.flags import ENCODING, NAMES, ON_OFF, SWITCHES, RunOptions, parse, to_values
 from dype.config import CONFIG_FLAGS, DyPEConfig, preset
 from dype.errors import UserError, user_errors
 from dype.noise_schedule import check_shift
 from dype.pipelines import distributed
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS, Model, resolve_model
 from dype.sampling import multipass, records
-from dype.sampling.settings import RUN_FLAGS, RunSettings
+from dype.sampling.settings import FLAGS, RUN_FLAGS, RunSettings
 from dype.sweep import grid
 
 CONFIG_NAMES = [part.name for part in fields(DyPEConfig)]
 OPTION_NAMES = [part.name for part in fields(RunOptions)]
-OF_MODEL = [row.name for row in RUN_FLAGS if hasattr(MODELS[DEFAULT_MODEL], row.name)]
+# settings of which each model has a default of its own
+MODEL_DEFAULTS = [row.name for row in RUN_FLAGS if hasattr(MODELS[DEFAULT_MODEL], row.name)]
+MODEL_DEFAULTS.append("base_resolution")
 IN_A_FILE = NAMES - {"config", "profile", "from", "grid_from", "dry_run", "yes"}
 # flags that take a list, in the order in which a sweep goes through them, the last the fastest
-LISTS = ["multipass", *(row.name for row in [*CONFIG_FLAGS, *RUN_FLAGS] if row.label is not None)]
-LISTS = [*dict.fromkeys(name for name in LISTS if name != "seed"), "seed"]
+LISTS = [row.name for row in [*CONFIG_FLAGS, *RUN_FLAGS] if row.label is not None]
+LISTS.sort(key=lambda name: {"multipass": 0, "seed": 2}.get(name, 1))
 
 
 @user_errors()
@@ -62,9 +64,12 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     for note in sorted(notes):
         print(note)
     check_strengths(given, runs)
+    if options.sweep is None and count > 1:
+        options = replace(options, sweep="sweep")
     images: dict[str, RunSettings] = {}  # those of one name would be the same image
     for run in (replace(run, prompt=prompt) for prompt in prompts for run in runs):
-        images.setdefault(run.file_name, run)
+        first = images.setdefault(run.file_name, run)
+        assert first is run or first.identity == run.identity
     return options, [*images.values()]
 
 
@@ -76,7 +81,7 @@ def choose_model(given: dict, source: dict) -> tuple[str, Model, dict]:
         name = str(Path(name).absolute())  # so that the record holds from anywhere
     revision = given.get("revision", source.get("revision") if "model" not in given else None)
     if source and source["model"] != name:
-        bound = {*OF_MODEL, "revision", "base_resolution"} - {"prompt"}
+        bound = {*MODEL_DEFAULTS, "revision"}
         source = {key: value for key, value in source.items() if key not in bound}
     return name, resolve_model(name, revision), source
 
@@ -89,23 +94,14 @@ def find_prompts(
     if options.prompts_file is not None:
         prompts += grid.read_prompts(Path(options.prompts_file))
     prompts = prompts or source.get("prompt") or [entry.prompt]
-    for prompt in prompts:
-        check_prompt(prompt)
+    blank = [prompt for prompt in prompts if not prompt.strip()]
+    if blank:
+        raise UserError(f"--prompt is {blank[0]!r}, expected some words")
     if not options.magic_suffix:
         return prompts
     if not entry.suffix:
         raise UserError(f"--magic_suffix is for qwen-image, expected none with {name}")
     return [prompt + entry.suffix for prompt in prompts]
-
-
-def check_prompt(text) -> None:
-    """Raise UserError for a prompt without words, or with bytes that are no text."""
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"--prompt is {text!r}, expected some words")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"--prompt is {text!r}, expected UTF-8 text") from None
 
 
 def sweep_lines(options: RunOptions, base_resolution: int) -> list[dict]:
@@ -125,7 +121,7 @@ def sweep_lines(options: RunOptions, base_resolution: int) -> list[dict]:
 def default_values(entry: Model) -> dict:
     """What an image's settings are where nothing is said of them, but for the encoding's."""
     values = {row.name: row.default for row in RUN_FLAGS} | {"init_sha256": None, "lora": []}
-    return values | {key: getattr(entry, key) for key in (*OF_MODEL, "base_resolution")}
+    return values | {name: getattr(entry, name) for name in MODEL_DEFAULTS}
 
 
 def cell_axes(values: dict) -> list[list[dict]]:
@@ -164,9 +160,9 @@ def resolve_run(
         notes.add(f"preset {options.preset}: {applied or 'nothing that no flag says'}")
         values |= chosen
     method = values.setdefault("method", entry.dype["method"])
-    own = entry.dype if method == entry.dype["method"] else {}  # of this method alone
-    config = {name: values[name] for name in CONFIG_NAMES if name in values}
-    config = DyPEConfig.from_dict(own | config)
+    defaults = entry.dype if method == entry.dype["method"] else {}  # of this method alone
+    given = {name: values[name] for name in CONFIG_NAMES if name in values}
+    config = DyPEConfig.from_dict(defaults | given)
     check_shift(entry.schedule, config, entry.family)
     if values["init_image"] is not None:
         values["init_image"] = str(Path(values["init_image"]).absolute())
@@ -181,9 +177,10 @@ def resolve_run(
         )
     values["lora"] = [validation.normalize_lora(text) for text in values["lora"]]
     values["negative_prompt"] = validation.effective_negative_prompt(values, upper, entry)
-    settings = {row.name: values[row.name] for row in RUN_FLAGS if row.name != "prompt"}
+    settings = {row.name: values[row.name] for row in RUN_FLAGS}
     settings |= {"init_sha256": values["init_sha256"], "prompt": ""}
-    run = RunSettings(**settings, config=config, entry=entry, passes=passes)
+    settings |= {"passes": passes, "processes": values["ulysses"] * values["ring"]}
+    run = RunSettings(**settings, config=config, entry=entry)
     validation.check_run(run)
     distributed.check(run, options.dry_run)
     return run
@@ -211,18 +208,20 @@ def load_source(file: str) -> dict:
             flags.pop(name, None)
         if flags["tiled_vae"] == "auto":
             flags["tiled_vae"] = "on" if record["tiled_vae"] else "off"
-        texts = [flags["model"], *flags["lora"], flags["negative_prompt"] or "", prompt]
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError
-        for row in RUN_FLAGS:
-            if row.name in flags and row.name != "lora":
-                row.check(flags[row.name], "--")
+        values = flags | {"model": flags["model"], "prompt": prompt}
+        for row in FLAGS:
+            if row.name in values:
+                value = values[row.name]
+                for part in value if row.name == "lora" else [value]:
+                    row.check(part, "--")
     except OSError as error:
         raise UserError(f"--from {file} cannot be read: {error.strerror or error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--from {file} carries no complete settings") from error
     except ValueError as error:
         raise UserError(f"--from {file}: {error}") from error
+    if config["base_resolution"] is None:
+        del config["base_resolution"]  # the model's own
     return flags | config | {"prompt": [prompt]}
 
 
@@ -259,8 +258,8 @@ def load_profile(file: str, name: str | None) -> dict:
                     raise ValueError(
                         f"--config {file} {where}: there is no {flag!r}, expected {near!r}"
                     )
-                if setting is False:  # of a switch that [default] has on
-                    values.pop(flag, None)
+                if setting is False and flag in SWITCHES:  # which [default] may have on
+                    values.pop(SWITCHES[flag], None)
                 words += as_words(file, flag, setting)
         values |= to_values(vars(parse(words)))
     return values
@@ -270,10 +269,17 @@ def as_words(file: str, flag: str, value) -> list[str]:
     """A TOML value as words of the command line. Raises ValueError."""
     if flag in SWITCHES and isinstance(value, bool):
         return [f"--{flag}"] * value
-    values = value if isinstance(value, list) else [value]
-    if flag in SWITCHES or not values or any(isinstance(part, dict | list) for part in values):
-        wanted = "true or false" if flag in SWITCHES else "a number, text or a list of them"
-        raise ValueError(f"--config {file}: {flag} is {value!r}, expected {wanted}")
-    texts = [("off", "on")[part] if isinstance(part, bool) else str(part) for part in values]
+    kinds, wanted = (int, float, str), "a number, text or a list of them"
+    if flag in SWITCHES:
+        kinds, wanted = (), "true or false"
+    elif flag in ("prompt", "lora"):
+        kinds, wanted = (str,), "text or a list of texts"
+    texts = []
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, bool) and flag in ON_OFF:
+            part = "on" if part else "off"
+        if not isinstance(part, kinds) or isinstance(part, bool):
+            raise ValueError(f"--config {file}: {flag} is {value!r}, expected {wanted}")
+        texts.append(str(part))
     texts = texts if flag in ("prompt", "lora") else [",".join(texts)]
     return [f"--{flag}={text}" for text in texts]

@@ -40,7 +40,7 @@ def check(run, dry: bool) -> None:
 
     dry: nothing is drawn, by however many.
     """
-    count, (_, world_size) = run.ulysses * run.ring, rank_and_world_size()
+    count, (_, world_size) = run.processes, rank_and_world_size()
     if world_size > 1 and run.device and torch.device(run.device).index is not None:
         raise ValueError(
             f"--device is {run.device!r}, expected no number: each of the {world_size} processes "
@@ -97,26 +97,28 @@ def check_backend(name: str, count: int, attention: str) -> None:
         )
 
 
-def join(run, alone: bool) -> PartialState:
-    """Join the other processes, if there are any.
-
-    alone: whether one picture is to be drawn. Raises UserError, `UnavailableError`.
-    """
-    rank, count = rank_and_world_size()
-    if count == 1:
-        return PartialState()
-    together = run.ulysses * run.ring > 1
-    if not together and alone:
+def check_start(run, single_image: bool = False) -> None:
+    """Raise UserError or UnavailableError if the processes that were started cannot do a run."""
+    _, count = rank_and_world_size()
+    if single_image and 1 == run.processes < count:
         raise UserError(
             f"one picture on {count} processes, expected --ulysses {count} or --ring {count}"
         )
     on_cpu = run.device == "cpu" or not torch.accelerator.is_available()
     cards, here = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    if cards < here and (together or not on_cpu):
+    if count > 1 and cards < here and (run.processes > 1 or not on_cpu):
         raise UnavailableError(f"{here} processes need a GPU each, and there are {cards}")
+
+
+def join(run) -> PartialState:
+    """Join the other processes, if there are any. Raises `UnavailableError`."""
+    rank, count = rank_and_world_size()
+    if count == 1:
+        return PartialState()
     mute(rank)
+    on_cpu = run.device == "cpu" or not torch.accelerator.is_available()
     try:
-        return PartialState(cpu=on_cpu, **{} if together else {"timeout": PATIENCE})
+        return PartialState(cpu=on_cpu, **{} if run.processes > 1 else {"timeout": PATIENCE})
     except (RuntimeError, ValueError, NotImplementedError, OSError) as error:
         raise UnavailableError(f"the {count} processes cannot join: {error}") from error
 

@@ -32,8 +32,8 @@ def load(run: RunSettings, pixels: int, state: PartialState):
     pixels: of the largest image. state: of `distributed.join`; each of several processes has a card
     of its own. Raises UserError, UnavailableError.
     """
-    alone = state.num_processes == 1 or state.device.type == "cpu"
-    device = run.device if alone else str(state.device)
+    own_card = state.num_processes > 1 and state.device.type != "cpu"
+    device = str(state.device) if own_card else run.device
     if run.attention is not None:
         check_device(device or default_device(), "none")
         masked = run.entry.pipeline in acceleration.MASKED
@@ -87,7 +87,7 @@ def generate_with_record(
     with ExitStack() as stack:
         if run.attention is not None:
             stack.enter_context(acceleration.attending(run.attention))
-        if run.ulysses * run.ring > 1:
+        if run.processes > 1:
             evenly = distributed.SPLIT[run.entry.pipeline]
             split = distributed.split(pipe.transformer, run.ulysses, run.ring, evenly)
             stack.enter_context(split)

@@ -11,7 +11,7 @@ from dype.pipelines.acceleration import CACHES, COMPILES
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS, Model
 from dype.pipelines.devices import DTYPES
 from dype.pipelines.loading import OFFLOADS, QUANTIZED
-from dype.sampling.multipass import PASSES, STRENGTHS
+from dype.sampling.multipass import PASSES
 
 SIDE = {"metavar": "PX", "low": 64, "high": 16384, "multiple": 16}
 STRENGTH = {"low": 0, "high": 1, "above": True}  # the share of the steps that a pass runs
@@ -20,13 +20,13 @@ MACHINE = {"changes_image": False}  # where and how fast, which is no part of wh
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Everything that one image needs, resolved. Without a default: the model brings its own."""
+    """Everything that one image needs, resolved (`dype.cli.settings.resolve`)."""
 
     # fmt: off
     prompt: str = flag(
         "one or several (default: the authors' dark-fantasy scene; demo: "
         f"{MODELS['demo'].prompt})", metavar="TEXT", group="what to draw",
-        more={"nargs": "+", "action": "extend"},
+        arguments={"nargs": "+", "action": "extend"},
     )
     negative_prompt: str | None = flag(
         "needs --true_cfg, or --guidance where that is one (default: none; qwen-image \" \", demo "
@@ -49,7 +49,8 @@ class RunSettings:
         metavar="FILE",
     )
     strength: float = flag(
-        "with --init_image: the share of the steps, above 0 up to 1", 0.5, **STRENGTH
+        "with --init_image: the share of the steps, above 0 up to 1", 0.5, **STRENGTH,
+        has_effect=lambda settings: settings["init_image"] is not None,
     )
     multipass: str = flag(
         "single; twopass: at half the size, then enlarged and refined; threepass: at a quarter, at "
@@ -60,9 +61,13 @@ class RunSettings:
         ),
     )
     pass2_strength: float = flag(
-        "the share of the steps that the second pass runs", 0.5, label="strength {}", **STRENGTH
+        "the share of the steps that the second pass runs", 0.5, label="strength {}", **STRENGTH,
+        has_effect=lambda settings: len(PASSES[settings["multipass"]]) > 1,
     )
-    pass3_strength: float = flag("", 0.4, label="third {}", **STRENGTH)
+    pass3_strength: float = flag(
+        "", 0.4, label="third {}", **STRENGTH,
+        has_effect=lambda settings: len(PASSES[settings["multipass"]]) > 2,
+    )
     model: str = flag(
         f"{', '.join(MODELS)}, or a diffusers folder or hub id of one of their kinds",
         DEFAULT_MODEL, group="model",
@@ -72,7 +77,7 @@ class RunSettings:
     )
     lora: list[str] = flag(
         "adapter file, folder or hub id; repeatable (default: none)", metavar="PATH[:SCALE]",
-        more={"action": "append"},
+        arguments={"action": "append"},
     )
     config: DyPEConfig
     dtype: str = flag(", ".join(DTYPES), choices=DTYPES, group="machine")
@@ -123,24 +128,30 @@ class RunSettings:
     init_sha256: str | None = None  # of the pixels of init_image
     entry: Model  # of the catalog
     passes: list[dict] = field(compare=False)  # height, width, steps, and strength where it refines
+    processes: int  # that generate the image together
 
     @property
     def record(self) -> dict:
         """What the image's record says of its settings."""
-        flags = {row.name: getattr(self, row.name) for row in RUN_FLAGS if row.name != "prompt"}
+        flags = {row.name: getattr(self, row.name) for row in RUN_FLAGS}
         flags["init_sha256"] = self.init_sha256
         return {"prompt": self.prompt, "flags": flags, "config": asdict(self.config)}
 
-    @property
+    @cached_property
+    def identity(self) -> dict:
+        """All that decides what is in the image, as `image_settings` says it of a record."""
+        return image_settings(self.record)
+
+    @cached_property
     def changed(self) -> dict:
         """What decides the image and is not at its default, but for what every name says."""
         defaults = CONFIG_DEFAULTS | self.entry.dype
         defaults |= {"dype_scale": METHOD_SCALES[self.config.method]}
-        defaults |= {"base_resolution": self.entry.base_resolution}
         defaults |= {row.name: getattr(self.entry, row.name, row.default) for row in RUN_FLAGS}
+        defaults |= {name: getattr(self.entry, name) for name in ("base_resolution", "prompt")}
         return {
             name: value
-            for name, value in image_settings(self.record).items()
+            for name, value in self.identity.items()
             if name not in ALWAYS_NAMED and value not in (None, [], defaults.get(name))
         }
 
@@ -156,41 +167,33 @@ class RunSettings:
 
 
 FLAGS = flags_of(RunSettings)
-RUN_FLAGS = [row for row in FLAGS if row not in CONFIG_FLAGS]
+RUN_FLAGS = [row for row in FLAGS if row not in CONFIG_FLAGS and row.name != "prompt"]
 CONFIG_DEFAULTS = DyPEConfig().to_dict()
 ALWAYS_NAMED = {"seed", "method", "dype", "height", "width"}
 LONGEST = 160  # letters of a name, without the digest of one that is longer
 
 
 def image_settings(record: dict) -> dict:
-    """All that decides what is in an image, by name; None where it has no effect.
+    """Return all that decides what is in an image, by name; None where it has no effect.
 
     record: of an image, of an earlier version too; or `RunSettings.record`.
     """
     flags, config = record["flags"], CONFIG_DEFAULTS | record["config"]
-    rows = [row for row in RUN_FLAGS if row.changes_image and row.name != "prompt"]
-    values = {row.name: flags.get(row.name, row.default) for row in rows} | config
-    values["prompt"] = record["prompt"]
-    if values["init_image"] is not None:  # wherever it is
+    rows = [row for row in RUN_FLAGS if row.changes_image]
+    settings = {row.name: flags.get(row.name, row.default) for row in rows} | config
+    settings["prompt"] = record["prompt"]
+    settings["dype"] = config["dype"] and config["method"] != "base"
+    if settings["dype_scale"] is None:
+        settings["dype_scale"] = METHOD_SCALES[config["method"]]
+    if settings["init_image"] is not None:  # wherever it is
         sha256 = flags.get("init_sha256") or "unknown"
-        values["init_image"] = f"{Path(values['init_image']).stem} {sha256[:8]}"
-    method, dype = config["method"], config["dype"] and config["method"] != "base"
-    values["dype"] = dype
-    if dype and values["dype_scale"] is None:
-        values["dype_scale"] = METHOD_SCALES[method]
-    without = set() if dype else {"dype_scale", "dype_exponent", "dype_start_sigma"}
-    without |= {"dype_scale", "dype_exponent"} if METHOD_SCALES[method] is None else set()
-    without |= {"attention_scale"} if method == "base" else set()
-    without |= {"attention_path"} if not (values["attention_scale"] and dype) else set()
-    without |= {"cutoff"} if method != "cutoff" else set()
-    without |= {"strength"} if values["init_image"] is None else set()
-    passes = len(PASSES[values["multipass"]])
-    without |= {name for count, name in STRENGTHS.items() if passes < count}
-    return values | dict.fromkeys(without)
+        settings["init_image"] = f"{Path(settings['init_image']).stem}-{sha256[:12]}"
+    without = [row.name for row in FLAGS if not row.has_effect(settings)]
+    return settings | dict.fromkeys(without)
 
 
 def method_name(method: str, dype: bool) -> str:
-    """`yarn`, or `dy_yarn` where it follows the noise level; never `dy_base`."""
+    """Return `yarn`, or `dy_yarn` where it follows the noise level; never `dy_base`."""
     return f"dy_{method}" if dype and method != "base" else method
 
 
@@ -202,11 +205,12 @@ def format_value(value) -> str:
 
 
 def name_part(value) -> str:
-    """A value in a file name: in small letters, digits, dots; with a digest of what more it is."""
-    text = " ".join(value) if isinstance(value, list) else format_value(value)
-    words = re.sub(r"[^a-z0-9._]+", "-", text.rpartition("/")[2].lower()).strip("-.")[:40]
+    """Return a value for a file name: small letters, digits, dots; a digest where it is more."""
+    text = "+".join(value) if isinstance(value, list) else format_value(value)
+    short = text if " " in text else text.rpartition("/")[2]  # of a path its end
+    words = re.sub(r"[^a-z0-9.]+", "-", short.lower()).strip("-.")[:40]
     return words if words == text else f"{words}-{digest(text)}"
 
 
 def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -14,7 +14,6 @@ from dype.sampling.settings import (
     RUN_FLAGS,
     RunSettings,
     format_value,
-    image_settings,
     method_name,
     name_part,
 )
@@ -25,54 +24,40 @@ LABELS = {"model": "{}"}
 LABELS |= {row.name: row.label for row in [*CONFIG_FLAGS, *RUN_FLAGS] if row.label}
 LABELS |= {"settings": "{}", "seed": LABELS.pop("seed"), "prompt": "{}"}
 SAMPLES = ("seed", "prompt")  # of one setting
-COLUMNS = ["file", "model", "height", "width", *LABELS, "seconds", "peak_memory", "error"]
-COLUMNS = [*dict.fromkeys(COLUMNS)]
+COLUMNS = ["file", "model", "height", "width", *list(LABELS)[1:], "seconds", "peak_memory", "error"]
 METRIC_COLUMNS = ["file", "metric", "value", "protocol"]
 
 
 def to_row(run: RunSettings, record: dict | None = None, error: str = "") -> dict:
-    """A row of results.csv: of an image with its record, or of one that failed."""
-    values = image_settings(run.record)
-    if values["attention_scale"] is None and run.config.method != "base":
-        values["attention_scale"] = "own"
-    row = {name: values.get(name) for name in LABELS}
+    """Return a row of results.csv: of an image with its record, or of one that failed."""
+    row = {name: run.identity.get(name) for name in LABELS}
+    if row["attention_scale"] is None and run.config.method != "base":
+        row["attention_scale"] = "own"
     row |= {"file": run.file_name, "height": run.height, "width": run.width, "error": error}
     row["method"] = method_name(run.config.method, run.config.dype)
-    further = {name: value for name, value in run.changed.items() if name not in LABELS}
-    parts = [f"{name} {name_part(value)}" for name, value in further.items()]
+    parts = [f"{key} {name_part(run.changed[key])}" for key in run.changed if key not in LABELS]
     row["settings"] = ", ".join(parts) or "defaults"
     row |= {name: (record or {}).get(name) for name in ("seconds", "peak_memory")}
     return {name: "" if value is None else format_value(value) for name, value in row.items()}
 
 
 def read_rows(folder: Path) -> list[dict]:
-    """The rows of results.csv, every column filled, with the values of metrics.csv by metric.
+    """Return the rows of results.csv, every column filled, with metrics.csv joined by metric.
 
-    Raises ValueError if one of them is no table of this program.
+    A last line that a kill of an earlier version left half is none. Raises ValueError if one of
+    the files is no table of this program.
     """
-    rows = read_table(folder / RESULTS, ["file", "height", "width", "seconds", "error"])
-    values: dict[str, dict] = {}
-    for row in read_metrics(folder):
-        values.setdefault(row["file"], {})[row["metric"]] = row["value"]
+    path, metrics = folder / RESULTS, {}
+    rows = read_table(path, ["file", "height", "width", "seconds", "error"])
+    for value in read_metrics(folder):
+        metrics.setdefault(value["file"], {})[value["metric"]] = value["value"]
     try:
         for row in rows:
             int(row["height"]), int(row["width"]), float(row["seconds"] or len(row["error"]))
     except ValueError as error:
-        raise ValueError(f"{folder / RESULTS} is no table of a sweep; move it away") from error
-    return [dict.fromkeys(COLUMNS, "") | row | values.get(row["file"], {}) for row in rows]
-
-
-def read_own_rows(folder: Path) -> list[dict]:
-    """The rows of results.csv, to be written again. Raises ValueError as `read_rows`, and for a
-    table of an earlier version, which named its images by another rule."""
-    read_rows(folder)
-    rows = read_table(folder / RESULTS, [])
-    if rows and "settings" not in rows[0]:
-        raise ValueError(
-            f"{folder / RESULTS} is of an earlier version of this program, which can only be read; "
-            "give another --output_dir, or move the folder away"
-        )
-    return rows
+        raise ValueError(f"{path} is no table of this program; move it away") from error
+    filled = [{name: row.get(name, "") for name in COLUMNS} for row in rows]
+    return [metrics.get(row["file"], {}) | row for row in filled]
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -99,7 +84,10 @@ def read_table(path: Path, columns: list[str]) -> list[dict]:
     if not path.exists():
         return []
     try:
-        table = csv.DictReader(io.StringIO(path.read_text("utf-8"), newline=""), strict=True)
+        text = path.read_text("utf-8")
+        if "settings" not in text.partition("\n")[0]:
+            text = text[: text.rfind("\n") + 1]
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         rows = list(table)
         broken = any(None in row or None in row.values() for row in rows)
         if broken or not {*columns} <= {*(table.fieldnames or [])}:

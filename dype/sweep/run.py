@@ -21,60 +21,75 @@ from dype.sampling import records
 from dype.sampling.run import generate_with_record, load, out_of_memory, prepare
 from dype.sampling.sample import prompt_encoder
 from dype.sampling.settings import RunSettings, image_settings
-from dype.sweep.results import COLUMNS, RESULTS, locked, read_own_rows, to_row, write_table
+from dype.sweep.results import COLUMNS, RESULTS, locked, read_rows, to_row, write_table
 
 Rows = dict[str, dict | None]  # file -> row of results.csv; None: an image that is not there
 
 
-def find_finished(
-    runs: list[RunSettings], folder: Path, overwrite: bool
-) -> list[tuple[RunSettings, dict | None]]:
-    """The runs, each with the record of its image, None where that is to be generated.
+def find_images(runs: list[RunSettings], folder: Path, overwrite: bool) -> list[dict | None]:
+    """Return the records of the runs' images, None for those that are to be generated.
 
     Raises ValueError if an image of other settings, or of nobody's, has the name of one of them;
-    with `overwrite` it counts as not there.
+    with `overwrite` it is to be generated.
     """
-    found = []
+    images = []
     for run in runs:
-        path, record = folder / run.file_name, None
         try:
-            record = records.load(path)
-            now, before = image_settings(run.record), image_settings(record)
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError) as error:
-            record = None
+            images.append(read_image(run, folder / run.file_name))
+        except ValueError:
             if not overwrite:
-                raise ValueError(
-                    f"{path} is in the way: {error}; try --overwrite, or another --output_dir"
-                ) from error
-        else:
-            differing = [name for name in now if now[name] != before.get(name)]
-            if differing and not overwrite:
-                name = differing[0]
-                raise ValueError(
-                    f"--{name} is {now[name]!r}, but {path} was drawn with {before.get(name)!r}, "
-                    "expected the same, --overwrite, or another --output_dir"
-                )
-            record = None if differing else record
-        found.append((run, record))
-    return found
+                raise
+            images.append(None)
+    return images
+
+
+def read_image(run: RunSettings, path: Path) -> dict | None:
+    """Return the record of a run's image, None if there is none. Raises ValueError if the image is
+    another one."""
+    try:
+        record = records.load(path)
+        before = image_settings(record)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error if isinstance(error, ValueError) else "it carries no complete settings"
+        raise ValueError(
+            f"{path} is in the way: {reason}; try --overwrite, or another --output_dir"
+        ) from error
+    for name, value in run.identity.items():
+        if value != before.get(name):
+            raise ValueError(
+                f"--{name} is {value!r}, but {path} was drawn with {before.get(name)!r}, expected "
+                "the same, --overwrite, or another --output_dir"
+            )
+    return record
+
+
+def check_version(rows: list[dict], folder: Path) -> None:
+    """Raise ValueError for rows of an earlier version, which named its images by another rule."""
+    if any(not row["settings"] for row in rows):
+        raise ValueError(
+            f"{folder / RESULTS} is of an earlier version of this program, which can only be read; "
+            "give another --output_dir, or move the folder away"
+        )
 
 
 def open_folder(runs: list[RunSettings], folder: Path, overwrite: bool) -> tuple[Rows, list[str]]:
     """Make a folder's tables and JSONs say what its images say, after a kill at any moment.
 
-    The folder is locked by the caller. Returns its rows, those of other sweeps first, and the names
-    of the images that are to be generated. Raises ValueError, OSError.
+    The folder is locked by the caller. Returns its rows, new ones last, and the names of the images
+    that are to be generated. Raises ValueError, OSError.
     """
-    rows: Rows = {row["file"]: row for row in read_own_rows(folder)}
+    earlier = read_rows(folder)
+    check_version(earlier, folder)
+    rows: Rows = {row["file"]: row for row in earlier}
     names = []
-    for run, record in find_finished(runs, folder, overwrite):
-        rows.pop(run.file_name, None)
+    for run, record in zip(runs, find_images(runs, folder, overwrite), strict=True):
         rows[run.file_name] = to_row(run, record) if record else None
         beside = (folder / run.file_name).with_suffix(".json")
         if record is None:
             names.append(run.file_name)
+            beside.unlink(missing_ok=True)
         elif not beside.exists() or beside.read_bytes() != records.text_of(record):
             records.write({beside: records.text_of(record)})
     for part in folder.glob(".*.part"):
@@ -97,31 +112,33 @@ def run_sweep(runs: list[RunSettings], folder: Path, overwrite: bool) -> int | N
     Of several processes each generates its share; with --ulysses or --ring all of them each image.
     Returns how many images failed, in the main process. Raises ValueError, OSError, UserError.
     """
-    main, together = distributed.rank_and_world_size()[0] == 0, runs[0].ulysses * runs[0].ring > 1
+    rank, _ = distributed.rank_and_world_size()
+    together = runs[0].processes > 1
+    distributed.check_start(runs[0])
     with ExitStack() as stack:
         rows, names = {}, []
-        if main:  # the others wait for it in `join`
+        if rank == 0:  # the others wait for it in `join`
             records.check_writable(folder)
             stack.enter_context(locked(folder))
             rows, names = open_folder(runs, folder, overwrite)
-        state = distributed.join(runs[0], alone=False)
+        state = distributed.join(runs[0])
         [names] = broadcast_object_list([names])
-        there = len(runs) - len(names)
+        there, whole = len(runs) - len(names), f"{len(runs)}"
         print(f"{folder}: pictures {len(runs)}, there already {there}")
-        with state.split_between_processes(names) as share:
-            chosen = {*(names if together else share)}
-        mine = [run for run in runs if run.file_name in chosen]
-        whole = f"{len(runs)}"
-        if len(mine) < len(names):
-            there, whole = 0, f"{len(mine)} of this process"
-        labels = [f"[{there + number}/{whole}]" for number in range(1, 1 + len(mine))]
-        new = generate_all(mine, labels, folder, rows, state, together) if mine else {}
+        share = names if together else names[rank :: state.num_processes]
+        if len(share) < len(names):
+            there, whole = 0, f"{len(share)} of this process"
+        labels = [f"[{there + number}/{whole}]" for number in range(1, 1 + len(share))]
+        by_name = {run.file_name: run for run in runs}
+        mine = [by_name[name] for name in share]
+        new = generate_all(mine, labels, folder, rows, state) if mine else {}
         if not together:
             new = {row["file"]: row for row in gather_object([*new.values()])}
         state.destroy_process_group()  # not after an error: the others may not be there any more
-        if main:
-            write_rows(folder, rows | new)
-        return sum(bool(row["error"]) for row in new.values()) if main else None
+        if rank > 0:
+            return None
+        write_rows(folder, rows | new)
+        return sum(bool(row["error"]) for row in new.values())
 
 
 def generate_all(
@@ -130,7 +147,6 @@ def generate_all(
     folder: Path,
     rows: Rows,
     state: PartialState,
-    together: bool,
 ) -> Rows:
     """Load a pipeline, generate images, and return their rows; one that fails is noted there.
 
@@ -138,14 +154,13 @@ def generate_all(
         runs: of the images that this process generates.
         labels: of the lines that are printed of them.
         rows: of the folder, which the main process writes after each image.
-        state: of `distributed.join`.
-        together: whether all processes generate each image. An error then ends the run, since the
-            others would wait for this one.
+        state: of `distributed.join`. Where all processes generate each image, an error ends the
+            run, since the others would wait for this one.
 
     Raises:
         OSError: a full disk, say, would fail every other image too.
     """
-    main = state.is_main_process
+    main, together = state.is_main_process, runs[0].processes > 1
     pipe = load(runs[0], max(run.height * run.width for run in runs), state)
     pipe.set_progress_bar_config(disable=not main)
     encode, new = prompt_encoder(pipe, runs), {}
@@ -193,15 +208,16 @@ def outline(runs: list[RunSettings], folder: Path, overwrite: bool) -> str:
 
     Raises ValueError as `open_folder` does.
     """
-    read_own_rows(folder)
-    found = find_finished(runs, folder, overwrite)
-    done = [(run, record) for run, record in found if record]
-    lines = [f"  {run.file_name}{'  (there)' * bool(record)}" for run, record in found]
+    check_version(read_rows(folder), folder)
+    images = find_images(runs, folder, overwrite)
+    pairs = [*zip(runs, images, strict=True)]
+    done = [(run, record) for run, record in pairs if record]
+    lines = [f"  {run.file_name}{'  (there)' * bool(record)}" for run, record in pairs]
     lines.append(f"pictures {len(runs)}, there already {len(done)}")
     if done:
         rate = sum(record["seconds"] for _, record in done)
         rate /= sum(estimate_work(run) for run, _ in done)
-        rest = sum(estimate_work(run) for run, record in found if not record)
+        rest = sum(estimate_work(run) for run, record in pairs if not record)
         lines[-1] += f"; the rest: about {span(rest * rate)} at the pace of those"
     else:
         lines[-1] += "; how long that takes can be said once one is there"

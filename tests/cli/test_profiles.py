@@ -67,6 +67,20 @@ def test_a_profile_may_say_a_size_another_way():
     assert (found.height, found.width, found.config.dype) == (64, 96, True)
 
 
+@pytest.mark.parametrize(
+    ("switch", "setting"),
+    [
+        ("isotropic", lambda run: run.config.anisotropic),
+        ("no_dype", lambda run: run.config.dype),
+        ("progressive", lambda run: run.multipass == "single"),
+    ],
+)
+def test_a_profile_may_switch_off_what_the_default_has_on(switch, setting):
+    Path("a.toml").write_text(f"[default]\n{switch} = true\n[mine]\n{switch} = false\n")
+    assert not setting(settings()[0])
+    assert setting(settings("--profile", "mine")[0])
+
+
 def test_precedence():
     """A flag over a preset, that over the file; of the file's size it may change one side."""
     found, _ = settings("--profile", "small", "--height", "128", "--method", "pi", "--dype", "on")
@@ -90,11 +104,19 @@ BAD = {
     "unknown key": ("--config b.toml", "[default]\nstep = 9\n", "expected 'steps'"),
     "unknown key of dype": ("--config b.toml", "[default.dype]\nscale = 9\n", "'dype_scale'"),
     "flag in the wrong table": ("--config b.toml", "[default.dype]\nsteps = 9\n", "'steps'"),
+    "text a switch": (
+        "--config b.toml",
+        "[default]\nnegative_prompt = false\n",
+        "expected a number",
+    ),
+    "a prompt of digits": ("--config b.toml", "[default]\nprompt = 5\n", "expected text"),
+    "a date": ("--config b.toml", "[default]\nseed = 07:32:00\n", "expected a number, text"),
+    "an empty list": ("--config b.toml", "[default]\nseed = []\n", "expected values"),
     "outside": ("--config b.toml", "steps = 9\n", "stands in no table"),
     "value out of range": ("--config b.toml", "[default]\nsteps = 0\n", "--steps is 0"),
     "value a table": ("--config b.toml", "[default.steps]\na = 1\n", "expected a number, text"),
     "switch a word": ("--config b.toml", '[default]\nisotropic = "yes"\n', "true or false"),
-    "number a switch": ("--config b.toml", "[default]\nsteps = true\n", "expected a whole number"),
+    "number a switch": ("--config b.toml", "[default]\nsteps = true\n", "expected a number"),
     "with --from": ("--config b.toml --from a.png", "", "no --config"),
     "not for a file": ("--config b.toml", '[default]\nconfig = "a.toml"\n', "there is no 'config'"),
 }

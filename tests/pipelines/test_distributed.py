@@ -115,9 +115,10 @@ def test_shared_sweep(together, monkeypatch):
     assert "pictures 6, there already 2" in done.stdout
     assert "[2/2 of this process]" in done.stdout
     rows = table()
-    assert [(row["width"], row["seed"]) for row in rows] == [
-        (width, seed) for width in ("64", "96") for seed in "012"
-    ]
+    there, new = (
+        [(width, seed) for width in ("64", "96") for seed in part] for part in ("1", "02")
+    )
+    assert [(row["width"], row["seed"]) for row in rows] == there + new
     assert not any(row["error"] for row in rows)
     names = {path.name for path in Path("out").iterdir()}
     assert {"comparison_64x64.png", "comparison_64x96.png", "summary.txt"} <= names

@@ -255,6 +255,14 @@ def test_a_flag_wins_over_the_named_sweep():
     assert len(found) == 2 * 2  # one and two passes
 
 
+def test_a_list_of_one_image_is_a_sweep():
+    """Also where its values have no effect, or two of them are the same."""
+    for words in ("--method base --dype_scale 1,2", "--prompt a a"):
+        options, runs = resolve(vars(flags.parse(words.split())))
+        assert (options.sweep, len(runs)) == ("sweep", 1)
+    assert resolve(vars(flags.parse(["--seed", "3"])))[0].sweep is None
+
+
 def test_a_prompt_twice_is_drawn_once():
     found = planned("--prompt", "a", "b", "a")
     assert [cell.prompt for cell in found] == ["a", "b"]

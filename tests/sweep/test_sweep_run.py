@@ -102,7 +102,7 @@ def test_an_edited_prompts_file(monkeypatch):
     Path("prompts.txt").write_text("a disk\na ring\na star\n")
     assert run(*line) == 0
     assert drawn == ["a disk", "a star"]
-    assert [row["prompt"] for row in table()] == ["a cross", "a disk", "a ring", "a star"]
+    assert [row["prompt"] for row in table()] == ["a ring", "a cross", "a disk", "a star"]
     for name, content in before.items():
         assert Path("out", name).read_bytes() == content
 
@@ -120,6 +120,48 @@ def test_a_folder_of_an_earlier_version(capsys):
         assert run(*line, *more) == 2
         assert "of an earlier version" in capsys.readouterr().err
     assert path.read_bytes() == before
+    path.write_bytes(before + before.splitlines()[-1][:30])  # killed within a line
+    assert run("--grid_from", "out") == 0
+    assert len(results.read_rows(Path("out"))) == 2
+
+
+BROKEN = {
+    "nobody's": (None, "it carries no settings"),
+    "flags a list": ({"flags": [], "config": {}, "prompt": "x"}, "no complete settings"),
+    "nothing in it": ({}, "no complete settings"),
+    "unknown method": ({"flags": {}, "config": {"method": "x"}, "prompt": "x"}, "no complete"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_somebody_elses_picture_stays(name, capsys):
+    record, reason = BROKEN[name]
+    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
+    assert run(*line) == 0
+    path = next(Path("out").glob("seed_0*.png"))
+    if record is None:
+        Image.new("RGB", (8, 8)).save(path)
+    else:
+        records.save(Image.new("RGB", (8, 8)), record, path)
+    before = path.read_bytes()
+    capsys.readouterr()
+    assert run(*line) == 2
+    error = capsys.readouterr().err
+    assert f"{path} is in the way" in error
+    assert reason in error
+    assert path.read_bytes() == before
+    assert run(*line, "--overwrite") == 0
+    assert records.load(path)["flags"]["seed"] == 0
+
+
+def test_a_metric_named_like_a_column():
+    """It takes no column's place, and a column of somebody's is no metric."""
+    assert run(*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 0
+    rows = [row | {"note": "nice"} for row in table()]
+    results.write_table(Path("out/results.csv"), [*rows[0]], rows)
+    entry = {"file": rows[0]["file"], "metric": "height", "value": "0.5", "protocol": ""}
+    results.write_table(Path("out/metrics.csv"), results.METRIC_COLUMNS, [entry])
+    assert [row["height"] for row in results.read_rows(Path("out"))] == ["64", "64"]
     assert run("--grid_from", "out") == 0
 
 
@@ -172,19 +214,6 @@ def test_an_image_of_other_settings_in_the_way(capsys):
     assert run(*line, "--overwrite") == 0
     assert "there already 1" in capsys.readouterr().out
     assert records.load(path)["flags"]["seed"] == 0
-
-
-def test_somebody_elses_picture_stays(capsys):
-    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
-    assert run(*line) == 0
-    name = next(Path("out").glob("seed_0*.png"))
-    Image.new("RGB", (8, 8)).save(name)
-    before = name.read_bytes()
-    assert run(*line) == 2
-    assert "is in the way" in capsys.readouterr().err
-    assert name.read_bytes() == before
-    assert run(*line, "--overwrite") == 0
-    assert records.load(name)["flags"]["seed"] == 0
 
 
 FAILURES = [
