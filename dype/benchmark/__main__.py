@@ -75,7 +75,7 @@ def completed(args: argparse.Namespace) -> argparse.Namespace:
     if args.attention is not None and args.attention not in backends():
         raise UserError(f"--attention is {args.attention!r}, expected {', '.join(backends())}")
     args.model = args.model or ("demo" if args.device == "cpu" else "flux")
-    args.dtype = benchmark_step.MODELS[args.model].dtype or fast_dtype(args.device)
+    args.dtype = "float32" if args.model == "demo" else fast_dtype(args.device)
     if args.what != "embedder":
         check_attention(args.attention, args.device, args.dtype)
     return args
@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> None:
         args = completed(parser().parse_args(argv))
+        benchmark_embedder.prepare(torch.device(args.device))
         print(json.dumps({"benchmark": args.what, **machine(args.device), **RUNS[args.what](args)}))
 
     return run_command("dype.benchmark", run, out_of_memory="try smaller --sizes")

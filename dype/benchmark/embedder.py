@@ -12,6 +12,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +27,15 @@ from dype.families import TOKEN
 
 TEXT_TOKENS = 512
 TRAINED = 64  # tokens
+RATIOS = (("ours", "copy"), ("stock", "copy"), ("ours", "stock"), ("literal", "ours"))
 
 
-def warm_allocator() -> None:
-    """Have glibc keep freed memory, as the caching allocators of accelerators do."""
+def prepare(device: torch.device) -> None:
+    """On a CPU one thread, whose time does not depend on what else runs, and a glibc that keeps
+    freed memory, as the caching allocators of accelerators do."""
+    if device.type != "cpu":
+        return
+    torch.set_num_threads(1)
     keep = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if keep is not None:
         m_trim_threshold, m_mmap_max = -1, -4
@@ -76,32 +83,17 @@ def launches(call: Callable, device: torch.device) -> int:
     return sum("Launch" in event.name for event in profile.events())
 
 
-def real(stock, texts: int, side: int, config: DyPEConfig) -> tuple:
+def real(
+    module: str, name: str, theta: float, axes: list[int], texts: int, side: int, config: DyPEConfig
+) -> tuple:
     """A format of cos and sin, called with `texts` tokens of text in front of the picture's."""
+    module = import_module(f"diffusers.models.transformers.transformer_{module}")
+    stock = getattr(module, name)(theta, axes)
     ids = torch.cat([torch.zeros(texts, 3), grid_ids(0, side, side)])
     ours = FluxDyPE(stock, config, TRAINED)
     ours.set_grid(side, side)
     ours.set_layout(texts, 0)
-    return stock, ours, (F.pad(ids, (0, len(stock.axes_dim) - 3)),)
-
-
-def flux(side: int, config: DyPEConfig) -> tuple:
-    from diffusers.models.transformers.transformer_flux import FluxPosEmbed
-
-    return real(FluxPosEmbed(10000, [16, 56, 56]), TEXT_TOKENS, side, config)
-
-
-def flux2(side: int, config: DyPEConfig) -> tuple:
-    """The call for the picture; the other, for the text, has 512 tokens."""
-    from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed
-
-    return real(Flux2PosEmbed(2000, [32, 32, 32, 32]), 0, side, config)
-
-
-def krea2(side: int, config: DyPEConfig) -> tuple:
-    from diffusers.models.transformers.transformer_krea2 import Krea2RotaryPosEmbed
-
-    return real(Krea2RotaryPosEmbed(1000, [32, 48, 48]), TEXT_TOKENS, side, config)
+    return stock, ours, (F.pad(ids, (0, len(axes) - 3)),)
 
 
 def z_image(side: int, config: DyPEConfig) -> tuple:
@@ -124,17 +116,20 @@ def qwen_image(side: int, config: DyPEConfig) -> tuple:
     return stock, ours, ([[(1, side, side)]], torch.get_default_device(), TEXT_TOKENS)
 
 
-FAMILIES = {
-    "flux": flux,  # FLUX.1, Chroma, Bria
-    "flux2": flux2,
-    "krea2": krea2,
+FAMILIES = {  # (tokens of a side, config) -> the stock embedder, ours, the arguments of a call
+    # FLUX.1, Chroma, Bria
+    "flux": partial(real, "flux", "FluxPosEmbed", 10000, [16, 56, 56], TEXT_TOKENS),
+    # the call for the picture; the other, for the text, has 512 tokens
+    "flux2": partial(real, "flux2", "Flux2PosEmbed", 2000, [32, 32, 32, 32], 0),
+    "krea2": partial(real, "krea2", "Krea2RotaryPosEmbed", 1000, [32, 48, 48], TEXT_TOKENS),
     "z-image": z_image,
     "qwen-image": qwen_image,
 }
 
 
 def costs(family: str, size: int, repeats: int, device: torch.device, method: str) -> dict:
-    """Of one call at `size` x `size` px: launches, and median milliseconds by what was called."""
+    """Of one call at `size` x `size` px: launches, median milliseconds by what was called, and
+    RATIOS."""
     with torch.device(device):
         stock, ours, args = FAMILIES[family](size // TOKEN, DyPEConfig(method))
     ours.set_timestep(torch.tensor(0.6, device=device))
@@ -153,8 +148,9 @@ def costs(family: str, size: int, repeats: int, device: torch.device, method: st
     for _ in range(repeats):
         for name, call in calls.items():
             times[name].append(timed(call, device))
-    found = {name: 1000 * statistics.median(values) for name, values in times.items()}
-    return {"launches": launches(calls["ours"], device), **found}
+    row = {"launches": launches(calls["ours"], device)}
+    row |= {name: 1000 * statistics.median(values) for name, values in times.items()}
+    return row | {f"{a}/{b}": row[a] / row[b] for a, b in RATIOS}
 
 
 def positions(embedder, args: tuple) -> torch.Tensor:
@@ -197,25 +193,16 @@ def check(embedder, args: tuple, tables: tuple) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Print a table of costs per family and size; returns it with the ratios that matter."""
-    torch.set_num_threads(1)
-    warm_allocator()
-    names = ("copy", "ours", "stock", "literal")
-    ratios = {"ours/copy": 0, "stock/copy": 0, "ours/stock": 0, "literal/ours": 0}
+    names, ratios = ("copy", "ours", "stock", "literal"), [f"{a}/{b}" for a, b in RATIOS]
     heads = [f"{name + ' ms':>10}" for name in names] + [f"{name:>12}" for name in ratios]
     print("family      px   ", *heads, " launches")
-    rows = {}
+    rows = {family: {} for family in args.families}
     for family in args.families:
         for size in args.sizes:
-            found = costs(family, size, args.repeats, torch.device(args.device), args.method)
-            for name in ratios:
-                one, other = name.split("/")
-                ratios[name] = found[one] / found[other]
-            rows.setdefault(family, {})[str(size)] = {
-                name: round(value, 3) for name, value in (found | ratios).items()
-            }
-            print(
-                f"{family:11} {size:<5}", *(f"{found[name]:10.2f}" for name in names),
-                *(f"{value:12.2f}" for value in ratios.values()), f"{found['launches']:9}",
-            )  # fmt: skip
+            row = costs(family, size, args.repeats, torch.device(args.device), args.method)
+            cells = [f"{row[name]:10.2f}" for name in names]
+            cells += [f"{row[name]:12.2f}" for name in ratios]
+            print(f"{family:11} {size:<5}", *cells, f"{row['launches']:9}")
+            rows[family][str(size)] = {name: round(value, 3) for name, value in row.items()}
             gc.collect()
     return {"families": rows}

@@ -10,155 +10,114 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 
-from dype.benchmark.embedder import timed, warm_allocator
-from dype.benchmark.flops import ARCHITECTURES, Architecture
+from dype.benchmark.embedder import timed
 from dype.config import DyPEConfig
 from dype.embedders import grid_ids
 from dype.families import TOKEN
 from dype.patch import apply_dype, remove_dype
-from dype.pipelines import acceleration, memory
-from dype.pipelines.catalog import MODELS as NAMED
+from dype.pipelines import acceleration, catalog, memory
 from dype.pipelines.devices import DTYPES, fast_dtype
 from dype.pipelines.loading import load_pipeline
-from dype.pipelines.memory import place, set_tiling
 from dype.sampling import sample
 
-SIGMA, TEXT = 0.6, 512  # of the step; tokens
+SIGMA = 0.6  # of the step
+MODELS = {  # --model -> whose defaults it has
+    "demo": catalog.MODELS["demo"],
+    "flux": catalog.MODELS["flux-krea"],
+    "z-image": catalog.MODELS["z-image-turbo"],
+}
 
 
-def demo(device: str):
-    pipe = load_pipeline("demo", device=device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def make_pipeline(model: str, device: str):
+    """The demo's pipeline; else one without text encoders, made on its device with random weights.
 
-
-def random_vae():
-    """FLUX.1's autoencoder, which Z-Image has too."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
-        sample_size=1024, use_quant_conv=False, use_post_quant_conv=False,
-        shift_factor=0.1159, scaling_factor=0.3611,
-    )  # fmt: skip
-
-
-def placed(make: Callable, model: str, device: str):
-    """A pipeline without text encoders, made on its device with random weights."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    model: a key of MODELS. FLUX.1's autoencoder is Z-Image's too.
+    """
+    if model == "demo":
+        pipe = load_pipeline("demo", device=device)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+    import diffusers
 
     usual = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[fast_dtype(device)])
     try:
         with torch.device(device):
-            pipe = make(FlowMatchEulerDiscreteScheduler.from_config(NAMED[model].schedule))
+            schedule = MODELS[model].schedule
+            scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(schedule)
+            vae = diffusers.AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
+                sample_size=1024, use_quant_conv=False, use_post_quant_conv=False,
+                shift_factor=0.1159, scaling_factor=0.3611,
+            )  # fmt: skip
+            if model == "flux":
+                transformer = diffusers.FluxTransformer2DModel(guidance_embeds=True)
+                pipe = diffusers.FluxPipeline(scheduler, vae, None, None, None, None, transformer)
+            else:
+                transformer = diffusers.ZImageTransformer2DModel()
+                pipe = diffusers.ZImagePipeline(scheduler, vae, None, None, transformer)
     finally:
         torch.set_default_dtype(usual)
-    for parameter in pipe.transformer.parameters():
+    for parameter in transformer.parameters():
         parameter.data.nan_to_num_(0)  # some are left as the memory was
-    place(pipe, device, "none", {}, 0)
+    memory.place(pipe, device, "none", {}, 0)
     return pipe
 
 
-def flux(device: str):
-    from diffusers import FluxPipeline, FluxTransformer2DModel
-
-    def make(scheduler):
-        transformer = FluxTransformer2DModel(guidance_embeds=True)
-        return FluxPipeline(scheduler, random_vae(), None, None, None, None, transformer)
-
-    return placed(make, "flux-krea", device)
-
-
-def z_image(device: str):
-    from diffusers import ZImagePipeline, ZImageTransformer2DModel
-
-    def make(scheduler):
-        return ZImagePipeline(scheduler, random_vae(), None, None, ZImageTransformer2DModel())
-
-    return placed(make, "z-image-turbo", device)
+def random_prompt(transformer, text: int) -> dict:
+    """What `sample.draw` takes for a prompt of `text` tokens, as no encoder made it."""
+    config, like = transformer.config, {"device": transformer.device, "dtype": transformer.dtype}
+    if "cap_feat_dim" in config:  # Z-Image
+        return {"prompt_embeds": [torch.randn(text, config.cap_feat_dim, **like)]}
+    return {
+        "prompt_embeds": torch.randn(1, text, config.joint_attention_dim, **like),
+        "pooled_prompt_embeds": torch.randn(1, config.pooled_projection_dim, **like),
+    }
 
 
-def flux_call(transformer, height: int, width: int, text: int = TEXT) -> dict:
-    """A denoiser call of FLUX.1, at `height` x `width` px."""
+def denoiser_call(transformer, text: int, height: int, width: int) -> dict:
+    """The arguments of one, at `height` x `width` px with `text` tokens."""
     config, device = transformer.config, transformer.device
-    picture = height // TOKEN, width // TOKEN
     like = {"device": device, "dtype": transformer.dtype}
-    call = {
+    prompt = random_prompt(transformer, text)
+    if "cap_feat_dim" in config:  # Z-Image
+        latents = torch.randn(config.in_channels, 1, height // 8, width // 8, **like)
+        t = torch.full((1,), 1 - SIGMA, **like)
+        return {"x": [latents], "t": t, "cap_feats": prompt["prompt_embeds"]}
+    picture = height // TOKEN, width // TOKEN
+    return {
         "hidden_states": torch.randn(1, math.prod(picture), config.in_channels, **like),
-        "encoder_hidden_states": torch.randn(1, text, config.joint_attention_dim, **like),
-        "pooled_projections": torch.randn(1, config.pooled_projection_dim, **like),
+        "encoder_hidden_states": prompt["prompt_embeds"],
+        "pooled_projections": prompt["pooled_prompt_embeds"],
         "timestep": torch.full((1,), SIGMA, **like),
         "img_ids": grid_ids(0, *picture, device),
         "txt_ids": torch.zeros(text, 3, device=device),
+        "guidance": torch.ones(1, **like) if config.guidance_embeds else None,
     }
-    return call | ({"guidance": torch.ones(1, **like)} if config.guidance_embeds else {})
 
 
-def demo_call(transformer, height: int, width: int) -> dict:
-    return flux_call(transformer, height, width, NAMED["demo"].max_sequence_length)
+def count_flop(transformer, text: int, height: int, width: int) -> float:
+    """Operations of a denoiser call at `height` x `width` px, in linear layers and in attention.
 
-
-def z_image_call(transformer, height: int, width: int) -> dict:
-    config, like = transformer.config, {"device": transformer.device, "dtype": transformer.dtype}
-    latents = torch.randn(config.in_channels, 1, height // 8, width // 8, **like)
-    text = torch.randn(TEXT, config.cap_feat_dim, **like)
-    return {"x": [latents], "t": torch.full((1,), 1 - SIGMA, **like), "cap_feats": [text]}
-
-
-def demo_prompt(pipe) -> dict:
-    known = NAMED["demo"]
-    return sample.encode(pipe, known.prompt, known.max_sequence_length)
-
-
-def flux_prompt(pipe) -> dict:
-    like = {"device": pipe.device, "dtype": pipe.dtype}
-    texts = torch.randn(1, TEXT, 4096, **like), torch.randn(1, 768, **like)
-    return dict(zip(("prompt_embeds", "pooled_prompt_embeds"), texts, strict=True))
-
-
-def z_image_prompt(pipe) -> dict:
-    return {"prompt_embeds": [torch.randn(TEXT, 2560, device=pipe.device, dtype=pipe.dtype)]}
-
-
-class Benched(NamedTuple):
-    """A model that is timed."""
-
-    model: str  # of catalog.MODELS, whose defaults it has
-    pipeline: Callable
-    call: Callable
-    dtype: str | None = None  # None: `fast_dtype` of the device
-    shape: Architecture | None = None
-    prompt: Callable = demo_prompt  # pipeline -> what `sample.draw` takes for a prompt
-
-
-MODELS = {
-    "demo": Benched("demo", demo, demo_call, "float32"),
-    "flux": Benched(
-        "flux-krea", flux, flux_call, shape=ARCHITECTURES["flux-krea"], prompt=flux_prompt
-    ),
-    "z-image": Benched(
-        "z-image-turbo", z_image, z_image_call,
-        shape=ARCHITECTURES["z-image-turbo"], prompt=z_image_prompt,
-    ),
-}  # fmt: skip
-
-
-def shape_of(benched: Benched, transformer) -> Architecture:
-    """The real-size one's, or that of a small FLUX.1."""
-    if benched.shape:
-        return benched.shape
+    24 blocks D^2 S and 4 blocks D S^2, S the tokens of picture (px / 16) and text: a token meets
+    12 D^2 parameters of a block's linear layers, and all blocks attend over text and picture
+    together.
+    """
     config = transformer.config
-    width = config.num_attention_heads * config.attention_head_dim
-    text = NAMED[benched.model].max_sequence_length
-    return Architecture(width, config.num_layers + config.num_single_layers, 12, text)
+    if "dim" in config:  # Z-Image, whose picture and text have refiners of their own
+        dim, blocks = config.dim, config.n_layers + config.n_refiner_layers
+    else:
+        dim = config.num_attention_heads * config.attention_head_dim
+        blocks = config.num_layers + config.num_single_layers
+    tokens = height * width / TOKEN**2 + text
+    return 24 * blocks * dim**2 * tokens + 4 * blocks * dim * tokens**2
 
 
 def twin(module: torch.nn.Module) -> torch.nn.Module:
@@ -175,71 +134,67 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / statistics.median(timed(lambda: a @ b, device) for _ in range(5))
 
 
-def encoding(args: argparse.Namespace, benched: Benched) -> DyPEConfig:
-    return DyPEConfig(args.method, base_resolution=NAMED[benched.model].base_resolution)
-
-
-def prepare(device: torch.device) -> None:
-    """On a CPU one thread, whose time does not depend on what else runs."""
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-        warm_allocator()
+def encoding(args: argparse.Namespace) -> DyPEConfig:
+    return DyPEConfig(args.method, base_resolution=MODELS[args.model].base_resolution)
 
 
 @torch.no_grad()
 def steps(args: argparse.Namespace) -> dict:
     """Print the cost of a denoiser call per size; returns it, ratios first."""
-    device, benched = torch.device(args.device), MODELS[args.model]
-    prepare(device)
+    device, text = torch.device(args.device), MODELS[args.model].max_sequence_length
     rate = matrix_rate(device, DTYPES[args.dtype])
-    stock = benched.pipeline(args.device).transformer
+    stock = make_pipeline(args.model, args.device).transformer
     ours = twin(stock)
-    apply_dype(ours, encoding(args, benched))
+    apply_dype(ours, encoding(args))
     for transformer in (stock, ours):
         part = SimpleNamespace(transformer=transformer, dype_offload="none")
         acceleration.compile_steps(part, args.compile)
     print("px     ratio  [quartiles]       stock ms    ours ms   extra MiB   share of matrix rate")
     rows = {}
     for size in args.sizes:
-        call = benched.call(stock, size, size)
+        call = denoiser_call(stock, text, size, size)
         with acceleration.attending(args.attention):
-            row = pair_costs(lambda one, call=call: one(**call), stock, ours, args.repeats, device)
-        flop = shape_of(benched, stock).flop(size, size)
+            row = pair_costs(stock, ours, call, args.repeats, device)
+        flop = count_flop(stock, text, size, size)
         row |= {"flop": flop, "share": round(flop / row["stock"] * 1000 / rate, 3)}
         rows[str(size)] = row
         print(f"{size:<5} {row['ratio']:6.4f}  [{row['low']:.4f}, {row['high']:.4f}] "
               f"{row['stock']:10.1f} {row['ours']:10.1f} {row['extra_memory'] / 2**20:11.1f} "
               f"{row['share']:13.0%}")  # fmt: skip
-    return described(args, rate) | {"sizes": rows}
+    return described(args, rate, rows)
 
 
-def described(args: argparse.Namespace, rate: float) -> dict:
-    """What was run, for the record."""
+def described(args: argparse.Namespace, rate: float, rows: dict) -> dict:
+    """What was run and what it cost, for the record."""
     names = ("model", "method", "dtype", "attention", "compile", "repeats")
-    return {name: getattr(args, name) for name in names} | {"matrix_rate": rate}
+    return {name: getattr(args, name) for name in names} | {"matrix_rate": rate, "sizes": rows}
 
 
-def pair_costs(call: Callable, stock, ours, repeats: int, device: torch.device) -> dict:
+def pair_costs(stock, ours, call: dict, repeats: int, device: torch.device) -> dict:
     """Median ratio of pairs and its quartiles, median milliseconds, bytes at the peak."""
-    for one in (stock, ours, stock, ours):
-        call(one)
-    pairs = []
+    for transformer in (stock, ours, stock, ours):
+        transformer(**call)
+    times = {stock: [], ours: []}
     for i in range(repeats):
-        order = (stock, ours) if i % 2 else (ours, stock)
-        times = {id(one): timed(lambda one=one: call(one), device) for one in order}
-        pairs.append((times[id(stock)], times[id(ours)]))
-    ratios = [with_dype / without for without, with_dype in pairs]
+        for transformer in (stock, ours) if i % 2 else (ours, stock):
+            times[transformer].append(timed(partial(transformer, **call), device))
+    ratios = [with_dype / without for without, with_dype in zip(*times.values(), strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if repeats > 1 else 3 * ratios
     peaks = []
-    for one in (stock, ours):
+    for transformer in (stock, ours):
         gc.collect()
         memory.reset_peak()
-        call(one)
+        transformer(**call)
         peaks.append(memory.peak(device) or 0)
-    found = {"ratio": round(middle, 4), "low": round(low, 4), "high": round(high, 4)}
-    for name, times in zip(("stock", "ours"), zip(*pairs, strict=True), strict=True):
-        found[name] = round(1000 * statistics.median(times), 3)
-    return found | {"peak_memory": peaks[1], "extra_memory": peaks[1] - peaks[0]}
+    return {
+        "ratio": round(middle, 4),
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "stock": round(1000 * statistics.median(times[stock]), 3),
+        "ours": round(1000 * statistics.median(times[ours]), 3),
+        "peak_memory": peaks[1],
+        "extra_memory": peaks[1] - peaks[0],
+    }
 
 
 def pictures(args: argparse.Namespace) -> dict:
@@ -247,20 +202,19 @@ def pictures(args: argparse.Namespace) -> dict:
 
     The share is of the transformer's operations in the whole time, the decoder's included.
     """
-    device, benched = torch.device(args.device), MODELS[args.model]
-    prepare(device)
-    rate, pipe = matrix_rate(device, DTYPES[args.dtype]), benched.pipeline(args.device)
-    known = NAMED[benched.model]
+    device, model = torch.device(args.device), MODELS[args.model]
+    rate = matrix_rate(device, DTYPES[args.dtype])
+    pipe = make_pipeline(args.model, args.device)
     acceleration.compile_steps(pipe, args.compile)
-    count = args.steps or known.steps
-    calls = count * (2 if known.true_cfg > 1 else 1)
+    count = args.steps or model.steps
+    calls = count * (2 if model.true_cfg > 1 else 1)
     print("px     ratio  seconds without, with   peak GiB   tiled   share of matrix rate")
     rows = {}
     for size in args.sizes:
-        tiled = set_tiling(pipe, "auto", None, size * size)
+        tiled = memory.set_tiling(pipe, "auto", None, size * size)
         with acceleration.attending(args.attention):
-            without, with_dype = picture_seconds(pipe, args, benched, size, count)
-        flop = calls * shape_of(benched, pipe.transformer).flop(size, size)
+            without, with_dype = picture_seconds(pipe, args, size, count)
+        flop = calls * count_flop(pipe.transformer, model.max_sequence_length, size, size)
         row = {"ratio": without and round(with_dype / without, 3), "without": without}
         row |= {"with": with_dype, "peak_memory": memory.peak(device), "tiled": tiled}
         row |= {"flop": flop, "share": round(flop / with_dype / rate, 3), "steps": count}
@@ -268,28 +222,24 @@ def pictures(args: argparse.Namespace) -> dict:
         shown = [f"{value:10.3f}" if value else f"{'-':>10}" for value in list(row.values())[:3]]
         gib = (row["peak_memory"] or 0) / memory.GIB
         print(f"{size:<5}", *shown, f"{gib:10.2f} {tiled!s:>8} {row['share']:12.0%}")
-    return described(args, rate) | {"sizes": rows}
+    return described(args, rate, rows)
 
 
-def picture_seconds(pipe, args, benched: Benched, size: int, count: int) -> list[float | None]:
+def picture_seconds(pipe, args, size: int, count: int) -> list[float | None]:
     """Median seconds of a picture without DyPE (None if --alone) and with, after one step each."""
-    known, kinds = NAMED[benched.model], [True] if args.alone else [False, True]
-    call = {"guidance": known.guidance, "true_cfg": known.true_cfg, "height": size, "width": size}
-    names = ("negative_prompt", "max_sequence_length")
-    call |= {name: getattr(known, name) for name in names}
+    model, kinds = MODELS[args.model], [True] if args.alone else [False, True]
+    prompt = random_prompt(pipe.transformer, model.max_sequence_length)
+    call = {"guidance": model.guidance, "true_cfg": model.true_cfg, "height": size, "width": size}
+    call["negative_prompt"] = None if model.negative_prompt is None else prompt
     seconds = {kind: [] for kind in kinds}
-    prompt = benched.prompt(pipe)
-    if call["negative_prompt"] is not None:
-        text = call["negative_prompt"]
-        call["negative_prompt"] = sample.encode(pipe, text, known.max_sequence_length)
     for i, steps in enumerate([1] + [count] * args.repeats):
         for kind in kinds[:: 1 - 2 * (i % 2)]:  # in turns
             remove_dype(pipe)
             if kind:
-                apply_dype(pipe, encoding(args, benched))
+                apply_dype(pipe, encoding(args))
             memory.reset_peak()
             start = time.perf_counter()
             sample.draw(pipe, prompt, steps=steps, **call)
             seconds[kind].append(time.perf_counter() - start)
-    middle = {kind: round(statistics.median(some[1:]), 3) for kind, some in seconds.items()}
+    middle = {kind: round(statistics.median(times[1:]), 3) for kind, times in seconds.items()}
     return [middle.get(False), middle[True]]

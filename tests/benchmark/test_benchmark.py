@@ -10,35 +10,36 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dype import DyPEConfig, apply_dype
 from dype.benchmark import __main__ as benchmark
-from dype.benchmark import flops
+from dype.benchmark import embedder as benchmark_embedder
 from dype.benchmark import step as benchmark_step
 from dype.benchmark.embedder import FAMILIES, literal, positions
 from dype.pipelines.catalog import MODELS
 
 WHOLE = {  # of diffusers' classes at their default, real size
-    "flux-krea": ("FluxTransformer2DModel", benchmark_step.flux_call),
-    "z-image-turbo": ("ZImageTransformer2DModel", benchmark_step.z_image_call),
+    "flux-krea": "FluxTransformer2DModel",
+    "z-image-turbo": "ZImageTransformer2DModel",
 }
 
 
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch):
     """The benchmark sets its whole process to one thread and a warm allocator; not this one."""
-    monkeypatch.setattr(benchmark_step, "prepare", lambda device: None)
+    monkeypatch.setattr(benchmark_embedder, "prepare", lambda device: None)
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_flop_are_counted_right(name):
     """Against torch's own count over the real-size transformer, 3 % at 2048x1024 px."""
     with torch.device("meta"):
-        cls, make_call = WHOLE[name]
-        transformer = getattr(diffusers, cls)()
+        transformer = getattr(diffusers, WHOLE[name])()
         billions = sum(part.numel() for part in transformer.parameters()) / 1e9
         assert billions == pytest.approx(MODELS[name].billions, rel=0.05)
         with FlopCounterMode(display=False) as counted, torch.no_grad():
-            transformer(**make_call(transformer, 1024, 2048))
+            transformer(**benchmark_step.denoiser_call(transformer, 512, 1024, 2048))
         expected = counted.get_total_flops()
-    assert flops.ARCHITECTURES[name].flop(1024, 2048) == pytest.approx(expected, rel=0.03)
+    assert benchmark_step.count_flop(transformer, 512, 1024, 2048) == pytest.approx(
+        expected, rel=0.03
+    )
 
 
 def test_literal_form_is_the_formula():
@@ -53,13 +54,13 @@ def test_literal_form_is_the_formula():
 
 
 def test_twin_shares_weights_and_has_dype_alone():
-    stock = benchmark_step.demo("cpu").transformer
+    stock = benchmark_step.make_pipeline("demo", "cpu").transformer
     ours = benchmark_step.twin(stock)
     apply_dype(ours, DyPEConfig("yarn", base_resolution=256))
     pairs = zip(stock.parameters(), ours.parameters(), strict=True)
     assert all(a is b for a, b in pairs)
     assert type(stock.pos_embed) is not type(ours.pos_embed)
-    call = benchmark_step.demo_call(stock, 512, 512)
+    call = benchmark_step.denoiser_call(stock, 16, 512, 512)
     with torch.no_grad():
         assert not torch.equal(stock(**call)[0], ours(**call)[0])
 
