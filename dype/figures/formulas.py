@@ -7,14 +7,14 @@ power of x_t at frequency f; S(f, 0) = C / f^omega is the picture's, S(f, 1) = 1
 import math
 
 import numpy as np
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
+import torch
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from dype import rope
 from dype.config import DyPEConfig
 from dype.figures import style
-from dype.rope import BETA, GAMMA, METHODS, axis_frequencies, stock_frequencies
-from dype.rope import axes as rope_axes
+from dype.noise_schedule import unshifted
 
 FLUX = (56, 10000.0, 64)  # D, theta, L in tokens
 Z_IMAGE = (48, 256.0, 64)
@@ -40,18 +40,6 @@ def progress(now, picture, noise):
     return np.where(flat, np.nan, np.log(now / picture) / np.where(flat, 1, span))
 
 
-def sigmas(steps: int, mu: float) -> np.ndarray:
-    """Noise levels of the steps: e^mu / (e^mu + 1 / u - 1), u = 1 .. 1/steps (FLUX's schedule)."""
-    u = np.linspace(1, 1 / steps, steps)
-    return math.exp(mu) / (math.exp(mu) + 1 / u - 1)
-
-
-def fit(f, power) -> tuple[float, float]:
-    """C and omega of the straight line through ln S over ln f, by least squares."""
-    slope, at = np.polyfit(np.log(f), np.log(power), 1)
-    return float(np.exp(at)), float(-slope)
-
-
 def spectra_panel(axes, f, levels, rows, guide: tuple[float, float]) -> None:
     """S over f, a line per noise level, with C / f^omega."""
     for t, row in zip(levels, rows, strict=True):
@@ -63,69 +51,42 @@ def spectra_panel(axes, f, levels, rows, guide: tuple[float, float]) -> None:
     label = rf"$1/f^\omega$, $\omega$ = {omega:.2f}"
     axes.plot(f, c / f**omega, ":", color=style.VERMILLION, label=label)
     axes.loglog()
-    axes.set_xlim(f[0], f[-1])
-    axes.set_xlabel("frequency (1: Nyquist)")
+    axes.set(xlim=(f[0], f[-1]), xlabel="frequency (1: Nyquist)")
     style.frequency_axis(axes.xaxis, f[0])
 
 
 def progress_panel(axes, f, levels, gamma):
     """gamma over t and f, [f, t]: grey where masked, white above 1, black below 0."""
     axes.set_facecolor("silver")
-    mesh = axes.pcolormesh(
-        style.edges(levels),
-        np.exp(style.edges(np.log(f))),
-        np.ma.masked_invalid(gamma),
-        cmap=style.PROGRESS,
-        vmin=0,
-        vmax=1,
-        rasterized=True,
-    )
-    axes.set_yscale("log")
-    axes.set_ylim(f[0], f[-1])
+    x, y = style.edges(levels), np.exp(style.edges(np.log(f)))
+    mesh = axes.pcolormesh(x, y, gamma, cmap=style.PROGRESS, vmin=0, vmax=1, rasterized=True)
+    axes.set(yscale="log", ylim=(f[0], f[-1]))
     style.frequency_axis(axes.yaxis, f[0])
     style.noise_axis(axes)
     return mesh
 
 
-def colour_bar(made: Figure, axes, mappable, label: str, **more):
-    bar = made.colorbar(mappable, ax=axes, aspect=30, pad=0.02, **more)
-    bar.set_label(label)
-    bar.outline.set_linewidth(0.6)
-    return bar
-
-
-def noise_bar(made: Figure, axes) -> None:
-    """The colours of lines over t."""
-    colours = ScalarMappable(Normalize(0, 1), "viridis_r")
-    colour_bar(made, axes, colours, "noise level t").ax.invert_yaxis()
-
-
 def ratios_of(axis: tuple, t: float, config: DyPEConfig, s: float = STRETCH) -> np.ndarray:
     """f_i / theta_i of a method at noise level t, float64 [n]."""
     dim, theta, trained = axis
-    found, _ = axis_frequencies(dim, theta, trained, s * trained, t, config)
-    return (found / stock_frequencies(dim, theta)).numpy()
+    f, _ = rope.axis_frequencies(dim, theta, trained, s * trained, t, config)
+    return (f / rope.stock_frequencies(dim, theta)).numpy()
 
 
-def unclamped(axis: tuple, t: float, s: float = STRETCH) -> np.ndarray:
+def unclamped(axis: tuple, t: float) -> np.ndarray:
     """f_i / theta_i of `yarn` with the edges of its ramps as in the authors' code, t > 0.
 
     There low is cut at 0 and high at n, and nowhere else: once low passes n the ramp turns round,
     its mask is 0 at every pair, and the frequencies fall back, in the end all to 1/s.
     """
-    dim, theta, trained = axis
-    i, n = np.arange(dim // 2), dim // 2
-
-    def mask(band):
-        turns = [trained / (2 * math.pi * r * t**2) for r in band]
-        low, high = (dim * math.log(x) / (2 * math.log(theta)) for x in turns)
-        low, high = max(math.floor(low), 0), min(math.ceil(high), n)
-        return 1 - np.clip((i - low) / (high - low + 0.001 * (high == low)), 0, 1)
-
-    one = rope_axes(*axis, [s * trained], None, DyPEConfig())
-    beta, gamma = mask(BETA), mask(GAMMA)
-    interpolated = (1 - beta) / s + beta / s ** one.exponent.numpy()
-    return (1 - gamma) * interpolated + gamma
+    dim, _, trained = axis
+    known = rope.axes(*axis, [STRETCH * trained], None, DyPEConfig())
+    edges = rope.pair_at(known, known.thresholds * t**2)
+    low, high = edges[:, :1].floor().clamp(min=0), edges[:, 1:].ceil().clamp(max=dim // 2)
+    width = high - low + 0.001 * (high == low)
+    past_beta, past_gamma = ((known.pairs - low) / width).clamp(0, 1)  # 1 - mask
+    f = torch.lerp(known.theta, torch.lerp(known.ntk, known.pi, past_beta), past_gamma)
+    return (f / known.theta)[0].numpy()
 
 
 def fig6() -> Figure:
@@ -160,7 +121,7 @@ def fig6() -> Figure:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=2, borderpad=0)
     rows[0].set(xlim=(0, 8192), ylim=(-1.15, 1.15), yticks=(-1, 0, 1), xticks=range(0, 8193, 1024))
     rows[-1].set_xlabel("position (blue: trained on; grey: never seen)")
-    made.supylabel("cosine", fontsize=8)
+    made.supylabel("cosine")
     return made
 
 
@@ -178,7 +139,7 @@ def fig7() -> Figure:
     made = style.figure(style.DOUBLE, 2.9)
     left, right = made.subplots(1, 2)
     i = np.arange(FLUX[0] // 2)
-    theta = stock_frequencies(*FLUX[:2]).numpy()
+    theta = rope.stock_frequencies(*FLUX[:2]).numpy()
     for label, method, dynamic, colour, line in curves:
         ratios = ratios_of(FLUX, HALFWAY, DyPEConfig(method, dype=dynamic))
         label += f", t = {HALFWAY:g}" if dynamic else ""
@@ -196,7 +157,7 @@ def fig7() -> Figure:
 
 def ratios() -> Figure:
     """f_i / theta_i of every method over t and i, FLUX above and Z-Image below, s = 4."""
-    names = [*METHODS, "yarn, unclamped"]
+    names = [*rope.METHODS, "yarn, unclamped"]
     across = 4
     down = -(-len(names) // across)
     made = style.figure(style.DOUBLE, 2 * (1.02 * down + 0.55))
@@ -204,18 +165,16 @@ def ratios() -> Figure:
     parts = made.subfigures(2, 1)
     for part, title, axis in zip(parts, ("FLUX", "Z-Image"), (FLUX, Z_IMAGE), strict=True):
         dim, theta, trained = axis
-        part.suptitle(
-            f"{title}: D = {dim}, theta = {theta:g}, {trained} tokens to {STRETCH * trained}",
-            fontsize=8,
-        )
+        title += f": D = {dim}, theta = {theta:g}, {trained} tokens to {STRETCH * trained}"
+        part.suptitle(title)
         grid = part.subplots(down, across, sharex=True, sharey=True).ravel()
         for axes, name in zip(grid, names, strict=False):
             mesh = ratio_panel(axes, axis, name, edges)
         for axes in grid[len(names) :]:
             axes.set_visible(False)
-        part.supxlabel("noise level t (root scale)", fontsize=8)
-        part.supylabel("pair index i", fontsize=8)
-        bar = colour_bar(part, grid, mesh, "frequency / RoPE's", extend="min")
+        part.supxlabel("noise level t (root scale)")
+        part.supylabel("pair index i")
+        bar = part.colorbar(mesh, ax=grid, label="frequency / RoPE's", extend="min", **style.BAR)
         bar.set_ticks([1, 1 / 2, 1 / 4, 1 / 8, 1 / 16], labels=["1", "1/2", "1/4", "1/8", "1/16"])
         bar.minorticks_off()
     return made
@@ -224,21 +183,17 @@ def ratios() -> Figure:
 def ratio_panel(axes, axis: tuple, name: str, edges: np.ndarray):
     """One method's heat map over root t and i; the marks are the 28 steps of a FLUX picture."""
     levels = ((edges[1:] + edges[:-1]) / 2) ** 2
-    if name in METHODS:
+    if name in rope.METHODS:
         columns = [ratios_of(axis, t, DyPEConfig(name)) for t in levels]
     else:
         columns = [unclamped(axis, t) for t in levels]
     n = axis[0] // 2
-    mesh = axes.pcolormesh(
-        edges,
-        np.arange(n + 1) - 0.5,
-        np.array(columns).T,
-        cmap="cividis",
-        norm=LogNorm(1 / 16, 1),
-        rasterized=True,
-    )
+    rows, shown = np.arange(n + 1) - 0.5, np.transpose(columns)
+    colours = {"cmap": "cividis", "norm": LogNorm(1 / 16, 1)}
+    mesh = axes.pcolormesh(edges, rows, shown, **colours, rasterized=True)
     if axis == FLUX:
-        steps = np.sqrt(sigmas(STEPS, MU))
+        u = np.array(unshifted(STEPS))
+        steps = np.sqrt(math.exp(MU) / (math.exp(MU) + 1 / u - 1))  # FLUX's schedule
         axes.plot(steps, np.full(STEPS, n - 1.6), "|", color=style.BLACK, markersize=4, mew=0.6)
     ticks = (1, 0.5, 0.1, 0.01)
     axes.set_xticks(np.sqrt(ticks), labels=[f"{t:g}" for t in ticks])

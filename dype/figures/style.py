@@ -13,6 +13,8 @@ STYLE = {  # of matplotlib's rc_context
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
+    "figure.titlesize": 8,
+    "figure.labelsize": 8,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
@@ -31,6 +33,7 @@ STYLE = {  # of matplotlib's rc_context
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#888888"
 PROGRESS = colormaps["viridis"].with_extremes(over="white", under="black")
+BAR = {"aspect": 30, "pad": 0.02}  # of colours
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 
 
@@ -39,11 +42,9 @@ def figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def noise_axis(axes, label: bool = True) -> None:
+def noise_axis(axes) -> None:
     """t runs from noise to picture, as sampling does."""
-    axes.set_xlim(1, 0)
-    if label:
-        axes.set_xlabel("noise level t (1: noise)")
+    axes.set(xlim=(1, 0), xlabel="noise level t (1: noise)")
 
 
 def frequency_axis(axis, lowest: float) -> None:

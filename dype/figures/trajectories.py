@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from dype.figures import formulas, style
@@ -50,38 +52,44 @@ GENERIC = (0.01, 2.0)  # C and omega of the first panels: from 100 times the noi
 PANELS = ("Eq. 11 of $0.01/f^2$", "Eq. 11 of the demo's latents", "the demo, sampled")
 
 
+def three_panels(label: str) -> tuple[Figure, np.ndarray]:
+    """PANELS side by side, without lines: the figure and its axes."""
+    made = style.figure(style.DOUBLE, 2.5)
+    grid = made.subplots(1, 3)
+    grid[2].sharey(grid[1])
+    grid[2].tick_params(labelleft=False)
+    grid[0].set_ylabel(label)
+    for axes, title in zip(grid, PANELS, strict=True):
+        axes.set_title(title)
+    return made, grid
+
+
 def fig2a(trajectories: Path = TRAJECTORIES) -> Figure:
     """Power of x_t over frequency: Eq. 11 of C / f^omega and of the demo's latents, and measured.
 
     The guide in the last two is the straight line through the latents' spectrum.
     """
     f, levels, power = mean_spectra(trajectories)
-    made = style.figure(style.DOUBLE, 2.5)
-    grid = made.subplots(1, 3)
-    grid[2].sharey(grid[1])
+    made, grid = three_panels("power (noise: 1)")
     fine, (c, omega) = np.geomspace(0.01, 1, 100), GENERIC
     rows = [formulas.mixed(c / fine**omega, t) for t in levels]
     formulas.spectra_panel(grid[0], fine, levels, rows, GENERIC)
-    guide = formulas.fit(f, power[-1])
+    slope, at = np.polyfit(np.log(f), np.log(power[-1]), 1)
+    guide = np.exp(at), -slope
     rows = [formulas.mixed(power[-1], t) for t in levels]
     formulas.spectra_panel(grid[1], f, levels, rows, guide)
     formulas.spectra_panel(grid[2], f, levels, power, guide)
-    for axes, title in zip(grid, PANELS, strict=True):
-        axes.set_title(title)
-    grid[0].set_ylabel("power (noise: 1)")
     grid[0].legend(loc="upper right", borderpad=0)
     grid[1].legend(handles=grid[1].lines[-1:], loc="upper right", borderpad=0)
-    grid[2].tick_params(labelleft=False)
-    formulas.noise_bar(made, grid)
+    colours = ScalarMappable(Normalize(0, 1), "viridis_r")
+    made.colorbar(colours, ax=grid, label="noise level t", **style.BAR).ax.invert_yaxis()
     return made
 
 
 def fig2b(trajectories: Path = TRAJECTORIES) -> Figure:
     """gamma over t and frequency (Eq. 12): of Eq. 11 as in fig2a, and measured."""
     f, levels, power = mean_spectra(trajectories)
-    made = style.figure(style.DOUBLE, 2.5)
-    grid = made.subplots(1, 3)
-    grid[2].sharey(grid[1])
+    made, grid = three_panels("frequency (1: Nyquist)")
     fine, t = np.geomspace(0.01, 1, 161), np.linspace(1, 0, 161)
     picture = GENERIC[0] / fine[:, None] ** GENERIC[1]
     gamma = formulas.progress(formulas.mixed(picture, t), picture, 1.0)
@@ -91,12 +99,8 @@ def fig2b(trajectories: Path = TRAJECTORIES) -> Figure:
     formulas.progress_panel(grid[1], f, t, gamma)
     gamma = formulas.progress(power.T, picture, noise)
     mesh = formulas.progress_panel(grid[2], f, levels, gamma)
-    for axes, title in zip(grid, PANELS, strict=True):
-        axes.set_title(title)
-    grid[0].set_ylabel("frequency (1: Nyquist)")
-    grid[2].tick_params(labelleft=False)
     label = r"$\gamma$ (1: noise, 0: the picture)"
-    formulas.colour_bar(made, grid, mesh, label, extend="both")
+    made.colorbar(mesh, ax=grid, label=label, extend="both", **style.BAR)
     return made
 
 
@@ -109,9 +113,8 @@ def eq11(trajectories: Path = TRAJECTORIES, unguided: Path = UNGUIDED) -> Figure
         expected = formulas.mixed(power[-1], levels[:, None], power[0])
         axes.axhline(1, color=style.GREY, linewidth=0.6)
         for ring in np.arange(len(f))[::-1]:
-            label = (
-                f"{ring + 1}/{len(f)}" if ring in (0, 1, 2, 3, 7, len(f) - 1) else f"_{ring + 1}"
-            )
+            named = ring in (0, 1, 2, 3, 7, len(f) - 1)
+            label = f"{ring + 1}/{len(f)}" if named else None
             colour = style.by_noise(1 - np.log(f[ring]) / np.log(f[0]))
             axes.plot(levels, power[:, ring] / expected[:, ring], color=colour, label=label)
         protocol = read(path, "protocol", COMMAND)
