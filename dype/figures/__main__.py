@@ -41,27 +41,24 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("name", metavar="NAME", choices=FIGURES, help=", ".join(FIGURES))
-    made.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, help="of a finished sweep")
-    made.add_argument(
-        "--out", metavar="FILE", type=Path, help="(default: outputs/figures/NAME.png)"
-    )
+    flag = made.add_argument
+    flag("name", metavar="NAME", choices=FIGURES, help=", ".join(FIGURES))
+    flag("folder", metavar="FOLDER", nargs="?", type=Path, help="of a finished sweep")
+    flag("--out", metavar="FILE", type=Path, help="(default: outputs/figures/NAME.png)")
     for name, default in {
         "trajectories": trajectories.TRAJECTORIES,
         "unguided": trajectories.UNGUIDED,
         "ground_truth": ground_truth.GROUND_TRUTH,
     }.items():
-        made.add_argument(f"--{name}", metavar="FILE", type=Path, help=f"(default: {default})")
-    made.add_argument(
-        "--score", metavar="WORD", help=f"{', '.join(ground_truth.SCORES)} (default: joint)"
-    )
-    made.add_argument(
-        "--settings",
-        metavar="NAME",
-        nargs="+",
-        help=f"(default: {' '.join(ground_truth.STANDARD)})",
-    )
-    image_rows.add_flags(made)
+        flag(f"--{name}", metavar="FILE", type=Path, help=f"(default: {default})")
+    flag("--score", metavar="WORD", help=f"{', '.join(ground_truth.SCORES)} (default: joint)")
+    standard = " ".join(ground_truth.STANDARD)
+    flag("--settings", metavar="NAME", nargs="+", help=f"(default: {standard})")
+    shares = f"shares of width, height and the shorter side (default: {image_rows.MIDDLE}; "
+    flag("--crops", metavar="X,Y,SIZE", nargs="*", help=f"{shares}fig16 none)")
+    flag("--methods", metavar="NAME,...", nargs="+", help="side by side (default: the paper's)")
+    columns = "of results.csv, as seed=1 (default: the largest size and the first seed)"
+    flag("--where", metavar="COLUMN=VALUE", nargs="+", help=columns)
     return made
 
 

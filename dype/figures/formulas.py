@@ -193,7 +193,7 @@ def ratio_panel(axes, axis: tuple, name: str, edges: np.ndarray):
     mesh = axes.pcolormesh(edges, rows, shown, **colours, rasterized=True)
     if axis == FLUX:
         u = np.array(unshifted(STEPS))
-        steps = np.sqrt(math.exp(MU) / (math.exp(MU) + 1 / u - 1))  # FLUX's schedule
+        steps = np.sqrt(math.exp(MU) / (math.exp(MU) + 1 / u - 1))  # FLUX's, u = 1 .. 1/28
         axes.plot(steps, np.full(STEPS, n - 1.6), "|", color=style.BLACK, markersize=4, mew=0.6)
     ticks = (1, 0.5, 0.1, 0.01)
     axes.set_xticks(np.sqrt(ticks), labels=[f"{t:g}" for t in ticks])

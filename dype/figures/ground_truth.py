@@ -5,9 +5,9 @@ its control behind where it is one, and rendered truth: `truth`, `truth_vae`, `v
 """
 
 import re
+from itertools import cycle
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from dype.config import one_of
@@ -37,17 +37,11 @@ MARKERS = "soD^vP"
 
 def reported(path: Path, command: str) -> list[dict]:
     """The rows of square pictures but for the controls. Raises ValueError if there are none."""
-    rows = [one for one in read(path, "rows", command) if not one["control"]]
-    rows = [one for one in rows if isinstance(one["size"], int)]
+    rows = read(path, "rows", command)
+    rows = [row for row in rows if not row["control"] and isinstance(row["size"], int)]
     if not rows:
         raise ValueError(f"{path} has no rows; expected what {command} writes")
     return rows
-
-
-def bars(axes, x, scores: list[dict], **look) -> None:
-    """Means, joined, with their intervals."""
-    axes.plot(x, [one["mean"] for one in scores], **look)
-    axes.vlines(x, *zip(*(one["interval"] for one in scores), strict=True), look["color"], lw=0.8)
 
 
 def fig5(ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=STANDARD) -> Figure:
@@ -58,33 +52,24 @@ def fig5(ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=STAND
         one_of("--settings", name, list(dict.fromkeys(one["setting"] for one in rows)))
     made = style.figure(style.SINGLE, 2.6)
     axes = made.subplots()
-    looks = [{"color": c, "marker": m} for c, m in zip(COLOURS, MARKERS, strict=True)]
+    looks = cycle({"color": c, "marker": m} for c, m in zip(COLOURS, MARKERS, strict=True))
     drawn = {"truth_vae": {"color": style.GREY, "linestyle": ":"}}
-    colours = iter(looks * len(settings))
-    for name in settings:
-        drawn[name] = PLAIN if name == "base" else next(colours)
+    drawn |= {name: PLAIN if name == "base" else next(looks) for name in settings}
     stock = {one["size"]: one for one in rows if one["size"] == BASE and one["setting"] == "base"}
     for name, look in drawn.items():
         found = {} if name in TRUTH else dict(stock)  # where nothing is stretched all are stock
         found |= {one["size"]: one for one in rows if one["setting"] == name}
         if found:
             x = [size / BASE for size in sorted(found)]
-            some = [found[size][score] for size in sorted(found)]
-            bars(axes, x, some, label=TRUTH.get(name, name), markersize=4, **look)
+            scores = [found[size][score] for size in sorted(found)]
+            means, spans = ([one[key] for one in scores] for key in ("mean", "interval"))
+            axes.plot(x, means, label=TRUTH.get(name, name), markersize=4, **look)
+            axes.vlines(x, *zip(*spans, strict=True), look["color"], lw=0.8)
     sizes = sorted({one["size"] for one in rows})
     axes.set_xticks([s / BASE for s in sizes], labels=[f"{s / BASE:g}x\n{s}" for s in sizes])
     axes.set(xlabel="side, times the trained one and px", ylabel=SCORES[score])
     made.legend(loc="outside upper center", ncols=2)
     return made
-
-
-def looks_of(rows: list[dict]) -> dict[str, dict]:
-    """A colour and a marker for every method but `base`."""
-    methods = dict.fromkeys(one["method"] for one in rows if one["method"] not in (None, "base"))
-    return {
-        method: {"color": COLOURS[i % 6], "marker": MARKERS[(i + i // 6) % 6]}
-        for i, method in enumerate(methods)
-    }
 
 
 def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
@@ -98,7 +83,12 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
     one_of("--score", score, ("spectrum", "patches"))
     rows = reported(ground_truth, f"python -m dype.demo.evaluate --cutoff --save {CUTOFF}")
     sizes = sorted({one["size"] for one in rows} - {BASE}) or [BASE]
-    looks = looks_of(rows) | {"base": PLAIN, "cutoff": {"color": style.BLACK, "marker": "D"}}
+    methods = dict.fromkeys(row["method"] for row in rows if row["method"] not in (None, "base"))
+    looks = {
+        method: {"color": COLOURS[i % 6], "marker": MARKERS[(i + i // 6) % 6]}
+        for i, method in enumerate(methods)
+    }
+    looks |= {"base": PLAIN, "cutoff": {"color": style.BLACK, "marker": "D"}}
     made = style.figure(style.SINGLE, 0.8 + 2.3 * len(sizes))
     found = {}
     for axes, size in zip(made.subplots(len(sizes), 1, squeeze=False)[:, 0], sizes, strict=True):
@@ -115,32 +105,33 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
 def frontier_panel(axes, rows: list[dict], looks: dict, score: str) -> None:
     """One size: its rows, looks by method."""
 
-    def point(one):
-        return one["overlap"]["mean"], one[score]["mean"]
+    def point(row):
+        return row["overlap"]["mean"], row[score]["mean"]
 
     families = {}
-    for one in rows:
-        families.setdefault(SCALED.sub("", one["setting"]), []).append(one)
+    for row in rows:
+        families.setdefault(SCALED.sub("", row["setting"]), []).append(row)
     for family in families.values():
         if len(family) > 1:
             colour = looks[family[0]["method"]]["color"]
             axes.plot(*zip(*map(point, family), strict=True), color=colour, lw=0.6, zorder=1)
-    static = {one["method"]: one for one in rows if one["method"] and not one["dype"]}
-    for one in rows:
-        start = static.get(one["method"]) if one["dype"] else None
-        if start and not SCALED.search(one["setting"]):
-            ends = zip(point(start), point(one), strict=True)
-            axes.plot(*ends, ":", color=looks[one["method"]]["color"], lw=0.8, zorder=1)
-        if one["method"]:
-            label = one["method"] if one["dype"] or one["method"] == "base" else "_static"
-            fill = {} if label != "_static" else {"mfc": "white"}
-            axes.plot(*point(one), **looks[one["method"]] | fill, ms=4, ls="", label=label)
-        elif one["setting"] in TRUTH:
-            axes.plot(*point(one), "*", color=style.BLACK, ms=7, label=TRUTH[one["setting"]])
-        if one["setting"] in MARKED:
-            colour, at = looks[one["method"]]["color"], point(one)
-            spans = [np.array(one[name]["interval"]) for name in ("overlap", score)]
-            axes.hlines(at[1], *spans[0], colour, lw=0.8)
-            axes.vlines(at[0], *spans[1], colour, lw=0.8)
-        if one["setting"] == CHOSEN:
-            axes.plot(*point(one), "o", color=style.BLACK, mfc="none", ms=9, label="chosen")
+    static = {row["method"]: row for row in rows if row["method"] and not row["dype"]}
+    for row in rows:
+        at, method, name = point(row), row["method"], row["setting"]
+        if name in TRUTH:
+            axes.plot(*at, "*", color=style.BLACK, ms=7, label=TRUTH[name])
+        if not method:
+            continue
+        look = looks[method]
+        if row["dype"] and method in static and not SCALED.search(name):
+            ends = zip(point(static[method]), at, strict=True)
+            axes.plot(*ends, ":", color=look["color"], lw=0.8, zorder=1)
+        if row["dype"] or method == "base":
+            axes.plot(*at, **look, ms=4, ls="", label=method)
+        else:
+            axes.plot(*at, **look, ms=4, ls="", mfc="white")
+        if name in MARKED:
+            axes.hlines(at[1], *row["overlap"]["interval"], look["color"], lw=0.8)
+            axes.vlines(at[0], *row[score]["interval"], look["color"], lw=0.8)
+        if name == CHOSEN:
+            axes.plot(*at, "o", color=style.BLACK, mfc="none", ms=9, label="chosen")

@@ -3,7 +3,6 @@
 import textwrap
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,70 +22,32 @@ GAP, LINE = 0.04, 0.14  # inches
 PIXELS = 1000  # of a whole picture's longer side, at most
 
 
-class Shown(NamedTuple):
-    """What a figure of the paper shows."""
-
-    methods: tuple[str, ...]  # side by side, named as in results.csv
-    prompts: int = 1  # one above the other
-    crops: tuple[str, ...] = (MIDDLE,)
-
-
-SHOWN = {
-    "fig1": Shown(("base", "yarn", "dy_yarn")),
-    "fig3": Shown(("yarn", "dy_yarn"), 2),
-    "fig4": Shown(("ntk", "dy_ntk", "yarn", "dy_yarn"), 2),
-    "fig8": Shown(("dy_tasr", "dy_ntk"), 2),
-    "fig9": Shown(("base", "yarn", "dy_yarn"), 2),
-    "fig12": Shown(("yarn", "dy_yarn"), 2),
-    "fig16": Shown(("ntk", "dy_ntk", "yarn", "dy_yarn"), 4, ()),
-    "fig17": Shown(("yarn", "dy_yarn"), 2, ("0.1,0.1,0.2", MIDDLE, "0.7,0.7,0.2")),
+SHOWN = {  # the methods side by side, as in results.csv; prompts one above the other; crops
+    "fig1": ("base,yarn,dy_yarn", 1, [MIDDLE]),
+    "fig3": ("yarn,dy_yarn", 2, [MIDDLE]),
+    "fig4": ("ntk,dy_ntk,yarn,dy_yarn", 2, [MIDDLE]),
+    "fig8": ("dy_tasr,dy_ntk", 2, [MIDDLE]),
+    "fig9": ("base,yarn,dy_yarn", 2, [MIDDLE]),
+    "fig12": ("yarn,dy_yarn", 2, [MIDDLE]),
+    "fig16": ("ntk,dy_ntk,yarn,dy_yarn", 4, []),
+    "fig17": ("yarn,dy_yarn", 2, ["0.1,0.1,0.2", MIDDLE, "0.7,0.7,0.2"]),
 }
 
 
-class Box(NamedTuple):
-    """A square crop: its top left corner and side, in px."""
-
-    x: int
-    y: int
-    side: int
-
-    @classmethod
-    def of(cls, text: str, size: tuple[int, int]) -> "Box":
-        """X,Y,SIZE in shares of width, height and shorter side. Raises ValueError."""
-        width, height = size
-        try:
-            x, y, side = map(float, text.split(","))
-            box = cls(round(x * width), round(y * height), round(side * min(size)))
-        except (ValueError, OverflowError):
-            box = cls(-1, -1, 0)
-        if (
-            min(box[:2]) < 0
-            or box.side < 1
-            or box.x + box.side > width
-            or box.y + box.side > height
-        ):
-            raise ValueError(
-                f"--crops is {text!r}, expected X,Y,SIZE in shares of the side, within the picture"
-            )
-        return box
-
-
-def add_flags(parser) -> None:
-    parser.add_argument(
-        "--crops",
-        metavar="X,Y,SIZE",
-        nargs="*",
-        help=f"shares of width, height and the shorter side (default: {MIDDLE}; fig16 none)",
-    )
-    parser.add_argument(
-        "--methods", metavar="NAME,...", nargs="+", help="side by side (default: the paper's)"
-    )
-    parser.add_argument(
-        "--where",
-        metavar="COLUMN=VALUE",
-        nargs="+",
-        help="of results.csv, as seed=1 (default: the largest size and the first seed)",
-    )
+def crop_box(text: str, size: tuple[int, int]) -> tuple[int, int, int]:
+    """X,Y,SIZE in shares of width, height and shorter side: the top left corner and the side of a
+    square, px. Raises ValueError."""
+    width, height = size
+    try:
+        x, y, side = map(float, text.split(","))
+        x, y, side = round(x * width), round(y * height), round(side * min(size))
+    except (ValueError, OverflowError):
+        x = y = side = 0
+    if min(x, y) < 0 or side < 1 or x + side > width or y + side > height:
+        raise ValueError(
+            f"--crops is {text!r}, expected X,Y,SIZE in shares of the side, within the picture"
+        )
+    return x, y, side
 
 
 def narrowed(rows: list[dict], where: list[str]) -> list[dict]:
@@ -129,28 +90,27 @@ def chosen(rows: list[dict], methods: list[str], prompts: int) -> list[list[dict
 
 def picture_rows(name: str, folder: Path, crops=None, methods=None, where=()) -> Figure:
     """The pictures of one of the paper's figures, from results.csv. Raises ValueError."""
-    shown = SHOWN[name]
-    methods = [one for word in methods or shown.methods for one in word.split(",") if one]
+    usual, prompts, usual_crops = SHOWN[name]
+    methods = [one for word in methods or [usual] for one in word.split(",") if one]
     rows = [one for one in read_rows(folder) if not one["error"]]
     if not rows:
         raise ValueError(f"{folder} has no finished sweep, expected pictures and results.csv")
-    missing = [m for m in methods if m not in {one["method"] for one in rows}]
+    there = list(dict.fromkeys(one["method"] for one in rows))
+    missing = [method for method in methods if method not in there]
     if missing:
-        there = ", ".join(dict.fromkeys(one["method"] for one in rows))
         raise ValueError(
-            f"{folder} has no picture of {missing[0]}, which {name} shows; it has {there}: draw "
-            "the rest, or name others by --methods"
+            f"{folder} has no picture of {missing[0]}, which {name} shows; it has "
+            f"{', '.join(there)}: draw the rest, or name others by --methods"
         )
-    grid = chosen(narrowed(rows, where), methods, shown.prompts)
-    return drawn(grid, folder, shown.crops if crops is None else crops)
+    grid = chosen(narrowed(rows, where), methods, prompts)
+    return drawn(grid, folder, usual_crops if crops is None else crops)
 
 
-def drawn(grid: list[list[dict]], folder: Path, crops) -> Figure:
+def drawn(grid: list[list[dict]], folder: Path, crops: list[str]) -> Figure:
     """A block per prompt: its words, the pictures, their crops below."""
     width = (style.DOUBLE - GAP * (len(grid[0]) + 1)) / len(grid[0])
     small = (width - GAP * (len(crops) - 1)) / max(1, len(crops))
-    sizes = {tuple(int(one[side]) for side in ("height", "width")) for line in grid for one in line}
-    aspect = max(high / wide for high, wide in sizes)
+    aspect = max(int(one["height"]) / int(one["width"]) for line in grid for one in line)
     block = LINE + GAP + width * aspect + (GAP + small if crops else 0) + 2 * GAP
     head = LINE + 2 * GAP
     made = Figure(figsize=(style.DOUBLE, head + block * len(grid)))
@@ -164,13 +124,13 @@ def drawn(grid: list[list[dict]], folder: Path, crops) -> Figure:
             image, label = opened(folder / one["file"])
             if row == 0:
                 write(made, left, head - GAP, label, weight="bold")
-            boxes = [Box.of(text, image.size) for text in crops]
-            axes = place(made, image, (left, at, width, width * aspect))
-            for k, box in enumerate(boxes):
+            axes = place(made, image, left, at, width, width * aspect)
+            for k, text in enumerate(crops):
+                x, y, side = crop_box(text, image.size)
+                part = image.crop((x, y, x + side, y + side))
                 corner = left + k * (small + GAP), at + width * aspect + GAP
-                part = image.crop((box.x, box.y, box.x + box.side, box.y + box.side))
-                frame(place(made, part, (*corner, small, small)), 0, 0, box.side, k, 3)
-                frame(axes, *box, k, 1.2)
+                frame(place(made, part, *corner, small, small), 0, 0, side, k, 3)
+                frame(axes, x, y, side, k, 1.2)
     return made
 
 
@@ -180,12 +140,10 @@ def write(made: Figure, left: float, bottom: float, text: str, **look) -> None:
     made.text(left / width, 1 - bottom / height, text, va="bottom", **look)
 
 
-def place(made: Figure, image: Image.Image, where: tuple):
-    """A picture in (left, top, width, height) inches; the axes count its own px."""
-    left, top, width, height = where
-    total = made.get_size_inches()
-    spot = (left / total[0], 1 - (top + height) / total[1], width / total[0], height / total[1])
-    axes = made.add_axes(spot)
+def place(made: Figure, image: Image.Image, left: float, top: float, width: float, height: float):
+    """A picture, its upper left corner so far from the figure's, inches; the axes count its px."""
+    across, down = made.get_size_inches()
+    axes = made.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
     axes.set_axis_off()
     small = image.copy()
     small.thumbnail((PIXELS, PIXELS), Image.Resampling.LANCZOS)
