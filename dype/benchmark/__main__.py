@@ -13,40 +13,32 @@ from pathlib import Path
 
 import torch
 
-from dype.benchmark import embedder as benchmark_embedder
-from dype.benchmark import step as benchmark_step
+from dype.benchmark import embedder, step
 from dype.config import METHOD_SCALES
 from dype.errors import Parser, UserError, run_command
 from dype.families import TOKEN
 from dype.pipelines.acceleration import COMPILES, backends, check_attention
 from dype.pipelines.devices import check_device, default_device, fast_dtype
 
-RUNS = {
-    "embedder": benchmark_embedder.run,
-    "step": benchmark_step.steps,
-    "pipeline": benchmark_step.pictures,
-}
+RUNS = {"embedder": embedder.run, "step": step.steps, "pipeline": step.pictures}
 SIZES = {"embedder": (1024, 2048, 4096, 8192), "step": (512, 1024), "pipeline": (512,)}
 LARGE = (1024, 2048, 4096)  # of step and pipeline on a GPU
-REPEATS = {"embedder": (9,), "step": (15,), "pipeline": (2,)}
-
-
-def listed(defaults: dict) -> str:
-    """embedder 9, step 15, ...: a default per sub-command."""
-    return ", ".join(f"{name} {' '.join(map(str, some))}" for name, some in defaults.items())
+REPEATS = {"embedder": 9, "step": 15, "pipeline": 2}
 
 
 def parser() -> Parser:
     made = Parser(prog="python -m dype.benchmark", description=__doc__)
     flag = made.add_argument
+    sizes = ", ".join(f"{name} {' '.join(map(str, sides))}" for name, sides in SIZES.items())
+    repeats = ", ".join(f"{name} {count}" for name, count in REPEATS.items())
     flag("what", nargs="?", choices=RUNS, default="embedder")
-    flag("--sizes", nargs="+", type=int, metavar="PX", help=f"(default: {listed(SIZES)}; on a GPU "
-         f"step and pipeline {listed({'': LARGE})})")  # fmt: skip
-    flag("--repeats", type=int, metavar="N", help=f"(default: {listed(REPEATS)})")
+    flag("--sizes", nargs="+", type=int, metavar="PX", help=f"(default: {sizes}; on a GPU step and "
+         f"pipeline {' '.join(map(str, LARGE))})")  # fmt: skip
+    flag("--repeats", type=int, metavar="N", help=f"(default: {repeats})")
     flag("--device", metavar="NAME", help="cpu or cuda (default: cpu for embedder, else the best)")
-    flag("--families", nargs="+", choices=benchmark_embedder.FAMILIES,
-         default=[*benchmark_embedder.FAMILIES], help="of embedder (default: all)")  # fmt: skip
-    flag("--model", choices=benchmark_step.MODELS, help="of step, pipeline: demo, or the real size "
+    flag("--families", nargs="+", choices=embedder.FAMILIES, default=[*embedder.FAMILIES],
+         help="of embedder (default: all)")  # fmt: skip
+    flag("--model", choices=step.MODELS, help="of step, pipeline: demo, or the real size "
          "with random weights (default: demo on a CPU, flux on a GPU)")  # fmt: skip
     flag("--method", choices=METHOD_SCALES, default="yarn", help="(default: yarn)")
     flag("--attention", metavar="NAME", help="of step, pipeline (default: diffusers' own)")
@@ -64,7 +56,7 @@ def completed(args: argparse.Namespace) -> argparse.Namespace:
     check_device(args.device, "none")
     large = args.device != "cpu" and args.what != "embedder"
     args.sizes = args.sizes or (LARGE if large else SIZES[args.what])
-    args.repeats = REPEATS[args.what][0] if args.repeats is None else args.repeats
+    args.repeats = REPEATS[args.what] if args.repeats is None else args.repeats
     if args.repeats < 1:
         raise UserError(f"--repeats is {args.repeats}, expected at least 1")
     for size in args.sizes:
@@ -97,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> None:
         args = completed(parser().parse_args(argv))
-        benchmark_embedder.prepare(torch.device(args.device))
+        embedder.prepare(torch.device(args.device))
         print(json.dumps({"benchmark": args.what, **machine(args.device), **RUNS[args.what](args)}))
 
     return run_command("dype.benchmark", run, out_of_memory="try smaller --sizes")

@@ -60,9 +60,7 @@ def timed(call: Callable, device: torch.device) -> float:
 class Launches(TorchDispatchMode):
     """Counts the operations that would launch a kernel on a GPU, on any device."""
 
-    def __enter__(self):
-        self.count = 0
-        return super().__enter__()
+    count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name
@@ -77,8 +75,7 @@ def launches(call: Callable, device: torch.device) -> int:
         with Launches() as seen:
             call()
         return seen.count
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds) as profile:
+    with torch.profiler.profile() as profile:
         call()
     return sum("Launch" in event.name for event in profile.events())
 
@@ -103,8 +100,7 @@ def z_image(side: int, config: DyPEConfig) -> tuple:
     ours = ZImageDyPE(stock, config, TRAINED)
     ours.set_grid([(side, side)], captions=[TEXT_TOKENS])
     ours.regular = True  # as the pre-hook says of diffusers' own calls
-    ids = grid_ids(TEXT_TOKENS + 1, side, side).int()
-    return stock, ours, (ids,)
+    return stock, ours, (grid_ids(TEXT_TOKENS + 1, side, side).int(),)
 
 
 def qwen_image(side: int, config: DyPEConfig) -> tuple:

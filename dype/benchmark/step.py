@@ -72,7 +72,7 @@ def make_pipeline(model: str, device: str):
 
 
 def random_prompt(transformer, text: int) -> dict:
-    """What `sample.draw` takes for a prompt of `text` tokens, as no encoder made it."""
+    """Random embeddings of `text` tokens, as `sample.draw` takes them for a prompt."""
     config, like = transformer.config, {"device": transformer.device, "dtype": transformer.dtype}
     if "cap_feat_dim" in config:  # Z-Image
         return {"prompt_embeds": [torch.randn(text, config.cap_feat_dim, **like)]}
@@ -83,7 +83,7 @@ def random_prompt(transformer, text: int) -> dict:
 
 
 def denoiser_call(transformer, text: int, height: int, width: int) -> dict:
-    """The arguments of one, at `height` x `width` px with `text` tokens."""
+    """Arguments of the transformer for one step, at `height` x `width` px and `text` tokens."""
     config, device = transformer.config, transformer.device
     like = {"device": device, "dtype": transformer.dtype}
     prompt = random_prompt(transformer, text)
@@ -134,18 +134,15 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / statistics.median(timed(lambda: a @ b, device) for _ in range(5))
 
 
-def encoding(args: argparse.Namespace) -> DyPEConfig:
-    return DyPEConfig(args.method, base_resolution=MODELS[args.model].base_resolution)
-
-
 @torch.no_grad()
 def steps(args: argparse.Namespace) -> dict:
     """Print the cost of a denoiser call per size; returns it, ratios first."""
-    device, text = torch.device(args.device), MODELS[args.model].max_sequence_length
+    device, model = torch.device(args.device), MODELS[args.model]
+    text = model.max_sequence_length
     rate = matrix_rate(device, DTYPES[args.dtype])
     stock = make_pipeline(args.model, args.device).transformer
     ours = twin(stock)
-    apply_dype(ours, encoding(args))
+    apply_dype(ours, DyPEConfig(args.method, base_resolution=model.base_resolution))
     for transformer in (stock, ours):
         part = SimpleNamespace(transformer=transformer, dype_offload="none")
         acceleration.compile_steps(part, args.compile)
@@ -236,7 +233,7 @@ def picture_seconds(pipe, args, size: int, count: int) -> list[float | None]:
         for kind in kinds[:: 1 - 2 * (i % 2)]:  # in turns
             remove_dype(pipe)
             if kind:
-                apply_dype(pipe, encoding(args))
+                apply_dype(pipe, DyPEConfig(args.method, base_resolution=model.base_resolution))
             memory.reset_peak()
             start = time.perf_counter()
             sample.draw(pipe, prompt, steps=steps, **call)
