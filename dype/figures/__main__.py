@@ -54,8 +54,9 @@ def parser() -> Parser:
     flag("--score", metavar="WORD", help=f"{', '.join(ground_truth.SCORES)} (default: joint)")
     standard = " ".join(ground_truth.STANDARD)
     flag("--settings", metavar="NAME", nargs="+", help=f"(default: {standard})")
-    shares = f"shares of width, height and the shorter side (default: {image_rows.MIDDLE}; "
-    flag("--crops", metavar="X,Y,SIZE", nargs="*", help=f"{shares}fig16 none)")
+    usual = f"(default: {image_rows.MIDDLE}; fig16 none)"
+    shares = f"shares of width, height and the shorter side {usual}"
+    flag("--crops", metavar="X,Y,SIZE", nargs="*", help=shares)
     flag("--methods", metavar="NAME,...", nargs="+", help="side by side (default: the paper's)")
     columns = "of results.csv, as seed=1 (default: the largest size and the first seed)"
     flag("--where", metavar="COLUMN=VALUE", nargs="+", help=columns)
@@ -66,18 +67,14 @@ def draw(args: argparse.Namespace):
     """The figure asked for. Raises UserError, ValueError for flags that it has no use for."""
     function = FIGURES[args.name]
     known = inspect.signature(function).parameters
-    given = {
-        name: value
-        for name, value in vars(args).items()
-        if value is not None and name not in ("name", "out")
-    }
-    for name in given.keys() - known.keys():
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    for name in given.keys() - known.keys() - {"name", "out"}:
         users = [n for n, f in FIGURES.items() if name in inspect.signature(f).parameters]
         flag = "FOLDER" if name == "folder" else f"--{name}"
         raise UserError(f"{flag} is for {', '.join(users)}, expected none with {args.name}")
     if "folder" in known and "folder" not in given:
         raise UserError(f"{args.name} shows pictures, expected the FOLDER of a finished sweep")
-    return function(**given)
+    return function(**{name: given[name] for name in given.keys() & known.keys()})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -42,11 +43,10 @@ def progress(now, picture, noise):
 
 def spectra_panel(axes, f, levels, rows, guide: tuple[float, float]) -> None:
     """S over f, a line per noise level, with C / f^omega."""
+    ends = {0: "picture, t = 0", 1: "noise, t = 1"}
     for t, row in zip(levels, rows, strict=True):
-        ends = {0: "picture, t = 0", 1: "noise, t = 1"}
         width = 1.8 if t in ends else 0.7
-        label = ends.get(t, f"_t = {t:g}")
-        axes.plot(f, row, color=style.by_noise(t), linewidth=width, label=label)
+        axes.plot(f, row, color=style.by_noise(t), linewidth=width, label=ends.get(t))
     c, omega = guide
     label = rf"$1/f^\omega$, $\omega$ = {omega:.2f}"
     axes.plot(f, c / f**omega, ":", color=style.VERMILLION, label=label)
@@ -59,7 +59,8 @@ def progress_panel(axes, f, levels, gamma):
     """gamma over t and f, [f, t]: grey where masked, white above 1, black below 0."""
     axes.set_facecolor("silver")
     x, y = style.edges(levels), np.exp(style.edges(np.log(f)))
-    mesh = axes.pcolormesh(x, y, gamma, cmap=style.PROGRESS, vmin=0, vmax=1, rasterized=True)
+    colours = colormaps["viridis"].with_extremes(over="white", under="black")
+    mesh = axes.pcolormesh(x, y, gamma, cmap=colours, vmin=0, vmax=1, rasterized=True)
     axes.set(yscale="log", ylim=(f[0], f[-1]))
     style.frequency_axis(axes.yaxis, f[0])
     style.noise_axis(axes)
@@ -145,8 +146,7 @@ def fig7() -> Figure:
         label += f", t = {HALFWAY:g}" if dynamic else ""
         left.plot(i, 2 * np.pi / (theta * ratios), line, color=colour, label=label)
         right.plot(i, 1 / ratios, line, color=colour, label=label)
-    lengths = {FLUX[2]: "trained", STRETCH * FLUX[2]: "wanted"}
-    for tokens, name in lengths.items():
+    for name, tokens in {"trained": FLUX[2], "wanted": STRETCH * FLUX[2]}.items():
         left.axhline(tokens, color=style.GREY, linewidth=0.6)
         left.text(27, tokens * 1.06, f"{name}: {tokens}", ha="right", va="bottom", fontsize=7)
     left.set(yscale="log", xlabel="pair index i", ylabel="wavelength (tokens)")
@@ -162,8 +162,8 @@ def ratios() -> Figure:
     down = -(-len(names) // across)
     made = style.figure(style.DOUBLE, 2 * (1.02 * down + 0.55))
     edges = np.linspace(0, 1, 161)
-    parts = made.subfigures(2, 1)
-    for part, title, axis in zip(parts, ("FLUX", "Z-Image"), (FLUX, Z_IMAGE), strict=True):
+    models = {"FLUX": FLUX, "Z-Image": Z_IMAGE}
+    for part, (title, axis) in zip(made.subfigures(2, 1), models.items(), strict=True):
         dim, theta, trained = axis
         title += f": D = {dim}, theta = {theta:g}, {trained} tokens to {STRETCH * trained}"
         part.suptitle(title)
@@ -193,7 +193,7 @@ def ratio_panel(axes, axis: tuple, name: str, edges: np.ndarray):
     mesh = axes.pcolormesh(edges, rows, shown, **colours, rasterized=True)
     if axis == FLUX:
         u = np.array(unshifted(STEPS))
-        steps = np.sqrt(math.exp(MU) / (math.exp(MU) + 1 / u - 1))  # FLUX's, u = 1 .. 1/28
+        steps = np.sqrt(math.exp(MU) / (math.exp(MU) + 1 / u - 1))  # FLUX's, u = 1 .. 1/STEPS
         axes.plot(steps, np.full(STEPS, n - 1.6), "|", color=style.BLACK, markersize=4, mew=0.6)
     ticks = (1, 0.5, 0.1, 0.01)
     axes.set_xticks(np.sqrt(ticks), labels=[f"{t:g}" for t in ticks])

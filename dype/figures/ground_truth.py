@@ -33,6 +33,7 @@ SCALED = re.compile("_attention_[a-z]+=[^_]+")
 PLAIN = {"color": style.BLACK, "marker": "x"}
 COLOURS = (style.ORANGE, style.BLUE, style.GREEN, style.VERMILLION, style.PURPLE, style.SKY)
 MARKERS = "soD^vP"
+LOOKS = [{"color": COLOURS[i % 6], "marker": MARKERS[(i + i // 6) % 6]} for i in range(36)]
 
 
 def reported(path: Path, command: str) -> list[dict]:
@@ -52,7 +53,7 @@ def fig5(ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=STAND
         one_of("--settings", name, list(dict.fromkeys(one["setting"] for one in rows)))
     made = style.figure(style.SINGLE, 2.6)
     axes = made.subplots()
-    looks = cycle({"color": c, "marker": m} for c, m in zip(COLOURS, MARKERS, strict=True))
+    looks = cycle(LOOKS[:6])
     drawn = {"truth_vae": {"color": style.GREY, "linestyle": ":"}}
     drawn |= {name: PLAIN if name == "base" else next(looks) for name in settings}
     stock = {one["size"]: one for one in rows if one["size"] == BASE and one["setting"] == "base"}
@@ -84,10 +85,7 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
     rows = reported(ground_truth, f"python -m dype.demo.evaluate --cutoff --save {CUTOFF}")
     sizes = sorted({one["size"] for one in rows} - {BASE}) or [BASE]
     methods = dict.fromkeys(row["method"] for row in rows if row["method"] not in (None, "base"))
-    looks = {
-        method: {"color": COLOURS[i % 6], "marker": MARKERS[(i + i // 6) % 6]}
-        for i, method in enumerate(methods)
-    }
+    looks = dict(zip(methods, LOOKS, strict=False))
     looks |= {"base": PLAIN, "cutoff": {"color": style.BLACK, "marker": "D"}}
     made = style.figure(style.SINGLE, 0.8 + 2.3 * len(sizes))
     found = {}

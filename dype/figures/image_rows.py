@@ -16,12 +16,11 @@ from dype.sampling.settings import method_name
 from dype.sweep.results import COLUMNS, read_rows
 
 MIDDLE = "0.4,0.4,0.2"
-PLACES = ("method", "prompt", "file", "seconds", "peak_memory", "error")  # no filters for --where
+PLACES = ("method", "prompt", "file", "seconds", "peak_memory", "error")  # no filters
+FILTERS = [name for name in COLUMNS if name not in PLACES]  # of --where
 FRAMES = (style.ORANGE, style.SKY, style.VERMILLION, style.GREEN)
 GAP, LINE = 0.04, 0.14  # inches
 PIXELS = 1000  # of a whole picture's longer side, at most
-
-
 SHOWN = {  # the methods side by side, as in results.csv; prompts one above the other; crops
     "fig1": ("base,yarn,dy_yarn", 1, [MIDDLE]),
     "fig3": ("yarn,dy_yarn", 2, [MIDDLE]),
@@ -52,11 +51,10 @@ def crop_box(text: str, size: tuple[int, int]) -> tuple[int, int, int]:
 
 def narrowed(rows: list[dict], where: list[str]) -> list[dict]:
     """The rows with these values; an empty one, as lambda_t of a static method, is with any."""
-    known = [name for name in COLUMNS if name not in PLACES]
     for text in where:
         name, _, value = text.partition("=")
-        if name not in known or not value:
-            raise ValueError(f"--where is {text!r}, expected {', '.join(known)}, as seed=1")
+        if name not in FILTERS or not value:
+            raise ValueError(f"--where is {text!r}, expected {', '.join(FILTERS)}, as seed=1")
         there = list(dict.fromkeys(one[name] for one in rows if one[name]))
         if value not in there:
             raise ValueError(f"--where is {text!r}, expected one of {', '.join(there) or 'none'}")
@@ -76,13 +74,13 @@ def chosen(rows: list[dict], methods: list[str], prompts: int) -> list[list[dict
             found = [one for one in rows if (one["method"], one["prompt"]) == (method, text)]
             if not found:
                 raise ValueError(f"there is no picture of {method} for {text!r}")
-            differ = [n for n in COLUMNS if n not in PLACES and len({one[n] for one in found}) > 1]
-            if differ:
-                several = ", ".join(dict.fromkeys(one[differ[0]] for one in found))
-                raise ValueError(
-                    f"there are pictures of {method} with {differ[0]} {several}; expected one of "
-                    f"them by --where {differ[0]}={found[0][differ[0]]}"
-                )
+            for name in FILTERS:
+                values = list(dict.fromkeys(one[name] for one in found))
+                if len(values) > 1:
+                    raise ValueError(
+                        f"there are pictures of {method} with {name} {', '.join(values)}; expected "
+                        f"one of them by --where {name}={values[0]}"
+                    )
             line.append(found[0])
         grid.append(line)
     return grid

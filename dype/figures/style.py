@@ -32,7 +32,6 @@ STYLE = {  # of matplotlib's rc_context
 # Okabe and Ito
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#888888"
-PROGRESS = colormaps["viridis"].with_extremes(over="white", under="black")
 BAR = {"aspect": 30, "pad": 0.02}  # of colours
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 

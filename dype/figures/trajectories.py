@@ -71,13 +71,12 @@ def fig2a(trajectories: Path = TRAJECTORIES) -> Figure:
     """
     f, levels, power = mean_spectra(trajectories)
     made, grid = three_panels("power (noise: 1)")
-    fine, (c, omega) = np.geomspace(0.01, 1, 100), GENERIC
-    rows = [formulas.mixed(c / fine**omega, t) for t in levels]
-    formulas.spectra_panel(grid[0], fine, levels, rows, GENERIC)
+    fine, t = np.geomspace(0.01, 1, 100), levels[:, None]
+    c, omega = GENERIC
+    formulas.spectra_panel(grid[0], fine, levels, formulas.mixed(c / fine**omega, t), GENERIC)
     slope, at = np.polyfit(np.log(f), np.log(power[-1]), 1)
     guide = np.exp(at), -slope
-    rows = [formulas.mixed(power[-1], t) for t in levels]
-    formulas.spectra_panel(grid[1], f, levels, rows, guide)
+    formulas.spectra_panel(grid[1], f, levels, formulas.mixed(power[-1], t), guide)
     formulas.spectra_panel(grid[2], f, levels, power, guide)
     grid[0].legend(loc="upper right", borderpad=0)
     grid[1].legend(handles=grid[1].lines[-1:], loc="upper right", borderpad=0)
@@ -91,12 +90,11 @@ def fig2b(trajectories: Path = TRAJECTORIES) -> Figure:
     f, levels, power = mean_spectra(trajectories)
     made, grid = three_panels("frequency (1: Nyquist)")
     fine, t = np.geomspace(0.01, 1, 161), np.linspace(1, 0, 161)
-    picture = GENERIC[0] / fine[:, None] ** GENERIC[1]
-    gamma = formulas.progress(formulas.mixed(picture, t), picture, 1.0)
-    formulas.progress_panel(grid[0], fine, t, gamma)
+    c, omega = GENERIC
     picture, noise = power[-1][:, None], power[0][:, None]
-    gamma = formulas.progress(formulas.mixed(picture, t), picture, 1.0)
-    formulas.progress_panel(grid[1], f, t, gamma)
+    for axes, x, start in ((grid[0], fine, c / fine[:, None] ** omega), (grid[1], f, picture)):
+        gamma = formulas.progress(formulas.mixed(start, t), start, 1.0)
+        formulas.progress_panel(axes, x, t, gamma)
     gamma = formulas.progress(power.T, picture, noise)
     mesh = formulas.progress_panel(grid[2], f, levels, gamma)
     label = r"$\gamma$ (1: noise, 0: the picture)"
@@ -117,19 +115,17 @@ def eq11(trajectories: Path = TRAJECTORIES, unguided: Path = UNGUIDED) -> Figure
             label = f"{ring + 1}/{len(f)}" if named else None
             colour = style.by_noise(1 - np.log(f[ring]) / np.log(f[0]))
             axes.plot(levels, power[:, ring] / expected[:, ring], color=colour, label=label)
-        protocol = read(path, "protocol", COMMAND)
-        axes.set_title(f"true CFG {protocol['true_cfg']:g}")
+        axes.set_title(f"true CFG {read(path, 'protocol', COMMAND)['true_cfg']:g}")
         style.noise_axis(axes)
     grid[0].set_ylabel("power / Eq. 11")
-    handles, labels = grid[0].get_legend_handles_labels()
-    made.legend(handles[::-1], labels[::-1], loc="outside right center", title="frequency")
+    shown = grid[0].get_legend_handles_labels()
+    made.legend(*shown, loc="outside right center", title="frequency", reverse=True)
     return made
 
 
 def fig18(trajectories: Path = TRAJECTORIES) -> Figure:
     """Attention's normalised entropy less that at the base resolution, prompt by prompt, over t."""
-    rows = read(trajectories, "pictures", COMMAND)
-    sizes = sorted({one["size"] for one in rows} - {BASE})
+    sizes = sorted({one["size"] for one in read(trajectories, "pictures", COMMAND)} - {BASE})
     if not sizes:
         raise ValueError(f"{trajectories} has {BASE} px alone, expected larger sizes too")
     own = {(one["prompt"], one["seed"]): one["entropy"] for one in pictures(trajectories, BASE)}
@@ -142,12 +138,11 @@ def fig18(trajectories: Path = TRAJECTORIES) -> Figure:
             each = [np.subtract(x["entropy"], own[x["prompt"], x["seed"]]) for x in found]
             t, mean = found[0]["sigmas"][:-1], np.mean(each, axis=0)
             axes.plot(t, np.transpose(each), color=colour, linewidth=0.5, alpha=0.4)
-            error = abs(mean).mean()
-            axes.plot(t, mean, color=colour, label=f"{label}: {error:.4f}")
+            axes.plot(t, mean, color=colour, label=f"{label}: {abs(mean).mean():.4f}")
         axes.set_title(f"{size} px ({size / BASE:g}x), {len(found)} prompts")
         style.noise_axis(axes)
         axes.legend(loc="upper right", title="mean absolute deviation", title_fontsize=7)
-    low, high = made.axes[0].get_ylim()
-    made.axes[0].set_ylim(low, high + 0.4 * (high - low))  # the legend's
-    made.axes[0].set_ylabel(f"entropy less that at {BASE} px")
+    low, high = grid[0].get_ylim()
+    grid[0].set_ylim(low, high + 0.4 * (high - low))  # the legend's
+    grid[0].set_ylabel(f"entropy less that at {BASE} px")
     return made
