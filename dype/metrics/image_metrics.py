@@ -241,7 +241,7 @@ class ImageMetric(NamedTuple):
     weights: str | None = None  # a hub repository
     protocol: str = ""  # of a metric without weights
     prompted: bool = False
-    statistic: Callable = intervals.mean
+    statistic: Callable = np.mean
     interval: Callable = intervals.mean_interval
 
 

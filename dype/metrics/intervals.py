@@ -26,24 +26,20 @@ def normal_interval(value: float, resampled) -> list[float]:
     return [float(value) - half, float(value) + half]
 
 
-def mean(values: np.ndarray) -> np.ndarray:
-    """Return the mean over the last axis."""
-    return values.mean(-1)
-
-
-def harmonic_mean(values: np.ndarray) -> np.ndarray:
+def harmonic_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
     """Return the harmonic mean: of ratios over equal amounts, the ratio of the sums."""
-    return 1 / (1 / values).mean(-1)
+    return 1 / (1 / values).mean(axis)
 
 
-def mean_interval(values: np.ndarray, statistic=mean) -> list[float] | None:
+def mean_interval(values: np.ndarray, statistic=np.mean) -> list[float] | None:
     """Return the interval of a mean over images, [n]; None for fewer than 2."""
     if len(values) < 2:
         return None
-    return percentile_interval(statistic(values[bootstrap_indices(len(values), RESAMPLES)]))
+    resamples = values[bootstrap_indices(len(values), RESAMPLES)]
+    return percentile_interval(statistic(resamples, axis=-1))
 
 
-def wilson_interval(right: np.ndarray, statistic=mean) -> list[float]:
+def wilson_interval(right: np.ndarray, statistic=np.mean) -> list[float]:
     """Return Wilson's interval of a share, [n] of 0 or 1; it has a width where all are alike."""
     n, p, z = len(right), float(statistic(right)), 1.96
     center = (p + z * z / (2 * n)) / (1 + z * z / n)

@@ -61,21 +61,18 @@ def fid(real: dict, generated: dict, splits: int) -> tuple[float, list[float]]:
     return value, intervals.normal_interval(value, resampled)
 
 
-def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return KID's kernel (a b / d + 1)^3 of features [n, d] and [m, d], [n, m]."""
-    return (a @ b.T / a.shape[1] + 1) ** 3
-
-
 def kernel_distance(real: np.ndarray, generated: np.ndarray, patches: int, weights) -> np.ndarray:
     """Return KID, the unbiased squared MMD, for every row of weights, [resamples, images].
 
-    real [m * patches, d], generated [images * patches, d]. A weight says how often an image was
-    sampled. All pairs of images count, which is what KID's random subsets estimate. Patches of one
-    image, or of its copies, are not paired: they are alike, as new images would not be.
+    real [m * patches, d], generated [images * patches, d]; the kernel is (a b / d + 1)^3. A weight
+    says how often an image was sampled. All pairs of images count, which is what KID's random
+    subsets estimate. Patches of one image, or of its copies, are not paired: they are alike, as new
+    images would not be.
     """
 
     def image_kernel(a, b):
-        return kernel(a, b).reshape(len(a) // patches, patches, -1, patches).sum((1, 3))
+        pairs = (a @ b.T / a.shape[1] + 1) ** 3
+        return pairs.reshape(len(a) // patches, patches, -1, patches).sum((1, 3))
 
     among_real, among_generated = image_kernel(real, real), image_kernel(generated, generated)
     across = image_kernel(generated, real)
@@ -114,19 +111,14 @@ def inception_score_with_interval(
     real: None, generated: dict, splits: int
 ) -> tuple[float, list[float]]:
     """Return the Inception score and its interval; "logits" [images, patches, classes]."""
-    images, patches, classes = generated["logits"].shape
-    logits = generated["logits"].reshape(-1, classes)
-    order = np.random.RandomState(SHUFFLE_SEED).permutation(len(logits))
+    logits = generated["logits"]
+    images, patches, classes = logits.shape
+    order = np.random.RandomState(SHUFFLE_SEED).permutation(images * patches)
     indices = [np.arange(images), *intervals.bootstrap_indices(images, SLOW_RESAMPLES)]
     value, *resampled = (
-        inception_score(logits[patch_rows(index, patches)][order], splits) for index in indices
+        inception_score(logits[index].reshape(-1, classes)[order], splits) for index in indices
     )
     return value, intervals.normal_interval(value, resampled)
-
-
-def patch_rows(images: np.ndarray, patches: int) -> np.ndarray:
-    """Return the rows of features [images * patches, d] that belong to images [n]."""
-    return (images[:, None] * patches + np.arange(patches)).ravel()
 
 
 class SetMetric(NamedTuple):
@@ -135,18 +127,15 @@ class SetMetric(NamedTuple):
     compute: Callable  # (real or None, generated, splits) -> value, interval
     title: str
     real: bool  # compares with real images
-    patched: bool  # of patches, not of whole images
+    patched: bool = False  # of patches, not of whole images
 
 
 SET_METRICS = {
-    "fid": SetMetric(fid, "FID, lower is better", True, False),
-    "kid": SetMetric(kid, "KID, unbiased, lower is better", True, False),
-    "is": SetMetric(
-        inception_score_with_interval, "Inception score, higher is better", False, False
-    ),
-    "patch_fid": SetMetric(fid, "patch FID, lower is better", True, True),
-    "patch_kid": SetMetric(kid, "patch KID, unbiased, lower is better", True, True),
-    "patch_is": SetMetric(
-        inception_score_with_interval, "patch Inception score, higher is better", False, True
-    ),
+    "fid": SetMetric(fid, "FID, lower is better", real=True),
+    "kid": SetMetric(kid, "KID, unbiased, lower is better", real=True),
+    "is": SetMetric(inception_score_with_interval, "Inception score, higher is better", real=False),
+}
+SET_METRICS |= {
+    f"patch_{name}": metric._replace(title=f"patch {metric.title}", patched=True)
+    for name, metric in SET_METRICS.items()
 }
