@@ -6,6 +6,7 @@ protocol is not computed again. docs/metrics.md says how each metric is computed
 """
 
 import argparse
+import hashlib
 import sys
 from functools import cache, partial
 from pathlib import Path
@@ -13,12 +14,12 @@ from pathlib import Path
 from dype.errors import Parser, UserError, fail, run_command, user_errors
 from dype.metrics import inception_features, report, scores
 from dype.metrics.image_metrics import IMAGE_METRICS
+from dype.metrics.report import METRICS
 from dype.metrics.set_metrics import SET_METRICS
 from dype.pipelines.devices import check_device, default_device
 from dype.sweep import results
 from dype.sweep.grid import read_prompts
 
-METRICS = [*IMAGE_METRICS, *SET_METRICS]
 # what `--metrics all` means: the demo's are for its captions, ImageReward for an environment
 FOR_ANY_SWEEP = [name for name in METRICS if name != "image_reward" and name[:5] != "demo_"]
 
@@ -89,21 +90,22 @@ def parse_weights(words: list[str]) -> dict[str, str | None]:
     return weights
 
 
-def check_numbers(args, rows: list[dict], names: list[str]) -> None:
+def check_numbers(args, rows: list[dict]) -> None:
     """Raise UserError for numbers that the images cannot meet."""
     for name in ("patches", "splits"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}, expected 1 or more")
-    if args.patch is not None and any(n in SET_METRICS and SET_METRICS[n].patched for n in names):
+    patched = {name for name, metric in SET_METRICS.items() if metric.patched}
+    if args.patch is not None and patched & {*args.metrics}:
         side = min(min(scores.image_size(row)) for row in rows)
         if not 1 <= args.patch <= side:
             raise UserError(f"--patch is {args.patch}, expected 1 to {side}, the shortest side")
 
 
-def prompts_by_file(rows: list[dict], path: Path | None) -> dict[str, str]:
-    """Return the prompt to score each image against, by file name. Raises UserError."""
+def replace_prompts(rows: list[dict], path: Path | None) -> list[dict]:
+    """Return the rows with the prompts to score their images against. Raises UserError."""
     if path is None:
-        return {row["file"]: row["prompt"] for row in rows}
+        return rows
     texts = read_prompts(path, "--prompts")
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     if len(texts) != len(prompts):
@@ -112,64 +114,74 @@ def prompts_by_file(rows: list[dict], path: Path | None) -> dict[str, str]:
             "line for each, in the order of results.csv"
         )
     replacement = dict(zip(prompts, texts, strict=True))
-    return {row["file"]: replacement[row["prompt"]] for row in rows}
+    return [row | {"prompt": replacement[row["prompt"]]} for row in rows]
 
 
-def read_kept(args, names: list[str], protocols: dict[str, str], rows: list[dict]) -> tuple:
-    """Return what an earlier run computed and this one does not: values, and set metrics.
+def image_protocols(args) -> dict[str, str]:
+    """Return how each image metric is computed, in a line of text, by name."""
+    prompts = ""
+    if args.prompts:
+        content = hashlib.sha256(args.prompts.read_bytes()).hexdigest()[:12]
+        prompts = f"; prompts of {args.prompts.name} ({content})"
+    protocols = {}
+    for name, metric in IMAGE_METRICS.items():
+        if name in args.metrics:
+            protocols[name] = args.weights.get(name) or metric.protocol
+            protocols[name] += prompts if metric.prompted else ""
+    return protocols
 
+
+def read_kept(args, rows: list[dict], protocols: dict[str, str]) -> tuple[dict, dict]:
+    """Return what an earlier run computed and this one does not.
+
+    Rows of metrics.csv by (file, metric), and set metrics by (metric, setting).
     Raises UserError for spoiled files, and for values of another protocol without --overwrite.
     """
-    files = {row["file"] for row in rows}
     with user_errors():
-        values = {(r["file"], r["metric"]): r for r in results.read_metrics(args.folder)}
-        if not args.overwrite:
-            scores.check_protocols(values, files, protocols)
-    sets = report.read_set_entries(args.folder)
-    settings = results.by_setting(rows)
-    sets = [entry for entry in sets if entry["setting"] in settings]
-    if args.overwrite:
-        values = {k: v for k, v in values.items() if k[0] not in files or k[1] not in protocols}
-        sets = [entry for entry in sets if entry["metric"] not in names]
+        values = {(row["file"], row["metric"]): row for row in results.read_metrics(args.folder)}
+    files = {row["file"] for row in rows}
+    for (file, name), row in list(values.items()):
+        if file not in files or name not in protocols:
+            continue
+        if args.overwrite:
+            del values[file, name]
+        elif row["protocol"] != protocols[name]:
+            raise UserError(
+                f"{name} in {results.METRICS} is by {row['protocol']!r}, asked for "
+                f"{protocols[name]!r}, expected the same or --overwrite"
+            )
+    sets, settings = report.read_set_entries(args.folder), results.by_setting(rows)
+    for name, setting in list(sets):
+        if setting not in settings or (args.overwrite and name in args.metrics):
+            del sets[name, setting]
     return values, sets
 
 
-def compute(args, names: list[str], weights: dict, rows: list[dict], reals: list[Path]) -> int:
+def compute(args, rows: list[dict], reals: list[Path]) -> int:
     """Compute what is not there yet, write and print it; returns the exit code."""
+    rows, protocols = replace_prompts(rows, args.prompts), image_protocols(args)
+    values, sets = read_kept(args, rows, protocols)
     folder, device = args.folder, args.device or default_device()
-    prompts, set_names = prompts_by_file(rows, args.prompts), [n for n in names if n in SET_METRICS]
-    protocols = {
-        name: scores.image_protocol(name, weights.get(name), args.prompts)
-        for name in names
-        if name in IMAGE_METRICS
-    }
-    values, sets = read_kept(args, names, protocols, rows)
     check_device(device, "none")
     loaders = {
-        name: partial(IMAGE_METRICS[name].load, weights.get(name), device)
+        name: partial(IMAGE_METRICS[name].load, args.weights.get(name), device)
         for name in protocols
         if not all((row["file"], name) in values for row in rows)
     }
-    inception = cache(partial(inception_features.load_inception, weights["inception"], device))
+    inception = cache(partial(inception_features.load_inception, args.weights["inception"], device))
+    set_names = [name for name in args.metrics if name in SET_METRICS]
     if args.overwrite or len(loaders) + len(set_names) > 1:
         for load in loaders.values():
             with load():  # what the last one lacks is said before anything is computed or deleted
                 pass
         if args.overwrite and set_names:
             inception()
-
-    def save(skipped: dict[str, str]) -> str:
-        return report.write_report(folder, rows, values, sets, skipped)
-
+    save = partial(report.write_report, folder, rows, values, sets)
     if args.overwrite:  # a stopped run must leave no values of the way before
         scores.write_metrics(folder, values)
         save({})
-    options = scores.SetOptions(
-        args.real, reals, args.filter, args.patch, args.patches, args.splits,
-        weights["inception"] or inception_features.WEIGHTS,
-    )  # fmt: skip
-    skipped = scores.score_sets(folder, rows, set_names, options, inception, sets, save)
-    skipped |= scores.score_images(folder, rows, values, protocols, loaders, prompts)
+    skipped = scores.score_sets(args, rows, set_names, reals, inception, sets, save)
+    skipped |= scores.score_images(folder, rows, values, protocols, loaders)
     print(save(skipped), end="")
     if not skipped:
         return 0
@@ -179,7 +191,9 @@ def compute(args, names: list[str], weights: dict, rows: list[dict], reals: list
 
 def command(args) -> int:
     """Check what is asked for, and compute it. Raises UserError, UnavailableError, OSError."""
-    folder, names, weights = args.folder, select_metrics(args), parse_weights(args.weights)
+    folder = args.folder
+    args.metrics = select_metrics(args)
+    args.weights = parse_weights(args.weights)
     with user_errors():
         rows = [row for row in results.read_rows(folder) if not row["error"]]
         if not rows:
@@ -188,12 +202,11 @@ def command(args) -> int:
                 "finished sweep"
             )
         reals = inception_features.list_real_images(args.real) if args.real else []
-    check_numbers(args, rows, names)
+    check_numbers(args, rows)
     with results.locked(folder):
-        for file in (results.METRICS, report.REPORT, report.TABLE):
-            for part in folder.glob(f".{file}.*.part"):  # of a killed run
-                part.unlink()
-        return compute(args, names, weights, rows, reals)
+        for part in folder.glob(".metrics.*.part"):  # of a killed run
+            part.unlink()
+        return compute(args, rows, reals)
 
 
 def main(argv: list[str] | None = None) -> int:

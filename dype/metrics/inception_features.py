@@ -76,12 +76,12 @@ def inception_input(path: Path, view: View, real_filter: str | None) -> np.ndarr
 
 def stack_features(
     paths: list[Path], view: View, real_filter: str | None, extract: Callable, skipped: dict
-) -> dict | None:
-    """Return "features" and "logits" of the readable images, [n, patches, ...]; None of none.
+) -> dict[str, np.ndarray]:
+    """Return "features" and "logits" of the readable images, [n, patches, ...]; [0] of none.
 
     skipped: gets the reason for each image that cannot be read, by file name.
     """
-    rows = []
+    stacks = {"features": [], "logits": []}
     for path in tqdm(paths, "real" if real_filter else "generated", disable=None, leave=False):
         try:
             images = inception_input(path, view, real_filter)
@@ -89,11 +89,9 @@ def stack_features(
             skipped[path.name] = " ".join(str(error).split())
             continue
         batches = [extract(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
-        rows.append([np.concatenate(parts) for parts in zip(*batches, strict=True)])
-    if not rows:
-        return None
-    features, logits = (np.stack(parts).astype(float) for parts in zip(*rows, strict=True))
-    return {"features": features, "logits": logits}
+        for stack, parts in zip(stacks.values(), zip(*batches, strict=True), strict=True):
+            stack.append(np.concatenate(parts))
+    return {name: np.array(stack, float) for name, stack in stacks.items()}
 
 
 def count_upscaled(paths: list[Path], size: tuple[int, int]) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 
 from dype.errors import UserError
 from dype.metrics.image_metrics import IMAGE_METRICS
-from dype.metrics.scores import Values, image_size
+from dype.metrics.scores import image_size
 from dype.metrics.set_metrics import SET_METRICS
 from dype.sampling import records
 from dype.sweep import results
@@ -27,8 +27,11 @@ BIAS = (
 )
 
 
-def read_set_entries(folder: Path) -> list[dict]:
-    """Return the set metrics in metrics.json of an earlier run. Raises UserError."""
+def read_set_entries(folder: Path) -> dict[tuple[str, str], dict]:
+    """Return the set metrics in metrics.json of an earlier run, by metric and setting.
+
+    Raises UserError for a spoiled file.
+    """
     path = folder / REPORT
     try:
         entries = json.loads(path.read_bytes())["sets"] if path.exists() else []
@@ -36,12 +39,12 @@ def read_set_entries(folder: Path) -> list[dict]:
         entries = [e for e in entries if SET_METRICS[e["metric"]] and "protocol" in e]
         for entry in entries:
             [entry[name] for name in ENTRY]
-        return entries
+        return {(entry["metric"], entry["setting"]): entry for entry in entries}
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is no report of this program; move it away") from error
 
 
-def summarize_image_metrics(rows: list[dict], values: Values) -> list[dict]:
+def summarize_image_metrics(rows: list[dict], values: dict) -> list[dict]:
     """Return mean and interval of every image metric that is there, per protocol and setting."""
     entries = []
     for name, metric in IMAGE_METRICS.items():
@@ -96,12 +99,13 @@ def make_notes(rows: list[dict], sets: list[dict], skipped: dict[str, str]) -> l
 
 
 def write_report(
-    folder: Path, rows: list[dict], values: Values, sets: list[dict], skipped: dict[str, str]
+    folder: Path, rows: list[dict], values: dict, sets: dict, skipped: dict[str, str]
 ) -> str:
     """Write metrics.json and metrics.txt; returns the text. Raises OSError."""
-    means, notes = summarize_image_metrics(rows, values), make_notes(rows, sets, skipped)
-    sets = sorted(sets, key=lambda entry: [*SET_METRICS].index(entry["metric"]))
-    report = {"means": means, "sets": sets, "skipped": skipped, "notes": notes}
-    text = format_report(means + sets, notes)
+    means = summarize_image_metrics(rows, values)
+    notes = make_notes(rows, [*sets.values()], skipped)
+    entries = sorted(sets.values(), key=lambda entry: [*SET_METRICS].index(entry["metric"]))
+    report = {"means": means, "sets": entries, "skipped": skipped, "notes": notes}
+    text = format_report(means + entries, notes)
     records.write({folder / REPORT: records.text_of(report), folder / TABLE: text.encode()})
     return text

@@ -1,20 +1,17 @@
 """Score the images of a sweep one by one, and its settings as sets of images."""
 
-import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
-from dype.metrics.image_metrics import IMAGE_METRICS, read_generated_image
+from dype.metrics import inception_features
+from dype.metrics.image_metrics import read_generated_image
 from dype.metrics.inception_features import INCEPTION_SIZE, View, count_upscaled, stack_features
 from dype.metrics.set_metrics import SET_METRICS
 from dype.sweep import results
-
-Values = dict[tuple[str, str], dict]  # (file, metric) -> its row of metrics.csv
 
 
 def image_size(row: dict) -> tuple[int, int]:
@@ -22,38 +19,16 @@ def image_size(row: dict) -> tuple[int, int]:
     return int(row["height"]), int(row["width"])
 
 
-def image_protocol(name: str, weights: str | None, prompts: Path | None) -> str:
-    """Return how an image metric is computed, in a line of text."""
-    metric = IMAGE_METRICS[name]
-    protocol = weights or metric.protocol
-    if metric.prompted and prompts:
-        content = hashlib.sha256(prompts.read_bytes()).hexdigest()[:12]
-        protocol += f"; prompts of {prompts.name} ({content})"
-    return protocol
-
-
-def check_protocols(values: Values, files: set[str], protocols: dict[str, str]) -> None:
-    """Raise ValueError if a value of a metric to compute was computed in another way."""
-    for (file, name), row in values.items():
-        asked = protocols.get(name, row["protocol"])
-        if file in files and row["protocol"] != asked:
-            raise ValueError(
-                f"{name} in {results.METRICS} is by {row['protocol']!r}, asked for {asked!r}, "
-                "expected the same or --overwrite"
-            )
-
-
 def score_images(
-    folder: Path, rows: list[dict], values: Values, protocols: dict[str, str],
-    loaders: dict[str, Callable[[], AbstractContextManager]], prompts: dict[str, str],
+    folder: Path, rows: list[dict], values: dict, protocols: dict[str, str],
+    loaders: dict[str, Callable[[], AbstractContextManager]],
 ) -> dict[str, str]:  # fmt: skip
     """Compute the values that are not there, and write metrics.csv after each image.
 
     Args:
         rows: of results.csv, of images.
-        values: those that are there; gets the new ones.
+        values: rows of metrics.csv by (file, metric), those that are there; gets the new ones.
         protocols, loaders: by metric.
-        prompts: by file.
 
     Returns:
         Why images were skipped, by file.
@@ -61,14 +36,14 @@ def score_images(
     skipped: dict[str, str] = {}
     for name, load in loaders.items():
         missing = [row for row in rows if (row["file"], name) not in values]
-        todo = [row for row in missing if row["file"] not in skipped]
-        done = len(rows) - len(missing)
         with load() as measure:
-            for row in tqdm(todo, name, total=len(rows), initial=done, disable=None):
+            for row in tqdm(missing, name, disable=None):
                 file = row["file"]
+                if file in skipped:
+                    continue
                 try:
                     image = read_generated_image(folder / file, image_size(row))
-                    value = measure(image, prompts[file])
+                    value = measure(image, row["prompt"])
                     if not math.isfinite(value):
                         raise ValueError(f"{name} is {value}")
                 except OSError as error:
@@ -82,48 +57,35 @@ def score_images(
     return skipped
 
 
-def write_metrics(folder: Path, values: Values) -> None:
+def write_metrics(folder: Path, values: dict) -> None:
     """Write metrics.csv, whole or not at all. Raises OSError."""
     results.write_table(folder / results.METRICS, results.METRIC_COLUMNS, values.values())
 
 
-class SetOptions(NamedTuple):
-    """What the command line says of set metrics."""
-
-    real_folder: Path | None
-    reals: list[Path]
-    filter: str
-    patch: int | None
-    patches: int
-    splits: int
-    weights: str
-
-    def view(self, name: str, size: tuple[int, int]) -> View:
-        """Return what a metric looks at in images of (height, width)."""
-        if not SET_METRICS[name].patched:
-            return View(size, None, 1)
-        return View(size, self.patch or min(INCEPTION_SIZE, *size), self.patches)
-
-    def protocol(self, name: str, view: View, generated: int, real: int) -> str:
-        """Return how a metric is computed from so many images, in a line of text."""
-        images = f"{view.patches} patches of {view.patch} px" if view.patch else "whole images"
-        reference = f"{self.splits} splits"
-        if SET_METRICS[name].real:
-            reference = f"{real} real of {self.real_folder.absolute()}, {self.filter}"
-        return f"{images}; {generated} generated; {reference}; {self.weights}"
+def set_protocol(args, name: str, view: View, generated: int, real: int) -> str:
+    """Return how a set metric is computed from so many images, in a line of text."""
+    images = f"{view.patches} patches of {view.patch} px" if view.patch else "whole images"
+    reference = f"{args.splits} splits"
+    if SET_METRICS[name].real:
+        reference = f"{real} real of {args.real.absolute()}, {args.filter}"
+    weights = args.weights["inception"] or inception_features.WEIGHTS
+    return f"{images}; {generated} generated; {reference}; {weights}"
 
 
 def score_sets(
-    folder: Path, rows: list[dict], names: list[str], options: SetOptions,
-    load_inception: Callable, entries: list[dict], save: Callable[[dict], None],
+    args, rows: list[dict], names: list[str], reals: list[Path],
+    load_inception: Callable, sets: dict, save: Callable[[dict], str],
 ) -> dict[str, str]:  # fmt: skip
     """Compute the set metrics of every setting that are not there.
 
     Args:
+        args: of the command line.
         rows: of results.csv, of images.
         names: of set metrics.
+        reals: real images.
         load_inception: called where there is an entry to compute; loads once.
-        entries: of an earlier run; gets the new ones in place of those of another protocol.
+        sets: entries of an earlier run by (metric, setting); gets the new ones, at the end, in
+            place of those of another protocol.
         save: called with the skipped images after each new entry.
 
     Returns:
@@ -131,50 +93,51 @@ def score_sets(
     """
     skipped, real = {}, {}
     for setting, group in results.by_setting(rows).items():
-        paths, size, generated = [folder / row["file"] for row in group], image_size(group[0]), {}
+        paths, size = [args.folder / row["file"] for row in group], image_size(group[0])
+        views = {
+            False: View(size, None, 1),
+            True: View(size, args.patch or min(INCEPTION_SIZE, *size), args.patches),
+        }
+        generated = {}
         for name in names:
-            view, key = options.view(name, size), {"metric": name, "setting": setting}
-            asked = key | {"protocol": options.protocol(name, view, len(paths), len(options.reals))}
-            if any(asked.items() <= entry.items() for entry in entries):
+            view = views[SET_METRICS[name].patched]
+            protocol = set_protocol(args, name, view, len(paths), len(reals))
+            if sets.get((name, setting), {}).get("protocol") == protocol:
                 continue
             if view not in generated:
                 generated[view] = stack_features(paths, view, None, load_inception(), skipped)
             if SET_METRICS[name].real and view not in real:
-                real[view] = stack_features(
-                    options.reals, view, options.filter, load_inception(), skipped
-                )
-            entry = key | set_entry(name, options, view, generated[view], real.get(view))
-            entries[:] = [e for e in entries if not key.items() <= e.items()] + [entry]
+                real[view] = stack_features(reals, view, args.filter, load_inception(), skipped)
+            entry = set_entry(args, name, view, generated[view], real.get(view), reals)
+            sets.pop((name, setting), None)
+            sets[name, setting] = {"metric": name, "setting": setting} | entry
             save(skipped)
     return skipped
 
 
 def set_entry(
-    name: str, options: SetOptions, view: View, generated: dict | None, real: dict | None
+    args, name: str, view: View, generated: dict, real: dict | None, reals: list[Path]
 ) -> dict:
     """Return a set metric of a setting for metrics.json."""
-    if not SET_METRICS[name].real:
-        real = None
-    counts = [len(features["features"]) if features else 0 for features in (generated, real)]
-    entry = {"protocol": options.protocol(name, view, *counts), "value": None, "interval": None}
-    entry |= {"generated": counts[0], "real": counts[1], "size": view.size}
-    entry["upscaled"] = count_upscaled(options.reals, view.size) if real else 0
-    entry["reason"] = why_not_computable(name, generated, *counts, options.splits)
-    if not entry["reason"]:
-        value, interval = SET_METRICS[name].compute(real, generated, options.splits)
-        entry |= {"value": value, "interval": interval}
-    return entry
-
-
-def why_not_computable(
-    name: str, features: dict | None, generated: int, real: int, splits: int
-) -> str:
-    """Return why there are too few images for a set metric, or ""."""
-    if generated < 2:
-        return f"needs 2 readable images, there are {generated}"
-    if SET_METRICS[name].real:
-        return "" if real > 1 else f"needs 2 readable real images, there are {real}"
-    rows = generated * features["features"].shape[1]
-    if rows >= splits:
-        return ""
-    return f"needs {splits} images or patches, as many as --splits, there are {rows}"
+    metric, count = SET_METRICS[name], len(generated["features"])
+    real_count = len(real["features"]) if metric.real else 0
+    samples = count * view.patches
+    value, interval, reason = None, None, ""
+    if count < 2:
+        reason = f"needs 2 readable images, there are {count}"
+    elif metric.real and real_count < 2:
+        reason = f"needs 2 readable real images, there are {real_count}"
+    elif not metric.real and samples < args.splits:
+        reason = f"needs {args.splits} images or patches, as many as --splits, there are {samples}"
+    else:
+        value, interval = metric.compute(real, generated, args.splits)
+    return {
+        "protocol": set_protocol(args, name, view, count, real_count),
+        "value": value,
+        "interval": interval,
+        "generated": count,
+        "real": real_count,
+        "size": view.size,
+        "upscaled": count_upscaled(reals, view.size) if real_count else 0,
+        "reason": reason,
+    }
