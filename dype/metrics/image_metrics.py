@@ -24,8 +24,8 @@ from dype.sampling import records
 
 PATCH, LEVELS, DISTANCES = 64, 64, (1, 2, 3, 4)  # px, gray levels, px: GLCM of Aesthetic-4K
 ANGLES = (0, np.pi / 4, np.pi / 2, 3 * np.pi / 4)
-JPEG = {"quality": 95, "subsampling": "4:2:0"}  # as Aesthetic-4K's own script saves images
-PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+# of weights on the hub that come without their processor
+PROCESSORS = {"yuvalkirstain/PickScore_v1": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
 
 
 def read_generated_image(path: Path, size: tuple[int, int]) -> Image.Image:
@@ -69,7 +69,8 @@ def load_glcm(weights: None, device: str):
 def measure_compression(image: Image.Image, prompt: str = "") -> float:
     """Return raw bytes over those of a JPEG of quality 95, 4:2:0."""
     file = io.BytesIO()
-    image.save(file, "jpeg", **JPEG)
+    # as Aesthetic-4K's own script saves images
+    image.save(file, "jpeg", quality=95, subsampling="4:2:0")
     return image.width * image.height * 3 / file.tell()
 
 
@@ -122,8 +123,8 @@ def weights_unavailable(name: str, weights: str, error: Exception) -> Unavailabl
     )
 
 
-def load_clip(name: str, model_class, weights: str, processor: str, device: str) -> tuple:
-    """Load a CLIP and a function from an image to its pixels. Raises UnavailableError."""
+def load_clip(name: str, model_class, weights: str, device: str) -> tuple:
+    """Load a CLIP and its image processor. Raises UnavailableError."""
     from transformers import CLIPImageProcessorPil
     from transformers.utils import logging
 
@@ -135,28 +136,25 @@ def load_clip(name: str, model_class, weights: str, processor: str, device: str)
         lacking = [*info["missing_keys"], *info["mismatched_keys"]]
         if lacking:  # transformers would fill them with noise
             raise ValueError(f"it has no {lacking[0]}")
-        image_processor = CLIPImageProcessorPil.from_pretrained(processor)
+        processor = CLIPImageProcessorPil.from_pretrained(PROCESSORS.get(weights, weights))
     except LOADING as error:
         raise weights_unavailable(name, weights, error) from error
     finally:
         logging.set_verbosity(verbosity)
-
-    def preprocess(image: Image.Image) -> torch.Tensor:
-        return image_processor(image, return_tensors="pt")["pixel_values"].to(device)
-
-    return model.to(device).eval(), preprocess
+    return model.to(device).eval(), processor
 
 
 @contextmanager
-def load_clip_metric(name: str, weights: str, processor: str, device: str, score_fn: Callable):
+def load_clip_metric(name: str, score_fn: Callable, weights: str, device: str):
     """Load a metric from CLIP's output for an image and the first tokens of its prompt."""
     from transformers import AutoTokenizer, CLIPModel
 
-    model, preprocess = load_clip(name, CLIPModel, weights, processor, device)
+    model, processor = load_clip(name, CLIPModel, weights, device)
+    repository = PROCESSORS.get(weights, weights)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(processor)
+        tokenizer = AutoTokenizer.from_pretrained(repository)
     except LOADING as error:
-        raise weights_unavailable(name, processor, error) from error
+        raise weights_unavailable(name, repository, error) from error
     limit = model.config.text_config.max_position_embeddings
     long_prompts = set()
 
@@ -165,9 +163,8 @@ def load_clip_metric(name: str, weights: str, processor: str, device: str, score
         if len(tokenizer(prompt, verbose=False)["input_ids"]) > limit:
             long_prompts.add(prompt)
         text = tokenizer(prompt, truncation=True, max_length=limit, return_tensors="pt")
-        ids, mask = text["input_ids"].to(device), text["attention_mask"].to(device)
-        pixels = preprocess(image)
-        return float(score_fn(model(input_ids=ids, attention_mask=mask, pixel_values=pixels)))
+        pixels = processor(image, return_tensors="pt")
+        return float(score_fn(model(**text.to(device), **pixels.to(device))))
 
     yield measure
     if long_prompts:
@@ -175,21 +172,14 @@ def load_clip_metric(name: str, weights: str, processor: str, device: str, score
         print(f"{name}: CLIP reads {limit} tokens; longer, and read in part: {count} prompts")
 
 
-def load_clip_score(weights: str, device: str):
-    """Load max(100 cos, 0) of CLIP's two embeddings (arXiv 2104.08718, 100 for their 2.5)."""
-
-    def score_fn(out):
-        return (100 * (out.image_embeds * out.text_embeds).sum()).clamp(min=0)
-
-    return load_clip_metric("clip_score", weights, weights, device, score_fn)
+def clip_score(out) -> torch.Tensor:
+    """Return max(100 cos, 0) of CLIP's two embeddings (arXiv 2104.08718, 100 for their 2.5)."""
+    return (100 * (out.image_embeds * out.text_embeds).sum()).clamp(min=0)
 
 
-def load_pick_score(weights: str, device: str):
-    """Load CLIP's logit, exp(scale) cos, of the fine-tuned CLIP-H (arXiv 2305.01569)."""
-    processor = weights if Path(weights).is_dir() else PICKSCORE_PROCESSOR
-    return load_clip_metric(
-        "pick_score", weights, processor, device, lambda out: out.logits_per_image
-    )
+def pick_score(out) -> torch.Tensor:
+    """Return CLIP's logit, exp(scale) cos, of the fine-tuned CLIP-H (arXiv 2305.01569)."""
+    return out.logits_per_image
 
 
 @contextmanager
@@ -203,11 +193,11 @@ def load_aesthetic(weights: str, device: str):
             self.predictor = torch.nn.Linear(config.projection_dim, 1)
             self.post_init()
 
-    model, preprocess = load_clip("aesthetic", Predictor, weights, weights, device)
+    model, processor = load_clip("aesthetic", Predictor, weights, device)
 
     @torch.inference_mode()
     def measure(image: Image.Image, prompt: str) -> float:
-        embedding = model(preprocess(image)).image_embeds
+        embedding = model(**processor(image, return_tensors="pt").to(device)).image_embeds
         return float(model.predictor(torch.nn.functional.normalize(embedding)))
 
     yield measure
@@ -247,7 +237,8 @@ class ImageMetric(NamedTuple):
 
 IMAGE_METRICS = {
     "clip_score": ImageMetric(
-        load_clip_score, "CLIPScore, ViT-L/14, x 100, higher is better",
+        partial(load_clip_metric, "clip_score", clip_score),
+        "CLIPScore, ViT-L/14, x 100, higher is better",
         "openai/clip-vit-large-patch14", prompted=True,
     ),
     "image_reward": ImageMetric(
@@ -259,7 +250,7 @@ IMAGE_METRICS = {
         "shunk031/aesthetics-predictor-v1-vit-large-patch14",
     ),
     "pick_score": ImageMetric(
-        load_pick_score, "PickScore v1, higher is better",
+        partial(load_clip_metric, "pick_score", pick_score), "PickScore v1, higher is better",
         "yuvalkirstain/PickScore_v1", prompted=True,
     ),
     "glcm": ImageMetric(

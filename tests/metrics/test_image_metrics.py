@@ -115,7 +115,8 @@ def test_clip_metrics(weights):
 def test_long_prompts_keep_their_end_token(weights, capsys):
     """CLIP reads 14 tokens here, the last of which must be the end token, and says so."""
     words = PROMPT.split() * 4
-    with image_metrics.load_clip_score(str(weights["clip"]), "cpu") as measure:
+    clip_score = image_metrics.IMAGE_METRICS["clip_score"]
+    with clip_score.load(str(weights["clip"]), "cpu") as measure:
         short, long = (measure(noise(0), " ".join(words[:count])) for count in (12, 24))
     assert short == pytest.approx(long, rel=1e-5)
     assert short != 0
