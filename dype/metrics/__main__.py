@@ -8,7 +8,7 @@ protocol is not computed again. docs/metrics.md says how each metric is computed
 import argparse
 import hashlib
 import sys
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 from dype.errors import Parser, UserError, fail, run_command, user_errors
@@ -19,9 +19,6 @@ from dype.metrics.set_metrics import SET_METRICS
 from dype.pipelines.devices import check_device, default_device
 from dype.sweep import results
 from dype.sweep.grid import read_prompts
-
-# what `--metrics all` means: the demo's are for its captions, ImageReward for an environment
-FOR_ANY_SWEEP = [name for name in METRICS if name != "image_reward" and name[:5] != "demo_"]
 
 
 def parser() -> Parser:
@@ -58,19 +55,19 @@ def select_metrics(args) -> list[str]:
     unknown = [name for name in names if name not in (*METRICS, "all")]
     if unknown:
         raise UserError(f"--metrics is {unknown[0]!r}, expected {', '.join(METRICS)} or all")
-    if "all" in names:
-        names += FOR_ANY_SWEEP
+    if "all" in names:  # but the demo's, for its captions, and ImageReward, for an environment
+        names += [name for name in METRICS if name != "image_reward" and name[:5] != "demo_"]
     if args.metrics is None:
         names = ["glcm", "compression", *(["fid", "kid"] if args.real else [])]
         names += ["clip_score"] if args.prompts else []
-    comparing = [name for name in names if name in SET_METRICS and SET_METRICS[name].real]
-    if comparing and not args.real:
-        raise UserError(f"{comparing[0]} compares with real images, expected --real FOLDER")
-    if args.real and not comparing:
-        raise UserError("--real is for fid, kid, patch_fid, patch_kid; name one in --metrics")
+    comparing = [name for name, metric in SET_METRICS.items() if metric.real]
     prompted = [name for name, metric in IMAGE_METRICS.items() if metric.prompted]
-    if args.prompts and not set(prompted) & set(names):
-        raise UserError(f"--prompts is for {', '.join(prompted)}; name one in --metrics")
+    for name in names:
+        if name in comparing and not args.real:
+            raise UserError(f"{name} compares with real images, expected --real FOLDER")
+    for flag, users in (("real", comparing), ("prompts", prompted)):
+        if getattr(args, flag) and not {*users} & {*names}:
+            raise UserError(f"--{flag} is for {', '.join(users)}; name one in --metrics")
     return [name for name in METRICS if name in names]
 
 
@@ -81,8 +78,9 @@ def parse_weights(words: list[str]) -> dict[str, str | None]:
     for word in words:
         name, _, path = word.partition("=")
         if name not in weights or not path:
-            names = ", ".join(weights)
-            raise UserError(f"--weights is {word!r}, expected NAME=PATH, NAME of {names}")
+            raise UserError(
+                f"--weights is {word!r}, expected NAME=PATH, NAME of {', '.join(weights)}"
+            )
         kind, exists = ("file", Path.is_file) if name == "inception" else ("folder", Path.is_dir)
         if not exists(Path(path)):
             raise UserError(f"--weights {name} is {path!r}, expected a {kind} that exists")
@@ -97,7 +95,7 @@ def check_numbers(args, rows: list[dict]) -> None:
             raise UserError(f"--{name} is {getattr(args, name)}, expected 1 or more")
     patched = {name for name, metric in SET_METRICS.items() if metric.patched}
     if args.patch is not None and patched & {*args.metrics}:
-        side = min(min(scores.image_size(row)) for row in rows)
+        side = min(min(row["size"]) for row in rows)
         if not 1 <= args.patch <= side:
             raise UserError(f"--patch is {args.patch}, expected 1 to {side}, the shortest side")
 
@@ -157,35 +155,34 @@ def read_kept(args, rows: list[dict], protocols: dict[str, str]) -> tuple[dict, 
     return values, sets
 
 
-def compute(args, rows: list[dict], reals: list[Path]) -> int:
+def compute(args, rows: list[dict]) -> int:
     """Compute what is not there yet, write and print it; returns the exit code."""
     rows, protocols = replace_prompts(rows, args.prompts), image_protocols(args)
     values, sets = read_kept(args, rows, protocols)
-    folder, device = args.folder, args.device or default_device()
-    check_device(device, "none")
+    args.device = args.device or default_device()
+    check_device(args.device, "none")
     loaders = {
-        name: partial(IMAGE_METRICS[name].load, args.weights.get(name), device)
+        name: partial(IMAGE_METRICS[name].load, args.weights.get(name), args.device)
         for name in protocols
         if not all((row["file"], name) in values for row in rows)
     }
-    inception = cache(partial(inception_features.load_inception, args.weights["inception"], device))
     set_names = [name for name in args.metrics if name in SET_METRICS]
     if args.overwrite or len(loaders) + len(set_names) > 1:
         for load in loaders.values():
             with load():  # what the last one lacks is said before anything is computed or deleted
                 pass
         if args.overwrite and set_names:
-            inception()
-    save = partial(report.write_report, folder, rows, values, sets)
+            inception_features.load_inception(args.weights["inception"], args.device)
+    save = partial(report.write_report, args.folder, rows, values, sets)
     if args.overwrite:  # a stopped run must leave no values of the way before
-        scores.write_metrics(folder, values)
+        scores.write_metrics(args.folder, values)
         save({})
-    skipped = scores.score_sets(args, rows, set_names, reals, inception, sets, save)
-    skipped |= scores.score_images(folder, rows, values, protocols, loaders)
+    skipped = scores.score_sets(args, rows, set_names, sets, save)
+    skipped |= scores.score_images(args.folder, rows, values, protocols, loaders)
     print(save(skipped), end="")
     if not skipped:
         return 0
-    where = f"{folder / report.TABLE} says which and why"
+    where = f"{args.folder / report.TABLE} says which and why"
     return fail("dype.metrics", f"skipped {len(skipped)}, the rest is scored: {where}")
 
 
@@ -196,17 +193,19 @@ def command(args) -> int:
     args.weights = parse_weights(args.weights)
     with user_errors():
         rows = [row for row in results.read_rows(folder) if not row["error"]]
+        for row in rows:
+            row["size"] = int(row["height"]), int(row["width"])
         if not rows:
             raise ValueError(
                 f"{folder} has no {results.RESULTS} with images, expected the folder of a "
                 "finished sweep"
             )
-        reals = inception_features.list_real_images(args.real) if args.real else []
+        args.reals = inception_features.list_real_images(args.real) if args.real else []
     check_numbers(args, rows)
     with results.locked(folder):
         for part in folder.glob(".metrics.*.part"):  # of a killed run
             part.unlink()
-        return compute(args, rows, reals)
+        return compute(args, rows)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos")}
 PACKAGES = (
-    "torchmetrics, torch-fidelity and torchvision; "
+    "FID, KID and Inception score need torchmetrics, torch-fidelity and torchvision; "
     "pip install torchmetrics==1.9.0 torch-fidelity==0.4.0 torchvision==0.28.0"
 )
 
@@ -33,8 +34,8 @@ class View(NamedTuple):
     """What of an image Inception sees."""
 
     size: tuple[int, int]  # (height, width) of the image
-    patch: int | None  # px; None: the whole image
-    patches: int
+    patch: int | None = None  # px; None: the whole image
+    patches: int = 1
 
 
 def list_real_images(folder: Path) -> list[Path]:
@@ -75,23 +76,25 @@ def inception_input(path: Path, view: View, real_filter: str | None) -> np.ndarr
 
 
 def stack_features(
-    paths: list[Path], view: View, real_filter: str | None, extract: Callable, skipped: dict
+    args, paths: list[Path], view: View, real_filter: str | None, skipped: dict
 ) -> dict[str, np.ndarray]:
     """Return "features" and "logits" of the readable images, [n, patches, ...]; [0] of none.
 
-    skipped: gets the reason for each image that cannot be read, by file name.
+    args: of the command line. skipped: gets the reason for each image that cannot be read, by file
+    name.
     """
-    stacks = {"features": [], "logits": []}
+    extract = load_inception(args.weights["inception"], args.device)
+    features, logits = [], []
     for path in tqdm(paths, "real" if real_filter else "generated", disable=None, leave=False):
         try:
             images = inception_input(path, view, real_filter)
         except OSError as error:
             skipped[path.name] = " ".join(str(error).split())
             continue
-        batches = [extract(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
-        for stack, parts in zip(stacks.values(), zip(*batches, strict=True), strict=True):
-            stack.append(np.concatenate(parts))
-    return {name: np.array(stack, float) for name, stack in stacks.items()}
+        image_features, image_logits = extract(images)
+        features.append(image_features)
+        logits.append(image_logits)
+    return {"features": np.array(features, float), "logits": np.array(logits, float)}
 
 
 def count_upscaled(paths: list[Path], size: tuple[int, int]) -> int:
@@ -103,12 +106,13 @@ def count_upscaled(paths: list[Path], size: tuple[int, int]) -> int:
     return count
 
 
+@cache
 def load_inception(weights: str | None, device: str) -> Callable:
     """Load a function from uint8 [n, 3, h, w] to Inception's features [n, 2048], logits [n, 1008].
 
     The TensorFlow network of FID as torch-fidelity ported it, logits without bias as for the
     Inception score; torchmetrics brings the images to 299 px, antialiased.
-    Raises UnavailableError.
+    Called again, it returns the same function. Raises UnavailableError.
     """
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
@@ -116,13 +120,12 @@ def load_inception(weights: str | None, device: str) -> Callable:
         path = {"feature_extractor_weights_path": weights} if weights else {}
         network = FrechetInceptionDistance(2048, antialias=True, **path).inception
     except ImportError as error:
-        raise UnavailableError(f"FID, KID and Inception score need {PACKAGES}") from error
+        raise UnavailableError(PACKAGES) from error
     except LOADING as error:
         reason = first_sentence(error)
         if "torchvision" in str(error):
             raise UnavailableError(
-                f"torchvision is not built for this torch ({reason}): FID, KID and Inception "
-                f"score need {PACKAGES}"
+                f"torchvision is not built for this torch ({reason}): {PACKAGES}"
             ) from error
         raise UnavailableError(
             f"the weights of Inception cannot be loaded ({reason}); fetch {WEIGHTS}-6726825d.pth "
@@ -132,8 +135,8 @@ def load_inception(weights: str | None, device: str) -> Callable:
 
     @torch.inference_mode()
     def extract(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        features = network(torch.from_numpy(images).to(device))
-        logits = features @ network.fc.weight.T
-        return features.cpu().numpy(), logits.cpu().numpy()
+        features = [network(batch) for batch in torch.from_numpy(images).to(device).split(BATCH)]
+        logits = [batch @ network.fc.weight.T for batch in features]
+        return torch.cat(features).cpu().numpy(), torch.cat(logits).cpu().numpy()
 
     return extract

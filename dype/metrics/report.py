@@ -7,7 +7,6 @@ import numpy as np
 
 from dype.errors import UserError
 from dype.metrics.image_metrics import IMAGE_METRICS
-from dype.metrics.scores import image_size
 from dype.metrics.set_metrics import SET_METRICS
 from dype.sampling import records
 from dype.sweep import results
@@ -81,7 +80,7 @@ def format_report(entries: list[dict], notes: list[str]) -> str:
 
 def make_notes(rows: list[dict], sets: list[dict], skipped: dict[str, str]) -> list[str]:
     """Return what a reader of the numbers has to know."""
-    sizes = {image_size(row) for row in rows}
+    sizes = {row["size"] for row in rows}
     notes = [NOTE]
     if len(sizes) > 1:
         notes.append(f"The images have {len(sizes)} sizes; every number is of one of them.")

@@ -14,24 +14,15 @@ from dype.metrics.set_metrics import SET_METRICS
 from dype.sweep import results
 
 
-def image_size(row: dict) -> tuple[int, int]:
-    """Return (height, width) of a row of results.csv."""
-    return int(row["height"]), int(row["width"])
-
-
 def score_images(
     folder: Path, rows: list[dict], values: dict, protocols: dict[str, str],
     loaders: dict[str, Callable[[], AbstractContextManager]],
 ) -> dict[str, str]:  # fmt: skip
     """Compute the values that are not there, and write metrics.csv after each image.
 
-    Args:
-        rows: of results.csv, of images.
-        values: rows of metrics.csv by (file, metric), those that are there; gets the new ones.
-        protocols, loaders: by metric.
-
-    Returns:
-        Why images were skipped, by file.
+    rows: of results.csv, of images, with their "size". values: rows of metrics.csv by (file,
+    metric), those that are there; gets the new ones. protocols, loaders: by metric.
+    Returns why images were skipped, by file.
     """
     skipped: dict[str, str] = {}
     for name, load in loaders.items():
@@ -42,7 +33,7 @@ def score_images(
                 if file in skipped:
                     continue
                 try:
-                    image = read_generated_image(folder / file, image_size(row))
+                    image = read_generated_image(folder / file, row["size"])
                     value = measure(image, row["prompt"])
                     if not math.isfinite(value):
                         raise ValueError(f"{name} is {value}")
@@ -73,51 +64,38 @@ def set_protocol(args, name: str, view: View, generated: int, real: int) -> str:
 
 
 def score_sets(
-    args, rows: list[dict], names: list[str], reals: list[Path],
-    load_inception: Callable, sets: dict, save: Callable[[dict], str],
-) -> dict[str, str]:  # fmt: skip
+    args, rows: list[dict], names: list[str], sets: dict, save: Callable[[dict], str]
+) -> dict[str, str]:
     """Compute the set metrics of every setting that are not there.
 
-    Args:
-        args: of the command line.
-        rows: of results.csv, of images.
-        names: of set metrics.
-        reals: real images.
-        load_inception: called where there is an entry to compute; loads once.
-        sets: entries of an earlier run by (metric, setting); gets the new ones, at the end, in
-            place of those of another protocol.
-        save: called with the skipped images after each new entry.
-
-    Returns:
-        Why images were skipped, by file.
+    rows: as in `score_images`. names: of set metrics. sets: entries of an earlier run by (metric,
+    setting); gets the new ones, at its end, in place of those of another protocol. save: called
+    with the skipped images after each new entry.
+    Returns why images were skipped, by file.
     """
     skipped, real = {}, {}
     for setting, group in results.by_setting(rows).items():
-        paths, size = [args.folder / row["file"] for row in group], image_size(group[0])
-        views = {
-            False: View(size, None, 1),
-            True: View(size, args.patch or min(INCEPTION_SIZE, *size), args.patches),
-        }
+        paths, size = [args.folder / row["file"] for row in group], group[0]["size"]
         generated = {}
         for name in names:
-            view = views[SET_METRICS[name].patched]
-            protocol = set_protocol(args, name, view, len(paths), len(reals))
+            view = View(size)
+            if SET_METRICS[name].patched:
+                view = View(size, args.patch or min(INCEPTION_SIZE, *size), args.patches)
+            protocol = set_protocol(args, name, view, len(paths), len(args.reals))
             if sets.get((name, setting), {}).get("protocol") == protocol:
                 continue
             if view not in generated:
-                generated[view] = stack_features(paths, view, None, load_inception(), skipped)
+                generated[view] = stack_features(args, paths, view, None, skipped)
             if SET_METRICS[name].real and view not in real:
-                real[view] = stack_features(reals, view, args.filter, load_inception(), skipped)
-            entry = set_entry(args, name, view, generated[view], real.get(view), reals)
+                real[view] = stack_features(args, args.reals, view, args.filter, skipped)
+            entry = set_entry(args, name, view, generated[view], real.get(view))
             sets.pop((name, setting), None)
             sets[name, setting] = {"metric": name, "setting": setting} | entry
             save(skipped)
     return skipped
 
 
-def set_entry(
-    args, name: str, view: View, generated: dict, real: dict | None, reals: list[Path]
-) -> dict:
+def set_entry(args, name: str, view: View, generated: dict, real: dict | None) -> dict:
     """Return a set metric of a setting for metrics.json."""
     metric, count = SET_METRICS[name], len(generated["features"])
     real_count = len(real["features"]) if metric.real else 0
@@ -138,6 +116,6 @@ def set_entry(
         "generated": count,
         "real": real_count,
         "size": view.size,
-        "upscaled": count_upscaled(reals, view.size) if real_count else 0,
+        "upscaled": count_upscaled(args.reals, view.size) if real_count else 0,
         "reason": reason,
     }
