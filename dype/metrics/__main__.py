@@ -88,22 +88,13 @@ def parse_weights(words: list[str]) -> dict[str, str | None]:
     return weights
 
 
-def check_numbers(args, rows: list[dict]) -> None:
-    """Raise UserError for numbers that the images cannot meet."""
-    for name in ("patches", "splits"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}, expected 1 or more")
-    patched = {name for name, metric in SET_METRICS.items() if metric.patched}
-    if args.patch is not None and patched & {*args.metrics}:
-        side = min(min(row["size"]) for row in rows)
-        if not 1 <= args.patch <= side:
-            raise UserError(f"--patch is {args.patch}, expected 1 to {side}, the shortest side")
+def replace_prompts(rows: list[dict], path: Path | None) -> tuple[list[dict], str]:
+    """Return the rows with the prompts to score their images against, and their part in a protocol.
 
-
-def replace_prompts(rows: list[dict], path: Path | None) -> list[dict]:
-    """Return the rows with the prompts to score their images against. Raises UserError."""
+    Raises UserError.
+    """
     if path is None:
-        return rows
+        return rows, ""
     texts = read_prompts(path, "--prompts")
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     if len(texts) != len(prompts):
@@ -112,21 +103,9 @@ def replace_prompts(rows: list[dict], path: Path | None) -> list[dict]:
             "line for each, in the order of results.csv"
         )
     replacement = dict(zip(prompts, texts, strict=True))
-    return [row | {"prompt": replacement[row["prompt"]]} for row in rows]
-
-
-def image_protocols(args) -> dict[str, str]:
-    """Return how each image metric is computed, in a line of text, by name."""
-    prompts = ""
-    if args.prompts:
-        content = hashlib.sha256(args.prompts.read_bytes()).hexdigest()[:12]
-        prompts = f"; prompts of {args.prompts.name} ({content})"
-    protocols = {}
-    for name, metric in IMAGE_METRICS.items():
-        if name in args.metrics:
-            protocols[name] = args.weights.get(name) or metric.protocol
-            protocols[name] += prompts if metric.prompted else ""
-    return protocols
+    content = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    rows = [row | {"prompt": replacement[row["prompt"]]} for row in rows]
+    return rows, f"; prompts of {path.name} ({content})"
 
 
 def read_kept(args, rows: list[dict], protocols: dict[str, str]) -> tuple[dict, dict]:
@@ -157,7 +136,12 @@ def read_kept(args, rows: list[dict], protocols: dict[str, str]) -> tuple[dict, 
 
 def compute(args, rows: list[dict]) -> int:
     """Compute what is not there yet, write and print it; returns the exit code."""
-    rows, protocols = replace_prompts(rows, args.prompts), image_protocols(args)
+    rows, source = replace_prompts(rows, args.prompts)
+    protocols = {
+        name: (args.weights.get(name) or metric.protocol) + (source if metric.prompted else "")
+        for name, metric in IMAGE_METRICS.items()
+        if name in args.metrics
+    }
     values, sets = read_kept(args, rows, protocols)
     args.device = args.device or default_device()
     check_device(args.device, "none")
@@ -201,7 +185,13 @@ def command(args) -> int:
                 "finished sweep"
             )
         args.reals = inception_features.list_real_images(args.real) if args.real else []
-    check_numbers(args, rows)
+    for name in ("patches", "splits"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}, expected 1 or more")
+    patched = {name for name, metric in SET_METRICS.items() if metric.patched}
+    side = min(min(row["size"]) for row in rows)
+    if args.patch is not None and patched & {*args.metrics} and not 1 <= args.patch <= side:
+        raise UserError(f"--patch is {args.patch}, expected 1 to {side}, the shortest side")
     with results.locked(folder):
         for part in folder.glob(".metrics.*.part"):  # of a killed run
             part.unlink()

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,12 +58,8 @@ def measure_glcm(image: Image.Image, prompt: str = "") -> float:
 
 @contextmanager
 def load_glcm(weights: None, device: str):
-    try:
-        import skimage  # noqa: F401
-    except ImportError as error:
-        raise UnavailableError(
-            "glcm needs scikit-image; pip install scikit-image==0.26.0"
-        ) from error
+    if find_spec("skimage") is None:
+        raise UnavailableError("glcm needs scikit-image; pip install scikit-image==0.26.0")
     yield measure_glcm
 
 
@@ -111,16 +108,21 @@ def first_sentence(error: Exception) -> str:
     return " ".join(str(error).split()).split(". ")[0][:160]
 
 
-def weights_unavailable(name: str, weights: str, error: Exception) -> UnavailableError:
-    """Return the error for weights that cannot be loaded."""
-    reason = first_sentence(error)
-    if Path(weights).is_dir():
-        return UnavailableError(f"{name} cannot load the weights in {weights}: {reason}")
-    return UnavailableError(
-        f"{name} needs the weights {weights}, which are not here and cannot be fetched "
-        f"({reason}); `hf download {weights}` where there is a network, or "
-        f"--weights {name}=FOLDER"
-    )
+@contextmanager
+def loading(name: str, weights: str):
+    """Within, what libraries raise over weights is an UnavailableError that says what to fetch."""
+    try:
+        yield
+    except LOADING as error:
+        reason = first_sentence(error)
+        sentence = f"{name} cannot load the weights in {weights}: {reason}"
+        if not Path(weights).is_dir():
+            sentence = (
+                f"{name} needs the weights {weights}, which are not here and cannot be fetched "
+                f"({reason}); `hf download {weights}` where there is a network, or "
+                f"--weights {name}=FOLDER"
+            )
+        raise UnavailableError(sentence) from error
 
 
 def load_clip(name: str, model_class, weights: str, device: str) -> tuple:
@@ -129,18 +131,13 @@ def load_clip(name: str, model_class, weights: str, device: str) -> tuple:
     from transformers.utils import logging
 
     mute()
-    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # because it lists the tower that a model does not use
-    try:
+    with loading(name, weights):
         model, info = model_class.from_pretrained(weights, output_loading_info=True)
         lacking = [*info["missing_keys"], *info["mismatched_keys"]]
         if lacking:  # transformers would fill them with noise
             raise ValueError(f"it has no {lacking[0]}")
         processor = CLIPImageProcessorPil.from_pretrained(PROCESSORS.get(weights, weights))
-    except LOADING as error:
-        raise weights_unavailable(name, weights, error) from error
-    finally:
-        logging.set_verbosity(verbosity)
     return model.to(device).eval(), processor
 
 
@@ -151,10 +148,8 @@ def load_clip_metric(name: str, score_fn: Callable, weights: str, device: str):
 
     model, processor = load_clip(name, CLIPModel, weights, device)
     repository = PROCESSORS.get(weights, weights)
-    try:
+    with loading(name, repository):
         tokenizer = AutoTokenizer.from_pretrained(repository)
-    except LOADING as error:
-        raise weights_unavailable(name, repository, error) from error
     limit = model.config.text_config.max_position_embeddings
     long_prompts = set()
 
@@ -216,10 +211,8 @@ def load_image_reward(weights: str | None, device: str):
     files = {"name": "ImageReward-v1.0"}
     if weights:
         files = {"name": f"{weights}/ImageReward.pt", "med_config": f"{weights}/med_config.json"}
-    try:
+    with loading("image_reward", weights or "THUDM/ImageReward"):
         model = ImageReward.load(device=device, **files)
-    except LOADING as error:
-        raise weights_unavailable("image_reward", weights or "THUDM/ImageReward", error) from error
     yield lambda image, prompt: float(model.score(prompt, image))
 
 

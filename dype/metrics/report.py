@@ -70,9 +70,7 @@ def format_report(entries: list[dict], notes: list[str]) -> str:
         if entry["value"] is None:
             lines.append(f"{entry['generated']:5} {'-':>10}  {entry['setting']}: {entry['reason']}")
             continue
-        interval = "-"
-        if entry["interval"]:
-            interval = "[{:.5g}, {:.5g}]".format(*entry["interval"])
+        interval = "[{:.5g}, {:.5g}]".format(*entry["interval"]) if entry["interval"] else "-"
         value = f"{entry['generated']:5} {entry['value']:10.5g}"
         lines.append(f"{value}  {interval:22}  {entry['setting']}")
     return "\n".join([*lines[1:], "", *notes, ""])

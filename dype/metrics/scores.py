@@ -109,13 +109,7 @@ def set_entry(args, name: str, view: View, generated: dict, real: dict | None) -
         reason = f"needs {args.splits} images or patches, as many as --splits, there are {samples}"
     else:
         value, interval = metric.compute(real, generated, args.splits)
-    return {
-        "protocol": set_protocol(args, name, view, count, real_count),
-        "value": value,
-        "interval": interval,
-        "generated": count,
-        "real": real_count,
-        "size": view.size,
-        "upscaled": count_upscaled(args.reals, view.size) if real_count else 0,
-        "reason": reason,
-    }
+    protocol = set_protocol(args, name, view, count, real_count)
+    upscaled = count_upscaled(args.reals, view.size) if real_count else 0
+    entry = {"protocol": protocol, "value": value, "interval": interval, "generated": count}
+    return entry | {"real": real_count, "size": view.size, "upscaled": upscaled, "reason": reason}

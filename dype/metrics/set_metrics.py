@@ -26,9 +26,8 @@ def frechet_distance(
     values of F^T F', which for a few hundred images is a small matrix.
     """
     traces = (root**2).sum() + (other_root**2).sum()
-    return float(
-        ((mean - other_mean) ** 2).sum() + traces - 2 * np.linalg.norm(root.T @ other_root, "nuc")
-    )
+    cross = np.linalg.norm(root.T @ other_root, "nuc")
+    return float(((mean - other_mean) ** 2).sum() + traces - 2 * cross)
 
 
 def mean_and_root(features: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
