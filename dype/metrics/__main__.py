@@ -74,7 +74,7 @@ def select_metrics(args) -> list[str]:
 def parse_weights(words: list[str]) -> dict[str, str | None]:
     """Return where the weights of each metric, and of Inception, are. Raises UserError."""
     weights = {name: metric.weights for name, metric in IMAGE_METRICS.items() if metric.weights}
-    weights |= {"image_reward": None, "inception": None}
+    weights |= {"image_reward": None, "inception": inception_features.WEIGHTS}
     for word in words:
         name, _, path = word.partition("=")
         if name not in weights or not path:

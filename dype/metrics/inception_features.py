@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,14 +29,6 @@ PACKAGES = (
 )
 
 
-class View(NamedTuple):
-    """What of an image Inception sees."""
-
-    size: tuple[int, int]  # (height, width) of the image
-    patch: int | None = None  # px; None: the whole image
-    patches: int = 1
-
-
 def list_real_images(folder: Path) -> list[Path]:
     """Return the images of a folder; of a sweep's folder its own. Raises ValueError."""
     if not folder.is_dir():
@@ -60,37 +51,31 @@ def random_patches(image: Image.Image, patch: int, patches: int, name: str) -> n
     return np.stack([np.asarray(image.crop(box)).transpose(2, 0, 1) for box in boxes])
 
 
-def inception_input(path: Path, view: View, real_filter: str | None) -> np.ndarray:
-    """Read what Inception sees of an image, uint8 [patches, 3, h, w]. Raises OSError.
-
-    A real image is brought to the view's size by `real_filter`, its middle cut to that shape.
-    """
-    if real_filter:
-        image = records.open_picture(path)
-        image = ImageOps.fit(image, view.size[::-1], FILTERS[real_filter])
-    else:
-        image = read_generated_image(path, view.size)
-    if view.patch:
-        return random_patches(image, view.patch, view.patches, path.name)
-    return np.asarray(image).transpose(2, 0, 1)[None].copy()
-
-
 def stack_features(
-    args, paths: list[Path], view: View, real_filter: str | None, skipped: dict
-) -> dict[str, np.ndarray]:
+    args, paths: list[Path], size: tuple[int, int], patch: int | None, real_filter: str | None,
+    skipped: dict[str, str],
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Return "features" and "logits" of the readable images, [n, patches, ...]; [0] of none.
 
-    args: of the command line. skipped: gets the reason for each image that cannot be read, by file
-    name.
+    size: (height, width) of the images; real ones are brought to it by `real_filter`, their middle
+    cut to that shape. patch: px; None for whole images. skipped: gets the reason for each image
+    that cannot be read, by file name.
     """
     extract = load_inception(args.weights["inception"], args.device)
     features, logits = [], []
     for path in tqdm(paths, "real" if real_filter else "generated", disable=None, leave=False):
         try:
-            images = inception_input(path, view, real_filter)
+            if real_filter:
+                image = records.open_picture(path)
+                image = ImageOps.fit(image, size[::-1], FILTERS[real_filter])
+            else:
+                image = read_generated_image(path, size)
         except OSError as error:
             skipped[path.name] = " ".join(str(error).split())
             continue
+        images = np.asarray(image).transpose(2, 0, 1)[None].copy()
+        if patch:
+            images = random_patches(image, patch, args.patches, path.name)
         image_features, image_logits = extract(images)
         features.append(image_features)
         logits.append(image_logits)
@@ -107,17 +92,18 @@ def count_upscaled(paths: list[Path], size: tuple[int, int]) -> int:
 
 
 @cache
-def load_inception(weights: str | None, device: str) -> Callable:
+def load_inception(weights: str, device: str) -> Callable:
     """Load a function from uint8 [n, 3, h, w] to Inception's features [n, 2048], logits [n, 1008].
 
     The TensorFlow network of FID as torch-fidelity ported it, logits without bias as for the
     Inception score; torchmetrics brings the images to 299 px, antialiased.
-    Called again, it returns the same function. Raises UnavailableError.
+    weights: a file, or WEIGHTS, which torch-fidelity fetches. Called again, it returns the same
+    function. Raises UnavailableError.
     """
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        path = {"feature_extractor_weights_path": weights} if weights else {}
+        path = {} if weights == WEIGHTS else {"feature_extractor_weights_path": weights}
         network = FrechetInceptionDistance(2048, antialias=True, **path).inception
     except ImportError as error:
         raise UnavailableError(PACKAGES) from error

@@ -2,26 +2,24 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dype.metrics import inception_features
 from dype.metrics.image_metrics import read_generated_image
-from dype.metrics.inception_features import INCEPTION_SIZE, View, count_upscaled, stack_features
+from dype.metrics.inception_features import INCEPTION_SIZE, count_upscaled, stack_features
 from dype.metrics.set_metrics import SET_METRICS
 from dype.sweep import results
 
 
 def score_images(
-    folder: Path, rows: list[dict], values: dict, protocols: dict[str, str],
-    loaders: dict[str, Callable[[], AbstractContextManager]],
-) -> dict[str, str]:  # fmt: skip
+    folder: Path, rows: list[dict], values: dict, protocols: dict, loaders: dict[str, Callable]
+) -> dict[str, str]:
     """Compute the values that are not there, and write metrics.csv after each image.
 
     rows: of results.csv, of images, with their "size". values: rows of metrics.csv by (file,
-    metric), those that are there; gets the new ones. protocols, loaders: by metric.
+    metric), those that are there; gets the new ones. protocols, loaders: by metric; a loader
+    takes nothing and returns a context of `image_metrics`.
     Returns why images were skipped, by file.
     """
     skipped: dict[str, str] = {}
@@ -53,14 +51,13 @@ def write_metrics(folder: Path, values: dict) -> None:
     results.write_table(folder / results.METRICS, results.METRIC_COLUMNS, values.values())
 
 
-def set_protocol(args, name: str, view: View, generated: int, real: int) -> str:
+def set_protocol(args, name: str, patch: int | None, generated: int, real: int) -> str:
     """Return how a set metric is computed from so many images, in a line of text."""
-    images = f"{view.patches} patches of {view.patch} px" if view.patch else "whole images"
+    images = f"{args.patches} patches of {patch} px" if patch else "whole images"
     reference = f"{args.splits} splits"
     if SET_METRICS[name].real:
         reference = f"{real} real of {args.real.absolute()}, {args.filter}"
-    weights = args.weights["inception"] or inception_features.WEIGHTS
-    return f"{images}; {generated} generated; {reference}; {weights}"
+    return f"{images}; {generated} generated; {reference}; {args.weights['inception']}"
 
 
 def score_sets(
@@ -78,28 +75,31 @@ def score_sets(
         paths, size = [args.folder / row["file"] for row in group], group[0]["size"]
         generated = {}
         for name in names:
-            view = View(size)
+            patch = None
             if SET_METRICS[name].patched:
-                view = View(size, args.patch or min(INCEPTION_SIZE, *size), args.patches)
-            protocol = set_protocol(args, name, view, len(paths), len(args.reals))
+                patch = args.patch or min(INCEPTION_SIZE, *size)
+            protocol = set_protocol(args, name, patch, len(paths), len(args.reals))
             if sets.get((name, setting), {}).get("protocol") == protocol:
                 continue
+            view = size, patch
             if view not in generated:
-                generated[view] = stack_features(args, paths, view, None, skipped)
+                generated[view] = stack_features(args, paths, *view, None, skipped)
             if SET_METRICS[name].real and view not in real:
-                real[view] = stack_features(args, args.reals, view, args.filter, skipped)
-            entry = set_entry(args, name, view, generated[view], real.get(view))
+                real[view] = stack_features(args, args.reals, *view, args.filter, skipped)
+            entry = set_entry(args, name, *view, generated[view], real.get(view))
             sets.pop((name, setting), None)
             sets[name, setting] = {"metric": name, "setting": setting} | entry
             save(skipped)
     return skipped
 
 
-def set_entry(args, name: str, view: View, generated: dict, real: dict | None) -> dict:
+def set_entry(
+    args, name: str, size: tuple[int, int], patch: int | None, generated: dict, real: dict | None
+) -> dict:
     """Return a set metric of a setting for metrics.json."""
     metric, count = SET_METRICS[name], len(generated["features"])
     real_count = len(real["features"]) if metric.real else 0
-    samples = count * view.patches
+    samples = count * (args.patches if patch else 1)
     value, interval, reason = None, None, ""
     if count < 2:
         reason = f"needs 2 readable images, there are {count}"
@@ -109,7 +109,7 @@ def set_entry(args, name: str, view: View, generated: dict, real: dict | None) -
         reason = f"needs {args.splits} images or patches, as many as --splits, there are {samples}"
     else:
         value, interval = metric.compute(real, generated, args.splits)
-    protocol = set_protocol(args, name, view, count, real_count)
-    upscaled = count_upscaled(args.reals, view.size) if real_count else 0
+    protocol = set_protocol(args, name, patch, count, real_count)
+    upscaled = count_upscaled(args.reals, size) if real_count else 0
     entry = {"protocol": protocol, "value": value, "interval": interval, "generated": count}
-    return entry | {"real": real_count, "size": view.size, "upscaled": upscaled, "reason": reason}
+    return entry | {"real": real_count, "size": size, "upscaled": upscaled, "reason": reason}

@@ -11,7 +11,7 @@ from PIL import Image
 from scored_sweeps import CLASSES, make_reals, make_sweep, noise, report, score
 
 from dype.metrics import inception_features
-from dype.metrics.inception_features import View, random_patches
+from dype.metrics.inception_features import WEIGHTS, random_patches
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 TORCHMETRICS = ("torchmetrics", "torchmetrics.image", "torchmetrics.image.fid")
@@ -27,14 +27,16 @@ def test_patches_are_of_the_image():
     assert not np.array_equal(first, other)
 
 
-def test_real_images_keep_their_shape():
+def test_real_images_keep_their_shape(monkeypatch):
     """A wide image loses its sides; it is not squeezed."""
     wide = Image.new("RGB", (300, 100), "red")
     wide.paste(Image.new("RGB", (100, 100), "blue"), (100, 0))
     wide.save("wide.png")
-    (pixels,) = inception_features.inception_input(
-        Path("wide.png"), View((50, 50), None, 1), "lanczos"
-    )
+    monkeypatch.setattr(inception_features, "load_inception", lambda *_: lambda x: (x, x))
+    args = types.SimpleNamespace(weights={"inception": WEIGHTS}, device="cpu")
+    paths = [Path("wide.png")]
+    stacks = inception_features.stack_features(args, paths, (50, 50), None, "lanczos", {})
+    pixels = stacks["features"][0, 0]
     assert pixels.shape == (3, 50, 50)
     assert pixels[2].min() > 200
     assert pixels[0].max() < 60
@@ -76,7 +78,7 @@ def test_inception_is_torchmetrics(monkeypatch):
     for name in TORCHMETRICS:
         monkeypatch.setitem(sys.modules, name, stub)
     images = np.full((2, 3, 8, 8), 5, np.uint8)
-    for weights, path in ((None, {}), ("a.pth", {"feature_extractor_weights_path": "a.pth"})):
+    for weights, path in ((WEIGHTS, {}), ("a.pth", {"feature_extractor_weights_path": "a.pth"})):
         features, logits = inception_features.load_inception.__wrapped__(weights, "cpu")(images)
         assert requests[-1] == ((2048,), {"antialias": True} | path)
         assert (features == 15).all()
