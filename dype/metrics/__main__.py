@@ -88,13 +88,8 @@ def parse_weights(words: list[str]) -> dict[str, str | None]:
     return weights
 
 
-def replace_prompts(rows: list[dict], path: Path | None) -> tuple[list[dict], str]:
-    """Return the rows with the prompts to score their images against, and their part in a protocol.
-
-    Raises UserError.
-    """
-    if path is None:
-        return rows, ""
+def replace_prompts(rows: list[dict], path: Path) -> tuple[list[dict], str]:
+    """Return the rows with a file's prompts, and what protocols say of it. Raises UserError."""
     texts = read_prompts(path, "--prompts")
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     if len(texts) != len(prompts):
@@ -116,16 +111,14 @@ def read_kept(args, rows: list[dict], protocols: dict[str, str]) -> tuple[dict, 
     """
     with user_errors():
         values = {(row["file"], row["metric"]): row for row in results.read_metrics(args.folder)}
-    files = {row["file"] for row in rows}
-    for (file, name), row in list(values.items()):
-        if file not in files or name not in protocols:
-            continue
-        if args.overwrite:
-            del values[file, name]
-        elif row["protocol"] != protocols[name]:
+    asked = {(row["file"], name): protocols[name] for row in rows for name in protocols}
+    if args.overwrite:
+        values = {key: row for key, row in values.items() if key not in asked}
+    for key, row in values.items():
+        if row["protocol"] != asked.get(key, row["protocol"]):
             raise UserError(
-                f"{name} in {results.METRICS} is by {row['protocol']!r}, asked for "
-                f"{protocols[name]!r}, expected the same or --overwrite"
+                f"{row['metric']} in {results.METRICS} is by {row['protocol']!r}, asked for "
+                f"{asked[key]!r}, expected the same or --overwrite"
             )
     sets, settings = report.read_set_entries(args.folder), results.by_setting(rows)
     for name, setting in list(sets):
@@ -136,7 +129,7 @@ def read_kept(args, rows: list[dict], protocols: dict[str, str]) -> tuple[dict, 
 
 def compute(args, rows: list[dict]) -> int:
     """Compute what is not there yet, write and print it; returns the exit code."""
-    rows, source = replace_prompts(rows, args.prompts)
+    rows, source = replace_prompts(rows, args.prompts) if args.prompts else (rows, "")
     protocols = {
         name: (args.weights.get(name) or metric.protocol) + (source if metric.prompted else "")
         for name, metric in IMAGE_METRICS.items()

@@ -27,10 +27,7 @@ BIAS = (
 
 
 def read_set_entries(folder: Path) -> dict[tuple[str, str], dict]:
-    """Return the set metrics in metrics.json of an earlier run, by metric and setting.
-
-    Raises UserError for a spoiled file.
-    """
+    """Return the set metrics of an earlier run, by metric and setting. Raises UserError."""
     path = folder / REPORT
     try:
         entries = json.loads(path.read_bytes())["sets"] if path.exists() else []

@@ -24,11 +24,10 @@ def score_images(
     """
     skipped: dict[str, str] = {}
     for name, load in loaders.items():
-        missing = [row for row in rows if (row["file"], name) not in values]
         with load() as measure:
-            for row in tqdm(missing, name, disable=None):
+            for row in tqdm(rows, name, disable=None):
                 file = row["file"]
-                if file in skipped:
+                if file in skipped or (file, name) in values:
                     continue
                 try:
                     image = read_generated_image(folder / file, row["size"])
