@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +20,6 @@ INCEPTION_SIZE = 299  # px
 WEIGHTS = "pt_inception-2015-12-05"
 BATCH = 8  # patches
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos")}
 PACKAGES = (
     "FID, KID and Inception score need torchmetrics, torch-fidelity and torchvision; "
@@ -54,19 +52,21 @@ def random_patches(image: Image.Image, patch: int, patches: int, name: str) -> n
 def stack_features(
     args, paths: list[Path], size: tuple[int, int], patch: int | None, real_filter: str | None,
     skipped: dict[str, str],
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """Return "features" and "logits" of the readable images, [n, patches, ...]; [0] of none.
+) -> dict:  # fmt: skip
+    """Return "features" and "logits" of the readable images, [n, patches, ...]; [0] of none; and
+    how many real ones were "upscaled".
 
     size: (height, width) of the images; real ones are brought to it by `real_filter`, their middle
     cut to that shape. patch: px; None for whole images. skipped: gets the reason for each image
     that cannot be read, by file name.
     """
     extract = load_inception(args.weights["inception"], args.device)
-    features, logits = [], []
+    features, logits, upscaled = [], [], 0
     for path in tqdm(paths, "real" if real_filter else "generated", disable=None, leave=False):
         try:
             if real_filter:
                 image = records.open_picture(path)
+                upscaled += image.height < size[0] or image.width < size[1]
                 image = ImageOps.fit(image, size[::-1], FILTERS[real_filter])
             else:
                 image = read_generated_image(path, size)
@@ -79,16 +79,8 @@ def stack_features(
         image_features, image_logits = extract(images)
         features.append(image_features)
         logits.append(image_logits)
-    return {"features": np.array(features, float), "logits": np.array(logits, float)}
-
-
-def count_upscaled(paths: list[Path], size: tuple[int, int]) -> int:
-    """Return how many images are smaller than (height, width) on a side."""
-    count = 0
-    for path in paths:
-        with suppress(*UNREADABLE), Image.open(path) as image:
-            count += image.height < size[0] or image.width < size[1]
-    return count
+    stacks = {"features": np.array(features, float), "logits": np.array(logits, float)}
+    return stacks | {"upscaled": upscaled}
 
 
 @cache

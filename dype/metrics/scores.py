@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dype.metrics.image_metrics import read_generated_image
-from dype.metrics.inception_features import INCEPTION_SIZE, count_upscaled, stack_features
+from dype.metrics.inception_features import INCEPTION_SIZE, stack_features
 from dype.metrics.set_metrics import SET_METRICS
 from dype.sweep import results
 
@@ -109,6 +109,6 @@ def set_entry(
     else:
         value, interval = metric.compute(real, generated, args.splits)
     protocol = set_protocol(args, name, patch, count, real_count)
-    upscaled = count_upscaled(args.reals, size) if real_count else 0
+    upscaled = real["upscaled"] if metric.real else 0
     entry = {"protocol": protocol, "value": value, "interval": interval, "generated": count}
     return entry | {"real": real_count, "size": size, "upscaled": upscaled, "reason": reason}
