@@ -78,9 +78,8 @@ def parse_weights(words: list[str]) -> dict[str, str | None]:
     for word in words:
         name, _, path = word.partition("=")
         if name not in weights or not path:
-            raise UserError(
-                f"--weights is {word!r}, expected NAME=PATH, NAME of {', '.join(weights)}"
-            )
+            names = ", ".join(weights)
+            raise UserError(f"--weights is {word!r}, expected NAME=PATH, NAME of {names}")
         kind, exists = ("file", Path.is_file) if name == "inception" else ("folder", Path.is_dir)
         if not exists(Path(path)):
             raise UserError(f"--weights {name} is {path!r}, expected a {kind} that exists")

@@ -56,9 +56,9 @@ def stack_features(
     """Return "features" and "logits" of the readable images, [n, patches, ...]; [0] of none; and
     how many real ones were "upscaled".
 
-    size: (height, width) of the images; real ones are brought to it by `real_filter`, their middle
-    cut to that shape. patch: px; None for whole images. skipped: gets the reason for each image
-    that cannot be read, by file name.
+    args: of the command line. size: (height, width) of the images; real ones are brought to it by
+    `real_filter`, their middle cut to that shape. patch: px; None for whole images. skipped: gets
+    the reason for each image that cannot be read, by file name.
     """
     extract = load_inception(args.weights["inception"], args.device)
     features, logits, upscaled = [], [], 0
