@@ -17,8 +17,7 @@ from dype.sampling.settings import RunSettings
 
 def check_run(run: RunSettings) -> None:
     """Raise ValueError for settings that this model, or each other, rule out."""
-    if run.max_sequence_length > run.entry.longest_text:
-        number("--max_sequence_length", run.max_sequence_length, 1, run.entry.longest_text)
+    number("--max_sequence_length", run.max_sequence_length, 1, run.entry.longest_text)
     if run.steps == 1 and run.entry.schedule.get("shift_terminal"):
         raise ValueError(
             f"--steps is 1, expected at least 2 with {run.model}, whose last sigma is fixed"

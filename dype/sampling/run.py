@@ -103,11 +103,11 @@ def describe_schedule(scheduler, run: RunSettings) -> dict:
     """mu, the sigmas and kappas of the schedule for the whole size, and what each pass runs of its
     own; the scheduler has the shift set already."""
     family, config, passes = run.entry.family, run.config, []
-    for one in run.passes:  # the last of the whole size
-        size_and_steps = one["height"], one["width"], one["steps"]
-        mu, sigmas = noise_schedule(scheduler, *size_and_steps, family)
-        first = sample.skipped(one["steps"], one["strength"]) if one.get("strength") else 0
-        passes.append(one | {"sigmas": sigmas[first:]})
+    for part in run.passes:  # the last of the whole size
+        height, width, steps = part["height"], part["width"], part["steps"]
+        mu, sigmas = noise_schedule(scheduler, height, width, steps, family)
+        first = sample.skipped(steps, part["strength"]) if part.get("strength") else 0
+        passes.append(part | {"sigmas": sigmas[first:]})
     kappa, _ = rope.schedule(torch.tensor(sigmas[:-1], dtype=torch.float64), config)
     return {
         "shift": "static" if mu is None else config.shift or family.shift,

@@ -1,4 +1,4 @@
-"""Contact sheets and the summary of a finished sweep, from its results.csv alone."""
+"""Contact sheets and the summary of a finished sweep, from its tables alone."""
 
 import io
 import re

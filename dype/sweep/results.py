@@ -1,4 +1,4 @@
-"""results.csv, and how its rows are grouped and labelled."""
+"""results.csv and metrics.csv, and how their rows are grouped and labelled."""
 
 import csv
 import io
