@@ -62,26 +62,25 @@ def shift_settings(scheduler, config: DyPEConfig, family: Family) -> dict:
 def check_shift(schedule: dict, config: DyPEConfig, family: Family) -> None:
     """Raise ValueError if the config sets a shift that this schedule would ignore."""
     asked = [name for name in ("base_shift", "max_shift") if getattr(config, name) is not None]
-    if asked and not schedule.get("use_dynamic_shifting", False):
-        raise ValueError(
-            f"{asked[0]} is {getattr(config, asked[0])}, but this model's schedule is static, "
-            "expected none"
+    if not asked:
+        return
+    shift = config.shift or family.shift
+    if not schedule.get("use_dynamic_shifting", False):
+        reason = "this model's schedule is static, expected none"
+    elif family.mu and shift == "model":
+        reason = "this model's pipeline has a rule of its own for mu, expected none or shift cap"
+    elif "base_shift" in asked and shift == "cap":
+        reason = (
+            "the schedule is capped: mu is max_shift at every size; expected shift model with it"
         )
-    if asked and family.mu and (config.shift or family.shift) == "model":
-        raise ValueError(
-            f"{asked[0]} is {getattr(config, asked[0])}, but this model's pipeline has a rule of "
-            "its own for mu, expected none or shift cap"
-        )
-    if "base_shift" in asked and (config.shift or family.shift) == "cap":
-        raise ValueError(
-            f"base_shift is {config.base_shift}, but the schedule is capped: mu is max_shift at "
-            "every size; expected shift model with it"
-        )
+    else:
+        return
+    raise ValueError(f"{asked[0]} is {getattr(config, asked[0])}, but {reason}")
 
 
 def set_shift(scheduler, wanted: dict) -> None:
     """Change the scheduler's configuration and note on it what was there and what is ours."""
-    scheduler.dype_shift = ({name: scheduler.config.get(name) for name in wanted}, wanted)
+    scheduler.dype_shift = {name: (scheduler.config.get(name), wanted[name]) for name in wanted}
     scheduler.register_to_config(**wanted)
     if "shift" in wanted:
         scheduler.set_shift(wanted["shift"])  # the scheduler keeps a copy of this one
@@ -90,11 +89,10 @@ def set_shift(scheduler, wanted: dict) -> None:
 def own_config(scheduler) -> dict:
     """The scheduler's configuration as it would be without us; what others changed since stays."""
     config = dict(scheduler.config)
-    before, ours = getattr(scheduler, "dype_shift", ({}, {}))
-    for name, value in ours.items():
-        if config.get(name) == value:
-            config[name] = before[name]
-            if before[name] is None:
+    for name, (before, ours) in getattr(scheduler, "dype_shift", {}).items():
+        if config.get(name) == ours:
+            config[name] = before
+            if before is None:
                 del config[name]
     return config
 
@@ -104,6 +102,6 @@ def restore_shift(scheduler) -> None:
     if not hasattr(scheduler, "dype_shift"):
         return
     scheduler._internal_dict = type(scheduler.config)(own_config(scheduler))
-    if "shift" in scheduler.dype_shift[1]:
+    if "shift" in scheduler.dype_shift:
         scheduler.set_shift(scheduler.config["shift"])
     del scheduler.dype_shift
