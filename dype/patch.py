@@ -44,7 +44,7 @@ def apply_dype(target, config: DyPEConfig | None = None) -> None:
                 f"the shift of a {type(scheduler).__name__} cannot be set, expected "
                 "FlowMatchEulerDiscreteScheduler or shift model"
             )
-    put_back(modules, families, scheduler)
+    remove_dype(target)
     trained = (config.base_resolution or base_resolution(modules[0])) / TOKEN
     for module, family in zip(modules, families, strict=True):
         stock = getattr(module, family.attribute)
@@ -63,19 +63,14 @@ def remove_dype(target) -> None:
 
     Does nothing where DyPE is not applied. Raises TypeError as `apply_dype` does.
     """
-    modules = denoisers(target)
-    put_back(modules, map(family_of, modules), getattr(target, "scheduler", None))
-
-
-def put_back(modules: list, families, scheduler) -> None:
-    """Put back the stock embedders of modules, and a scheduler's shift."""
-    for module, family in zip(modules, families, strict=True):
-        embedder = getattr(module, family.attribute)
+    for module in denoisers(target):
+        attribute = family_of(module).attribute
+        embedder = getattr(module, attribute)
         if hasattr(embedder, "stock"):
             embedder.hook.remove()
-            setattr(module, family.attribute, embedder.stock)
-    if scheduler is not None:
-        restore_shift(scheduler)
+            setattr(module, attribute, embedder.stock)
+    if getattr(target, "scheduler", None) is not None:
+        restore_shift(target.scheduler)
 
 
 @torch.compiler.disable
