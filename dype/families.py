@@ -1,5 +1,6 @@
 """Transformer class -> how DyPE enters it: embedder, arguments, trained size, or why not."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -26,10 +27,6 @@ def sigma_of_complement(time: torch.Tensor) -> torch.Tensor:
     return 1 - time.double()
 
 
-def never(config: dict) -> None:
-    return None
-
-
 class Family(NamedTuple):
     """How DyPE enters a class of transformers."""
 
@@ -41,20 +38,7 @@ class Family(NamedTuple):
     sigma: Callable = sigma_itself  # ... and how: sigma in [0, 1] from it
     ids: str = "img_ids"  # the argument with the pictures' ids, where there are any
     texts: Callable = joined
-    reason: Callable = never  # why a configuration can't be had, or None
     mu: Callable | None = None  # mu(tokens, steps), where the pipeline has a rule of its own
-
-
-def omni(config: dict) -> str | None:
-    if config.get("siglip_feat_dim") is not None:
-        return "Z-Image-Omni's reference pictures share the drawn one's rows and columns"
-    return None
-
-
-def layered(config: dict) -> str | None:
-    if config.get("use_layer3d_rope"):
-        return "Qwen-Image-Layered has an embedder of its own"
-    return None
 
 
 def flux2_mu(tokens: int, steps: int) -> float:
@@ -75,9 +59,9 @@ KREA2 = FLUX._replace(attribute="rotary_emb", ids="position_ids", texts=within)
 KREA2_TURBO = KREA2._replace(mu=krea2_turbo_mu)
 BRIA = FLUX._replace(sigma=sigma_of_thousandths, shift="model")
 BFL = FLUX._replace(attribute="pe_embedder", embedder=MatrixDyPE, time="timesteps")
-QWEN = Family("pos_embed", QwenDyPE, 1328, reason=layered)
+QWEN = Family("pos_embed", QwenDyPE, 1328)
 NUCLEUS = QWEN._replace(base_resolution=1024)
-ZIMAGE = Family("rope_embedder", ZImageDyPE, time="t", sigma=sigma_of_complement, reason=omni)
+ZIMAGE = Family("rope_embedder", ZImageDyPE, time="t", sigma=sigma_of_complement)
 
 FAMILIES = {
     "FluxTransformer2DModel": FLUX,
@@ -110,6 +94,11 @@ REFUSED = {
     "PRXTransformer2DModel": "it embeds rows and columns alone, in a format of its own",
     "QwenImage21Transformer2DModel": "its text, pictures and cached keys share one table",
 }
+# entries of a supported class's configuration, with which it is another model
+REFUSED_IF = {
+    "siglip_feat_dim": "Z-Image-Omni's reference pictures share the drawn one's rows and columns",
+    "use_layer3d_rope": "Qwen-Image-Layered has an embedder of its own",
+}
 
 
 def family_of_pipeline(pipe, family: Family) -> Family:
@@ -127,17 +116,26 @@ def family_of(module) -> Family:
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
-    known = [REFUSED[name] for name in names if name in REFUSED]
-    reason = f": {known[0]}" if known else ""
+    reason = next((f": {REFUSED[name]}" for name in names if name in REFUSED), "")
     raise TypeError(f"{names[0]} is not supported{reason}; expected one of {', '.join(FAMILIES)}")
+
+
+def supported(module: torch.nn.Module) -> Family:
+    """The family of a module that DyPE can enter. Raises TypeError, ValueError."""
+    family, config = family_of(module), getattr(module, "config", {})
+    reasons = [reason for entry, reason in REFUSED_IF.items() if config.get(entry)]
+    if family.time not in inspect.signature(type(module).forward).parameters:
+        reasons = [f"its forward has no {family.time}, expected the original class's arguments"]
+    if reasons:
+        raise ValueError(f"this {type(module).__name__} is not supported: {reasons[0]}")
+    return family
 
 
 def base_resolution(module: torch.nn.Module) -> int:
     """Trained size in px of what was loaded: of its folder in TRAINED_AT, else of its family."""
     loaded = getattr(module, "config", {}).get("_name_or_path")
     if loaded and Path(loaded).exists():
-        folders = [Path(loaded).resolve(), *Path(loaded).resolve().parents]
         for folder, side in TRAINED_AT.items():
-            if folder.resolve() in folders:
+            if Path(loaded).resolve().is_relative_to(folder.resolve()):
                 return side
     return family_of(module).base_resolution

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from dype.config import DyPEConfig
-from dype.families import TOKEN, Family, base_resolution, family_of, family_of_pipeline
+from dype.families import TOKEN, base_resolution, family_of, family_of_pipeline, supported
 from dype.noise_schedule import check_shift, own_config, restore_shift, set_shift, shift_settings
 
 
@@ -93,17 +93,6 @@ def dype_applied(target, config: DyPEConfig | None = None):
         yield target
     finally:
         remove_dype(target)
-
-
-def supported(module: torch.nn.Module) -> Family:
-    """The family of a module that DyPE can enter. Raises TypeError, ValueError."""
-    family, name = family_of(module), type(module).__name__
-    reason = family.reason(getattr(module, "config", {}))
-    if family.time not in inspect.signature(type(module).forward).parameters:
-        reason = f"its forward has no {family.time}, expected the original class's arguments"
-    if reason:
-        raise ValueError(f"this {name} is not supported: {reason}")
-    return family
 
 
 def denoisers(target) -> list[torch.nn.Module]:
