@@ -6,12 +6,13 @@ Bytes throughout. Two constants are not measured here: see ACTIVATIONS and `deco
 import sys
 from contextlib import contextmanager
 
+import psutil
 import torch
 
-ACTIVATIONS = (
-    1024  # per pixel of the picture: 16 GiB at 4096 x 4096, what FLUX.1 was reported to take
-)
+# per pixel of the picture: 16 GiB at 4096 x 4096, what FLUX.1 was reported to take
+ACTIVATIONS = 1024
 GIB = 2**30
+QWEN_TILE = 1024  # px
 OFFLOADS = ("none", "model", "group", "sequential")  # from the fastest to the smallest
 
 
@@ -33,8 +34,6 @@ def available_bytes(device: str | torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    import psutil
-
     return psutil.virtual_memory().available
 
 
@@ -130,25 +129,19 @@ def gib(count: float) -> str:
     return f"{count / GIB:.{1 if count >= GIB else 2}f} GiB"
 
 
-QWEN_TILE = 1024  # px
-
-
 def place(pipe, device: str, offload: str, apart: dict[str, str], pixels: int) -> None:
     """Put the pipeline on its device, whole or in turns; `apart` names parts with a place of
     their own. Prints what "auto" chose, and why."""
     for name, elsewhere in apart.items():
         getattr(pipe, name).to(elsewhere)
     pipe.dype_apart = apart
-    with set_aside(pipe, *apart):
+    with set_aside(pipe):
         parts = {
             n: part for n, part in pipe.components.items() if isinstance(part, torch.nn.Module)
         }
-        sizes = module_bytes(parts)
-        kind = torch.device(device).type
-        there = [name for name, part in parts.items() if part.device.type == kind]
-        free = available_bytes(device) + sum(
-            sizes[name] for name in there
-        )  # bitsandbytes' are, say
+        sizes, kind = module_bytes(parts), torch.device(device).type
+        there = [sizes[name] for name, part in parts.items() if part.device.type == kind]
+        free = available_bytes(device) + sum(there)  # bitsandbytes' are, say
         if offload == "auto":
             offload, why = choose_offload(device, free, sizes, pixels)
             if why:
@@ -157,9 +150,8 @@ def place(pipe, device: str, offload: str, apart: dict[str, str], pixels: int) -
         if offload == "model":
             pipe.enable_model_cpu_offload(device=device)
         elif offload == "group":
-            stream = torch.device(device).type == "cuda"
             pipe.enable_group_offload(
-                torch.device(device), offload_type="leaf_level", use_stream=stream
+                torch.device(device), offload_type="leaf_level", use_stream=kind == "cuda"
             )
         elif offload == "sequential":
             pipe.enable_sequential_cpu_offload(device=device)
@@ -167,17 +159,17 @@ def place(pipe, device: str, offload: str, apart: dict[str, str], pixels: int) -
             for part in parts.values():
                 part.to(device)
         where = apart.get("vae", device)
-        on_card = torch.device(where).type == "cuda" and where == device
+        on_card = kind == "cuda" and where == device
         pipe.dype_room = decoding_room(free, sizes, offload) if on_card else available_bytes(where)
 
 
 @contextmanager
-def set_aside(pipe, *names: str):
+def set_aside(pipe):
     """Parts with a place of their own, out of the pipeline's sight: it takes its device from its
     parts, and moves those that it sees."""
-    parts = {name: getattr(pipe, name) for name in names}
+    parts = {name: getattr(pipe, name) for name in getattr(pipe, "dype_apart", {})}
     try:
-        for name in names:
+        for name in parts:
             setattr(pipe, name, None)
         yield
     finally:
@@ -187,14 +179,8 @@ def set_aside(pipe, *names: str):
 
 def execution_device(pipe) -> torch.device:
     """Where the transformer computes, wherever the other parts are and rest in between."""
-    with set_aside(pipe, *getattr(pipe, "dype_apart", {})):
+    with set_aside(pipe):
         return pipe._execution_device
-
-
-def text_device(pipe) -> torch.device:
-    """Where the text encoders compute."""
-    apart = getattr(pipe, "dype_apart", {})
-    return torch.device(apart.get("text_encoder") or execution_device(pipe))
 
 
 def set_tiling(pipe, mode: str, tile_size: int | None, pixels: int) -> bool:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 
 from dype.config import number
@@ -15,7 +16,7 @@ from dype.families import family_of, family_of_pipeline
 from dype.noise_schedule import noise_schedule, unshifted
 from dype.patch import denoisers
 from dype.pipelines import acceleration
-from dype.pipelines.memory import execution_device, set_aside, text_device
+from dype.pipelines.memory import execution_device, set_aside
 from dype.sampling.latents import encode_picture, missing, noised, settled, unpatched
 
 # What `encode_prompt` of each pipeline returns, as its call takes it; None: not needed there.
@@ -40,17 +41,18 @@ def encode(pipe, text: str, max_sequence_length: int = 512) -> dict:
     kind = type(pipe).__name__
     if kind not in EMBEDDINGS:
         raise TypeError(f"{kind} is not supported, expected one of {', '.join(EMBEDDINGS)}")
+    elsewhere = getattr(pipe, "dype_apart", {}).get("text_encoder")
     call = {
         "prompt": text,
         "prompt_2": None,
-        "device": text_device(pipe),
+        "device": torch.device(elsewhere or execution_device(pipe)),
         "do_classifier_free_guidance": False,
         "max_sequence_length": max_sequence_length,
     }
     known = inspect.signature(pipe.encode_prompt).parameters
     found = pipe.encode_prompt(**{name: call[name] for name in known if name in call})
     named = zip(EMBEDDINGS[kind], found, strict=False)
-    embeddings = {name: moved(part, "cpu") for name, part in named if name}
+    embeddings = send_to_device({name: part for name, part in named if name}, "cpu")
     for name, part in embeddings.items():
         if part is None:  # Qwen-Image's, where all tokens count; its call wants to see that
             shape = embeddings["prompt_embeds"].shape[:2]
@@ -82,13 +84,6 @@ def prompt_encoder(pipe, runs: list) -> Callable:
 def negative_prompt_of(pipe, run) -> str | None:
     """A run's negative prompt, or the one that a pipeline with guidance implies; None: none."""
     return implied(pipe, run.guidance) if run.negative_prompt is None else run.negative_prompt
-
-
-def moved(part, device):
-    """A tensor, or a list of them (Z-Image's embeddings), on another device; the rest as it is."""
-    if isinstance(part, list):
-        return [one.to(device) for one in part]
-    return part.to(device) if isinstance(part, torch.Tensor) else part
 
 
 @torch.no_grad()
@@ -139,12 +134,12 @@ def draw(
         del call["guidance_scale"]  # Qwen-Image warns of any number
     if image is not None:
         call |= started(pipe, image, strength, call)
-    apart = getattr(pipe, "dype_apart", {})
+    apart = "vae" in getattr(pipe, "dype_apart", {})
     count = len(call.get("sigmas", range(steps)))
     reuse = nullcontext() if cache == "off" else acceleration.caching(pipe, cache, count)
-    with set_aside(pipe, *apart), reuse:
-        found = pipe(**call, output_type="latent" if "vae" in apart else "pil").images
-    return decode(pipe, found, height, width) if "vae" in apart else found[0]
+    with set_aside(pipe), reuse:
+        drawn = pipe(**call, output_type="latent" if apart else "pil").images
+    return decode(pipe, drawn, height, width) if apart else drawn[0]
 
 
 def worded(pipe, prefix: str, text: str | dict | None, max_sequence_length: int, device) -> dict:
@@ -153,7 +148,8 @@ def worded(pipe, prefix: str, text: str | dict | None, max_sequence_length: int,
         known = inspect.signature(pipe.__call__).parameters
         embeds = f"{prefix}prompt_embeds" in known
         text = encode(pipe, text, max_sequence_length) if embeds else {"prompt": text}
-    return {f"{prefix}{name}": moved(part, device) for name, part in (text or {}).items()}
+    parts = send_to_device(text or {}, device)
+    return {f"{prefix}{name}": part for name, part in parts.items()}
 
 
 def implied(pipe, guidance: float) -> str | None:
@@ -166,13 +162,13 @@ def implied(pipe, guidance: float) -> str | None:
 def started(pipe, image: Image.Image, strength: float | None, call: dict) -> dict:
     """The `latents` and `sigmas` with which a text-to-image pipeline refines a picture."""
     number("strength", strength, 0, 1, above=True, optional=True)
-    apart, device = getattr(pipe, "dype_apart", {}), execution_device(pipe)
-    with set_aside(pipe, *apart):
+    device, more = execution_device(pipe), None
+    with set_aside(pipe):
         pipe.maybe_free_model_hooks()  # a text encoder may still be on the card
     height, width, steps = (call[name] for name in ("height", "width", "num_inference_steps"))
     family = family_of_pipeline(pipe, family_of(denoisers(pipe)[0]))
     _, sigmas = noise_schedule(pipe.scheduler, height, width, steps, family)
-    where, more = torch.device(apart.get("vae", device)), None
+    where = torch.device(getattr(pipe, "dype_apart", {}).get("vae", device))
     larger = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     latents = encode_picture(pipe, larger, where).to(device)
     if strength is None:
@@ -182,8 +178,7 @@ def started(pipe, image: Image.Image, strength: float | None, call: dict) -> dic
         first = min(sum(sigma > level for sigma in sigmas[:-1]), steps - 1)
     else:
         first = skipped(steps, strength)
-    embeds = call["prompt_embeds"]
-    dtype = embeds[0].dtype if isinstance(embeds, list) else embeds.dtype
+    dtype = call["prompt_embeds"][0].dtype  # of the first of a list, or of a batch
     seed = call["generator"].initial_seed()
     return {
         "latents": noised(pipe, latents, sigmas[first], seed, dtype, more),
