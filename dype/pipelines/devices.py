@@ -1,6 +1,6 @@
 """Number formats and devices."""
 
-import time
+import timeit
 from functools import cache
 
 import torch
@@ -27,12 +27,8 @@ def fast_dtype(device: str) -> str:
         return "bfloat16"
 
     def seconds(dtype: torch.dtype) -> float:
-        a, times = torch.ones(192, 192, dtype=dtype), []
-        for _ in range(8):
-            start = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - start)
-        return min(times)
+        a = torch.ones(192, 192, dtype=dtype)
+        return min(timeit.repeat(lambda: a @ a, number=1, repeat=8))
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -44,8 +40,8 @@ def fast_dtype(device: str) -> str:
 
 def autocast(device, dtype: str):
     """A context in which matrix products are in bfloat16, if that is the `dtype`."""
-    kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=dtype == "bfloat16")
+    enabled = dtype == "bfloat16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
 def check_device(device: str, offload: str) -> None:
