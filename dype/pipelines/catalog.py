@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from dype.families import DEMO, FLUX, FLUX2, KREA2, KREA2_TURBO, QWEN, ZIMAGE, Family
 
@@ -214,6 +213,6 @@ def configuration(repo: str, file: str, revision: str | None = None) -> dict:
         if not Path(repo).is_dir():
             path = Path(hf_hub_download(repo, file, revision=revision))
         found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, HfHubHTTPError):
+    except (OSError, ValueError):  # the hub's errors are OSErrors
         return {}
     return found if isinstance(found, dict) else {}

@@ -6,7 +6,6 @@ split between them (diffusers' context parallelism); else each draws its share o
 that dies ends the others: torchrun sees to that.
 """
 
-import logging
 import os
 import warnings
 from contextlib import contextmanager
@@ -68,16 +67,14 @@ def check(run, dry: bool) -> None:
     check_backend(name, count, run.attention or "native")
     if not SPLIT[pipeline]:
         return
-    for part in run.passes:
-        tokens = part["height"] * part["width"] // TOKEN**2
-        divides(name, count, tokens, f"tokens of {part['width']}x{part['height']} px")
-    divides(name, count, run.max_sequence_length, "tokens of --max_sequence_length")
-
-
-def divides(name: str, count: int, tokens: int, what: str) -> None:
-    """Raise ValueError unless `count` divides a number of tokens."""
-    if tokens % count:
-        raise ValueError(f"--{name} is {count}, expected a divisor of the {tokens} {what}")
+    sizes = [(part["width"], part["height"]) for part in run.passes]
+    tokens = {f"{width}x{height} px": width * height // TOKEN**2 for width, height in sizes}
+    tokens["--max_sequence_length"] = run.max_sequence_length
+    for what, number in tokens.items():
+        if number % count:
+            raise ValueError(
+                f"--{name} is {count}, expected a divisor of the {number} tokens of {what}"
+            )
 
 
 def check_backend(name: str, count: int, attention: str) -> None:
@@ -112,28 +109,19 @@ def check_start(run, single_image: bool = False) -> None:
 
 def join(run) -> PartialState:
     """Join the other processes, if there are any. Raises `UnavailableError`."""
+    from diffusers.utils.logging import disable_progress_bar
+
     rank, count = rank_and_world_size()
     if count == 1:
         return PartialState()
-    mute(rank)
     on_cpu = run.device == "cpu" or not torch.accelerator.is_available()
+    if rank:
+        disable_progress_bar()  # one process shows them
+    warnings.filterwarnings("ignore", "`torch.distributed._functional_collectives", FutureWarning)
     try:
         return PartialState(cpu=on_cpu, **{} if run.processes > 1 else {"timeout": PATIENCE})
     except (RuntimeError, ValueError, NotImplementedError, OSError) as error:
         raise UnavailableError(f"the {count} processes cannot join: {error}") from error
-
-
-def mute(rank: int) -> None:
-    """Progress bars from one process alone; silence, one message at a time, what libraries say of
-    each other."""
-    from diffusers.utils.logging import disable_progress_bar
-
-    if rank:
-        disable_progress_bar()
-    logging.getLogger("diffusers.models.modeling_utils").addFilter(
-        lambda record: "enable_parallelism` is an experimental" not in record.getMessage()
-    )
-    warnings.filterwarnings("ignore", "`torch.distributed._functional_collectives", FutureWarning)
 
 
 def check_heads(transformer: torch.nn.Module, ulysses: int) -> None:

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError as HTTPError
 from safetensors import SafetensorError, safe_open
 
 from dype.config import one_of
@@ -14,19 +13,10 @@ from dype.errors import UnavailableError
 from dype.pipelines import memory
 from dype.pipelines.catalog import PIPELINES, Model, resolve_model
 from dype.pipelines.devices import DTYPES, check_device, default_device
-from dype.pipelines.memory import place
 
-# what libraries raise over a broken checkpoint or connection
-LOADING = (
-    OSError,
-    ValueError,
-    KeyError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-    HTTPError,
-)
+# what libraries raise over a broken checkpoint or connection (the hub's errors are OSErrors)
+LOADING = (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError)
+LOADING += (SafetensorError,)
 OFFLOADS = ("auto", *memory.OFFLOADS)
 ENCODERS = ("text_encoder", "text_encoder_2")  # the larger one last
 BACKENDS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}  # packages that quantize
@@ -63,7 +53,12 @@ def load_pipeline(
     one_of("quantize", quantize, QUANTIZED)
     if device is None:
         device = default_device()
-        refuse_hopeless(name, model, device)
+        # billions of parameters on a processor: an hour per step at 4096 x 4096, if they fit
+        if device == "cpu" and model.billions >= 1 and not Path(model.repo).is_dir():
+            raise UnavailableError(
+                f"{name} has {model.billions:g} billion parameters and no GPU was found; use a "
+                "machine with one, try --model demo, or insist with --device cpu"
+            )
     check_backend(quantize, device)
     check_device(device, offload)
     for elsewhere in (text_encoder_device, vae_device):
@@ -73,7 +68,7 @@ def load_pipeline(
     load_loras(pipe, loras)
     encoders = [part for part in ENCODERS if getattr(pipe, part, None) is not None]
     apart = dict.fromkeys(encoders, text_encoder_device) | {"vae": vae_device}
-    place(pipe, device, offload, {name: d for name, d in apart.items() if d}, pixels)
+    memory.place(pipe, device, offload, {name: d for name, d in apart.items() if d}, pixels)
     return pipe
 
 
@@ -126,15 +121,13 @@ def quantization(quantize: str, dtype: str, encoders: list[str]) -> dict:
     import transformers
 
     if quantize == "nf4":
-        name, settings = (
-            "BitsAndBytesConfig",
-            {
-                "load_in_4bit": True,
-                "bnb_4bit_quant_type": "nf4",
-                "bnb_4bit_use_double_quant": True,
-                "bnb_4bit_compute_dtype": DTYPES[dtype],
-            },
-        )
+        name = "BitsAndBytesConfig"
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": DTYPES[dtype],
+        }
     else:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
@@ -154,15 +147,6 @@ def check_loaded(pipe) -> None:
     if not {"sigmas", "mu"} <= set(inspect.signature(pipe.scheduler.set_timesteps).parameters):
         kind = type(pipe.scheduler).__name__
         raise ValueError(f"its scheduler is a {kind}, expected FlowMatchEulerDiscreteScheduler")
-
-
-def refuse_hopeless(name: str, model, device: str) -> None:
-    """Billions of parameters on a processor: an hour per step at 4096 x 4096, if they fit."""
-    if device == "cpu" and model.billions >= 1 and not Path(model.repo).is_dir():
-        raise UnavailableError(
-            f"{name} has {model.billions:g} billion parameters and no GPU was found; use a machine "
-            "with one, try --model demo, or insist with --device cpu"
-        )
 
 
 def check_files(repo: str, loras: list[tuple[str, float]]) -> None:
@@ -191,6 +175,7 @@ def mute() -> None:
     notices = {
         "transformers.utils.import_utils": "requires torchvision",  # FLUX uses no image processor
         "diffusers.pipelines.pipeline_utils": "connect to the Hub",  # our own error follows
+        "diffusers.models.modeling_utils": "enable_parallelism` is an experimental",
     }
     for name, text in notices.items():
         logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())
