@@ -1,6 +1,7 @@
 """Cheaper steps by what the ecosystem has: compilers, attention kernels, caches of features."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 
@@ -22,7 +23,6 @@ CACHE_WARNING = (
     "results that are to be compared"
 )
 MASKED = ("ChromaPipeline", "Krea2Pipeline")  # whose attention always has a mask of text tokens
-HEADS, HEAD_DIM = 2, 128  # of the trial
 MOST_GRAPHS = 256  # settings and sizes of one sweep that may each be compiled anew
 
 
@@ -33,20 +33,16 @@ def backends() -> list[str]:
     return [backend.value for backend in AttentionBackendName]
 
 
-@contextmanager
 def attending(name: str | None):
-    """Attention by one of `backends()` for a while; None changes nothing.
+    """A context with attention by one of `backends()`; None changes nothing.
 
     diffusers has one backend per process where a model has none of its own, and that one is put
-    back on leaving. Raises RuntimeError, or whatever the backend does, if it cannot be used.
+    back on leaving. Entering raises RuntimeError, or whatever the backend does, if it cannot be
+    used.
     """
-    if name is None:
-        yield
-        return
     from diffusers.models.attention_dispatch import attention_backend
 
-    with attention_backend(name):
-        yield
+    return nullcontext() if name is None else attention_backend(name)
 
 
 def check_attention(name: str | None, device: str, dtype: str, masked: bool = False) -> None:
@@ -58,7 +54,7 @@ def check_attention(name: str | None, device: str, dtype: str, masked: bool = Fa
 
     try:
         with attending(name):
-            token = torch.zeros(1, 16, HEADS, HEAD_DIM, device=device, dtype=DTYPES[dtype])
+            token = torch.zeros(1, 16, 2, 128, device=device, dtype=DTYPES[dtype])  # [B, S, H, D]
             mask = torch.ones(1, 1, 16, 16, device=device, dtype=torch.bool) if masked else None
             dispatch_attention_fn(token, token, token, attn_mask=mask)
     except Exception as error:  # whatever somebody's kernel says
@@ -105,12 +101,12 @@ def caching(pipe, name: str, steps: int):
     kind = type(pipe).__name__
     if kind not in CACHES[name]:
         raise ValueError(f"--cache is {name!r}, but {unsupported(kind)}")
-    configs = {"first_block": FirstBlockCacheConfig, "taylorseer": TaylorSeerCacheConfig}
-    if name == "magcache":
-        config = MagCacheConfig(num_inference_steps=steps, mag_ratios=FLUX_MAG_RATIOS)
-    else:
-        config = configs[name]()
-    pipe.transformer.enable_cache(config)
+    configs = {
+        "first_block": FirstBlockCacheConfig,
+        "taylorseer": TaylorSeerCacheConfig,
+        "magcache": partial(MagCacheConfig, num_inference_steps=steps, mag_ratios=FLUX_MAG_RATIOS),
+    }
+    pipe.transformer.enable_cache(configs[name]())
     try:
         yield
     finally:
