@@ -20,7 +20,7 @@ def encode_picture(pipe, picture: Image.Image, device: torch.device) -> torch.Te
     kind = type(pipe.vae).__name__
     if kind not in NORMALIZED:
         raise TypeError(f"{kind} is not supported, expected one of {', '.join(NORMALIZED)}")
-    pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).to(device)
+    pixels = torch.from_numpy(np.array(picture.convert("RGB"))).to(device)
     pixels = pixels.permute(2, 0, 1)[None].to(pipe.vae.dtype) / 127.5 - 1
     return NORMALIZED[kind](pipe, pixels)
 
@@ -36,10 +36,8 @@ def by_channel(pipe, pixels: torch.Tensor) -> torch.Tensor:
     """Qwen-Image, Krea 2: a video autoencoder with one frame, each channel by its own numbers."""
     config = pipe.vae.config
     latents = pipe.vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0]
-    mean, deviation = (
-        torch.tensor(numbers, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1)
-        for numbers in (config.latents_mean, config.latents_std)
-    )
+    numbers = latents.new_tensor([config.latents_mean, config.latents_std])
+    mean, deviation = numbers[:, :, None, None]
     return (latents - mean) / deviation
 
 
@@ -59,12 +57,6 @@ def unpatched(pipe, latents: torch.Tensor) -> torch.Tensor:
     """Latents with a row per row: FLUX.2's hold 2 x 2 of them in their channels."""
     unpatchify = getattr(pipe, "_unpatchify_latents", None)
     return unpatchify(latents) if unpatchify else latents
-
-
-def patched(pipe, latents: torch.Tensor) -> torch.Tensor:
-    """The way back."""
-    patchify = getattr(pipe, "_patchify_latents", None)
-    return patchify(latents) if patchify else latents
 
 
 def frequencies(height: int, width: int) -> torch.Tensor:
@@ -161,6 +153,7 @@ def noised(
     of it is in x_t, and its phases are the noise's.
     """
     packs = hasattr(pipe, "_pack_latents")  # Z-Image keeps rows and columns, and float32
+    patches = hasattr(pipe, "_patchify_latents")  # FLUX.2 packs what it is given
     noise = torch.randn(
         latents.shape,
         generator=torch.Generator("cpu").manual_seed(seed),
@@ -168,9 +161,8 @@ def noised(
     )
     eps = noise.float()
     if more is not None:
-        eps = patched(pipe, shaped(unpatched(pipe, eps), ((1 - sigma) / sigma) ** 2 * more))
+        eps = shaped(unpatched(pipe, eps), ((1 - sigma) / sigma) ** 2 * more)
+        eps = pipe._patchify_latents(eps) if patches else eps
     mixed = (1 - sigma) * latents.float() + sigma * eps.to(latents.device)
     mixed = mixed.to(noise.dtype)
-    if not packs or hasattr(pipe, "_patchify_latents"):  # FLUX.2 packs what it is given
-        return mixed
-    return pipe._pack_latents(mixed, *mixed.shape)
+    return pipe._pack_latents(mixed, *mixed.shape) if packs and not patches else mixed

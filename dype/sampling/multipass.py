@@ -28,18 +28,16 @@ def progressive(height: int, width: int, base_resolution: int, steps: int) -> li
 def resolve_passes(
     name: str, height: int, width: int, steps: int, strengths: tuple, base_resolution: int
 ) -> list[dict]:
-    """The passes of a name of `PASSES`, for `run_passes`. Raises ValueError."""
+    """The passes of a name of `PASSES`, for `run_passes`; strengths: of the second, the third.
+
+    Raises ValueError.
+    """
     if name == "progressive":
         return sized(progressive(height, width, base_resolution, steps), height, width)
-    return sized(passes_of(name, steps, *strengths), height, width)
-
-
-def passes_of(name: str, steps: int, *strengths: float) -> list[dict]:
-    """The passes of a name of `PASSES`; strengths: of the second, the third."""
-    found = [{"scale": scale, "steps": steps} for scale in PASSES[name]]
-    for later, strength in zip(found[1:], strengths, strict=False):
+    passes = [{"scale": scale, "steps": steps} for scale in PASSES[name]]
+    for later, strength in zip(passes[1:], strengths, strict=False):
         later["strength"] = strength
-    return found
+    return sized(passes, height, width)
 
 
 def multipass(pipe, prompt, height: int, width: int, passes: list[dict], **settings):

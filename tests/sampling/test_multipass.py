@@ -198,11 +198,12 @@ def test_a_low_strength_keeps_the_picture():
 
 def test_sizes_of_the_passes():
     """To the nearest token, the last one as asked."""
-    passes = multipass.passes_of("threepass", 4, 0.5, 0.4)
-    sizes = [(one["height"], one["width"]) for one in multipass.sized(passes, 4096, 2736)]
+    passes = multipass.resolve_passes("threepass", 4096, 2736, 4, (0.5, 0.4), 1024)
+    sizes = [(one["height"], one["width"]) for one in passes]
     assert sizes == [(1024, 688), (2048, 1376), (4096, 2736)]
     assert [one.get("strength") for one in passes] == [None, 0.5, 0.4]
-    assert multipass.sized(passes, 64, 112)[0] == {"height": 16, "width": 32, "steps": 4}
+    small = multipass.resolve_passes("threepass", 64, 112, 4, (0.5, 0.4), 1024)
+    assert small[0] == {"height": 16, "width": 32, "steps": 4}
 
 
 BAD = {
