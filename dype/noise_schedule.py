@@ -13,6 +13,7 @@ def noise_schedule(
     scheduler, height: int, width: int, steps: int, family: Family = FLUX
 ) -> tuple[float | None, list]:
     """The mu (None: a static shift) and the sigmas, ending in 0, that a pipeline will use."""
+    import numpy as np
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     config, scheduler = scheduler.config, copy.deepcopy(scheduler)
@@ -24,17 +25,9 @@ def noise_schedule(
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         numbers = [config[name] for name in names]
         mu = family.mu(tokens, steps) if family.mu else calculate_shift(tokens, *numbers)
-    scheduler.set_timesteps(sigmas=unshifted(steps), mu=mu)
+    # what every pipeline hands to its scheduler, which shifts it
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return mu, scheduler.sigmas.tolist()
-
-
-def unshifted(steps: int) -> list[float]:
-    """The sigmas that every pipeline hands to its scheduler, which shifts them: 1 .. 1/steps.
-
-    The bits of `numpy.linspace`, which the pipelines use.
-    """
-    step = (1 / steps - 1) / max(steps - 1, 1)
-    return [1 + i * step for i in range(steps - 1)] + [1 / steps]
 
 
 def shift_settings(scheduler, config: DyPEConfig, family: Family) -> dict:

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import torch
 from accelerate import PartialState
+from torch.distributed.device_mesh import init_device_mesh
 
 from dype.errors import UnavailableError, UserError
 from dype.families import TOKEN
@@ -26,6 +27,7 @@ SPLIT = {
     "Flux2KleinPipeline": True,
     "QwenImagePipeline": False,
 }
+mesh_of = lru_cache(init_device_mesh)  # once each: every one that is made makes new groups
 PATIENCE = timedelta(days=1)  # of one that has drawn its share, with the others
 
 
@@ -133,13 +135,6 @@ def check_heads(transformer: torch.nn.Module, ulysses: int) -> None:
         )
 
 
-@lru_cache
-def mesh(device: str, ring: int, ulysses: int):
-    """The processes as diffusers wants them; made once, since each makes new groups."""
-    names = {"mesh_dim_names": ("ring", "ulysses")}
-    return torch.distributed.device_mesh.init_device_mesh(device, (ring, ulysses), **names)
-
-
 @contextmanager
 def split(transformer: torch.nn.Module, ulysses: int = 1, ring: int = 1, evenly: bool = True):
     """Split the tokens of every denoiser call between the processes of the group, for a while.
@@ -151,10 +146,10 @@ def split(transformer: torch.nn.Module, ulysses: int = 1, ring: int = 1, evenly:
     from diffusers.hooks.context_parallel import remove_context_parallel
 
     where = torch.accelerator.current_accelerator() or torch.device("cpu")
-    groups = mesh(where.type, ring, ulysses)
+    mesh = mesh_of(where.type, (ring, ulysses), mesh_dim_names=("ring", "ulysses"))
     uneven = {"ulysses_anything": ulysses > 1, "ring_anything": ring > 1} if not evenly else {}
     degrees = {"ulysses_degree": ulysses, "ring_degree": ring}
-    config = ContextParallelConfig(**degrees, **uneven, mesh=groups)
+    config = ContextParallelConfig(**degrees, **uneven, mesh=mesh)
     transformer.enable_parallelism(config=config)
     try:
         yield

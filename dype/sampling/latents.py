@@ -154,15 +154,12 @@ def noised(
     """
     packs = hasattr(pipe, "_pack_latents")  # Z-Image keeps rows and columns, and float32
     patches = hasattr(pipe, "_patchify_latents")  # FLUX.2 packs what it is given
-    noise = torch.randn(
-        latents.shape,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        dtype=dtype if packs else torch.float32,
-    )
-    eps = noise.float()
+    dtype = dtype if packs else torch.float32
+    generator = torch.Generator("cpu").manual_seed(seed)
+    eps = torch.randn(latents.shape, generator=generator, dtype=dtype).float()
     if more is not None:
         eps = shaped(unpatched(pipe, eps), ((1 - sigma) / sigma) ** 2 * more)
         eps = pipe._patchify_latents(eps) if patches else eps
     mixed = (1 - sigma) * latents.float() + sigma * eps.to(latents.device)
-    mixed = mixed.to(noise.dtype)
+    mixed = mixed.to(dtype)
     return pipe._pack_latents(mixed, *mixed.shape) if packs and not patches else mixed

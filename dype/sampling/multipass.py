@@ -47,7 +47,20 @@ def multipass(pipe, prompt, height: int, width: int, passes: list[dict], **setti
     `strength` in (0, 1], or None as in `draw`. settings: the others of `draw`. Raises ValueError
     for passes that make no sense.
     """
-    check_passes(passes)
+    if not passes:
+        raise ValueError("passes is empty, expected at least one")
+    before, names = 0.0, {"scale", "steps"}
+    for part in passes:
+        if part.keys() != names:
+            raise ValueError(
+                f"a pass is {part}, expected scale and steps, and strength from the second on"
+            )
+        number("scale", part["scale"], before, 1, above=True)
+        number("steps", part["steps"], 1, 1000, whole=True)
+        number("strength", part.get("strength", 1.0), 0, 1, above=True, optional=True)
+        before, names = part["scale"], {"scale", "steps", "strength"}
+    if before != 1:
+        raise ValueError(f"the last pass has scale {before}, expected 1")
     return run_passes(pipe, prompt, sized(passes, height, width), **settings)
 
 
@@ -71,26 +84,6 @@ def sized(passes: list[dict], height: int, width: int) -> list[dict]:
         | {name: one[name] for name in keep if name in one}
         for one in passes
     ]
-
-
-def check_passes(passes: list[dict]) -> None:
-    """Raise ValueError for passes that make no sense."""
-    if not passes:
-        raise ValueError("passes is empty, expected at least one")
-    before = 0.0
-    for number_before, one in enumerate(passes):
-        if unknown := one.keys() - {"scale", "steps", "strength"}:
-            raise ValueError(f"a pass has {min(unknown)!r}, expected scale, steps and strength")
-        if not {"scale", "steps"} <= one.keys() or ("strength" in one) != bool(number_before):
-            raise ValueError(
-                f"a pass is {one}, expected scale and steps, and strength from the second on"
-            )
-        number("scale", one["scale"], before, 1, above=True)
-        number("steps", one["steps"], 1, 1000, whole=True)
-        number("strength", one.get("strength", 1.0), 0, 1, above=True, optional=True)
-        before = one["scale"]
-    if before != 1:
-        raise ValueError(f"the last pass has scale {before}, expected 1")
 
 
 def resized(side: int, scale: float) -> int:

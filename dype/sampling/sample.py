@@ -7,13 +7,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from PIL import Image
 
 from dype.config import number
 from dype.families import family_of, family_of_pipeline
-from dype.noise_schedule import noise_schedule, unshifted
+from dype.noise_schedule import noise_schedule
 from dype.patch import denoisers
 from dype.pipelines import acceleration
 from dype.pipelines.memory import execution_device, set_aside
@@ -182,7 +183,7 @@ def started(pipe, image: Image.Image, strength: float | None, call: dict) -> dic
     seed = call["generator"].initial_seed()
     return {
         "latents": noised(pipe, latents, sigmas[first], seed, dtype, more),
-        "sigmas": unshifted(steps)[first:],
+        "sigmas": np.linspace(1.0, 1 / steps, steps)[first:],  # the scheduler shifts them
     }
 
 
