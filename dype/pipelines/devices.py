@@ -25,23 +25,19 @@ def fast_dtype(device: str) -> str:
     """
     if torch.device(device).type != "cpu":
         return "bfloat16"
+    from torch.utils.benchmark import Timer
 
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(192, 192, dtype=dtype)
-        return min(timeit.repeat(lambda: a @ a, number=1, repeat=8))
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return "bfloat16" if seconds(torch.bfloat16) < 2 * seconds(torch.float32) else "float32"
-    finally:
-        torch.set_num_threads(threads)
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        names = {"a": torch.ones(192, 192, dtype=dtype)}
+        timer = Timer("a @ a", timer=timeit.default_timer, globals=names, num_threads=1)
+        seconds[dtype] = min(timer.timeit(1).mean for _ in range(8))
+    return "bfloat16" if seconds[torch.bfloat16] < 2 * seconds[torch.float32] else "float32"
 
 
 def autocast(device, dtype: str):
     """A context in which matrix products are in bfloat16, if that is the `dtype`."""
-    enabled = dtype == "bfloat16"
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def check_device(device: str, offload: str) -> None:
