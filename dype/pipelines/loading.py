@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from dype.config import one_of
 from dype.errors import UnavailableError
 from dype.pipelines import memory
-from dype.pipelines.catalog import PIPELINES, Model, resolve_model
+from dype.pipelines.catalog import Model, resolve_model
 from dype.pipelines.devices import DTYPES, check_device, default_device
 
 # what libraries raise over a broken checkpoint or connection (the hub's errors are OSErrors)
@@ -59,7 +59,13 @@ def load_pipeline(
                 f"{name} has {model.billions:g} billion parameters and no GPU was found; use a "
                 "machine with one, try --model demo, or insist with --device cpu"
             )
-    check_backend(quantize, device)
+    package = BACKENDS.get(quantize)
+    if package and importlib.util.find_spec(package) is None:
+        raise UnavailableError(
+            f"--quantize {quantize} needs the {package} package; pip install {package}"
+        )
+    if quantize == "nf4" and torch.device(device).type == "cpu":
+        raise UnavailableError("--quantize nf4 needs a GPU to quantize on; try --quantize int8")
     check_device(device, offload)
     for elsewhere in (text_encoder_device, vae_device):
         check_device(elsewhere or device, "none")
@@ -75,7 +81,7 @@ def load_pipeline(
 def fetch(name: str, repo: str, revision: str | None, dtype: str, quantize: str, apart: bool):
     """The pipeline as diffusers loads it, quantized on the way; apart: its encoders are not.
 
-    Raises `UnavailableError`.
+    Raises `UnavailableError`, also for weights that were not in the files or another scheduler.
     """
     mute()
     from diffusers import DiffusionPipeline
@@ -83,31 +89,21 @@ def fetch(name: str, repo: str, revision: str | None, dtype: str, quantize: str,
     place_of = {"revision": revision, "local_files_only": Path(repo).is_dir()}
     try:
         index = DiffusionPipeline.load_config(repo, **place_of)
-        if index.get("_class_name") not in PIPELINES:
-            raise UnavailableError(
-                f"{repo} is a {index.get('_class_name')}, expected {', '.join(PIPELINES)}; "
-                "others may work from Python, with apply_dype"
-            )
         large = [part for part in ENCODERS if index.get(part, [None])[0]][-1:]
         less = quantization(quantize, dtype, [] if apart else large)
         pipe = DiffusionPipeline.from_pretrained(repo, dtype=DTYPES[dtype], **place_of, **less)
-        check_loaded(pipe)
+        for part, module in pipe.components.items():
+            tensors = module.parameters() if isinstance(module, torch.nn.Module) else ()
+            if any(tensor.is_meta for tensor in tensors):
+                raise ValueError(f"weights of its {part} are missing")
+        if not {"sigmas", "mu"} <= set(inspect.signature(pipe.scheduler.set_timesteps).parameters):
+            kind = type(pipe.scheduler).__name__
+            raise ValueError(f"its scheduler is a {kind}, expected FlowMatchEulerDiscreteScheduler")
     except torch.OutOfMemoryError:
         raise
     except LOADING as error:
         raise UnavailableError(explain(name, repo, error)) from error
     return pipe
-
-
-def check_backend(quantize: str, device: str) -> None:
-    """Raise `UnavailableError` if what quantizes so is not installed, or not for this device."""
-    package = BACKENDS.get(quantize)
-    if package and importlib.util.find_spec(package) is None:
-        raise UnavailableError(
-            f"--quantize {quantize} needs the {package} package; pip install {package}"
-        )
-    if quantize == "nf4" and torch.device(device).type == "cpu":
-        raise UnavailableError("--quantize nf4 needs a GPU to quantize on; try --quantize int8")
 
 
 def quantization(quantize: str, dtype: str, encoders: list[str]) -> dict:
@@ -138,17 +134,6 @@ def quantization(quantize: str, dtype: str, encoders: list[str]) -> dict:
     return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
 
 
-def check_loaded(pipe) -> None:
-    """Raise ValueError for weights that were not in the files, or a scheduler of another kind."""
-    for name, part in pipe.components.items():
-        tensors = part.parameters() if isinstance(part, torch.nn.Module) else ()
-        if any(tensor.is_meta for tensor in tensors):
-            raise ValueError(f"weights of its {name} are missing")
-    if not {"sigmas", "mu"} <= set(inspect.signature(pipe.scheduler.set_timesteps).parameters):
-        kind = type(pipe.scheduler).__name__
-        raise ValueError(f"its scheduler is a {kind}, expected FlowMatchEulerDiscreteScheduler")
-
-
 def check_files(repo: str, loras: list[tuple[str, float]]) -> None:
     """Raise `UnavailableError` for files plainly missing or broken, before anything loads."""
     folder = Path(repo).expanduser()
@@ -160,8 +145,7 @@ def check_files(repo: str, loras: list[tuple[str, float]]) -> None:
     for path, _ in loras:
         if Path(path).is_file():
             try:
-                with safe_open(path, "pt"):
-                    pass
+                safe_open(path, "pt")
             except (OSError, SafetensorError) as error:
                 raise UnavailableError(
                     f"the LoRA {path} is not a readable safetensors file"
