@@ -66,7 +66,16 @@ def check(run, dry: bool) -> None:
         raise ValueError(f"--cache is {run.cache!r}, expected off with --{name}")
     if run.compile == "full":
         raise ValueError(f"--compile is 'full', expected blocks or off with --{name}")
-    check_backend(name, count, run.attention or "native")
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
+
+    backends, attention = Registry._supports_context_parallel, run.attention or "native"
+    if name == "ring":  # joins partial results by their log-sum-exp, which native attention keeps
+        backends = backends - {"native", "_native_npu"}
+    if attention not in backends:
+        raise ValueError(
+            f"--{name} is {count}, but --attention {attention} cannot be split so, expected "
+            f"--attention {', '.join(sorted(backends))}"
+        )
     if not SPLIT[pipeline]:
         return
     sizes = [(part["width"], part["height"]) for part in run.passes]
@@ -77,23 +86,6 @@ def check(run, dry: bool) -> None:
             raise ValueError(
                 f"--{name} is {count}, expected a divisor of the {number} tokens of {what}"
             )
-
-
-def check_backend(name: str, count: int, attention: str) -> None:
-    """Raise ValueError for an attention backend that cannot be split so.
-
-    Ring attention joins partial results by their log-sum-exp, which native attention keeps.
-    """
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
-
-    known = Registry._supports_context_parallel
-    if name == "ring":
-        known = known - {"native", "_native_npu"}
-    if attention not in known:
-        raise ValueError(
-            f"--{name} is {count}, but --attention {attention} cannot be split so, expected "
-            f"--attention {', '.join(sorted(known))}"
-        )
 
 
 def check_start(run, single_image: bool = False) -> None:
@@ -128,11 +120,9 @@ def join(run) -> PartialState:
 
 def check_heads(transformer: torch.nn.Module, ulysses: int) -> None:
     """Raise UserError if a transformer's heads cannot be shared out."""
-    if transformer.config.num_attention_heads % ulysses:
-        raise UserError(
-            f"--ulysses is {ulysses}, expected a divisor of its "
-            f"{transformer.config.num_attention_heads} heads"
-        )
+    heads = transformer.config.num_attention_heads
+    if heads % ulysses:
+        raise UserError(f"--ulysses is {ulysses}, expected a divisor of its {heads} heads")
 
 
 @contextmanager
@@ -148,14 +138,12 @@ def split(transformer: torch.nn.Module, ulysses: int = 1, ring: int = 1, evenly:
     where = torch.accelerator.current_accelerator() or torch.device("cpu")
     mesh = mesh_of(where.type, (ring, ulysses), mesh_dim_names=("ring", "ulysses"))
     uneven = {"ulysses_anything": ulysses > 1, "ring_anything": ring > 1} if not evenly else {}
-    degrees = {"ulysses_degree": ulysses, "ring_degree": ring}
-    config = ContextParallelConfig(**degrees, **uneven, mesh=mesh)
+    config = ContextParallelConfig(ulysses_degree=ulysses, ring_degree=ring, mesh=mesh, **uneven)
     transformer.enable_parallelism(config=config)
     try:
         yield
     finally:
         remove_context_parallel(transformer, transformer._cp_plan)
         transformer._parallel_config = None
-        for module in transformer.modules():
-            if hasattr(getattr(module, "processor", None), "_parallel_config"):
-                module.processor._parallel_config = None
+        for processor in transformer.attn_processors.values():
+            processor._parallel_config = None
