@@ -12,7 +12,6 @@ from dype.embedders_complex import QwenDyPE, ZImageDyPE
 
 TOKEN = 16  # px per token: the VAE's factor 8 times the 2 x 2 packing
 DEMO = Path(__file__).parent / "demo" / "weights"
-TRAINED_AT = {DEMO: 256}  # px: the checkpoints whose size is not their family's
 
 
 def sigma_itself(time: torch.Tensor) -> torch.Tensor:
@@ -132,10 +131,8 @@ def supported(module: torch.nn.Module) -> Family:
 
 
 def base_resolution(module: torch.nn.Module) -> int:
-    """Trained size in px of what was loaded: of its folder in TRAINED_AT, else of its family."""
+    """Trained size in px of what was loaded: the demo's 256, else that of its family."""
     loaded = getattr(module, "config", {}).get("_name_or_path")
-    if loaded and Path(loaded).exists():
-        for folder, side in TRAINED_AT.items():
-            if Path(loaded).resolve().is_relative_to(folder.resolve()):
-                return side
+    if loaded and Path(loaded).exists() and Path(loaded).resolve().is_relative_to(DEMO.resolve()):
+        return 256
     return family_of(module).base_resolution

@@ -55,8 +55,6 @@ def shift_settings(scheduler, config: DyPEConfig, family: Family) -> dict:
 def check_shift(schedule: dict, config: DyPEConfig, family: Family) -> None:
     """Raise ValueError if the config sets a shift that this schedule would ignore."""
     asked = [name for name in ("base_shift", "max_shift") if getattr(config, name) is not None]
-    if not asked:
-        return
     shift = config.shift or family.shift
     if not schedule.get("use_dynamic_shifting", False):
         reason = "this model's schedule is static, expected none"
@@ -68,7 +66,8 @@ def check_shift(schedule: dict, config: DyPEConfig, family: Family) -> None:
         )
     else:
         return
-    raise ValueError(f"{asked[0]} is {getattr(config, asked[0])}, but {reason}")
+    if asked:
+        raise ValueError(f"{asked[0]} is {getattr(config, asked[0])}, but {reason}")
 
 
 def set_shift(scheduler, wanted: dict) -> None:
@@ -91,7 +90,7 @@ def own_config(scheduler) -> dict:
 
 
 def restore_shift(scheduler) -> None:
-    """Undo `set_shift`, except for values that somebody else has changed since."""
+    """Undo `set_shift`, if it was called, except for values that somebody else has changed."""
     if not hasattr(scheduler, "dype_shift"):
         return
     scheduler._internal_dict = type(scheduler.config)(own_config(scheduler))

@@ -69,8 +69,7 @@ def remove_dype(target) -> None:
         if hasattr(embedder, "stock"):
             embedder.hook.remove()
             setattr(module, attribute, embedder.stock)
-    if getattr(target, "scheduler", None) is not None:
-        restore_shift(target.scheduler)
+    restore_shift(getattr(target, "scheduler", None))
 
 
 @torch.compiler.disable
