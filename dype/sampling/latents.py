@@ -41,15 +41,11 @@ def by_channel(pipe, pixels: torch.Tensor) -> torch.Tensor:
     return (latents - mean) / deviation
 
 
-def patchified(pipe, pixels: torch.Tensor) -> torch.Tensor:
-    """FLUX.2, whose pipelines encode reference pictures themselves."""
-    return pipe._encode_vae_image(pixels, None)
-
-
 NORMALIZED = {
     "AutoencoderKL": scaled,
     "AutoencoderKLQwenImage": by_channel,
-    "AutoencoderKLFlux2": patchified,
+    # FLUX.2's pipelines encode reference pictures themselves
+    "AutoencoderKLFlux2": lambda pipe, pixels: pipe._encode_vae_image(pixels, None),
 }
 
 
@@ -129,8 +125,7 @@ def missing(large: torch.Tensor, small: torch.Tensor) -> tuple[float, float, tor
     s, power = math.sqrt(height * width / small[0].numel()), power_spectrum(small)
     c, omega = (part[:, None, None] for part in power_law(power, 1 / s))
     f, ring = frequencies(height, width), rings(height, width)
-    found = power_spectrum(large)
-    has = found[:, ring.clamp(1, found.shape[1]) - 1]
+    has = power_spectrum(large)[:, ring.clamp(1, min(height, width) // 2) - 1]
     short = (c / f.clamp(min=1 / s) ** omega - has).clamp(min=0) * (f > 1 / s)
     whole = power_law(power.mean(0), 1 / s)
     return float(whole[0]), float(whole[1]), short
@@ -160,6 +155,5 @@ def noised(
     if more is not None:
         eps = shaped(unpatched(pipe, eps), ((1 - sigma) / sigma) ** 2 * more)
         eps = pipe._patchify_latents(eps) if patches else eps
-    mixed = (1 - sigma) * latents.float() + sigma * eps.to(latents.device)
-    mixed = mixed.to(dtype)
+    mixed = ((1 - sigma) * latents.float() + sigma * eps.to(latents.device)).to(dtype)
     return pipe._pack_latents(mixed, *mixed.shape) if packs and not patches else mixed

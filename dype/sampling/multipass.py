@@ -28,10 +28,7 @@ def progressive(height: int, width: int, base_resolution: int, steps: int) -> li
 def resolve_passes(
     name: str, height: int, width: int, steps: int, strengths: tuple, base_resolution: int
 ) -> list[dict]:
-    """The passes of a name of `PASSES`, for `run_passes`; strengths: of the second, the third.
-
-    Raises ValueError.
-    """
+    """The passes of `PASSES[name]`; strengths: of the second, the third. Raises ValueError."""
     if name == "progressive":
         return sized(progressive(height, width, base_resolution, steps), height, width)
     passes = [{"scale": scale, "steps": steps} for scale in PASSES[name]]
@@ -78,10 +75,9 @@ def run_passes(pipe, prompt, passes: list[dict], image=None, **settings):
 
 def sized(passes: list[dict], height: int, width: int) -> list[dict]:
     """The passes with their sizes in px instead of scales."""
-    keep = ("steps", "strength")
     return [
         {"height": resized(height, one["scale"]), "width": resized(width, one["scale"])}
-        | {name: one[name] for name in keep if name in one}
+        | {name: value for name, value in one.items() if name != "scale"}
         for one in passes
     ]
 

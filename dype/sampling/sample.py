@@ -111,8 +111,8 @@ def draw(
     strength in (0, 1] is the share of the steps that are then run, the last ones of the schedule
     for this size, as in diffusers' image-to-image pipelines; None: those in which what the picture
     lacks is to be seen, begun with that much of it as noise (`latents.settled`, `missing`). cache:
-    a key of `speed.CACHES`. The noise is drawn on the CPU: a seed means the same start on every
-    device, and at strength 1 the same as without a picture.
+    a key of `acceleration.CACHES`. The noise is drawn on the CPU: a seed means the same start on
+    every device, and at strength 1 the same as without a picture.
     """
     known, device = inspect.signature(pipe.__call__).parameters, execution_device(pipe)
     if guidance is None:
@@ -129,8 +129,8 @@ def draw(
         "generator": torch.Generator("cpu").manual_seed(seed),
     }
     for prefix, text in {"": prompt, "negative_": negative_prompt}.items():
-        call |= worded(pipe, prefix, text, max_sequence_length, device)
-    call = {name: value for name, value in call.items() if name in known}
+        call |= worded(pipe, prefix, text, max_sequence_length)
+    call = send_to_device({name: value for name, value in call.items() if name in known}, device)
     if guidance == 0 and known["guidance_scale"].default is None:
         del call["guidance_scale"]  # Qwen-Image warns of any number
     if image is not None:
@@ -143,14 +143,13 @@ def draw(
     return decode(pipe, drawn, height, width) if apart else drawn[0]
 
 
-def worded(pipe, prefix: str, text: str | dict | None, max_sequence_length: int, device) -> dict:
+def worded(pipe, prefix: str, text: str | dict | None, max_sequence_length: int) -> dict:
     """The arguments that say a prompt, as embeddings where the pipeline takes them."""
     if isinstance(text, str):
         known = inspect.signature(pipe.__call__).parameters
         embeds = f"{prefix}prompt_embeds" in known
         text = encode(pipe, text, max_sequence_length) if embeds else {"prompt": text}
-    parts = send_to_device(text or {}, device)
-    return {f"{prefix}{name}": part for name, part in parts.items()}
+    return {f"{prefix}{name}": part for name, part in (text or {}).items()}
 
 
 def implied(pipe, guidance: float) -> str | None:
