@@ -4,7 +4,8 @@ Bytes throughout. Two constants are not measured here: see ACTIVATIONS and `deco
 """
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 import torch
@@ -99,23 +100,18 @@ def reset_peak() -> None:
     """Forget the peak so far, where that can be done: on CUDA, and on Linux for the process."""
     for index in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(index)
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:  # not Linux, or not allowed: the peak stays that of the process so far
-        pass
+    with suppress(OSError):  # not Linux, or not allowed: the peak stays that of the process so far
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak(device: torch.device) -> int | None:
     """The most that was taken since `reset_peak`: on CUDA what tensors took, else the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        with open("/proc/self/status") as file:
-            status = dict(line.split(":", 1) for line in file)
+    with suppress(OSError, KeyError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        status = dict(line.split(":", 1) for line in lines)
         return int(status["VmHWM"].split()[0]) * 1024
-    except (OSError, KeyError):
-        pass
     try:
         import resource
     except ImportError:  # Windows
