@@ -23,7 +23,6 @@ CACHE_WARNING = (
     "results that are to be compared"
 )
 MASKED = ("ChromaPipeline", "Krea2Pipeline")  # whose attention always has a mask of text tokens
-MOST_GRAPHS = 256  # settings and sizes of one sweep that may each be compiled anew
 
 
 def backends() -> list[str]:
@@ -37,8 +36,7 @@ def attending(name: str | None):
     """A context with attention by one of `backends()`; None changes nothing.
 
     diffusers has one backend per process where a model has none of its own, and that one is put
-    back on leaving. Entering raises RuntimeError, or whatever the backend does, if it cannot be
-    used.
+    back on leaving. Raises RuntimeError, or whatever the backend does, if it cannot be used.
     """
     from diffusers.models.attention_dispatch import attention_backend
 
@@ -82,7 +80,7 @@ def compile_steps(pipe, how: str, **more) -> None:
     if how == "off":
         return
     check_offload(how, pipe.dype_offload)
-    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    torch._dynamo.config.recompile_limit = 256  # settings and sizes of one sweep, each anew
     if how == "blocks":
         pipe.transformer.compile_repeated_blocks(fullgraph=True, **more)
     else:

@@ -178,9 +178,9 @@ def resolve_model(name: str, revision: str | None = None) -> Model:
             "hub id"
         )
     folder = Path(name).resolve()
-    for model in MODELS.values():
-        if name == model.repo or folder == Path(model.repo).resolve():
-            return model
+    known = {Path(model.repo).resolve(): model for model in MODELS.values()}
+    if folder in known:
+        return known[folder]
     index = configuration(name, "model_index.json", revision)
     pipeline = index.get("_class_name", FLUX_DEV.pipeline)
     if pipeline not in PIPELINES:
@@ -202,10 +202,9 @@ def resolve_model(name: str, revision: str | None = None) -> Model:
 def configuration(repo: str, file: str, revision: str | None = None) -> dict:
     """A JSON file of a folder or a hub id, empty if it can't be had."""
     try:
-        path = Path(repo) / file
-        if not Path(repo).is_dir():
-            path = Path(hf_hub_download(repo, file, revision=revision))
-        found = json.loads(path.read_text("utf-8"))
+        here = Path(repo).is_dir()
+        path = Path(repo, file) if here else hf_hub_download(repo, file, revision=revision)
+        content = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError):  # the hub's errors are OSErrors
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
