@@ -31,17 +31,16 @@ def main(argv: list[str] | None = None) -> int:
     with quiet:  # of several processes one speaks
         return run_command(
             PROGRAM,
-            partial(command, sys.argv[1:] if argv is None else argv),
+            partial(command, sys.argv[1:] if argv is None else argv, rank),
             out_of_memory="try --offload group or --quantize int8",
             interrupted="of a sweep the same command draws the rest",
             rank=rank,
         )
 
 
-def command(argv: list[str]) -> int:
+def command(argv: list[str], rank: int) -> int:
     """Parse and resolve the words, then generate one image, or the images of a sweep."""
     words = vars(parse(argv))
-    rank, _ = distributed.rank_and_world_size()
     if "grid_from" in words:
         return 0 if rank else draw_sheets(Path(words["grid_from"]), words.get("cols"))
     options, runs = resolve(words)

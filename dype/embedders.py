@@ -86,6 +86,18 @@ class DyPE:
         return self.memory[key]
 
 
+def sigma_itself(time: torch.Tensor) -> torch.Tensor:
+    return time
+
+
+def sigma_of_thousandths(time: torch.Tensor) -> torch.Tensor:
+    return time.double() / 1000
+
+
+def sigma_of_complement(time: torch.Tensor) -> torch.Tensor:
+    return 1 - time.double()
+
+
 class Texts(NamedTuple):
     """Where a family's text tokens are, in numbers of them."""
 

@@ -7,23 +7,20 @@ from typing import NamedTuple
 
 import torch
 
-from dype.embedders import FluxDyPE, MatrixDyPE, apart, joined, within
+from dype.embedders import (
+    FluxDyPE,
+    MatrixDyPE,
+    apart,
+    joined,
+    sigma_itself,
+    sigma_of_complement,
+    sigma_of_thousandths,
+    within,
+)
 from dype.embedders_complex import QwenDyPE, ZImageDyPE
 
 TOKEN = 16  # px per token: the VAE's factor 8 times the 2 x 2 packing
 DEMO = Path(__file__).parent / "demo" / "weights"
-
-
-def sigma_itself(time: torch.Tensor) -> torch.Tensor:
-    return time
-
-
-def sigma_of_thousandths(time: torch.Tensor) -> torch.Tensor:
-    return time.double() / 1000
-
-
-def sigma_of_complement(time: torch.Tensor) -> torch.Tensor:
-    return 1 - time.double()
 
 
 class Family(NamedTuple):

@@ -4,16 +4,14 @@ from dype.config import METHOD_SCALES
 from dype.noise_schedule import set_shift, shift_settings
 from dype.pipelines.loading import mute
 from dype.sampling.run import describe_schedule
-from dype.sampling.settings import RunSettings, method_name
+from dype.sampling.settings import RunSettings
 
 
 def headline(run: RunSettings, schedule: dict) -> str:
     """One line that says what is about to be drawn."""
     mu = "static shift" if schedule["mu"] is None else f"mu {schedule['mu']:.2f}"
-    method = method_name(run.config.method, run.config.dype)
-    return (
-        f"{run.model}  {run.height}x{run.width}  {method}  {run.steps} steps  {mu}  seed {run.seed}"
-    )
+    size = f"{run.height}x{run.width}"
+    return f"{run.model}  {size}  {run.method_name}  {run.steps} steps  {mu}  seed {run.seed}"
 
 
 def dry_run(run: RunSettings) -> int:

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from dype import rope
 from dype.config import DyPEConfig
 from dype.figures import style
-from dype.noise_schedule import unshifted
 
 FLUX = (56, 10000.0, 64)  # D, theta, L in tokens
 Z_IMAGE = (48, 256.0, 64)
@@ -192,7 +191,7 @@ def ratio_panel(axes, axis: tuple, name: str, edges: np.ndarray):
     colours = {"cmap": "cividis", "norm": LogNorm(1 / 16, 1)}
     mesh = axes.pcolormesh(edges, rows, shown, **colours, rasterized=True)
     if axis == FLUX:
-        u = np.array(unshifted(STEPS))
+        u = np.linspace(1.0, 1 / STEPS, STEPS)
         steps = np.sqrt(math.exp(MU) / (math.exp(MU) + 1 / u - 1))  # FLUX's, u = 1 .. 1/STEPS
         axes.plot(steps, np.full(STEPS, n - 1.6), "|", color=style.BLACK, markersize=4, mew=0.6)
     ticks = (1, 0.5, 0.1, 0.01)

@@ -162,7 +162,7 @@ def opened(path: Path) -> tuple[Image.Image, str]:
         image = records.read_png(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be shown: {error}") from error
-    label = method_name(config.method, config.dype)
+    label = method_name(config)
     if config.dype and METHOD_SCALES[config.method] is not None:
         label += rf", $\lambda_s$ {config.lambda_s:g}, $\lambda_t$ {config.dype_exponent:g}"
     return image, label

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from dype.errors import UnavailableError, shortened
+from dype.errors import UnavailableError, UserError, shortened
 from dype.pipelines.devices import DTYPES
 
 COMPILES = ("off", "blocks", "full")
@@ -62,10 +62,10 @@ def check_attention(name: str | None, device: str, dtype: str, masked: bool = Fa
 
 
 def check_offload(how: str, offload: str) -> None:
-    """Raise ValueError if weights are moved within what is compiled."""
+    """Raise UserError if weights are moved within what is compiled."""
     moving = {"blocks": ("group", "sequential"), "full": ("model", "group", "sequential")}
     if offload in moving.get(how, ()):
-        raise ValueError(
+        raise UserError(
             f"--compile is {how!r}, but --offload {offload} moves weights within it, expected one "
             "of them off"
         )
@@ -74,7 +74,7 @@ def check_offload(how: str, offload: str) -> None:
 def compile_steps(pipe, how: str, **more) -> None:
     """Compile the transformer in place: "blocks" each kind of block once, "full" the whole.
 
-    One graph serves all steps of a size and method. more: of `torch.compile`. Raises ValueError
+    One graph serves all steps of a size and method. more: of `torch.compile`. Raises UserError
     where weights are moved within what is compiled.
     """
     if how == "off":

@@ -18,7 +18,14 @@ BEAR = (
     "A woman kneels on the forest floor, smiling as she offers grapes to a large brown bear beside"
     " her, surrounded by tall birch trees."
 )
-DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}  # FLUX.1's; the rest are diffusers' defaults
+DYNAMIC = {
+    "use_dynamic_shifting": True,
+    "shift": 3.0,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
 
 
 @dataclass(frozen=True)

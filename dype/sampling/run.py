@@ -4,7 +4,7 @@ import platform
 import re
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from importlib.metadata import version
 
 import torch
@@ -12,7 +12,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from dype import rope
-from dype.errors import UserError, user_errors
+from dype.errors import UserError
 from dype.noise_schedule import noise_schedule
 from dype.patch import apply_dype
 from dype.pipelines import acceleration, distributed, memory
@@ -51,9 +51,7 @@ def load(run: RunSettings, pixels: int, state: PartialState):
         print(acceleration.CACHE_WARNING.format(run.cache))
     if run.ulysses > 1:
         distributed.check_heads(pipe.transformer, run.ulysses)
-    if run.compile != "off":
-        with user_errors():
-            acceleration.compile_steps(pipe, run.compile)
+    acceleration.compile_steps(pipe, run.compile)
     return pipe
 
 
@@ -67,6 +65,7 @@ def prepare(pipe, run: RunSettings) -> dict:
     except (TypeError, ValueError) as error:  # what only the loaded checkpoint can tell
         raise UserError(f"{run.model}: {error}") from error
     tiled = set_tiling(pipe, run.tiled_vae, run.tile_size, run.height * run.width)
+    memory.reset_peak()
     return describe_schedule(pipe.scheduler, run) | {"tiled_vae": tiled}
 
 
@@ -77,20 +76,17 @@ def generate_with_record(
 
     prepared: what `prepare` returned. encode: a text -> its embeddings, as `sample.encode`.
     """
-    memory.reset_peak()
     negative = sample.negative_prompt_of(pipe, run)
     call = {name: getattr(run, name) for name in CALL}
     call["negative_prompt"] = None if negative is None else encode(negative)
     call["image"] = records.open_picture(run.init_image) if run.init_image else None
     text = encode(run.prompt)
     start = time.perf_counter()
-    with ExitStack() as stack:
-        if run.attention is not None:
-            stack.enter_context(acceleration.attending(run.attention))
-        if run.processes > 1:
-            evenly = distributed.SPLIT[run.entry.pipeline]
-            split = distributed.split(pipe.transformer, run.ulysses, run.ring, evenly)
-            stack.enter_context(split)
+    split = nullcontext()
+    if run.processes > 1:
+        evenly = distributed.SPLIT[run.entry.pipeline]
+        split = distributed.split(pipe.transformer, run.ulysses, run.ring, evenly)
+    with acceleration.attending(run.attention), split:
         image = multipass.run_passes(pipe, text, run.passes, **call)
     seconds = time.perf_counter() - start
     if run.multipass == "progressive":  # which the picture itself has settled

@@ -130,7 +130,7 @@ class RunSettings:
     passes: list[dict] = field(compare=False)  # height, width, steps, and strength where it refines
     processes: int  # that generate the image together
 
-    @property
+    @cached_property
     def record(self) -> dict:
         """What the image's record says of its settings."""
         flags = {row.name: getattr(self, row.name) for row in RUN_FLAGS}
@@ -156,9 +156,14 @@ class RunSettings:
         }
 
     @cached_property
+    def method_name(self) -> str:
+        """Its name in tables and files."""
+        return method_name(self.config)
+
+    @cached_property
     def file_name(self) -> str:
         """The authors' scheme, height first; then every setting that is not at its default."""
-        name = f"seed_{self.seed}_method_{method_name(self.config.method, self.config.dype)}"
+        name = f"seed_{self.seed}_method_{self.method_name}"
         name += f"_res_{self.height}x{self.width}"
         name += "".join(f"_{key}_{name_part(value)}" for key, value in self.changed.items())
         if len(name) > LONGEST:
@@ -192,9 +197,9 @@ def image_settings(record: dict) -> dict:
     return settings | dict.fromkeys(without)
 
 
-def method_name(method: str, dype: bool) -> str:
+def method_name(config: DyPEConfig) -> str:
     """Return `yarn`, or `dy_yarn` where it follows the noise level; never `dy_base`."""
-    return f"dy_{method}" if dype and method != "base" else method
+    return f"dy_{config.method}" if config.dype and config.method != "base" else config.method
 
 
 def format_value(value) -> str:

@@ -14,7 +14,6 @@ from dype.sampling.settings import (
     RUN_FLAGS,
     RunSettings,
     format_value,
-    method_name,
     name_part,
 )
 
@@ -34,7 +33,7 @@ def to_row(run: RunSettings, record: dict | None = None, error: str = "") -> dic
     if row["attention_scale"] is None and run.config.method != "base":
         row["attention_scale"] = "own"
     row |= {"file": run.file_name, "height": run.height, "width": run.width, "error": error}
-    row["method"] = method_name(run.config.method, run.config.dype)
+    row["method"] = run.method_name
     parts = [f"{key} {name_part(run.changed[key])}" for key in run.changed if key not in LABELS]
     row["settings"] = ", ".join(parts) or "defaults"
     row |= {name: (record or {}).get(name) for name in ("seconds", "peak_memory")}
