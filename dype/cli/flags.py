@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dype.config import PRESETS, Flag, flag, flags_of
 from dype.errors import Parser
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS
-from dype.sampling.settings import FLAGS
+from dype.sampling.settings import FLAGS, format_value
 from dype.sweep.grid import MOST, SWEEPS, parse_list, parse_size
 
 OFF = " (default: off)"
@@ -21,17 +21,17 @@ class RunOptions:
 
     # fmt: off
     prompts_file: str | None = flag(
-        "one per line, after those of --prompt (default: none)", None, metavar="FILE",
+        "one per line, after those of --prompt", None, metavar="FILE",
         group="what to draw",
     )
     magic_suffix: bool = flag("the authors' addition to prompts for qwen-image", False)
     preset: str | None = flag(
         "off; auto: off up to 1.5x the base resolution, above it vision_yarn with exponent 1, from "
-        "3x on 2; 4k: vision_yarn 2, 2, 1 (default: none)", None, choices=PRESETS,
+        "3x on 2; 4k: vision_yarn 2, 2, 1", None, choices=PRESETS,
         group="position encoding",
     )
     sweep: str | None = flag(
-        f"a prepared one: {', '.join(SWEEPS)} (default: none)", None, choices=tuple(SWEEPS),
+        f"a prepared one: {', '.join(SWEEPS)}", None, choices=tuple(SWEEPS),
         group=SWEEP_GROUP,
     )
     quick: bool = flag("with --sweep methods: 1x and 2x alone; params: 3 x 3", False)
@@ -41,17 +41,17 @@ class RunOptions:
         "across (default: 8; seeds and prompts, else the last setting)", None, metavar="N|NAME",
     )
     grid_from: str | None = flag(
-        "draw the contact sheets of a finished sweep again (default: none)", None,
+        "draw the contact sheets of a finished sweep again", None,
         metavar="FOLDER",
     )
     yes: bool = flag(f"more than {MOST} pictures are meant", False)
     config: str | None = flag(
-        "its [default] table (default: none)", None, metavar="FILE.toml",
+        "its [default] table", None, metavar="FILE.toml",
         group="settings from elsewhere",
     )
-    profile: str | None = flag("with --config: that table too (default: none)", None)
+    profile: str | None = flag("with --config: that table too", None)
     from_: str | None = flag(
-        "every setting of a picture of this program (default: none)", None, metavar="FILE.png"
+        "every setting of a picture of this program", None, metavar="FILE.png"
     )
     output_dir: str | None = flag(
         "(default: outputs; sweeps: outputs/sweep, or its name)", None, metavar="FOLDER",
@@ -94,19 +94,19 @@ class Size(argparse.Action):
 
 
 def help_text(row: Flag) -> str:
-    """The help of a flag, with its default: one value, or a model's and those that differ."""
+    """Return the help of a flag with its default: a value, or a model's and those that differ."""
     if "(default: " in row.help:
         return row.help
-    of_model = OF_MODEL.get(row.name, lambda model: getattr(model, row.name))
-    default = "off" if row.default is False else row.default
-    if row.default is ... or row.name in OF_MODEL or row.name == "base_resolution":
+    default = row.default
+    if default is ... or row.name in OF_MODEL or row.name == "base_resolution":
+        of_model = OF_MODEL.get(row.name, lambda model: getattr(model, row.name))
         defaults = {name: of_model(model) for name, model in MODELS.items()}
         default = defaults[DEFAULT_MODEL]
         others = [f"{name} {value}" for name, value in defaults.items() if value != default]
         default = "; ".join([f"{default}", *others])
-    elif isinstance(default, bool | float):
-        default = "on" if default is True else f"{default:g}"
-    return f"{row.help} (default: {default})".strip()
+    elif default is None:
+        default = "none"
+    return f"{row.help} (default: {format_value(default)})".strip()
 
 
 HELP = {row.name: help_text(row) for row in ALL}
