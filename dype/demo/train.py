@@ -11,7 +11,7 @@ import argparse
 import math
 import sys
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -39,14 +39,15 @@ EVERY = 250  # steps between checkpoints
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-def rendered(count: int, size: int, seed: int) -> list[np.ndarray]:
+def rendered(size: int, seed: int) -> list[np.ndarray]:
+    """The pictures of one size in POOL."""
     rng = np.random.default_rng([seed, size])
-    scenes = [sample_scene(rng, SEEN) for _ in range(count)]
+    scenes = [sample_scene(rng, SEEN) for _ in range(POOL[size])]
     return [render(scene, size) for scene in tqdm(scenes, f"rendering {size} px")]
 
 
 def to_tensor(pictures: np.ndarray, device) -> torch.Tensor:
-    """uint8 [B, H, W, 3] -> float [B, 3, H, W] in [-1, 1]."""
+    """uint8 [B, H, W, 3] -> float [B, 3, H, W] in [-1, 1], channels last in memory as they were."""
     return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -63,15 +64,19 @@ def save(path: Path, **state) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def run(name: str, modules: dict, loss_at, optimizer, steps: int, decay: int, args) -> None:
+def run(name: str, modules: dict, loss_at, rate: float, steps: int, decay: int, args) -> None:
     """The loop of all stages: `loss_at(step)` -> scalar; every draw depends on the step alone.
 
-    The modules end with the moving average of their weights.
+    The learning rate falls from `rate` to zero over `decay` steps; `steps` of them are made. The
+    modules end with the moving average of their weights.
     """
     path = args.work / f"{name}.pt"
-    params = [p for m in modules.values() for p in m.parameters()]
+    for module in modules.values():
+        module.train()
+    params = [p for module in modules.values() for p in module.parameters()]
     average = [p.detach().clone() for p in params]
-    first, smooth, rate = 0, None, optimizer.param_groups[0]["lr"]
+    optimizer = torch.optim.AdamW(params, rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    first, smooth = 0, None
     if path.exists():
         state = torch.load(path, map_location=args.device)
         first, smooth, average = state["step"], state["loss"], state["average"]
@@ -92,16 +97,13 @@ def run(name: str, modules: dict, loss_at, optimizer, steps: int, decay: int, ar
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
         progress.set_postfix(loss=f"{smooth:.4f}")
         if (step + 1) % EVERY == 0 or step + 1 == steps:
-            states = {key: module.state_dict() for key, module in modules.items()}
-            saved = optimizer.state_dict()
-            more = {"optimizer": saved, "dtype": args.dtype} | states
-            save(path, step=step + 1, loss=smooth, average=average, **more)
+            saved = {"optimizer": optimizer.state_dict(), "dtype": args.dtype}
+            saved |= {key: module.state_dict() for key, module in modules.items()}
+            save(path, step=step + 1, loss=smooth, average=average, **saved)
     for param, mean in zip(params, average, strict=True):
         param.data.copy_(mean)
-
-
-def adam(params, rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    for module in modules.values():
+        module.eval()
 
 
 def well_conditioned(vae: torch.nn.Module) -> torch.nn.Module:
@@ -115,9 +117,8 @@ def well_conditioned(vae: torch.nn.Module) -> torch.nn.Module:
             torch.nn.init.orthogonal_(weight)
             if "conv2" in name:
                 torch.nn.init.zeros_(weight)
-    torch.nn.init.constant_(
-        vae.encoder.conv_out.bias[demo_model.LATENT_CHANNELS :], -6.0
-    )  # log var
+    log_variances = vae.encoder.conv_out.bias[demo_model.LATENT_CHANNELS :]
+    torch.nn.init.constant_(log_variances, -6.0)
     return vae
 
 
@@ -127,30 +128,26 @@ def train_vae(args) -> torch.nn.Module:
     Small crops train faster per pixel; large ones keep GroupNorm's statistics those of pictures.
     """
     torch.manual_seed(args.seed)
-    vae = well_conditioned(demo_model.vae()).train()
+    vae = well_conditioned(demo_model.vae())
     vae = vae.to(args.device, memory_format=torch.channels_last)
-    path = args.work / "vae.pt"
-    done = path.exists() and torch.load(path, map_location="cpu")["step"] >= args.vae_steps
-    pool = {} if done else {size: rendered(n, size, args.seed) for size, n in POOL.items()}
+    pool = cache(partial(rendered, seed=args.seed))  # of no size when there is nothing left to do
 
     def loss_at(step):
         rng = np.random.default_rng([args.seed, 1, step])
         crop, count = (BASE, 2) if step % 4 == 3 else (64, 16)
         crops = []
         for size in rng.choice(list(POOL), count, p=(0.5, 0.25, 0.25)):
-            picture = pool[size][rng.integers(POOL[size])]
+            picture = pool(size)[rng.integers(POOL[size])]
             y, x = rng.integers(size - crop + 1, size=2)
             crops.append(picture[y : y + crop, x : x + crop])
         x = to_tensor(np.stack(crops), args.device)
-        x = x.contiguous(memory_format=torch.channels_last)
         with autocast(args.device, args.dtype):
             latents = vae.encode(x).latent_dist
             out = vae.decode(latents.sample()).sample
         return F.l1_loss(out.float(), x) + 1e-4 * latents.kl().mean() / latents.mean[0].numel()
 
-    optimizer = adam(vae.parameters(), 2e-3)
-    run("vae", {"vae": vae}, loss_at, optimizer, args.vae_steps, args.vae_steps, args)
-    return vae.eval().requires_grad_(False)
+    run("vae", {"vae": vae}, loss_at, 2e-3, args.vae_steps, args.vae_steps, args)
+    return vae
 
 
 def load_vae(args) -> torch.nn.Module:
@@ -158,8 +155,7 @@ def load_vae(args) -> torch.nn.Module:
     vae = AutoencoderKL.from_pretrained(
         args.vae, subfolder="vae", torch_dtype=torch.float32, local_files_only=True
     )
-    vae = vae.to(args.device, memory_format=torch.channels_last)
-    return vae.eval().requires_grad_(False)
+    return vae.to(args.device, memory_format=torch.channels_last)
 
 
 def cached_latents(vae, args) -> tuple[torch.Tensor, list[Scene]]:
@@ -173,7 +169,6 @@ def cached_latents(vae, args) -> tuple[torch.Tensor, list[Scene]]:
             for start in tqdm(range(0, LATENTS, 32), "latents"):
                 pictures = pool.map(partial(render, height=BASE), scenes[start : start + 32])
                 x = to_tensor(np.stack(pictures), args.device)
-                x = x.contiguous(memory_format=torch.channels_last)
                 with torch.no_grad(), autocast(args.device, args.dtype):
                     latents.append(vae.encode(x).latent_dist.mode().half().cpu())
         save(path, latents=torch.cat(latents))
@@ -221,12 +216,11 @@ def train_transformer(vae, args) -> FluxPipeline:
     torch.manual_seed(args.seed)
     latents, scenes = cached_latents(vae, args)
     data = normalise(vae, latents).to(args.device), scenes
-    text = demo_model.text_encoders()
     pipe = FluxPipeline(
+        **demo_model.text_encoders(),
         scheduler=demo_model.scheduler(),
         vae=vae,
         transformer=zero_modulation(demo_model.transformer()),
-        **text,
     ).to(args.device)
     learn(pipe, "transformer", data, args, args.steps, decay=8000, rate=1.2e-3)
     steps = args.diluted_steps
@@ -237,23 +231,19 @@ def train_transformer(vae, args) -> FluxPipeline:
 def learn(pipe, name: str, data, args, steps: int, *, decay: int, rate: float, dilution=1) -> None:
     """Flow matching on cached latents: the target is noise - latent (Eq. 1).
 
-    The learning rate falls from `rate` to zero over `decay` steps; `steps` of them are made. The
-    text's attention logits are lowered by ln r, which is what r times as many picture tokens do to
-    it, with r log-uniform in 1 to `dilution`, drawn per sample. Every stage makes the same draws.
+    Rate, decay and steps are those of `run`. The text's attention logits are lowered by ln r, which
+    is what r times as many picture tokens do to it, with r log-uniform in 1 to `dilution`, drawn
+    per sample. Every stage makes the same draws.
     """
     latents, scenes = data
     captions = ["", *(wording for scene in scenes for wording in wordings(scene))]
     modules = {k: getattr(pipe, k) for k in ("transformer", "text_encoder", "text_encoder_2")}
-    for module in modules.values():
-        module.train()
-    params = [p for module in modules.values() for p in module.parameters()]
-    tokens = [
-        tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+    clip_ids, t5_ids = (
+        tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(args.device)
         for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
-    ]
-    clip_ids, t5_ids = (ids.to(args.device) for ids in tokens)
-    height = width = latents.shape[-1]
-    img_ids = pipe._prepare_latent_image_ids(1, height // 2, width // 2, args.device, torch.float32)
+    )
+    side = latents.shape[-1] // 2
+    img_ids = pipe._prepare_latent_image_ids(1, side, side, args.device, torch.float32)
     txt_ids = torch.zeros(demo_model.MAX_TOKENS, 3, device=args.device)
 
     def loss_at(step):
@@ -283,16 +273,7 @@ def learn(pipe, name: str, data, args, steps: int, *, decay: int, rate: float, d
             ).sample
         return F.mse_loss(out.float(), noise - x)
 
-    run(name, modules, loss_at, adam(params, rate), steps, decay, args)
-    for module in modules.values():
-        module.eval()
-
-
-def export(pipe: FluxPipeline, folder: Path) -> None:
-    """Save the pipeline: transformer and autoencoder in float16, the small text encoders as is."""
-    pipe.transformer.half()
-    pipe.vae.half().to(memory_format=torch.contiguous_format)
-    pipe.save_pretrained(folder)
+    run(name, modules, loss_at, rate, steps, decay, args)
 
 
 def parser() -> Parser:
@@ -317,8 +298,10 @@ def parser() -> Parser:
 
 def settled_dtype(args: argparse.Namespace) -> str:
     """The number format of a training that goes on, else --dtype or what the device is fast in."""
-    paths = [args.work / f"{stage}.pt" for stage in ("diluted", "transformer", "vae")]
-    for path in (path for path in paths if path.exists()):
+    for stage in ("diluted", "transformer", "vae"):
+        path = args.work / f"{stage}.pt"
+        if not path.exists():
+            continue
         before = torch.load(path, map_location="cpu").get("dtype", "bfloat16")  # as older ones had
         if args.dtype not in (None, before):
             raise UserError(
@@ -330,7 +313,7 @@ def settled_dtype(args: argparse.Namespace) -> str:
 
 
 def train(args: argparse.Namespace) -> None:
-    """All stages, then the pipeline's folder. Raises UserError, OSError."""
+    """All stages, then the pipeline's folder. Raises UserError, UnavailableError, OSError."""
     args.work = args.work or Path(f"outputs/demo_training_{args.seed}")
     args.out = args.out or (args.work / "pipeline" if args.seed else WEIGHTS)
     check_device(args.device, "none")
@@ -338,8 +321,11 @@ def train(args: argparse.Namespace) -> None:
     if args.vae and not (args.vae / "vae").is_dir():
         raise UserError(f"--vae is {args.vae}, expected the folder of a pipeline")
     print(f"training on {args.device} in {args.dtype}")
-    pipe = train_transformer(load_vae(args) if args.vae else train_vae(args), args)
-    export(pipe, args.out)
+    vae = load_vae(args) if args.vae else train_vae(args)
+    pipe = train_transformer(vae.requires_grad_(False), args)
+    pipe.transformer.half()  # the text encoders are small: as they are
+    pipe.vae.half().to(memory_format=torch.contiguous_format)
+    pipe.save_pretrained(args.out)
 
 
 def main(argv: list[str] | None = None) -> int:
