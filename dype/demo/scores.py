@@ -71,48 +71,38 @@ def taken(of: Judged, index: np.ndarray) -> Judged:
     return Judged(*(part[index] for part in of))
 
 
-def resampled(statistic: Callable[[np.ndarray], float], n: int) -> list[float]:
-    """`statistic` of DRAWS sets, each of n pictures drawn with replacement: indices."""
-    return [statistic(chosen) for chosen in intervals.bootstrap_indices(n, DRAWS)]
+def bootstrap(statistic: Callable[..., float], *sets: Judged, distance: bool = False) -> dict:
+    """`statistic` of sets that were judged on the same n scenes, and its interval.
 
-
-def bootstrap(statistic: Callable[[np.ndarray], float], n: int) -> dict:
-    """`statistic` of all n pictures and its percentile interval."""
-    value = statistic(np.arange(n))
-    return {"mean": value, "interval": intervals.percentile_interval(resampled(statistic, n))}
-
-
-def distance(statistic: Callable[[np.ndarray], float], n: int) -> dict:
-    """The same for distances, which are 0 or more: an interval about the value."""
-    value = statistic(np.arange(n))
-    low, high = intervals.normal_interval(value, resampled(statistic, n))
+    Resampled DRAWS times, n scenes with replacement. The interval is one of percentiles; that of a
+    distance, which is 0 or more, is about the value.
+    """
+    value, n = statistic(*sets), len(sets[0].right)
+    resampled = [
+        statistic(*(taken(judged, chosen) for judged in sets))
+        for chosen in intervals.bootstrap_indices(n, DRAWS)
+    ]
+    if not distance:
+        return {"mean": value, "interval": intervals.percentile_interval(resampled)}
+    low, high = intervals.normal_interval(value, resampled)
     return {"mean": value, "interval": [max(low, 0.0), high]}
-
-
-def shares(right: np.ndarray) -> dict:
-    """The share of pictures that are right, and its interval."""
-    return {"mean": float(np.mean(right)), "interval": intervals.wilson_interval(right)}
 
 
 def score(of: Judged, truth: Judged) -> dict:
     """Every score of a setting with its interval."""
-
-    def of_sets(f):
-        return lambda i: f(taken(of, i), taken(truth, i))
-
-    n = len(of.right)
-    distances = {f.__name__: distance(of_sets(f), n) for f in (spectrum, patches, joint)}
-    found = {"layout": shares(of.right), "overlap": bootstrap(of_sets(overlap), n)} | distances
-    return {name: found[name] for name in SCORES}
+    share = {"mean": layout(of, truth), "interval": intervals.wilson_interval(of.right)}
+    found = {"layout": share, "overlap": bootstrap(overlap, of, truth)}
+    for f in (spectrum, patches, joint):
+        found[f.__name__] = bootstrap(f, of, truth, distance=True)
+    return found
 
 
 def difference(of: Judged, other: Judged, truth: Judged) -> dict:
     """Every score of a setting minus that of another on the same scenes, paired."""
-
-    def paired(f):
-        return lambda i: f(taken(of, i), taken(truth, i)) - f(taken(other, i), taken(truth, i))
-
-    found = {name: bootstrap(paired(f), len(of.right)) for name, f in SCORES.items()}
+    found = {
+        name: bootstrap(lambda a, b, true, f=f: f(a, true) - f(b, true), of, other, truth)
+        for name, f in SCORES.items()
+    }
     found["layout"]["interval"] = intervals.paired_shares(of.right, other.right)
     return found
 

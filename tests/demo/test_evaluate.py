@@ -93,13 +93,18 @@ def test_scores_of_truth_and_of_what_is_wrong():
     assert scores.joint(blur, truth) == pytest.approx(expected)
 
 
+def alike(values):
+    """A set whose pictures have nothing but these numbers, whatever is asked of them."""
+    return scores.Judged(*[values] * 5)
+
+
 def test_bootstrap_covers_the_mean(monkeypatch):
     """About 95 of 100 intervals hold the true mean; the width is that of theory."""
     monkeypatch.setattr(scores, "DRAWS", 300)
     rng, covered, widths = np.random.default_rng(1), 0, []
     for _ in range(200):
         sample = rng.normal(3, 2, 60)
-        found = scores.bootstrap(lambda i, sample=sample: sample[i].mean(), 60)
+        found = scores.bootstrap(lambda of: of.overlap.mean(), alike(sample))
         low, high = found["interval"]
         covered += low < 3 < high
         widths.append(high - low)
@@ -133,7 +138,7 @@ def test_intervals_of_distances_hold_the_value(monkeypatch):
     for _ in range(100):
         some, others = rng.normal(0.5, 1, (32, 16)), rng.normal(0, 1, (32, 16))
         for these, true in ((some, 0.5), (rng.normal(0, 1, (32, 16)), 0)):
-            found = scores.distance(lambda i, a=these, b=others: spectrum_error(a[i], b[i]), 32)
+            found = scores.bootstrap(scores.spectrum, alike(these), alike(others), distance=True)
             low, high = found["interval"]
             assert low <= found["mean"] <= high
             held += true == 0.5 and low < np.hypot(0.5, (2 / 32) ** 0.5) < high
@@ -152,7 +157,9 @@ def test_shares_of_the_same_pictures(monkeypatch):
 
 
 def test_wilson():
-    found = scores.shares(np.array([True] * 90 + [False] * 10))
+    right, texture = np.array([1.0] * 90 + [0.0] * 10), np.ones((100, 2, 2))
+    of = scores.Judged(right, right, texture[:, 0], texture[:, 0], texture)
+    found = scores.score(of, of)["layout"]
     assert [found["mean"], *found["interval"]] == pytest.approx([0.9, 0.826, 0.945], abs=5e-4)
     assert scores.shown(found) == "0.90 [0.83, 0.94]"
 
