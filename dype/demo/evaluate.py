@@ -15,19 +15,20 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from itertools import takewhile
+from functools import cache
+from itertools import starmap, takewhile
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from dype.config import number, one_of
-from dype.demo.experiments import Cell, couples, plan, setting, shown_size
+from dype.demo.experiments import Cell, couples, paths_of, plan, setting, shown_size
 from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, sample_scene
 from dype.errors import Parser, run_command, user_errors
 from dype.patch import apply_dype
@@ -45,72 +46,48 @@ except ModuleNotFoundError as error:
 
 DEMO = MODELS["demo"]
 PROCESSES = min(os.cpu_count() or 1, 8)
-PIPE = None  # a worker process's own
+FORMATS = ("bfloat16", "float32")
 
 
 def sampled(args) -> list[Scene]:
     """The scenes that the prompts ask for, 64 or as many as wanted."""
     rng = np.random.default_rng(args.seed)
     triples = HELD_OUT if args.held_out else TRIPLES
-    return [sample_scene(rng, triples) for _ in range(max(64, args.count or 0))]
+    return [sample_scene(rng, triples) for _ in range(max(64, args.count))]
 
 
-def folder_of(cell: Cell, args) -> Path:
-    part = f"seed_{args.seed}{'_held_out' * args.held_out}"
-    return args.out / part / str(shown_size(cell.size)) / cell.setting.name
+def folder_of(args) -> Path:
+    """Of the pictures of a seed."""
+    return args.out / f"seed_{args.seed}{'_held_out' * args.held_out}"
 
 
-def missing(cells: list[Cell], args) -> list[tuple[Cell, int, Path]]:
-    """The pictures that are not there: cell, number of the prompt, and where it goes."""
-    places = [(cell, i, folder_of(cell, args) / f"{i:03}.png") for cell in cells
-              for i in range(cell.count)]  # fmt: skip
-    return [place for place in places if not place[2].exists()]
+def passes_of(cell: Cell, steps: int) -> list[dict]:
+    """For `run_passes`. Raises ValueError for a size that progressive passes do not begin below."""
+    name = "progressive" if cell.setting.control == "progressive" else "single"
+    return multipass.resolve_passes(name, *cell.size, steps, (), DEMO.base_resolution)
 
 
-def draw(pipe, cell: Cell, i: int, path: Path, scene: Scene, args) -> None:
+def draw(cell: Cell, i: int, path: Path, caption: str, args) -> None:
     """Draw a picture of the i-th prompt, from noise of seed 10000 `--seed` + i."""
+    pipe, hook = pipeline(args.weights), nullcontext()
     apply_dype(pipe, cell.setting.config)
-    control, hook = cell.setting.control, nullcontext()
-    if control == "reversed":
+    if cell.setting.control == "reversed":
         hook = pipe.transformer.register_forward_pre_hook(reverse, with_kwargs=True)
-    drawing = in_passes if control == "progressive" else in_one
     with autocast(pipe.device, args.dtype), hook:
-        picture = drawing(pipe, scene.caption, cell.size, 10_000 * args.seed + i, args)
+        picture = multipass.run_passes(
+            pipe,
+            caption,
+            passes_of(cell, args.steps),
+            negative_prompt=DEMO.negative_prompt,
+            true_cfg=args.true_cfg,
+            guidance=DEMO.guidance,
+            max_sequence_length=DEMO.max_sequence_length,
+            seed=10_000 * args.seed + i,
+        )
     content = io.BytesIO()
     picture.save(content, "png")
     path.parent.mkdir(parents=True, exist_ok=True)
     records.write({path: content.getvalue()})
-
-
-def in_one(pipe, caption: str, size: tuple[int, int], seed: int, args) -> Image.Image:
-    """By the pipeline as it is."""
-    [picture] = pipe(
-        caption,
-        negative_prompt=DEMO.negative_prompt or "",
-        true_cfg_scale=args.true_cfg,
-        guidance_scale=DEMO.guidance,
-        height=size[0],
-        width=size[1],
-        num_inference_steps=args.steps,
-        max_sequence_length=DEMO.max_sequence_length,
-        generator=torch.Generator().manual_seed(seed),
-    ).images
-    return picture
-
-
-def in_passes(pipe, caption: str, size: tuple[int, int], seed: int, args) -> Image.Image:
-    """The base resolution first."""
-    return multipass.multipass(
-        pipe,
-        caption,
-        *size,
-        multipass.progressive(*size, DEMO.base_resolution, args.steps),
-        negative_prompt=DEMO.negative_prompt or "",
-        true_cfg=args.true_cfg,
-        guidance=DEMO.guidance,
-        max_sequence_length=DEMO.max_sequence_length,
-        seed=seed,
-    )
 
 
 def reverse(transformer, args, kwargs) -> None:
@@ -118,35 +95,27 @@ def reverse(transformer, args, kwargs) -> None:
     transformer.pos_embed.set_timestep(1 - kwargs["timestep"].flatten()[0])
 
 
-def quiet_pipeline(weights: Path):
+@cache
+def pipeline(weights: Path):
+    """Loaded once in a process."""
     pipe = load_pipeline(str(weights), dtype=DEMO.dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def start(weights: Path) -> None:
-    """A worker process: a pipeline of its own, one thread; Ctrl-C is the parent's to handle."""
-    global PIPE
+def start() -> None:
+    """A worker process: one thread; Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    PIPE = quiet_pipeline(weights)
 
 
-def work(job: tuple) -> None:
-    draw(PIPE, *job)
-
-
-def draw_all(pipe, jobs: list[tuple], args, bar: tqdm) -> None:
+def draw_all(jobs: list[tuple], processes: int) -> Iterator[None]:
     """Draw in this process, or in several: small matrices don't keep many threads busy."""
-    if args.processes == 1:
-        for job in jobs:
-            draw(pipe, *job)
-            bar.update()
+    if processes == 1:
+        yield from starmap(draw, jobs)
     elif jobs:
-        spawn = get_context("spawn")
-        with ProcessPoolExecutor(args.processes, spawn, start, (args.weights,)) as pool:
-            for _ in pool.map(work, jobs):
-                bar.update()
+        with ProcessPoolExecutor(processes, get_context("spawn"), start) as pool:
+            yield from pool.map(draw, *zip(*jobs, strict=True))
 
 
 def parser() -> Parser:
@@ -168,7 +137,7 @@ def parser() -> Parser:
     flag("--steps", type=int, default=DEMO.steps, metavar="N", help=f"(default: {DEMO.steps})")
     flag("--true_cfg", type=float, default=DEMO.true_cfg, metavar="X", help="(default: "
          f"{DEMO.true_cfg:g})")  # fmt: skip
-    flag("--dtype", choices=("bfloat16", "float32"), help="autocast to bfloat16 or not (default: "
+    flag("--dtype", choices=FORMATS, help="autocast to bfloat16 or not (default: "
          "as what is there, else bfloat16 where the device has it)")  # fmt: skip
     flag("--out", type=Path, default=Path("outputs/ground_truth"), metavar="FOLDER",
          help="of the pictures (default: outputs/ground_truth)")  # fmt: skip
@@ -181,40 +150,37 @@ def parser() -> Parser:
     return made
 
 
-def protocol(args) -> dict:
-    """What every picture of a folder has in common."""
-    found = {name: getattr(args, name) for name in ("steps", "true_cfg", "dtype")}
-    return found | {"weights": weights_hash(args.weights)}
-
-
 def weights_hash(weights: Path) -> str:
     """The transformer's, to tell one training from another."""
     path = weights / "transformer" / "diffusion_pytorch_model.safetensors"
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def agreed(args) -> None:
-    """Write the folder's protocol, or see that it is this one's; settles --dtype.
+def agreed(args) -> dict:
+    """The protocol, what every picture of a folder has in common; settles --dtype.
 
-    Raises ValueError, OSError.
+    Written to the folder, or held against what is there. Raises ValueError, OSError.
     """
-    path, now = args.out / "protocol.json", protocol(args)
+    protocol = {name: getattr(args, name) for name in ("steps", "true_cfg", "dtype")}
+    protocol["weights"] = weights_hash(args.weights)
+    path = args.out / "protocol.json"
     try:
         before = dict(json.loads(path.read_bytes())) if path.exists() else None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not of this program; move it away") from error
-    go_on(args.out, before, now)
-    args.dtype = now["dtype"]
+    go_on(args.out, before, protocol)
+    args.dtype = protocol["dtype"]
     if before is None:
         args.out.mkdir(parents=True, exist_ok=True)
-        records.write({path: json.dumps(now).encode()})
+        records.write({path: json.dumps(protocol).encode()})
+    return protocol
 
 
 def go_on(path: Path, before: dict | None, now: dict) -> None:
     """Settle the dtype of `now`, the protocol; ValueError if what is there had another one."""
     known = (before or {}).get("dtype")
-    known = known if known in ("bfloat16", "float32") else None
-    now["dtype"] = now["dtype"] or known or fast_dtype(default_device())
+    if now["dtype"] is None:
+        now["dtype"] = known if known in FORMATS else fast_dtype(default_device())
     for name, value in now.items():
         if before is not None and before.get(name) != value:
             raise ValueError(
@@ -239,9 +205,9 @@ def asked(args) -> list[Cell]:
     for side in size:
         number("--size", side, 64, 4096, multiple=16)
     if args.settings:
-        if any(setting(one).control == "progressive" for one in args.settings):
-            multipass.progressive(*size, DEMO.base_resolution, args.steps)
         cells = [Cell(size, setting(one), args.count) for one in args.settings]
+        for cell in cells:
+            passes_of(cell, args.steps)
     else:
         plans = [name for name in ("quick", "full", "cutoff") if getattr(args, name)]
         cells = plan(*plans or ["default"])
@@ -256,10 +222,11 @@ def there(cells: list[Cell], args) -> list[Cell]:
     """The cells with as many pictures as have been drawn. Raises ValueError if there are none."""
     found, short = [], []
     for cell in cells:
-        paths = (folder_of(cell, args) / f"{i:03}.png" for i in range(cell.count))
-        count = sum(1 for _ in takewhile(Path.exists, paths))
-        found += [cell._replace(count=count)] * (count > 0)
-        short += [f"{cell.setting.name} {shown_size(cell.size)} px {count}"] * (count < cell.count)
+        count = len(list(takewhile(Path.exists, paths_of(cell, folder_of(args)))))
+        if count > 0:
+            found.append(cell._replace(count=count))
+        if count < cell.count:
+            short.append(f"{cell.setting.name} {shown_size(cell.size)} px {count}")
     if short and found:
         print(f"not all drawn: {', '.join(short)}")
     if not found:
@@ -271,24 +238,31 @@ def there(cells: list[Cell], args) -> list[Cell]:
 def run(args) -> None:
     """Draw what is not there, score, print and write. Raises ValueError, OSError."""
     cells = asked(args)
-    agreed(args)
+    protocol = agreed(args)
     print(f"dtype {args.dtype}")
-    scenes = sampled(args)
-    pipe = quiet_pipeline(args.weights)
-    count, rest = sum(cell.count for cell in cells), missing(cells, args)
-    jobs = [(cell, i, path, scenes[i], args) for cell, i, path in rest]
+    scenes, folder = sampled(args), folder_of(args)
+    jobs = [
+        (cell, i, path, scenes[i].caption, args)
+        for cell in cells
+        for i, path in enumerate(paths_of(cell, folder))
+        if not path.exists()
+    ]
+    vae, count = pipeline(args.weights).vae, sum(cell.count for cell in cells)
     with tqdm(total=count, initial=count - len(jobs), unit="picture", disable=args.drawn) as bar:
-        draw_all(pipe, jobs, args, bar)
+        for _ in draw_all(jobs, args.processes):
+            bar.update()
     held = couples(args.settings, args.against, args.cutoff)
-    found = report.table(pipe.vae, cells, scenes, lambda cell: folder_of(cell, args), held)
+    found = report.table(vae, cells, scenes, folder, held)
     print(report.printed(found["rows"], ("size", "setting", "n"), signed=False))
     if found["pairs"]:
         print()
         print(report.printed(found["pairs"], ("size", "setting", "against", "n"), signed=True))
-    whole = {"protocol": protocol(args) | {"seed": args.seed, "held_out": args.held_out}, **found}
-    files = {args.save: saved(whole)} if args.save else {}
+    files = {}
+    if args.save:
+        protocol |= {"seed": args.seed, "held_out": args.held_out}
+        files[args.save] = by_rows(json.dumps(protocol), **found)
     if args.strip:
-        files[args.strip] = report.strips(cells, lambda cell: folder_of(cell, args), args.strip)
+        files[args.strip] = report.strips(cells, folder, args.strip)
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
     records.write(files)
@@ -296,11 +270,11 @@ def run(args) -> None:
         print(path)
 
 
-def saved(whole: dict) -> bytes:
-    """JSON with a row to a line."""
-    parts = [f'"protocol": {json.dumps(whole["protocol"])}']
-    for name in ("rows", "pairs"):
-        lines = ",\n".join(json.dumps(row) for row in whole[name])
+def by_rows(protocol: str, **tables: list[dict]) -> bytes:
+    """JSON with a row to a line; protocol: as JSON already."""
+    parts = [f'"protocol": {protocol}']
+    for name, rows in tables.items():
+        lines = ",\n".join(json.dumps(row) for row in rows)
         parts.append(f'"{name}": [\n{lines}\n]')
     return ("{" + ",\n".join(parts) + "}\n").encode()
 

@@ -1,6 +1,7 @@
 """What the ground-truth tables draw: settings by name, and what is held against what."""
 
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 from dype.config import METHOD_SCALES, DyPEConfig
@@ -41,6 +42,12 @@ def shown_size(size: tuple[int, int]) -> int | str:
     """The side in px, or WIDTHxHEIGHT where they differ."""
     height, width = size
     return height if height == width else f"{width}x{height}"
+
+
+def paths_of(cell: Cell, folder: Path) -> list[Path]:
+    """Where a cell's pictures are, in the folder of a seed."""
+    place = folder / str(shown_size(cell.size)) / cell.setting.name
+    return [place / f"{i:03}.png" for i in range(cell.count)]
 
 
 def setting(text: str) -> Setting:

@@ -1,7 +1,6 @@
 """The ground-truth table: how pictures are scored, and how that is shown."""
 
 import io
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,26 +11,27 @@ from tqdm import tqdm
 
 from dype.config import METHOD_SCALES
 from dype.demo import scores
-from dype.demo.experiments import Cell, Setting, compared, shown_size
+from dype.demo.experiments import Cell, Setting, compared, paths_of, shown_size
 from dype.demo.scenes import Scene, render
 from dype.sampling import records
 
 
-def table(vae, cells: list[Cell], scenes: list[Scene], folder_of: Callable, couples=()) -> dict:
+def table(vae, cells: list[Cell], scenes: list[Scene], folder: Path, couples=()) -> dict:
     """Every cell's scores, the floors among them, and the paired differences.
 
-    couples: names of (a setting, what it is held against), in place of `compared`'s.
+    folder: of the seed's pictures. couples: names of (a setting, what it is held against), in place
+    of `compared`'s.
     """
     rows, pairs = [], []
     for size in dict.fromkeys(cell.size for cell in cells):
         some = {cell.setting.name: cell for cell in cells if cell.size == size}
-        count = max(cell.count for cell in some.values())
-        scored = scenes[:count]
+        scored = scenes[: max(cell.count for cell in some.values())]
         drawn, (truth, found) = {}, floors(vae, scored, size)
         rows += [cell_row(size, name, None, *of) for name, of in found.items()]
         named = shown_size(size)
         for name, cell in tqdm(some.items(), f"scores {named}", leave=False):
-            drawn[name] = scores.judged(pictures_of(cell, folder_of), scored[: cell.count])
+            pictures = [opened(path) for path in paths_of(cell, folder)]
+            drawn[name] = scores.judged(pictures, scored[: cell.count])
             rows.append(cell_row(size, name, cell.setting, drawn[name], truth))
         known = [couple for couple in couples if some.keys() >= {*couple}]
         held = tqdm(known if couples else compared(some), f"pairs {named}", leave=False)
@@ -61,14 +61,8 @@ def floors(vae, scenes: list[Scene], size: tuple[int, int]) -> tuple[scores.Judg
     }
 
 
-def pictures_of(cell: Cell, folder_of: Callable, most: int | None = None) -> list[np.ndarray]:
-    """A cell's pictures, or the first of them, uint8 [H, W, 3]."""
-    paths = [folder_of(cell) / f"{i:03}.png" for i in range(cell.count)][:most]
-    return [opened(path) for path in paths]
-
-
 def opened(path: Path) -> np.ndarray:
-    """Raises OSError, saying what to do."""
+    """A picture, uint8 [H, W, 3]. Raises OSError, saying what to do."""
     try:
         return np.asarray(records.open_picture(path))
     except OSError as error:
@@ -77,23 +71,12 @@ def opened(path: Path) -> np.ndarray:
 
 def cell_row(size, name: str, of: Setting | None, found, truth) -> dict:
     n = len(found.right)
-    row = {
-        "size": shown_size(size),
-        "setting": name,
-        "n": n,
-        "control": "",
-        "method": None,
-        "dype": None,
-    }
-    row |= {"lambda_s": None, "lambda_t": None}
+    row = {"size": shown_size(size), "setting": name, "n": n, "control": ""}
+    row |= dict.fromkeys(("method", "dype", "lambda_s", "lambda_t"))
     if of is not None:
         config = of.config
-        row |= {
-            "text": of.text,
-            "control": of.control,
-            "method": config.method,
-            "dype": config.dype,
-        }
+        row |= {"control": of.control, "method": config.method, "dype": config.dype}
+        row["text"] = of.text
         if config.dype and METHOD_SCALES[config.method] is not None:
             row |= {"lambda_s": config.lambda_s, "lambda_t": config.dype_exponent}
     return row | scores.score(found, scores.taken(truth, np.arange(n)))
@@ -122,7 +105,7 @@ def printed(rows: list[dict], columns: tuple[str, ...], signed: bool) -> str:
 def round_trip(vae, picture: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] through encoder and decoder."""
     x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
-    out = vae.decode(vae.encode(x).latent_dist.mode()).sample[0].permute(1, 2, 0)
+    out = vae(x).sample[0].permute(1, 2, 0)
     return ((out + 1) * 127.5).round().clamp(0, 255).byte().numpy()
 
 
@@ -131,19 +114,19 @@ def psnr(picture: np.ndarray, other: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean((picture.astype(float) - other) ** 2)))
 
 
-def strips(cells: list[Cell], folder_of: Callable, path: Path, side: int = 160) -> bytes:
+def strips(cells: list[Cell], folder: Path, path: Path) -> bytes:
     """A labelled row of the first six pictures per cell, in the format of the path's suffix."""
-    font, bar = ImageFont.load_default(16), 26
+    font, side, bar = ImageFont.load_default(16), 160, 26
     sheet = Image.new("RGB", (6 * side, len(cells) * (side + bar)), "white")
     pen = ImageDraw.Draw(sheet)
     for row, cell in enumerate(cells):
         top = row * (side + bar)
         pen.text((4, top + 5), f"{cell.setting.name}, {shown_size(cell.size)} px", "black", font)
-        for column, picture in enumerate(pictures_of(cell, folder_of, 6)):
-            small = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
+        for column, place in enumerate(paths_of(cell, folder)[:6]):
+            picture = Image.fromarray(opened(place))
+            small = picture.resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(small, (column * side, top + bar))
     content = io.BytesIO()
-    sheet.save(
-        content, Image.registered_extensions()[path.suffix.lower()], optimize=True, quality=80
-    )
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    sheet.save(content, kind, optimize=True, quality=80)
     return content.getvalue()

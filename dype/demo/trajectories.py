@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from dype.config import DyPEConfig, number
-from dype.demo.evaluate import go_on, weights_hash
+from dype.demo.evaluate import by_rows, go_on, weights_hash
 from dype.demo.scenes import sample_scene
 from dype.errors import Parser, UserError, run_command, user_errors
 from dype.patch import apply_dype
@@ -148,9 +148,7 @@ def load(path: Path, protocol: dict) -> list[dict]:
 def save(path: Path, protocol: dict, pictures: list[dict]) -> None:
     """One picture a line, the whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(picture) for picture in pictures)
-    head = json.dumps(protocol, indent=1)
-    records.write({path: f'{{"protocol": {head},\n"pictures": [\n{lines}\n]}}\n'.encode()})
+    records.write({path: by_rows(json.dumps(protocol, indent=1), pictures=pictures)})
 
 
 def parser() -> Parser:

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.linalg
-import torch
 from PIL import Image, ImageFilter
 
 from dype.demo import evaluate, experiments, report, scores
@@ -17,7 +16,6 @@ from dype.demo.layout_check import check
 from dype.demo.scenes import render, sample_scene
 from dype.demo.texture import frechet, log_spectrum, moments, patch_features, spectrum_error
 from dype.metrics import intervals
-from dype.pipelines import loading
 from dype.rope import METHODS
 
 
@@ -274,6 +272,12 @@ def test_controls_are_held_against_what_they_control():
 SMALL = ["--size", "64", "--steps", "2", "--count", "3", "--processes", "1"]
 
 
+@pytest.fixture(autouse=True)
+def fresh():
+    """A pipeline that no other test has had, as a process has."""
+    evaluate.pipeline.cache_clear()
+
+
 @pytest.fixture
 def short(monkeypatch):
     """Settings at the demo's base resolution would be stock at 64 px: here it is 32 px."""
@@ -304,6 +308,7 @@ def test_table_of_a_run_that_was_interrupted(tmp_path, monkeypatch, capsys, shor
     assert evaluate.main(parts) == 130
     assert capsys.readouterr().err.endswith("interrupted; the same command draws the rest\n")
     assert len(drawn(tmp_path / "parts")) == 4
+    evaluate.pipeline.cache_clear()
     assert evaluate.main([*parts, "--drawn"]) == 0
     out = capsys.readouterr().out
     assert "| 64 | `base` | 3 |" in out
@@ -386,7 +391,7 @@ def test_bad_input(words, tmp_path, monkeypatch, capsys):
     for name, text in texts.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "protocol.json").write_text(text)
-    monkeypatch.setattr(evaluate, "load_pipeline", None)
+    monkeypatch.setattr(evaluate, "pipeline", None)
     assert evaluate.main(words.split()) == 2
     err = capsys.readouterr().err
     assert err.startswith("dype.demo.evaluate: ")
@@ -413,28 +418,27 @@ def test_each_prompt_has_its_noise(tmp_path, monkeypatch):
     """Seed 10000 of the prompts' seed + i: halves of different prompts share none."""
     seen = []
 
-    class Pipe:
-        device, transformer = torch.device("cpu"), torch.nn.Identity()
+    def note(pipe, caption, passes, seed, **more):
+        seen.append((caption, seed, passes))
+        return Image.new("RGB", (64, 64))
 
-        def __call__(self, caption, generator, **more):
-            seen.append((caption, generator.initial_seed()))
-            return SimpleNamespace(images=[Image.new("RGB", (64, 64))])
-
+    monkeypatch.setattr(evaluate, "pipeline", lambda weights: SimpleNamespace(device="cpu"))
     monkeypatch.setattr(evaluate, "apply_dype", lambda *_: None)
+    monkeypatch.setattr(evaluate.multipass, "run_passes", note)
     args = evaluate.parser().parse_args(["base", "--seed", "3"])
     scenes = evaluate.sampled(args)
     cell = Cell((64, 64), setting("base"), 2)
     for i in range(2):
-        evaluate.draw(Pipe(), cell, i, tmp_path / f"{i}.png", scenes[i], args)
-    assert seen == [(scenes[0].caption, 30_000), (scenes[1].caption, 30_001)]
+        evaluate.draw(cell, i, tmp_path / f"{i}.png", scenes[i].caption, args)
+    whole = [{"height": 64, "width": 64, "steps": 20}]
+    assert seen == [(scenes[0].caption, 30_000, whole), (scenes[1].caption, 30_001, whole)]
 
 
 @pytest.mark.parametrize("control", ["", ":reversed"])
 def test_reversed_time(control, tmp_path, short):
     """The control hands the encoding 1 - sigma at every call."""
     args = evaluate.parser().parse_args([*SMALL, "base"])
-    pipe = loading.load_pipeline("demo")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = evaluate.pipeline(args.weights)
     seen = []
 
     def note(transformer, inputs, kwargs):
@@ -443,7 +447,7 @@ def test_reversed_time(control, tmp_path, short):
 
     cell = Cell((64, 64), setting("pi" + control), 1)
     pipe.transformer.register_forward_hook(lambda m, a, k, out: note(m, a, k), with_kwargs=True)
-    evaluate.draw(pipe, cell, 0, tmp_path / "0.png", evaluate.sampled(args)[0], args)
+    evaluate.draw(cell, 0, tmp_path / "0.png", evaluate.sampled(args)[0].caption, args)
     assert len(seen) == 2 * 2  # steps, with and without the prompt
     for expected, sigma in seen:
         assert sigma == pytest.approx(expected, abs=1e-6)
