@@ -150,14 +150,6 @@ def train_vae(args) -> torch.nn.Module:
     return vae
 
 
-def load_vae(args) -> torch.nn.Module:
-    """The autoencoder of a finished pipeline, instead of the first stage."""
-    vae = AutoencoderKL.from_pretrained(
-        args.vae, subfolder="vae", torch_dtype=torch.float32, local_files_only=True
-    )
-    return vae.to(args.device, memory_format=torch.channels_last)
-
-
 def cached_latents(vae, args) -> tuple[torch.Tensor, list[Scene]]:
     """Latents [N, C, 32, 32] of N rendered scenes, and the scenes."""
     rng = np.random.default_rng([args.seed, BASE])
@@ -321,7 +313,11 @@ def train(args: argparse.Namespace) -> None:
     if args.vae and not (args.vae / "vae").is_dir():
         raise UserError(f"--vae is {args.vae}, expected the folder of a pipeline")
     print(f"training on {args.device} in {args.dtype}")
-    vae = load_vae(args) if args.vae else train_vae(args)
+    if args.vae:
+        vae = AutoencoderKL.from_pretrained(args.vae, subfolder="vae", local_files_only=True)
+        vae = vae.to(args.device, memory_format=torch.channels_last)
+    else:
+        vae = train_vae(args)
     pipe = train_transformer(vae.requires_grad_(False), args)
     pipe.transformer.half()  # the text encoders are small: as they are
     pipe.vae.half().to(memory_format=torch.contiguous_format)
