@@ -17,16 +17,14 @@ LATENT_CHANNELS = 8
 TEXT_WIDTH = 128
 
 
-def vocabulary() -> list[str]:
-    """Every word that a caption can hold, sorted."""
-    words = {word for light in LIGHTS for word in light.replace(",", " ").split()}
-    return sorted({"a", "on", "leaves", ",", *words, *COLOURS, *SHAPES})
-
-
 def tokenizer(start: str | None) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: `start` words <eos>, padded; unknown words are <unk>."""
-    words = ["<pad>", "<unk>", "<bos>", *vocabulary(), "<eos>"]
-    ids = {word: i for i, word in enumerate(words)}
+    """A word-level tokenizer: `start` words <eos>, padded; unknown words are <unk>.
+
+    Its words are all that a caption can hold, sorted.
+    """
+    lights = {word for light in LIGHTS for word in light.replace(",", " ").split()}
+    words = sorted({"a", "on", "leaves", ",", *lights, *COLOURS, *SHAPES})
+    ids = {word: i for i, word in enumerate(["<pad>", "<unk>", "<bos>", *words, "<eos>"])}
     backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -80,38 +78,34 @@ def transformer() -> FluxTransformer2DModel:
 def text_encoders() -> dict:
     """The keys text_encoder, tokenizer (CLIP) and text_encoder_2, tokenizer_2 (T5)."""
     clip, t5 = tokenizer("<bos>"), tokenizer(None)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(clip),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=2 * TEXT_WIDTH,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            projection_dim=TEXT_WIDTH,
-            max_position_embeddings=MAX_TOKENS,
-            pad_token_id=clip.pad_token_id,
-            bos_token_id=clip.bos_token_id,
-            eos_token_id=clip.eos_token_id,
-        )
+    clip_config = CLIPTextConfig(
+        vocab_size=len(clip),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        projection_dim=TEXT_WIDTH,
+        max_position_embeddings=MAX_TOKENS,
+        pad_token_id=clip.pad_token_id,
+        bos_token_id=clip.bos_token_id,
+        eos_token_id=clip.eos_token_id,
     )
-    text_encoder_2 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(t5),
-            d_model=TEXT_WIDTH,
-            d_kv=TEXT_WIDTH // 4,
-            d_ff=2 * TEXT_WIDTH,
-            num_layers=1,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=t5.pad_token_id,
-            eos_token_id=t5.eos_token_id,
-            dropout_rate=0.0,
-        )
+    t5_config = T5Config(
+        vocab_size=len(t5),
+        d_model=TEXT_WIDTH,
+        d_kv=TEXT_WIDTH // 4,
+        d_ff=2 * TEXT_WIDTH,
+        num_layers=1,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=t5.pad_token_id,
+        eos_token_id=t5.eos_token_id,
+        dropout_rate=0.0,
     )
     return {
-        "text_encoder": text_encoder,
+        "text_encoder": CLIPTextModel(clip_config),
         "tokenizer": clip,
-        "text_encoder_2": text_encoder_2,
+        "text_encoder_2": T5EncoderModel(t5_config),
         "tokenizer_2": t5,
     }
 

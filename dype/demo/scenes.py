@@ -73,23 +73,20 @@ def outline(scene: Scene, size: int) -> Image.Image:
     draw = ImageDraw.Draw(mask)
     x, y, r = scene.x * size, scene.y * size, scene.radius * size
 
-    def box(dx, dy=None):
-        dy = dx if dy is None else dy
+    def box(dx, dy):
         return (x - dx, y - dy, x + dx, y + dy)
 
     if scene.shape in ("disk", "ring"):
-        draw.ellipse(box(r), fill=255)
+        draw.ellipse(box(r, r), fill=255)
         if scene.shape == "ring":
-            draw.ellipse(box(0.5 * r), fill=0)
+            draw.ellipse(box(0.5 * r, 0.5 * r), fill=0)
     elif scene.shape == "square":
-        draw.rectangle(box(0.88 * r), fill=255)
+        draw.rectangle(box(0.88 * r, 0.88 * r), fill=255)
     elif scene.shape == "triangle":
         draw.polygon([(x, y - r), (x - r, y + 0.8 * r), (x + r, y + 0.8 * r)], fill=255)
-    elif scene.shape == "cross":
+    else:  # a cross
         draw.rectangle(box(r, 0.34 * r), fill=255)
         draw.rectangle(box(0.34 * r, r), fill=255)
-    else:
-        raise ValueError(f"unknown shape {scene.shape!r}, expected one of {', '.join(SHAPES)}")
     return mask
 
 
