@@ -1,6 +1,6 @@
 """What the ground-truth tables draw: settings by name, and what is held against what."""
 
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ UNCAPPED = ["base:model", "yarn_paper:static:model", "yarn_paper:model"]
 BEST = ("yarn_paper", "pi:1:1", "yarn")  # by the joint score on prompts of seed 1 (docs/log.md)
 SHARP = ":attention_scale=1.2:attention_path=rising"  # chosen likewise, in docs/cutoff.md
 RIVALS = ["cutoff", f"cutoff{SHARP}", "yarn_paper:static", "yarn_paper", f"yarn_paper:1:2{SHARP}"]
+SCALING = ["base", "yarn_paper:static", "yarn_paper"]  # of fig5, with 1x, 2x and 4x; of fig18
 OURS = [f"{one}:model" for one in RIVALS[:2]]  # uncapped
 
 
@@ -56,16 +57,15 @@ def setting(text: str) -> Setting:
     NAME is of NAMED, CONTROL of CONTROLS. The setting's own name has the numbers that have an
     effect: METHOD_SCALE_EXPONENT, METHOD_static, `base`, then those with a name.
     """
-    method, *more = text.split(":")
-    control = more.pop() if more and more[-1] in CONTROLS else ""
-    words = [part for part in more if "=" in part]
-    plain = more[: len(more) - len(words)]
+    method, *words = text.split(":")
+    control = words.pop() if words and words[-1] in CONTROLS else ""
+    plain = list(takewhile(lambda word: "=" not in word, words))
     config = {"method": method, "base_resolution": BASE, "dype": plain != ["static"]}
     config |= {"shift": "model"} if control == "model" else {}
-    wrong = plain + words != more
+    wrong = False
     try:
-        numbers = [float(part) for part in plain] if config["dype"] else []
-        named = {name: value for name, _, value in (part.partition("=") for part in words)}
+        numbers = [float(word) for word in plain] if config["dype"] else []
+        named = dict(word.split("=", 1) for word in words[len(plain) :])
         named = {n: v if n == "attention_path" else float(v) for n, v in named.items()}
     except ValueError:
         wrong, numbers, named = True, [], {}
@@ -108,13 +108,12 @@ def plan(name: str) -> list[Cell]:
     statics = dict.fromkeys(f"{static_form(method)}:static" for method in dynamic)
     everything = ["base", *statics, *dynamic, "pi:1:1"]
     finalists = ["base", *(f"{one.split(':')[0]}:static" for one in BEST), *BEST]
-    scaling = ["base", "yarn_paper:static", "yarn_paper"]  # of fig5, with 1x, 2x and 4x
     lines = {
         "quick": [(256, ["base"], 8), (512, finalists, 8)],
         "default": [(256, ["base"], 64), (512, everything, 64), (1024, finalists, 16)],
         "full": [(256, ["base"], 64), (512, [*everything, *CONTROLLED, *UNCAPPED], 64)]
         + [(1024, everything, 64)]
-        + [(size, scaling, 16) for size in (768, 1280, 1536)],
+        + [(size, SCALING, 16) for size in (768, 1280, 1536)],
         "cutoff": [
             (512, [*everything, *RIVALS], 64),
             (512, [*UNCAPPED, *OURS], 16),
@@ -126,8 +125,8 @@ def plan(name: str) -> list[Cell]:
     found = []
     for size, some, count in lines:
         size = (size, size) if isinstance(size, int) else size
-        settings = {setting(one).name: setting(one) for one in some}
-        found += [Cell(size, one, count) for one in settings.values()]
+        settings = {made.name: made for made in map(setting, some)}
+        found += [Cell(size, made, count) for made in settings.values()]
     return found
 
 
@@ -150,7 +149,5 @@ def compared(some: dict[str, Cell]) -> list[tuple[str, str]]:
         static = "_".join([static_form(config.method), "static", *cell.setting.more])
         static += "_model" * (control == "model")
         others = [name.removesuffix(f"_{control}"), static if config.dype else "base", "base"]
-        found += [
-            (name, other) for other in dict.fromkeys(others) if other in some and other != name
-        ]
+        found += [(name, other) for other in dict.fromkeys(others) if other in some.keys() - {name}]
     return found

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from dype.config import DyPEConfig, number
+from dype.config import number
 from dype.demo.evaluate import by_rows, go_on, weights_hash
+from dype.demo.experiments import SCALING, setting
 from dype.demo.scenes import sample_scene
 from dype.errors import Parser, UserError, run_command, user_errors
 from dype.patch import apply_dype
@@ -32,11 +33,7 @@ from dype.sampling.latents import power_spectrum
 
 DEMO = MODELS["demo"]
 OUT = Path("docs/data/trajectories.json")
-SETTINGS = {  # named as in docs/data/ground_truth.json
-    "base": DyPEConfig("base", base_resolution=DEMO.base_resolution),
-    "yarn_paper_static": DyPEConfig("yarn_paper", dype=False, base_resolution=DEMO.base_resolution),
-    "yarn_paper_1_2": DyPEConfig("yarn_paper", base_resolution=DEMO.base_resolution),
-}
+SETTINGS = {made.name: made.config for made in map(setting, SCALING)}
 COUNTS = {256: 16, 512: 4, 1024: 2}  # px -> prompts
 QUERIES = 512  # per head, drawn at random where there are more
 
