@@ -25,7 +25,6 @@ class Verdict(NamedTuple):
     layout: bool  # one connected object of the asked colour near the centre of the asked ground
     shape: str  # the shape that overlaps best
     overlaps: dict[str, float]  # intersection over union with every shape, at its best place
-    reason: str  # why the layout is wrong, or ""
 
 
 def colour_cells(picture: np.ndarray) -> np.ndarray:
@@ -72,18 +71,15 @@ def check(picture: np.ndarray, colour: str, ground: str) -> Verdict:
     wanted = cells == names.index(colour)
     pieces, count = ndimage.label(wanted)
     if count == 0:
-        return Verdict(False, "", dict.fromkeys(SHAPES, 0.0), f"no {colour}")
+        return Verdict(False, "", dict.fromkeys(SHAPES, 0.0))
     sizes = ndimage.sum_labels(wanted, pieces, range(1, count + 1))
     mask = pieces == 1 + sizes.argmax()
     centroid = (np.argwhere(mask).mean(0) + 0.5) / CELLS
-    reason = ""
-    if not AREA[0] <= mask.mean() <= AREA[1]:
-        reason = f"object covers {mask.mean():.0%}"
-    elif mask.sum() < CONNECTED * wanted.sum():
-        reason = "more than one object"
-    elif abs(centroid - 0.5).max() > CENTRED:
-        reason = "object off centre"
-    elif (cells[~wanted] == names.index(ground)).mean() < GROUNDED:
-        reason = "ground of another colour"
+    layout = (
+        AREA[0] <= mask.mean() <= AREA[1]
+        and mask.sum() >= CONNECTED * wanted.sum()
+        and abs(centroid - 0.5).max() <= CENTRED
+        and (cells[~wanted] == names.index(ground)).mean() >= GROUNDED
+    )
     found = overlaps(mask)
-    return Verdict(not reason, max(found, key=found.get), found, reason)
+    return Verdict(bool(layout), max(found, key=found.get), found)
