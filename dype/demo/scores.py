@@ -2,19 +2,69 @@
 
 Every score is a function of a set of pictures, so that the bootstrap draws pictures, each with its
 own scene, and scores the set anew; a paired difference draws the same ones for both settings.
+
+Is the texture the truth's? Two distances of sets need no labels: that of the mean log power
+spectrum, and the Frechet distance of patches in a fixed feature space. Both come from sums over
+pictures, so that a bootstrap only adds these up again.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from dype.demo.layout_check import check
 from dype.demo.scenes import Scene
-from dype.demo.texture import frechet, log_spectrum, moments, patch_features, spectrum_error
 from dype.metrics import intervals
+from dype.metrics.set_metrics import frechet_distance
+from dype.sampling.latents import mean_power_by_bin
 
 DRAWS = 1000  # of the bootstrap
+PATCH = 32  # px, two tokens: the leaves' finest sizes, seldom an object's whole edge
+FEATURES = 32  # random filters of 5 x 5 px, their mean magnitude over a patch
+SEED = 0  # of the filters
+
+
+def log_spectrum(picture: np.ndarray) -> np.ndarray:
+    """ln of the mean power of a picture's brightness, per quarter octave of frequency.
+
+    Of the squares that the picture divides into, and over them. The bands go from 4 cycles per
+    square up to the Nyquist frequency; a Hann window keeps the light's gradient from leaking in.
+    """
+    size, grey = min(picture.shape[:2]), picture.mean(-1)
+    window = np.outer(np.hanning(size), np.hanning(size))
+    squares = [
+        grey[y : y + size, x : x + size]
+        for y in range(0, grey.shape[0] - size + 1, size)
+        for x in range(0, grey.shape[1] - size + 1, size)
+    ]
+    power = np.mean([abs(np.fft.rfft2((s - s.mean()) * window)) ** 2 for s in squares], 0)
+    frequency = np.hypot(np.fft.fftfreq(size, 1 / size)[:, None], np.arange(size // 2 + 1))
+    bands = np.floor(4 * np.log2(np.maximum(frequency, 1) / 4)).astype(int)
+    count = int(4 * np.log2(size / 8))
+    return np.log(mean_power_by_bin(*map(torch.from_numpy, (power, bands)), count).numpy())
+
+
+@lru_cache
+def filters() -> torch.Tensor:
+    """Random filters without a mean, float32 [FEATURES, 1, 5, 5], of norm 1."""
+    drawn = torch.randn(FEATURES, 1, 5, 5, generator=torch.Generator().manual_seed(SEED))
+    drawn -= drawn.mean((2, 3), keepdim=True)
+    return drawn / drawn.norm(dim=(2, 3), keepdim=True)
+
+
+def patch_features(picture: np.ndarray) -> np.ndarray:
+    """Mean magnitude of every filter over every patch of the log brightness, [patches, FEATURES].
+
+    The logarithm makes leaves on dark and light colours alike; a patch of one colour is all zeros.
+    """
+    grey = torch.from_numpy(np.log1p(picture.mean(-1, dtype=np.float32)))
+    found = F.conv2d(grey[None, None], filters()).abs()
+    found = F.pad(found, (2, 2, 2, 2), mode="replicate")
+    return F.avg_pool2d(found, PATCH)[0].flatten(1).T.double().numpy()
 
 
 class Judged(NamedTuple):
@@ -23,8 +73,8 @@ class Judged(NamedTuple):
     right: np.ndarray  # [n] 1 where one object of the asked colour and shape is in its place
     overlap: np.ndarray  # [n] of the object with the asked shape at its best place, IoU
     spectra: np.ndarray  # [n, bands]
-    means: np.ndarray  # [n, F] of the patches' features
-    outers: np.ndarray  # [n, F, F]
+    means: np.ndarray  # [n, F] of the features of a picture's patches
+    outers: np.ndarray  # [n, F, F] mean outer product of the same
 
 
 def judged(pictures: list[np.ndarray], scenes: list[Scene]) -> Judged:
@@ -33,8 +83,10 @@ def judged(pictures: list[np.ndarray], scenes: list[Scene]) -> Judged:
     for picture, scene in zip(pictures, scenes, strict=True):
         verdict = check(picture, scene.colour, scene.ground)
         right = verdict.layout and verdict.shape == scene.shape
-        mean, outer = moments(patch_features(picture))
-        rows.append((right, verdict.overlaps[scene.shape], log_spectrum(picture), mean, outer))
+        features = patch_features(picture)
+        outer = features.T @ features / len(features)
+        texture = log_spectrum(picture), features.mean(0), outer
+        rows.append((right, verdict.overlaps[scene.shape], *texture))
     return Judged(*(np.array(column, float) for column in zip(*rows, strict=True)))
 
 
@@ -49,14 +101,20 @@ def overlap(of: Judged, truth: Judged) -> float:
 
 
 def spectrum(of: Judged, truth: Judged) -> float:
-    """Distance of the mean log power spectra, 0 is best: `texture.spectrum_error`."""
-    return spectrum_error(of.spectra, truth.spectra)
+    """Root mean square over bands of the difference of the mean log power spectra, 0 is best."""
+    return float(np.sqrt(np.mean((of.spectra.mean(0) - truth.spectra.mean(0)) ** 2)))
 
 
 def patches(of: Judged, truth: Judged) -> float:
-    """Frechet distance of patches, times 1000, 0 is best: `texture.frechet`."""
-    sets = [part.mean(0) for part in (of.means, of.outers, truth.means, truth.outers)]
-    return 1000 * frechet(*sets)
+    """Frechet distance of patches, times 1000, 0 is best."""
+    return 1000 * frechet_distance(*patch_law(of), *patch_law(truth))
+
+
+def patch_law(of: Judged) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [F] of the patches' features, and root R [F, F] with R R^T their covariance."""
+    mean = of.means.mean(0)
+    values, vectors = np.linalg.eigh(of.outers.mean(0) - np.outer(mean, mean))
+    return mean, vectors * np.sqrt(values.clip(0))
 
 
 def joint(of: Judged, truth: Judged) -> float:

@@ -14,7 +14,7 @@ from dype.demo import evaluate, experiments, report, scores
 from dype.demo.experiments import Cell, setting, static_form
 from dype.demo.layout_check import check
 from dype.demo.scenes import render, sample_scene
-from dype.demo.texture import frechet, log_spectrum, moments, patch_features, spectrum_error
+from dype.demo.scores import log_spectrum, patch_features
 from dype.metrics import intervals
 from dype.rope import METHODS
 
@@ -28,6 +28,11 @@ def blurred(picture):
     return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(2)))
 
 
+def alike(values):
+    """A set whose pictures have nothing but these numbers, whatever is asked of them."""
+    return scores.Judged(*[values] * 5)
+
+
 def test_spectrum():
     """White noise is flat, a wave is in its own band, and twice the contrast is ln 4 everywhere."""
     noise = np.random.default_rng(0).normal(128, 20, (128, 128, 1)).repeat(3, 2)
@@ -37,22 +42,29 @@ def test_spectrum():
     wave = 128 + 50 * np.cos(2 * np.pi * 17 * np.arange(128) / 128)
     wave = np.broadcast_to(wave[:, None, None], noise.shape)
     assert log_spectrum(wave).argmax() == 8  # [16, 19) cycles
-    assert spectrum_error(flat[None], flat[None]) == 0
-    doubled = 2 * noise - noise.mean()
-    assert spectrum_error(log_spectrum(doubled)[None], flat[None]) == pytest.approx(np.log(4))
+    assert scores.spectrum(alike(flat[None]), alike(flat[None])) == 0
+    doubled = log_spectrum(2 * noise - noise.mean())
+    found = scores.spectrum(alike(doubled[None]), alike(flat[None]))
+    assert found == pytest.approx(np.log(4))
 
 
-def test_patch_distance_is_frechets():
+def test_patch_distance_is_frechets(monkeypatch):
     """Against scipy's matrix root of the product; |shift|^2 for a moved set, 0 for the same."""
+
+    def picture_of(features):
+        monkeypatch.setattr(scores, "patch_features", lambda picture: features)
+        [scene] = scenes(1)
+        return scores.judged([render(scene, 64)], [scene])
+
     rng = np.random.default_rng(0)
     some, others = rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6)), rng.normal(1, 2, (400, 6))
-    (mean, outer), (true_mean, true_outer) = moments(some), moments(others)
+    picture, truth = picture_of(some), picture_of(others)
     root = scipy.linalg.sqrtm(np.cov(some.T, bias=True) @ np.cov(others.T, bias=True)).real
     traces = np.trace(np.cov(some.T, bias=True)) + np.trace(np.cov(others.T, bias=True))
-    expected = np.sum((mean - true_mean) ** 2) + traces - 2 * np.trace(root)
-    assert frechet(mean, outer, true_mean, true_outer) == pytest.approx(expected, rel=1e-9)
-    assert frechet(mean, outer, mean, outer) == pytest.approx(0, abs=1e-9)
-    assert frechet(mean, outer, *moments(some + 2)) == pytest.approx(24)
+    expected = np.sum((some.mean(0) - others.mean(0)) ** 2) + traces - 2 * np.trace(root)
+    assert scores.patches(picture, truth) == pytest.approx(1000 * expected, rel=1e-9)
+    assert scores.patches(picture, picture) == pytest.approx(0, abs=1e-6)
+    assert scores.patches(picture, picture_of(some + 2)) == pytest.approx(24_000)
 
 
 def test_patch_features():
@@ -89,11 +101,6 @@ def test_scores_of_truth_and_of_what_is_wrong():
         assert score(blur, truth) > 5 * score(other, truth)
     expected = np.exp(-scores.spectrum(blur, truth))
     assert scores.joint(blur, truth) == pytest.approx(expected)
-
-
-def alike(values):
-    """A set whose pictures have nothing but these numbers, whatever is asked of them."""
-    return scores.Judged(*[values] * 5)
 
 
 def test_bootstrap_covers_the_mean(monkeypatch):
