@@ -57,33 +57,28 @@ class Watch(TorchFunctionMode):
     """Notes x_t and the attention entropies at every step of a pipeline, from its first denoiser
     call there (true CFG makes two: the prompt's, then the negative one's).
 
-    Sees queries and keys as attention gets them: normalised, rotated, times m.
+    Sees queries and keys as attention gets them: normalised, rotated, times m. After the last call
+    nothing else may attend: the pipeline is to return latents.
     """
 
     def __init__(self, transformer):
         super().__init__()
         self.states, self.entropies, self.open = {}, {}, None
-        before = transformer.register_forward_pre_hook(self.enter, with_kwargs=True)
-        self.hooks = before, transformer.register_forward_hook(self.leave)
+        self.hook = transformer.register_forward_pre_hook(self.enter, with_kwargs=True)
 
     def enter(self, module, args, kwargs):
         sigma = float(kwargs["timestep"][0])
-        if sigma not in self.states:
-            self.states[sigma] = kwargs["hidden_states"].detach().float()
-            self.entropies[sigma], self.open = [], sigma
-
-    def leave(self, module, args, output):
-        self.open = None
+        self.open = None if sigma in self.states else self.entropies.setdefault(sigma, [])
+        self.states.setdefault(sigma, kwargs["hidden_states"].detach().float())
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention and self.open is not None:
             found = dict(zip(("query", "key"), args, strict=False)) | (kwargs or {})
-            self.entropies[self.open].append(normalised_entropy(found["query"], found["key"]))
+            self.open.append(normalised_entropy(found["query"], found["key"]))
         return function(*args, **(kwargs or {}))
 
     def __exit__(self, *error):
-        for hook in self.hooks:
-            hook.remove()
+        self.hook.remove()
         return super().__exit__(*error)
 
 
@@ -142,12 +137,6 @@ def load(path: Path, protocol: dict) -> list[dict]:
     return pictures
 
 
-def save(path: Path, protocol: dict, pictures: list[dict]) -> None:
-    """One picture a line, the whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    records.write({path: by_rows(json.dumps(protocol, indent=1), pictures=pictures)})
-
-
 def parser() -> Parser:
     made = Parser(
         prog="python -m dype.demo.trajectories",
@@ -174,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 @user_errors()
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Draw what is not there yet. Raises UserError, ValueError, OSError."""
     if len(args.sizes) != len(args.counts):
         raise UserError(f"--counts has {len(args.counts)} numbers, expected {len(args.sizes)}")
@@ -184,24 +173,23 @@ def run(args: argparse.Namespace) -> int:
         number("--counts", count, 1, 1000, whole=True)
     protocol = {"model": "demo", "steps": args.steps, "true_cfg": args.true_cfg, "shift": "cap"}
     protocol |= {"dtype": args.dtype, "prompts_seed": args.seed, "queries": QUERIES}
-    protocol |= {"weights": weights_hash(Path(DEMO.repo))}
+    protocol["weights"] = weights_hash(Path(DEMO.repo))
     pictures = load(args.out, protocol)
-    done = {(one["size"], one["setting"], one["prompt"], one["seed"]) for one in pictures}
     wanted = plan(dict(zip(args.sizes, args.counts, strict=True)), args.seed)
-    rest = [one for one in wanted if tuple(one.values()) not in done]
+    rest = [one for one in wanted if not any(one.items() <= row.items() for row in pictures)]
     there = f"trajectories {len(wanted)}, there already {len(wanted) - len(rest)}"
     print(f"{args.out}: {there}; dtype {protocol['dtype']}")
     if not rest:
-        return 0
+        return
     protocol |= {"torch": torch.__version__, "device": platform.machine()}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline("demo")
     pipe.set_progress_bar_config(disable=True)
     for one in tqdm(rest):
         apply_dype(pipe, SETTINGS[one["setting"]])
         found = trajectory(pipe, one["prompt"], one["seed"], one["size"], protocol)
         pictures.append(one | found)
-        save(args.out, protocol, pictures)
-    return 0
+        records.write({args.out: by_rows(json.dumps(protocol, indent=1), pictures=pictures)})
 
 
 if __name__ == "__main__":
