@@ -35,7 +35,11 @@ def table(vae, cells: list[Cell], scenes: list[Scene], folder: Path, couples=())
             rows.append(cell_row(size, name, cell.setting, drawn[name], truth))
         known = [couple for couple in couples if some.keys() >= {*couple}]
         held = tqdm(known if couples else compared(some), f"pairs {named}", leave=False)
-        pairs += [pair_row(size, *couple, drawn, truth) for couple in held]
+        for name, other in held:
+            n = min(some[name].count, some[other].count)
+            sets = [scores.taken(of, np.arange(n)) for of in (drawn[name], drawn[other], truth)]
+            row = {"size": named, "setting": name, "against": other, "n": n}
+            pairs.append(row | scores.difference(*sets))
     return {"rows": rows, "pairs": pairs}
 
 
@@ -80,13 +84,6 @@ def cell_row(size, name: str, of: Setting | None, found, truth) -> dict:
         if config.dype and METHOD_SCALES[config.method] is not None:
             row |= {"lambda_s": config.lambda_s, "lambda_t": config.dype_exponent}
     return row | scores.score(found, scores.taken(truth, np.arange(n)))
-
-
-def pair_row(size, name: str, other: str, found: dict, truth) -> dict:
-    n = min(len(found[name].right), len(found[other].right))
-    first = [scores.taken(part, np.arange(n)) for part in (found[name], found[other], truth)]
-    row = {"size": shown_size(size), "setting": name, "against": other, "n": n}
-    return row | scores.difference(*first)
 
 
 def printed(rows: list[dict], columns: tuple[str, ...], signed: bool) -> str:

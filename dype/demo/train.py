@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxPipeline
+from torch.nn import ModuleDict
 from tqdm import tqdm
 
 from dype.demo import model as demo_model
@@ -39,13 +40,6 @@ EVERY = 250  # steps between checkpoints
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-def rendered(size: int, seed: int) -> list[np.ndarray]:
-    """The pictures of one size in POOL."""
-    rng = np.random.default_rng([seed, size])
-    scenes = [sample_scene(rng, SEEN) for _ in range(POOL[size])]
-    return [render(scene, size) for scene in tqdm(scenes, f"rendering {size} px")]
-
-
 def to_tensor(pictures: np.ndarray, device) -> torch.Tensor:
     """uint8 [B, H, W, 3] -> float [B, 3, H, W] in [-1, 1], channels last in memory as they were."""
     return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -64,16 +58,15 @@ def save(path: Path, **state) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def run(name: str, modules: dict, loss_at, rate: float, steps: int, decay: int, args) -> None:
+def run(name: str, modules: ModuleDict, loss_at, rate: float, steps: int, decay: int, args) -> None:
     """The loop of all stages: `loss_at(step)` -> scalar; every draw depends on the step alone.
 
     The learning rate falls from `rate` to zero over `decay` steps; `steps` of them are made. The
     modules end with the moving average of their weights.
     """
     path = args.work / f"{name}.pt"
-    for module in modules.values():
-        module.train()
-    params = [p for module in modules.values() for p in module.parameters()]
+    modules.train()
+    params = list(modules.parameters())
     average = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(params, rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     first, smooth = 0, None
@@ -102,8 +95,7 @@ def run(name: str, modules: dict, loss_at, rate: float, steps: int, decay: int, 
             save(path, step=step + 1, loss=smooth, average=average, **saved)
     for param, mean in zip(params, average, strict=True):
         param.data.copy_(mean)
-    for module in modules.values():
-        module.eval()
+    modules.eval()
 
 
 def well_conditioned(vae: torch.nn.Module) -> torch.nn.Module:
@@ -130,7 +122,12 @@ def train_vae(args) -> torch.nn.Module:
     torch.manual_seed(args.seed)
     vae = well_conditioned(demo_model.vae())
     vae = vae.to(args.device, memory_format=torch.channels_last)
-    pool = cache(partial(rendered, seed=args.seed))  # of no size when there is nothing left to do
+
+    @cache  # when a step first asks for the size: not at all, if no step is left
+    def pool(size):
+        rng = np.random.default_rng([args.seed, size])
+        scenes = [sample_scene(rng, SEEN) for _ in range(POOL[size])]
+        return [render(scene, size) for scene in tqdm(scenes, f"rendering {size} px")]
 
     def loss_at(step):
         rng = np.random.default_rng([args.seed, 1, step])
@@ -146,7 +143,7 @@ def train_vae(args) -> torch.nn.Module:
             out = vae.decode(latents.sample()).sample
         return F.l1_loss(out.float(), x) + 1e-4 * latents.kl().mean() / latents.mean[0].numel()
 
-    run("vae", {"vae": vae}, loss_at, 2e-3, args.vae_steps, args.vae_steps, args)
+    run("vae", ModuleDict({"vae": vae}), loss_at, 2e-3, args.vae_steps, args.vae_steps, args)
     return vae
 
 
@@ -229,7 +226,8 @@ def learn(pipe, name: str, data, args, steps: int, *, decay: int, rate: float, d
     """
     latents, scenes = data
     captions = ["", *(wording for scene in scenes for wording in wordings(scene))]
-    modules = {k: getattr(pipe, k) for k in ("transformer", "text_encoder", "text_encoder_2")}
+    names = ("transformer", "text_encoder", "text_encoder_2")
+    modules = ModuleDict({name: getattr(pipe, name) for name in names})
     clip_ids, t5_ids = (
         tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(args.device)
         for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
@@ -292,15 +290,14 @@ def settled_dtype(args: argparse.Namespace) -> str:
     """The number format of a training that goes on, else --dtype or what the device is fast in."""
     for stage in ("diluted", "transformer", "vae"):
         path = args.work / f"{stage}.pt"
-        if not path.exists():
-            continue
-        before = torch.load(path, map_location="cpu").get("dtype", "bfloat16")  # as older ones had
-        if args.dtype not in (None, before):
-            raise UserError(
-                f"--dtype is {args.dtype}, but {path} was trained in {before}, expected the "
-                "same, or another --work"
-            )
-        return before
+        if path.exists():
+            before = torch.load(path, map_location="cpu").get("dtype", "bfloat16")  # of old ones
+            if args.dtype not in (None, before):
+                raise UserError(
+                    f"--dtype is {args.dtype}, but {path} was trained in {before}, expected the "
+                    "same, or another --work"
+                )
+            return before
     return args.dtype or fast_dtype(args.device)
 
 
