@@ -15,7 +15,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import cache
@@ -164,16 +164,21 @@ def agreed(args) -> dict:
     protocol = {name: getattr(args, name) for name in ("steps", "true_cfg", "dtype")}
     protocol["weights"] = weights_hash(args.weights)
     path = args.out / "protocol.json"
-    try:
-        before = dict(json.loads(path.read_bytes())) if path.exists() else None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not of this program; move it away") from error
+    before = left_there(path, dict)
     go_on(args.out, before, protocol)
     args.dtype = protocol["dtype"]
     if before is None:
         args.out.mkdir(parents=True, exist_ok=True)
         records.write({path: json.dumps(protocol).encode()})
     return protocol
+
+
+def left_there(path: Path, parts: Callable):
+    """`parts` of the JSON of an earlier run; None if there was none. Raises ValueError, OSError."""
+    try:
+        return parts(json.loads(path.read_bytes())) if path.exists() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not of this program; move it away") from error
 
 
 def go_on(path: Path, before: dict | None, now: dict) -> None:

@@ -41,16 +41,14 @@ def colour_cells(picture: np.ndarray) -> np.ndarray:
 def templates() -> np.ndarray:
     """Every shape at plausible places and sizes, float32 [shape, variant, CELLS * CELLS]."""
     places = np.linspace(0.36, 0.64, 10)
-    found = []
-    for shape in SHAPES:
-        variants = [
-            outline(Scene(shape, "", "", "", 0, x, y, radius, 0), CELLS)
-            for radius in np.linspace(0.2, 0.38, 10)
-            for x in places
-            for y in places
-        ]
-        found.append([np.asarray(v, np.float32).ravel() / 255 for v in variants])
-    return np.array(found, np.float32)
+    masks = [
+        outline(Scene(shape, "", "", "", 0, x, y, radius, 0), CELLS)
+        for shape in SHAPES
+        for radius in np.linspace(0.2, 0.38, 10)
+        for x in places
+        for y in places
+    ]
+    return np.stack(masks).astype(np.float32).reshape(len(SHAPES), -1, CELLS * CELLS) / 255
 
 
 def overlaps(mask: np.ndarray) -> dict[str, float]:

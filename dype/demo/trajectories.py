@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from dype.config import number
-from dype.demo.evaluate import by_rows, go_on, weights_hash
+from dype.demo.evaluate import by_rows, go_on, left_there, weights_hash
 from dype.demo.experiments import SCALING, setting
 from dype.demo.scenes import sample_scene
 from dype.errors import Parser, UserError, run_command, user_errors
@@ -43,14 +43,13 @@ def normalised_entropy(query: torch.Tensor, key: torch.Tensor) -> float:
 
     [B, heads, S, d] each; 1 is uniform attention over the S keys, 0 attention to one of them.
     """
-    tokens = key.shape[-2]
     if query.shape[-2] > QUERIES:
         chosen = torch.randperm(query.shape[-2], generator=torch.Generator().manual_seed(0))
         query = query[..., chosen[:QUERIES].to(query.device), :]
     with torch.autocast(query.device.type, enabled=False):
         logits = query.float() @ key.float().transpose(-1, -2) / query.shape[-1] ** 0.5
         entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
-    return float(entropy.mean() / np.log(tokens))
+    return float(entropy.mean() / np.log(key.shape[-2]))
 
 
 class Watch(TorchFunctionMode):
@@ -121,22 +120,6 @@ def plan(counts: dict[int, int], seed: int) -> list[dict]:
     return found
 
 
-def load(path: Path, protocol: dict) -> list[dict]:
-    """The pictures that are there already; settles the protocol's dtype, where it is None.
-
-    Raises ValueError if their protocol was another.
-    """
-    known, pictures = None, []
-    try:
-        if path.exists():
-            found = json.loads(path.read_text("utf-8"))
-            known, pictures = dict(found["protocol"]), list(found["pictures"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not of this program; move it away") from error
-    go_on(path, known, protocol)
-    return pictures
-
-
 def parser() -> Parser:
     made = Parser(
         prog="python -m dype.demo.trajectories",
@@ -174,7 +157,9 @@ def run(args: argparse.Namespace) -> None:
     protocol = {"model": "demo", "steps": args.steps, "true_cfg": args.true_cfg, "shift": "cap"}
     protocol |= {"dtype": args.dtype, "prompts_seed": args.seed, "queries": QUERIES}
     protocol["weights"] = weights_hash(Path(DEMO.repo))
-    pictures = load(args.out, protocol)
+    earlier = left_there(args.out, lambda saved: (dict(saved["protocol"]), list(saved["pictures"])))
+    known, pictures = earlier or (None, [])
+    go_on(args.out, known, protocol)
     wanted = plan(dict(zip(args.sizes, args.counts, strict=True)), args.seed)
     rest = [one for one in wanted if not any(one.items() <= row.items() for row in pictures)]
     there = f"trajectories {len(wanted)}, there already {len(wanted) - len(rest)}"

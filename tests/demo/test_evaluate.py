@@ -10,13 +10,14 @@ import pytest
 import scipy.linalg
 from PIL import Image, ImageFilter
 
+from dype.config import DyPEConfig
 from dype.demo import evaluate, experiments, report, scores
-from dype.demo.experiments import Cell, setting, static_form
+from dype.demo.experiments import Cell, setting
 from dype.demo.layout_check import check
 from dype.demo.scenes import render, sample_scene
 from dype.demo.scores import log_spectrum, patch_features
 from dype.metrics import intervals
-from dype.rope import METHODS
+from dype.rope import METHODS, axis_frequencies
 
 
 def scenes(count, seed=7):
@@ -186,15 +187,18 @@ def test_settings():
     found = setting("yarn_paper:static:alpha=2.0")
     assert (found.name, found.config.alpha) == ("yarn_paper_static_alpha=2", 2)
     assert setting("cutoff:cutoff=1").name == "cutoff"
-    forms = {method: static_form(method) for method in METHODS if static_form(method) != method}
-    same = dict.fromkeys(("yarn_ntk_only", "yarn_both", "yarn_power", "vision_yarn"), "yarn")
-    assert (
-        forms
-        == {
-            "ntk_mult": "ntk",
-        }
-        | same
-    )
+
+
+def test_static_forms():
+    """Of every method the first whose static frequencies and m are the same."""
+
+    def table(name):
+        f, m = axis_frequencies(56, 10000.0, 16, 64, 1.0, DyPEConfig(name, dype=False))
+        return [*f.tolist(), m.item()]
+
+    for method in METHODS:
+        first = next(name for name in METHODS if table(name) == table(method))
+        assert experiments.STATIC.get(method, method) == first
 
 
 def test_the_table_holds_every_method():
@@ -204,7 +208,7 @@ def test_the_table_holds_every_method():
     assert [cell.setting.name for cell in at[256]] == ["base"]
     twice = {(cell.setting.config.method, cell.setting.config.dype) for cell in at[512]}
     assert {method for method, dynamic in twice if dynamic} == set(METHODS)
-    assert {(static_form(method), False) for method in METHODS if method != "base"} <= twice
+    assert {(method, False) for method in METHODS.keys() - experiments.STATIC - {"base"}} <= twice
     assert {cell.count for cell in at[512]} == {64}
     assert len(at[1024]) == 1 + 3 * 2
     names = {cell.setting.name: cell for cell in at[512]}
