@@ -10,6 +10,7 @@ saved under `--out` in the diffusers folder format.
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from multiprocessing import Pool
@@ -204,30 +205,29 @@ def train_transformer(vae, args) -> FluxPipeline:
     """The transformer and the text encoders, in two stages, the second with diluted text."""
     torch.manual_seed(args.seed)
     latents, scenes = cached_latents(vae, args)
-    data = normalise(vae, latents).to(args.device), scenes
+    latents = normalise(vae, latents).to(args.device)
     pipe = FluxPipeline(
         **demo_model.text_encoders(),
         scheduler=demo_model.scheduler(),
         vae=vae,
         transformer=zero_modulation(demo_model.transformer()),
     ).to(args.device)
-    learn(pipe, "transformer", data, args, args.steps, decay=8000, rate=1.2e-3)
-    steps = args.diluted_steps
-    learn(pipe, "diluted", data, args, steps, decay=steps, rate=6e-4, dilution=DILUTION)
+    names = ("transformer", "text_encoder", "text_encoder_2")
+    modules = ModuleDict({name: getattr(pipe, name) for name in names})
+    loss_at = flow_matching(pipe, latents, scenes, args)
+    run("transformer", modules, loss_at, 1.2e-3, args.steps, 8000, args)
+    diluted, steps = partial(loss_at, dilution=DILUTION), args.diluted_steps
+    run("diluted", modules, diluted, 6e-4, steps, steps, args)
     return pipe
 
 
-def learn(pipe, name: str, data, args, steps: int, *, decay: int, rate: float, dilution=1) -> None:
-    """Flow matching on cached latents: the target is noise - latent (Eq. 1).
+def flow_matching(pipe, latents: torch.Tensor, scenes: list[Scene], args) -> Callable:
+    """The loss at a step, on cached latents: the target is noise - latent (Eq. 1).
 
-    Rate, decay and steps are those of `run`. The text's attention logits are lowered by ln r, which
-    is what r times as many picture tokens do to it, with r log-uniform in 1 to `dilution`, drawn
-    per sample. Every stage makes the same draws.
+    The text's attention logits are lowered by ln r, which is what r times as many picture tokens do
+    to it, with r log-uniform in 1 to `dilution`, drawn per sample. All stages make the same draws.
     """
-    latents, scenes = data
     captions = ["", *(wording for scene in scenes for wording in wordings(scene))]
-    names = ("transformer", "text_encoder", "text_encoder_2")
-    modules = ModuleDict({name: getattr(pipe, name) for name in names})
     clip_ids, t5_ids = (
         tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(args.device)
         for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
@@ -236,7 +236,7 @@ def learn(pipe, name: str, data, args, steps: int, *, decay: int, rate: float, d
     img_ids = pipe._prepare_latent_image_ids(1, side, side, args.device, torch.float32)
     txt_ids = torch.zeros(demo_model.MAX_TOKENS, 3, device=args.device)
 
-    def loss_at(step):
+    def loss_at(step, dilution=1):
         rng = np.random.default_rng([args.seed, 2, step])
         chosen = rng.choice(len(latents), args.batch, replace=False)
         kept = rng.random(args.batch) >= CAPTION_DROPOUT
@@ -263,7 +263,7 @@ def learn(pipe, name: str, data, args, steps: int, *, decay: int, rate: float, d
             ).sample
         return F.mse_loss(out.float(), noise - x)
 
-    run(name, modules, loss_at, rate, steps, decay, args)
+    return loss_at
 
 
 def parser() -> Parser:
