@@ -11,9 +11,9 @@ from dype.rope import METHODS
 BASE = MODELS["demo"].base_resolution
 NAMED = {"cutoff", "cutoff_width", "spectrum_exponent", "attention_scale", "attention_path"}
 NAMED |= {"alpha", "beta", "dype_start_sigma", "base_resolution"}
-# methods whose static frequencies and m are those of one before them
-STATIC = {"ntk_mult": "ntk", "yarn_ntk_only": "yarn", "yarn_both": "yarn", "yarn_power": "yarn"}
-STATIC |= {"vision_yarn": "yarn"}
+# method -> the first one with the same static frequencies and m
+STATIC = {method: method for method in METHODS} | {"ntk_mult": "ntk"}
+STATIC |= dict.fromkeys(("yarn_ntk_only", "yarn_both", "yarn_power", "vision_yarn"), "yarn")
 CONTROLS = ("reversed", "model", "progressive")
 CONTROLLED = ["yarn_paper:reversed", "pi:1:1:reversed"]
 UNCAPPED = ["base:model", "yarn_paper:static:model", "yarn_paper:model"]
@@ -98,7 +98,7 @@ def setting(text: str) -> Setting:
 def plan(name: str) -> list[Cell]:
     """The cells of the quick, the default and the full table, and of that of docs/cutoff.md."""
     dynamic = [name for name in METHODS if name != "base"]
-    statics = dict.fromkeys(f"{STATIC.get(method, method)}:static" for method in dynamic)
+    statics = dict.fromkeys(f"{STATIC[method]}:static" for method in dynamic)
     everything = ["base", *statics, *dynamic, "pi:1:1"]
     finalists = ["base", *(f"{one.split(':')[0]}:static" for one in BEST), *BEST]
     lines = {
@@ -139,8 +139,7 @@ def compared(some: dict[str, Cell]) -> list[tuple[str, str]]:
     found = []
     for name, cell in some.items():
         config, control = cell.setting.config, cell.setting.control
-        static_method = STATIC.get(config.method, config.method)
-        static = "_".join([static_method, "static", *cell.setting.more])
+        static = "_".join([STATIC[config.method], "static", *cell.setting.more])
         static += "_model" * (control == "model")
         others = [name.removesuffix(f"_{control}"), static if config.dype else "base", "base"]
         found += [(name, other) for other in dict.fromkeys(others) if other in some.keys() - {name}]
