@@ -118,8 +118,8 @@ def plan(name: str) -> list[Cell]:
     found = []
     for size, some, count in lines:
         size = (size, size) if isinstance(size, int) else size
-        settings = {made.name: made for made in map(setting, some)}
-        found += [Cell(size, made, count) for made in settings.values()]
+        settings = {parsed.name: parsed for parsed in map(setting, some)}
+        found += [Cell(size, parsed, count) for parsed in settings.values()]
     return found
 
 

@@ -291,7 +291,8 @@ def settled_dtype(args: argparse.Namespace) -> str:
     for stage in ("diluted", "transformer", "vae"):
         path = args.work / f"{stage}.pt"
         if path.exists():
-            before = torch.load(path, map_location="cpu").get("dtype", "bfloat16")  # of old ones
+            state = torch.load(path, map_location="cpu")
+            before = state.get("dtype", "bfloat16")  # as older checkpoints had
             if args.dtype not in (None, before):
                 raise UserError(
                     f"--dtype is {args.dtype}, but {path} was trained in {before}, expected the "

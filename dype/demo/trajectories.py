@@ -32,8 +32,7 @@ from dype.sampling import records
 from dype.sampling.latents import power_spectrum
 
 DEMO = MODELS["demo"]
-OUT = Path("docs/data/trajectories.json")
-SETTINGS = {made.name: made.config for made in map(setting, SCALING)}
+SETTINGS = {parsed.name: parsed.config for parsed in map(setting, SCALING)}
 COUNTS = {256: 16, 512: 4, 1024: 2}  # px -> prompts
 QUERIES = 512  # per head, drawn at random where there are more
 
@@ -126,7 +125,7 @@ def parser() -> Parser:
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    made.add_argument("--out", type=Path, default=OUT)
+    made.add_argument("--out", type=Path, default=Path("docs/data/trajectories.json"))
     made.add_argument("--sizes", nargs="+", type=int, default=[*COUNTS], help="px")
     made.add_argument("--counts", nargs="+", type=int, default=[*COUNTS.values()], help="prompts")
     made.add_argument("--seed", type=int, default=0, help="of the prompts")

@@ -85,7 +85,7 @@ def test_check_fails_what_is_wrong():
     small = np.asarray(Image.fromarray(picture).resize((128, 128)))
     wrong = np.tile(small, (2, 2, 1)), np.roll(picture, 70, 0), picture[:64, :64]
     assert check(picture, scene.colour, scene.ground).layout
-    assert not any(check(one, scene.colour, scene.ground).layout for one in wrong)
+    assert not any(check(image, scene.colour, scene.ground).layout for image in wrong)
 
 
 def test_autoencoder(demo):
