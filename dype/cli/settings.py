@@ -4,7 +4,9 @@ import difflib
 import math
 import tomllib
 from dataclasses import fields, replace
+from functools import reduce
 from itertools import product
+from operator import or_
 from pathlib import Path
 
 from dype.cli import validation
@@ -139,10 +141,7 @@ def cell_axes(values: dict) -> list[list[dict]]:
 def each_cell(values: dict):
     """The settings with one entry from each list, for every combination."""
     for parts in product(*cell_axes(values)):
-        cell = dict(values)
-        for part in parts:
-            cell |= part
-        yield cell
+        yield reduce(or_, parts, values)
 
 
 def resolve_run(
