@@ -261,6 +261,20 @@ def test_draw_record_and_draw_again(folder, capsys):
     assert not [name for name in os.listdir("outputs") if "part" in name]
 
 
+def test_the_record_is_in_place_before_its_image(monkeypatch):
+    """So that a kill in between leaves no image without a record."""
+    targets, replace = [], Path.replace
+
+    def noted(part, target):
+        targets.append(target.suffix)
+        return replace(part, target)
+
+    monkeypatch.setattr(Path, "replace", noted)
+    records.save(Image.new("RGB", (8, 8)), {"prompt": "x"}, Path("a.png"))
+    assert targets == [".json", ".png"]
+    assert records.load("a.png") == json.loads(Path("a.json").read_text()) == {"prompt": "x"}
+
+
 ONCE = "resolve_model resolve_run sized distributed.check check_run load_pipeline apply_dype "
 ONCE += "set_tiling describe_schedule noise_schedule generate_with_record save"
 
