@@ -91,13 +91,15 @@ def check(run, dry: bool) -> None:
 def check_start(run, single_image: bool = False) -> None:
     """Raise UserError or UnavailableError if the processes that were started cannot do a run."""
     _, count = rank_and_world_size()
-    if single_image and 1 == run.processes < count:
+    if count == 1:
+        return
+    if single_image and run.processes == 1:
         raise UserError(
             f"one picture on {count} processes, expected --ulysses {count} or --ring {count}"
         )
     on_cpu = run.device == "cpu" or not torch.accelerator.is_available()
     cards, here = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    if count > 1 and cards < here and (run.processes > 1 or not on_cpu):
+    if cards < here and (run.processes > 1 or not on_cpu):
         raise UnavailableError(f"{here} processes need a GPU each, and there are {cards}")
 
 

@@ -168,6 +168,13 @@ def test_mistakes(flags, count, own_folder, capsys, monkeypatch):
     assert not capsys.readouterr().err  # said once
 
 
+def test_one_process_counts_no_cards(own_folder, monkeypatch):
+    """Where torch was built for CUDA and there is no driver, counting them is an error."""
+    monkeypatch.setattr(torch.accelerator, "device_count", None)
+    assert run(*ONE, "--output", "a.png") == 0
+    assert run(*SWEEP, "--seed", "0") == 0
+
+
 def test_no_gpu_for_each(own_folder, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
