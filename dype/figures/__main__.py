@@ -16,19 +16,19 @@ from dype.errors import Parser, UserError, run_command, user_errors
 try:
     import matplotlib
 
-    from dype.figures import formulas, ground_truth, image_rows, style, trajectories
+    from dype.figures import formulas, image_rows, saved_numbers, style
 except ModuleNotFoundError as error:
     sys.exit(f"there is no {error.name}; pip install {error.name}")
 
 FIGURES = {
-    "fig2a": trajectories.fig2a,
-    "fig2b": trajectories.fig2b,
-    "fig5": ground_truth.fig5,
+    "fig2a": saved_numbers.fig2a,
+    "fig2b": saved_numbers.fig2b,
+    "fig5": saved_numbers.fig5,
     "fig6": formulas.fig6,
     "fig7": formulas.fig7,
-    "fig18": trajectories.fig18,
-    "eq11": trajectories.eq11,
-    "frontier": ground_truth.frontier,
+    "fig18": saved_numbers.fig18,
+    "eq11": saved_numbers.eq11,
+    "frontier": saved_numbers.frontier,
     "ratios": formulas.ratios,
     **image_rows.FIGURES,
 }
@@ -46,13 +46,13 @@ def parser() -> Parser:
     flag("folder", metavar="FOLDER", nargs="?", type=Path, help="of a finished sweep")
     flag("--out", metavar="FILE", type=Path, help="(default: outputs/figures/NAME.png)")
     for name, default in {
-        "trajectories": trajectories.TRAJECTORIES,
-        "unguided": trajectories.UNGUIDED,
-        "ground_truth": ground_truth.GROUND_TRUTH,
+        "trajectories": saved_numbers.TRAJECTORIES,
+        "unguided": saved_numbers.UNGUIDED,
+        "ground_truth": saved_numbers.GROUND_TRUTH,
     }.items():
         flag(f"--{name}", metavar="FILE", type=Path, help=f"(default: {default})")
-    flag("--score", metavar="WORD", help=f"{', '.join(ground_truth.SCORES)} (default: joint)")
-    standard = " ".join(ground_truth.STANDARD)
+    flag("--score", metavar="WORD", help=f"{', '.join(saved_numbers.SCORES)} (default: joint)")
+    standard = " ".join(saved_numbers.STANDARD)
     flag("--settings", metavar="NAME", nargs="+", help=f"(default: {standard})")
     usual = f"(default: {image_rows.MIDDLE}; fig16 none)"
     shares = f"shares of width, height and the shorter side {usual}"

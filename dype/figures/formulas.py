@@ -101,8 +101,7 @@ def fig6() -> Figure:
         ("dynamic NTK, t = 0.2", "ntk", 0.2),
         ("dynamic NTK, t = 0.8", "ntk", 0.8),
     ]
-    made = style.figure(style.DOUBLE, 5.2)
-    rows = made.subplots(len(panels), sharex=True, sharey=True)
+    made, rows = style.subplots(style.DOUBLE, 5.2, len(panels), sharex=True, sharey=True)
     x, marks = np.arange(0, 8193, 8), np.arange(0, 8193, 256)
     for axes, letter, (title, method, t) in zip(rows, "abcde", panels, strict=True):
         ratios = ratios_of((4, 64.0, 4096), t or 0, DyPEConfig(method, dype=t is not None), 2)
@@ -136,8 +135,7 @@ def fig7() -> Figure:
         ("dynamic NTK", "ntk", True, style.BLUE, "--"),
         ("dynamic YaRN", "yarn", True, style.GREEN, "--"),
     ]
-    made = style.figure(style.DOUBLE, 2.9)
-    left, right = made.subplots(1, 2)
+    made, (left, right) = style.subplots(style.DOUBLE, 2.9, 1, 2)
     i = np.arange(FLUX[0] // 2)
     theta = rope.stock_frequencies(*FLUX[:2]).numpy()
     for label, method, dynamic, colour, line in curves:
@@ -159,7 +157,7 @@ def ratios() -> Figure:
     names = [*rope.METHODS, "yarn, unclamped"]
     across = 4
     down = -(-len(names) // across)
-    made = style.figure(style.DOUBLE, 2 * (1.02 * down + 0.55))
+    made = Figure(figsize=(style.DOUBLE, 2 * (1.02 * down + 0.55)), layout="constrained")
     edges = np.linspace(0, 1, 161)
     models = {"FLUX": FLUX, "Z-Image": Z_IMAGE}
     for part, (title, axis) in zip(made.subfigures(2, 1), models.items(), strict=True):

@@ -12,7 +12,6 @@ SINGLE, DOUBLE = 3.3, 6.9  # inches: the columns of a paper
 STYLE = {  # of matplotlib's rc_context
     "font.size": 8,
     "axes.titlesize": 8,
-    "axes.labelsize": 8,
     "figure.titlesize": 8,
     "figure.labelsize": 8,
     "xtick.labelsize": 7,
@@ -36,9 +35,10 @@ BAR = {"aspect": 30, "pad": 0.02}  # of colours
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 
 
-def figure(width: float, height: float) -> Figure:
-    """An empty figure, inches; not one of pyplot's, which would stay in memory."""
-    return Figure(figsize=(width, height), layout="constrained")
+def subplots(width: float, height: float, rows: int = 1, columns: int = 1, **more) -> tuple:
+    """A figure, inches, and its axes; not one of pyplot's, which would stay in memory."""
+    made = Figure(figsize=(width, height), layout="constrained")
+    return made, made.subplots(rows, columns, **more)
 
 
 def noise_axis(axes) -> None:

@@ -19,8 +19,8 @@ from dype import rope
 from dype.config import DyPEConfig
 from dype.demo import trajectories
 from dype.figures import __main__ as figures
-from dype.figures import formulas, ground_truth, image_rows, style
-from dype.figures import trajectories as sampled
+from dype.figures import formulas, image_rows, style
+from dype.figures import saved_numbers as sampled
 from dype.sampling import records
 from dype.sampling.latents import power_spectrum
 from dype.sweep import results
@@ -371,7 +371,7 @@ def scored(path: Path) -> Path:
 
 def test_scaling_curve(tmp_path):
     """fig5: means over the size with their intervals."""
-    axes = ground_truth.fig5(scored(tmp_path / "t.json"), "spectrum").axes[0]
+    axes = sampled.fig5(scored(tmp_path / "t.json"), "spectrum").axes[0]
     found = {label: (list(x), list(y)) for label, (x, y) in lines(axes).items()}
     assert found == {
         "truth, by the VAE": ([2], [0.0]),
@@ -391,14 +391,14 @@ def test_frontier(tmp_path):
     path = scored(tmp_path / "t.json")
     whole = json.loads(path.read_text())
     template = whole["rows"][-2]
-    chosen = ground_truth.CHOSEN
+    chosen = sampled.CHOSEN
     more = [("cutoff", 0.8, 512), (chosen, 0.9, 512), ("cutoff_cutoff=2", 0.4, 512)]
     for name, layout, size in [*more, ("cutoff", 0.7, "512x256")]:
         row = dict(template, setting=name, method="cutoff", size=size)
         row["overlap"] = {"mean": layout, "interval": [layout - 0.2, layout + 0.1]}
         whole["rows"].append(row)
     path.write_text(json.dumps(whole))
-    [axes] = ground_truth.frontier(path).axes
+    [axes] = sampled.frontier(path).axes
     drawn = [line.get_xydata().tolist() for line in axes.lines]
     lengths = [(line.get_linestyle(), line.get_xydata()) for line in axes.lines]
     joined = {style: points for style, points in lengths if len(points) > 1}
