@@ -12,7 +12,7 @@ from dype import DyPEConfig, apply_dype
 from dype.benchmark import __main__ as benchmark
 from dype.benchmark import embedder as benchmark_embedder
 from dype.benchmark import step as benchmark_step
-from dype.benchmark.embedder import FAMILIES, literal, positions
+from dype.benchmark.embedder import FAMILIES, literal
 from dype.pipelines.catalog import MODELS
 
 WHOLE = {  # of diffusers' classes at their default, real size
@@ -50,7 +50,7 @@ def test_literal_form_is_the_formula():
         table = ours(*args)
         if isinstance(table, tuple):
             table = table[0] if table[0].is_complex() else torch.complex(*table)[:, ::2]
-        assert (table - literal(ours, positions(ours, args))).abs().max() < 1e-6
+        assert (table - literal(ours, args)).abs().max() < 1e-6
 
 
 def test_twin_shares_weights_and_has_dype_alone():
