@@ -44,15 +44,13 @@ def parser() -> Parser:
     flag = made.add_argument
     flag("name", metavar="NAME", choices=FIGURES, help=", ".join(FIGURES))
     flag("folder", metavar="FOLDER", nargs="?", type=Path, help="of a finished sweep")
-    flag("--out", metavar="FILE", type=Path, help="(default: outputs/figures/NAME.png)")
-    for name, default in {
-        "trajectories": saved_numbers.TRAJECTORIES,
-        "unguided": saved_numbers.UNGUIDED,
-        "ground_truth": saved_numbers.GROUND_TRUTH,
-    }.items():
-        flag(f"--{name}", metavar="FILE", type=Path, help=f"(default: {default})")
+    file = {"metavar": "FILE", "type": Path}
+    flag("--out", **file, help="(default: outputs/figures/NAME.png)")
+    flag("--trajectories", **file, help=f"(default: {saved_numbers.TRAJECTORIES})")
+    flag("--unguided", **file, help=f"(default: {saved_numbers.UNGUIDED})")
+    flag("--ground_truth", **file, help=f"(default: {saved_numbers.GROUND_TRUTH})")
     flag("--score", metavar="WORD", help=f"{', '.join(saved_numbers.SCORES)} (default: joint)")
-    standard = " ".join(saved_numbers.STANDARD)
+    standard = " ".join(saved_numbers.FORMS)
     flag("--settings", metavar="NAME", nargs="+", help=f"(default: {standard})")
     usual = f"(default: {image_rows.MIDDLE}; fig16 none)"
     shares = f"shares of width, height and the shorter side {usual}"

@@ -36,8 +36,7 @@ def progress(now, picture, noise):
     that it leaves [0, 1], as Eq. 11 is least at t = A / (1 + A), A = S(0) / S(1), not at an end.
     """
     span = np.log(noise / picture)
-    flat = abs(span) < math.log(MASK)
-    return np.where(flat, np.nan, np.log(now / picture) / np.where(flat, 1, span))
+    return np.log(now / picture) / np.where(abs(span) < math.log(MASK), np.nan, span)
 
 
 def spectra_panel(axes, f, levels, rows, guide: tuple[float, float]) -> None:
@@ -162,8 +161,8 @@ def ratios() -> Figure:
     models = {"FLUX": FLUX, "Z-Image": Z_IMAGE}
     for part, (title, axis) in zip(made.subfigures(2, 1), models.items(), strict=True):
         dim, theta, trained = axis
-        title += f": D = {dim}, theta = {theta:g}, {trained} tokens to {STRETCH * trained}"
-        part.suptitle(title)
+        length = f"{trained} tokens to {STRETCH * trained}"
+        part.suptitle(f"{title}: D = {dim}, theta = {theta:g}, {length}")
         grid = part.subplots(down, across, sharex=True, sharey=True).ravel()
         for axes, name in zip(grid, names, strict=False):
             mesh = ratio_panel(axes, axis, name, edges)

@@ -66,9 +66,8 @@ def narrowed(rows: list[dict], where: list[str]) -> list[dict]:
 
 def chosen(rows: list[dict], methods: list[str], prompts: int) -> list[list[dict]]:
     """For each of the first prompts, one row per method. Raises ValueError."""
-    texts = list(dict.fromkeys(one["prompt"] for one in rows))[:prompts]
     grid = []
-    for text in texts:
+    for text in list(dict.fromkeys(one["prompt"] for one in rows))[:prompts]:
         line = []
         for method in methods:
             found = [one for one in rows if (one["method"], one["prompt"]) == (method, text)]
@@ -94,12 +93,12 @@ def picture_rows(name: str, folder: Path, crops=None, methods=None, where=()) ->
     if not rows:
         raise ValueError(f"{folder} has no finished sweep, expected pictures and results.csv")
     there = list(dict.fromkeys(one["method"] for one in rows))
-    missing = [method for method in methods if method not in there]
-    if missing:
-        raise ValueError(
-            f"{folder} has no picture of {missing[0]}, which {name} shows; it has "
-            f"{', '.join(there)}: draw the rest, or name others by --methods"
-        )
+    for method in methods:
+        if method not in there:
+            raise ValueError(
+                f"{folder} has no picture of {method}, which {name} shows; it has "
+                f"{', '.join(there)}: draw the rest, or name others by --methods"
+            )
     grid = chosen(narrowed(rows, where), methods, prompts)
     return drawn(grid, folder, usual_crops if crops is None else crops)
 
@@ -111,17 +110,19 @@ def drawn(grid: list[list[dict]], folder: Path, crops: list[str]) -> Figure:
     aspect = max(int(one["height"]) / int(one["width"]) for line in grid for one in line)
     block = LINE + GAP + width * aspect + (GAP + small if crops else 0) + 2 * GAP
     head = LINE + 2 * GAP
-    made = Figure(figsize=(style.DOUBLE, head + block * len(grid)))
+    height = head + block * len(grid)
+    made = Figure(figsize=(style.DOUBLE, height))
+    inches = {"transform": made.dpi_scale_trans, "va": "bottom"}  # from the lower left corner
     for row, line in enumerate(grid):
         top, first = head + row * block, line[0]
         words = f"{first['prompt']}, seed {first['seed']}, {first['width']}x{first['height']}"
         words = textwrap.shorten(words, 110, placeholder=" ...")
-        write(made, GAP, top + LINE, words, color="dimgrey")
+        made.text(GAP, height - top - LINE, words, **inches, color="dimgrey")
         for column, one in enumerate(line):
             left, at = GAP + column * (width + GAP), top + LINE + GAP
             image, label = opened(folder / one["file"])
             if row == 0:
-                write(made, left, head - GAP, label, weight="bold")
+                made.text(left, height - head + GAP, label, **inches, weight="bold")
             axes = place(made, image, left, at, width, width * aspect)
             for k, text in enumerate(crops):
                 x, y, side = crop_box(text, image.size)
@@ -130,12 +131,6 @@ def drawn(grid: list[list[dict]], folder: Path, crops: list[str]) -> Figure:
                 frame(place(made, part, *corner, small, small), 0, 0, side, k, 3)
                 frame(axes, x, y, side, k, 1.2)
     return made
-
-
-def write(made: Figure, left: float, bottom: float, text: str, **look) -> None:
-    """Words, with their lower left corner so far from the figure's upper left one, inches."""
-    width, height = made.get_size_inches()
-    made.text(left / width, 1 - bottom / height, text, va="bottom", **look)
 
 
 def place(made: Figure, image: Image.Image, left: float, top: float, width: float, height: float):

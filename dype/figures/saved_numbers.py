@@ -22,7 +22,7 @@ from dype.figures import formulas, style
 COMMAND = "python -m dype.demo.trajectories"
 TRAJECTORIES = Path("docs/data/trajectories.json")
 UNGUIDED = Path("docs/data/trajectories_cfg1.json")  # the same without guidance
-FORMS = {  # of fig18
+FORMS = {  # of fig18, and of fig5 by default
     "base": ("base", style.BLACK),
     "yarn_paper_static": ("static yarn_paper", style.ORANGE),
     "yarn_paper_1_2": ("dynamic yarn_paper", style.BLUE),
@@ -56,17 +56,17 @@ def mean_spectra(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 GENERIC = (0.01, 2.0)  # C and omega of the first panels: from 100 times the noise to 1/100
-PANELS = ("Eq. 11 of $0.01/f^2$", "Eq. 11 of the demo's latents", "the demo, sampled")
 
 
 def three_panels(label: str) -> tuple[Figure, np.ndarray]:
-    """PANELS side by side, without lines: the figure and its axes."""
+    """The panels of fig2a and fig2b, without lines: the figure and its axes."""
     made, grid = style.subplots(style.DOUBLE, 2.5, 1, 3)
     grid[2].sharey(grid[1])
     grid[2].tick_params(labelleft=False)
     grid[0].set_ylabel(label)
-    for axes, title in zip(grid, PANELS, strict=True):
-        axes.set_title(title)
+    grid[0].set_title("Eq. 11 of $0.01/f^2$")
+    grid[1].set_title("Eq. 11 of the demo's latents")
+    grid[2].set_title("the demo, sampled")
     return made, grid
 
 
@@ -162,7 +162,6 @@ SCORES = {  # -> what it is
     "patches": "distance of patches (0: truth)",
 }
 TRUTH = {"truth_vae": "truth, by the VAE"}  # as near as the model could come
-STANDARD = ("base", "yarn_paper_static", "yarn_paper_1_2")
 CUTOFF = Path("docs/data/cutoff.json")
 MARKED = [setting(one).name for one in RIVALS[:4]]  # with their intervals
 CHOSEN = MARKED[1]  # on other prompts
@@ -182,7 +181,7 @@ def reported(path: Path, command: str) -> list[dict]:
     return rows
 
 
-def fig5(ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=STANDARD) -> Figure:
+def fig5(ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=tuple(FORMS)) -> Figure:
     """A score over the size with its intervals: `base`, a static method and its dynamic form."""
     one_of("--score", score, SCORES)
     rows = reported(ground_truth, f"python -m dype.demo.evaluate --drawn --save {GROUND_TRUTH}")
