@@ -61,8 +61,17 @@ def parser() -> Parser:
     return made
 
 
-def draw(args: argparse.Namespace):
-    """The figure asked for. Raises UserError, ValueError for flags that it has no use for."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
+    return run_command("dype.figures", lambda: run(parser().parse_args(argv)))
+
+
+@user_errors()
+def run(args: argparse.Namespace) -> None:
+    """Draw and save. Raises UserError, also for flags that the figure has no use for; OSError."""
+    out = args.out or Path("outputs/figures") / f"{args.name}.png"
+    if out.suffix.lower() not in style.FORMATS:
+        raise UserError(f"--out is {out}, expected a name in {', '.join(style.FORMATS)}")
     function = FIGURES[args.name]
     known = inspect.signature(function).parameters
     given = {name: value for name, value in vars(args).items() if value is not None}
@@ -72,22 +81,9 @@ def draw(args: argparse.Namespace):
         raise UserError(f"{flag} is for {', '.join(users)}, expected none with {args.name}")
     if "folder" in known and "folder" not in given:
         raise UserError(f"{args.name} shows pictures, expected the FOLDER of a finished sweep")
-    return function(**{name: given[name] for name in given.keys() & known.keys()})
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
-    return run_command("dype.figures", lambda: run(parser().parse_args(argv)))
-
-
-@user_errors()
-def run(args: argparse.Namespace) -> None:
-    """Draw and save. Raises UserError, OSError."""
-    out = args.out or Path("outputs/figures") / f"{args.name}.png"
-    if out.suffix.lower() not in style.FORMATS:
-        raise UserError(f"--out is {out}, expected a name in {', '.join(style.FORMATS)}")
     with matplotlib.rc_context(style.STYLE):
-        style.save(draw(args), out, palette=args.name not in image_rows.FIGURES)
+        made = function(**{name: given[name] for name in given.keys() & known.keys()})
+        style.save(made, out, palette="folder" not in known)
     print(out)
 
 

@@ -59,7 +59,7 @@ def narrowed(rows: list[dict], where: list[str]) -> list[dict]:
         if value not in there:
             raise ValueError(f"--where is {text!r}, expected one of {', '.join(there) or 'none'}")
         rows = [one for one in rows if one[name] in ("", value)]
-    largest = max((int(one["height"]) * int(one["width"]) for one in rows), default=0)
+    largest = max(int(one["height"]) * int(one["width"]) for one in rows)
     rows = [one for one in rows if int(one["height"]) * int(one["width"]) == largest]
     return [one for one in rows if one["seed"] == rows[0]["seed"]]
 
