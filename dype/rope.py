@@ -160,20 +160,10 @@ def cutoff(axis: Axis, kappa, u, config):
     return axis.theta / axis.s ** w.clamp(0, 1), axis.tau
 
 
-METHODS = {
-    "base": base,
-    "pi": pi,
-    "ntk": ntk,
-    "ntk_mult": ntk_mult,
-    "tasr": tasr,
-    "yarn": yarn,
-    "yarn_ntk_only": yarn_ntk_only,
-    "yarn_both": yarn_both,
-    "yarn_power": yarn_power,
-    "yarn_paper": yarn_paper,
-    "vision_yarn": vision_yarn,
-    "cutoff": cutoff,
-}
+METHODS = {method.__name__: method for method in (
+    base, pi, ntk, ntk_mult, tasr, yarn, yarn_ntk_only, yarn_both, yarn_power, yarn_paper,
+    vision_yarn, cutoff,
+)}  # fmt: skip
 
 
 def two_ramps(axis: Axis, at, ntk: torch.Tensor | None = None) -> torch.Tensor:
