@@ -213,11 +213,7 @@ class FluxDyPE(DyPE, torch.nn.Module):
         text, rows, columns, others = self.rotate(some, after > 0).split(parts, dim=1)
         rows, columns = (rows * of_rows)[:, :, None], (columns * of_columns)[:, None]
         table = rows.new_empty(2, len(ids), rows.shape[-1])
-        picture = table[:, before:end].view(2, height, width, -1)
-        if torch.compiler.is_compiling():  # which does without `out`
-            picture.copy_(rows + columns)
-        else:
-            torch.add(rows, columns, out=picture)  # one pass, and exact: one of them is 0
+        add(rows, columns, table[:, before:end].view(2, height, width, -1))
         table[:, :before] = text
         if after:
             table[:, end:] = others
@@ -299,6 +295,14 @@ def grid_ids(kind: int, height: int, width: int, device=None) -> torch.Tensor:
     steps = [torch.arange(side, device=device) for side in (height, width)]
     axes = torch.meshgrid(*steps, indexing="ij")
     return torch.stack([torch.full_like(axes[0], kind), *axes], -1).flatten(0, 1).float()
+
+
+def add(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
+    """out = rows + columns by broadcast, in one pass; exact, as one of them is 0."""
+    if torch.compiler.is_compiling():  # which does without `out`
+        out.copy_(rows + columns)
+    else:
+        torch.add(rows, columns, out=out)
 
 
 def cos_sin(angle: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dype import rope
-from dype.embedders import DyPE, float64_device
+from dype.embedders import DyPE, add, float64_device
 
 
 class QwenDyPE(DyPE, torch.nn.Module):
@@ -62,9 +62,8 @@ class QwenDyPE(DyPE, torch.nn.Module):
 
     def frames(self, frames: int, device) -> torch.Tensor:
         """The first axis, which is stock, and 0 on the two others: complex64 [frames, 1, D / 2]."""
-        stock = rope.stock_frequencies(self.axes_dim[0], self.theta, float64_device(device))
-        table = turns(self.steps(0, frames, stock.device), stock, torch.ones_like(stock))
-        return F.pad(table.to(device), (0, self.axes_dim[1]))[:, None]
+        table = stock_table(self, 0, frames, device, exact=True)
+        return F.pad(table, (0, self.axes_dim[1]))[:, None]
 
 
 class ZImageDyPE(DyPE):
@@ -106,20 +105,22 @@ class ZImageDyPE(DyPE):
         sizes = list(dict.fromkeys(self.grids))
         active = any(map(self.active, sizes))
         longest = [max(side) for side in zip(*sizes, strict=True)]
-        limits = self.stock.axes_lens
-        needed = (self.places, *longest)
-        if not active and all(n <= limit for n, limit in zip(needed, limits, strict=True)):
+        needed = zip((self.places, *longest), self.stock.axes_lens, strict=True)
+        if not active and all(count <= limit for count, limit in needed):
             return self.stock(ids)
-        make = partial(self.places_table, active, ids.device)
+        make = partial(stock_table, self, 0, self.places, ids.device, exact=active)
         places = self.once("places", self.places, active, ids.device, make=make)
         lines = {size: self.lines(size, ids.device) for size in sizes}
         if self.regular:
             pictures, captions = map(sum, self.lengths)
             if pictures == len(ids) != captions:
                 return self.fill(ids, places, lines)
-        at = ids if len(sizes) == 1 else self.shifted(ids, sizes)
-        tables = [places, *map(torch.cat, zip(*lines.values(), strict=True))]
-        return torch.cat([table[at[:, axis]] for axis, table in enumerate(tables)], -1)
+        samples = [(ids, sizes[0])] if len(sizes) == 1 else self.samples(ids)
+        tables = []
+        for at, grid in samples:
+            rows, columns = lines[grid]
+            tables.append(torch.cat([places[at[:, 0]], rows[at[:, 1]], columns[at[:, 2]]], -1))
+        return torch.cat(tables) if len(tables) > 1 else tables[0]
 
     def fill(self, ids: torch.Tensor, places: torch.Tensor, lines: dict) -> torch.Tensor:
         """The pictures' tables, each by one broadcast sum over its rows and columns.
@@ -136,52 +137,30 @@ class ZImageDyPE(DyPE):
             both[0, : grid[0], first : first + second] = rows
             both[1, : grid[1], first + second :] = columns
             both[1, :, :first] = places[ids[begin : begin + 1, 0]]
-            rows, columns = both[0, : grid[0], None], both[1, None, : grid[1]]
-            add(rows, columns, table[begin:end].view(*grid, -1))
+            # real numbers, which are added in one pass
+            both, drawn = (torch.view_as_real(x).flatten(-2) for x in (both, table[begin:end]))
+            add(both[0, : grid[0], None], both[1, None, : grid[1]], drawn.view(*grid, -1))
             begin += length
         return table
-
-    def places_table(self, active: bool, device) -> torch.Tensor:
-        """The first axis, which is stock, complex64 [places, n]; with stock's bits if all is."""
-        stock = rope.stock_frequencies(self.axes_dim[0], self.theta, float64_device(device))
-        m = torch.ones_like(stock) if active else None
-        return turns(self.steps(0, self.places, stock.device), stock, m).to(device)
 
     def lines(self, grid: tuple[int, int], device) -> list[torch.Tensor]:
         """Rows' and columns' tables of one picture, complex64 [side, n] each."""
         if self.active(grid):
             inv_freq, m = self.frequencies(grid, device)
-            if grid[0] == grid[1]:  # so are their frequencies
-                return 2 * [turns(self.steps(0, grid[0], m.device), inv_freq[0], m[:1]).to(device)]
             both = turns(self.steps(0, max(grid), m.device), inv_freq, m[:, None]).to(device)
             return [both[:side, axis] for axis, side in enumerate(grid)]
-        stock = rope.stock_frequencies(self.axes_dim[1], self.theta, float64_device(device))
-        return [turns(self.steps(0, side, stock.device), stock).to(device) for side in grid]
+        table = stock_table(self, 1, max(grid), device, exact=False)
+        return [table[:side] for side in grid]
 
-    def shifted(self, ids: torch.Tensor, sizes: list) -> torch.Tensor:
-        """The ids with rows and columns moved to where their picture's tables begin."""
+    def samples(self, ids: torch.Tensor) -> list[tuple[torch.Tensor, tuple[int, int]]]:
+        """The ids of each picture, or of each caption, and the picture's grid."""
         if self.lengths is None:
             raise ValueError("pictures of several sizes, expected set_grid(sizes, captions=...)")
         pictures, captions = self.lengths
         counts = pictures if len(ids) == sum(pictures) else captions
         if sum(pictures) == sum(captions) and not ids[:, 1:].any():
             counts = captions
-        begins, heights, widths = {}, 0, 0
-        for height, width in sizes:
-            begins[height, width] = (0, heights, widths)
-            heights, widths = heights + height, widths + width
-        begin = torch.tensor([begins[grid] for grid in self.grids], device=ids.device)
-        counts = torch.tensor(counts, device=ids.device)
-        return ids + begin.repeat_interleave(counts, 0, output_size=len(ids))
-
-
-def add(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
-    """out = rows + columns, complex64, in one pass of real numbers; exact, as one of them is 0."""
-    parts = [torch.view_as_real(part).flatten(-2) for part in (rows, columns, out)]
-    if torch.compiler.is_compiling():  # which does without `out`
-        parts[2].copy_(parts[0] + parts[1])
-    else:
-        torch.add(parts[0], parts[1], out=parts[2])
+        return list(zip(ids.split(counts), self.grids, strict=True))
 
 
 def padded(count: int) -> int:
@@ -193,6 +172,13 @@ def pictures(shapes) -> list[tuple[int, int, int]]:
     """(frames, height, width) of every picture of the first sample, from Qwen's `img_shapes`."""
     first = shapes[0] if isinstance(shapes, list) else shapes
     return first if isinstance(first, list) else [first]
+
+
+def stock_table(embedder: DyPE, axis: int, count: int, device, exact: bool) -> torch.Tensor:
+    """A stock axis, complex64 [count, n]: exact, or with stock's own bits."""
+    f = rope.stock_frequencies(embedder.axes_dim[axis], embedder.theta, float64_device(device))
+    m = torch.ones_like(f) if exact else None
+    return turns(embedder.steps(0, count, f.device), f, m).to(device)
 
 
 def turns(at: torch.Tensor, inv_freq: torch.Tensor, m: torch.Tensor | None = None) -> torch.Tensor:
