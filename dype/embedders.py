@@ -170,11 +170,11 @@ class FluxDyPE(DyPE, torch.nn.Module):
         return call | {family.ids: exact}
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        layout = self.layout or find_layout(ids, self.grid)
-        if layout is None or len(ids) != layout[0] + self.grid[0] * self.grid[1] + layout[1]:
+        size = self.grid[0] * self.grid[1]
+        if self.layout is None or len(ids) != size + sum(self.layout):
             table = self.rotate(ids)  # a shard under context parallelism, or odd ids
         else:
-            table = self.fill(ids, *layout)
+            table = self.fill(ids, *self.layout)
         return table[0], table[1]
 
     def rotate(self, ids: torch.Tensor, references: bool = True) -> torch.Tensor:
@@ -247,18 +247,6 @@ def noise_level(device=None) -> torch.Tensor:
     """A 0-dim float64 tensor that may be written to in and out of inference mode."""
     with torch.inference_mode(False):
         return torch.ones((), dtype=torch.float64, device=device)
-
-
-def find_layout(ids: torch.Tensor, grid: tuple[int, int]) -> tuple[int, int] | None:
-    """Tokens before and after the grid, if `ids` hold it row by row and looking costs no sync."""
-    if torch.compiler.is_compiling() or ids.device.type != "cpu":
-        return None
-    size = grid[0] * grid[1]
-    before = int((ids[:, 0] == 0).sum()) - size
-    wanted = F.pad(grid_ids(0, *grid), (0, ids.shape[1] - 3))
-    if before < 0 or not torch.equal(ids[before : before + size].float(), wanted):
-        return None
-    return before, len(ids) - before - size
 
 
 def read_ids(ids: torch.Tensor, texts: int = 0) -> tuple[torch.Tensor, tuple, int | None]:

@@ -23,9 +23,11 @@ from dype.rope import METHODS
 STOCK = FluxPosEmbed(10000, [16, 56, 56])
 
 
-def embedder(config=None, trained=64, grid=(1, 1), sigma=1.0) -> FluxDyPE:
+def embedder(config=None, trained=64, grid=(1, 1), sigma=1.0, text=3, after=0) -> FluxDyPE:
+    """As the hook leaves it, for ids of so many tokens before and after the grid."""
     made = FluxDyPE(STOCK, config or DyPEConfig(), trained)
     made.set_grid(*grid)
+    made.set_layout(text, after)
     made.set_timestep(sigma)
     return made
 
@@ -49,9 +51,10 @@ def test_against_plain_python(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_fast_path_equals_slow_path(method):
     """Broadcasting rows and columns gives the bits of token by token, references included."""
-    made = embedder(DyPEConfig(method), 16, (24, 32), 0.7)
+    made = embedder(DyPEConfig(method), 16, (24, 32), 0.7, 5, 170)
     ids = ids_of((24, 32), 5, (10, 17))
     fast = torch.stack(made(ids))
+    made.set_grid(24, 32)  # which knows nothing of the ids to come
     shuffled = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
     slow = torch.stack(made(ids[shuffled]))
     assert torch.equal(fast[:, shuffled], slow)
@@ -61,14 +64,14 @@ def test_unstretched_is_stock():
     for size in ((16, 16), (10, 16)):
         ids = ids_of(size, 5, (20, 15))
         for method in METHODS:
-            ours = embedder(DyPEConfig(method), 16, size, 0.5)(ids)
+            ours = embedder(DyPEConfig(method), 16, size, 0.5, 5, 300)(ids)
             assert all(torch.equal(a, b) for a, b in zip(ours, STOCK(ids), strict=True))
 
 
 def test_references_keep_the_stock_encoding():
     """Kontext's picture (kind 1): stock cos and sin, m = 1; text at the origin carries m."""
     ids = ids_of((128, 128), 5, (64, 100))
-    cos, sin = embedder(grid=(128, 128))(ids)
+    cos, sin = embedder(grid=(128, 128), text=5, after=6400)(ids)
     stock_cos, stock_sin = STOCK(ids)
     assert torch.equal(cos[-6400:], stock_cos[-6400:])
     assert torch.equal(sin[-6400:], stock_sin[-6400:])
@@ -82,6 +85,7 @@ def test_grids_of_equal_token_count():
     made = embedder(grid=(128, 256))
     made(ids_of((128, 256)))
     made.set_grid(256, 128)
+    made.set_layout(3, 0)
     again = torch.stack(made(ids_of((256, 128))))
     assert torch.equal(again, torch.stack(embedder(grid=(256, 128))(ids_of((256, 128)))))
 
@@ -120,6 +124,7 @@ def test_ids_that_are_no_grid_stay():
     assert torch.equal(exact, odd)
     assert (grid, after) == ((8, 8), None)
     made = embedder(DyPEConfig("base"), 4, (8, 8))
+    made.set_grid(8, 8)
     cos, sin = made(odd)
     stock_cos, stock_sin = STOCK(odd)
     assert torch.equal(cos, stock_cos)
@@ -130,7 +135,6 @@ def test_one_graph_for_all_noise_levels():
     """torch.compile(fullgraph=True) compiles once; shape and device stay, sigma is data."""
     counter = CompileCounter()
     made = embedder(grid=(8, 12), trained=4)
-    made.set_layout(3, 0)
     compiled = torch.compile(made, fullgraph=True, backend=counter)
     ids = ids_of((8, 12))
     for sigma in (1.0, 0.7, torch.tensor(0.3), torch.tensor(0.1, dtype=torch.bfloat16), 0.0):
