@@ -28,7 +28,7 @@ class DyPE:
 
     def __init__(self, stock, config: DyPEConfig, trained_tokens: float):
         super().__init__()
-        self.kept = (stock,)  # a tuple, so that it is not a submodule
+        vars(self)["stock"] = stock  # past nn.Module, of which it would become a submodule
         self.config = config
         self.theta = float(stock.theta)
         self.axes_dim = tuple(getattr(stock, "axes_dim", None) or stock.axes_dims)
@@ -36,10 +36,6 @@ class DyPE:
         self.sigma = noise_level()
         self.memory = {}
         self.set_grid(1, 1)
-
-    @property
-    def stock(self):
-        return self.kept[0]
 
     def set_timestep(self, sigma: float | torch.Tensor) -> None:
         """Set the noise level: in [0, 1], 1 is pure noise; a float or a 0-dim tensor."""
@@ -131,9 +127,7 @@ class FluxDyPE(DyPE, torch.nn.Module):
     are reference pictures and get the stock encoding, as every further axis does.
     """
 
-    def __init__(self, stock: torch.nn.Module, config: DyPEConfig, trained_tokens: float):
-        super().__init__(stock, config, trained_tokens)
-        self.seen = (None, 0)  # the ids that were read last, their version, what was read
+    seen = (None, 0)  # the ids that were read last, their version, what was read
 
     def set_grid(self, height_tokens: int, width_tokens: int) -> None:
         super().set_grid(height_tokens, width_tokens)
@@ -178,7 +172,7 @@ class FluxDyPE(DyPE, torch.nn.Module):
         return table[0], table[1]
 
     def rotate(self, ids: torch.Tensor, references: bool = True) -> torch.Tensor:
-        """cos and sin of any ids, token by token: float32 [2, S, D].
+        """Scaled cos and sin of any ids, each twice, token by token: float32 [2, S, D].
 
         references: whether there may be tokens of a kind other than 0.
         """
@@ -192,7 +186,9 @@ class FluxDyPE(DyPE, torch.nn.Module):
         if references:
             drawn = at[:, :1] == 0
             f, scale = torch.where(drawn, f, stock), torch.where(drawn, scale, one)
-        return cos_sin(at[:, axis_of] * f, scale).to(ids.device)
+        angle = at[:, axis_of] * f
+        table = torch.stack([angle.cos(), angle.sin()]) * scale
+        return table.float().repeat_interleave(2, dim=-1).to(ids.device)
 
     def stock_pairs(self, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of every pair of all axes, [D / 2]: the stock frequency, the scale 1, and its axis."""
@@ -204,9 +200,8 @@ class FluxDyPE(DyPE, torch.nn.Module):
     def fill(self, ids: torch.Tensor, before: int, after: int) -> torch.Tensor:
         """The same for a known layout, with trigonometry for single rows and columns alone."""
         (height, width), device = self.grid, ids.device
-        lines, of_rows, of_columns = self.once(
-            "lines", self.grid, device, make=lambda: self.lines(device)
-        )
+        make = partial(self.lines, device)
+        lines, of_rows, of_columns = self.once("lines", self.grid, device, make=make)
         end = before + height * width
         some = torch.cat([ids[:before], lines, ids[end:]])
         parts = before, height, width, after
@@ -291,12 +286,6 @@ def add(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(rows + columns)
     else:
         torch.add(rows, columns, out=out)
-
-
-def cos_sin(angle: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float64 angles [..., n] -> float32 [2, ..., 2n]: scaled cos and sin, each twice."""
-    both = torch.stack([angle.cos(), angle.sin()]) * scale
-    return both.float().repeat_interleave(2, dim=-1)
 
 
 def float64_device(device: torch.device) -> torch.device:
