@@ -28,6 +28,13 @@ ANGLES = (0, np.pi / 4, np.pi / 2, 3 * np.pi / 4)
 # of weights on the hub that come without their processor
 PROCESSORS = {"yuvalkirstain/PickScore_v1": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
 
+CLIP_SCORES = {  # of CLIP's output
+    # max(100 cos, 0) of the two embeddings (arXiv 2104.08718, 100 for their 2.5)
+    "clip_score": lambda out: (100 * (out.image_embeds * out.text_embeds).sum()).clamp(min=0),
+    # the logit, exp(scale) cos, of the fine-tuned CLIP-H (arXiv 2305.01569)
+    "pick_score": lambda out: out.logits_per_image,
+}
+
 
 def read_generated_image(path: Path, size: tuple[int, int]) -> Image.Image:
     """Read an image of a sweep, in RGB, of (height, width). Raises OSError."""
@@ -137,7 +144,7 @@ def load_clip(name: str, model_class, weights: str, device: str) -> tuple:
 
 
 @contextmanager
-def load_clip_metric(name: str, score_fn: Callable, weights: str, device: str):
+def load_clip_metric(name: str, weights: str, device: str):
     """Load a metric from CLIP's output for an image and the first tokens of its prompt."""
     from transformers import AutoTokenizer, CLIPModel
 
@@ -154,22 +161,12 @@ def load_clip_metric(name: str, score_fn: Callable, weights: str, device: str):
             long_prompts.add(prompt)
         text = tokenizer(prompt, truncation=True, max_length=limit, return_tensors="pt")
         pixels = processor(image, return_tensors="pt")
-        return float(score_fn(model(**text.to(device), **pixels.to(device))))
+        return float(CLIP_SCORES[name](model(**text.to(device), **pixels.to(device))))
 
     yield measure
     if long_prompts:
         count = len(long_prompts)
         print(f"{name}: CLIP reads {limit} tokens; longer, and read in part: {count} prompts")
-
-
-def clip_score(out) -> torch.Tensor:
-    """Return max(100 cos, 0) of CLIP's two embeddings (arXiv 2104.08718, 100 for their 2.5)."""
-    return (100 * (out.image_embeds * out.text_embeds).sum()).clamp(min=0)
-
-
-def pick_score(out) -> torch.Tensor:
-    """Return CLIP's logit, exp(scale) cos, of the fine-tuned CLIP-H (arXiv 2305.01569)."""
-    return out.logits_per_image
 
 
 @contextmanager
@@ -225,8 +222,7 @@ class ImageMetric(NamedTuple):
 
 IMAGE_METRICS = {
     "clip_score": ImageMetric(
-        partial(load_clip_metric, "clip_score", clip_score),
-        "CLIPScore, ViT-L/14, x 100, higher is better",
+        partial(load_clip_metric, "clip_score"), "CLIPScore, ViT-L/14, x 100, higher is better",
         "openai/clip-vit-large-patch14", prompted=True,
     ),
     "image_reward": ImageMetric(
@@ -238,7 +234,7 @@ IMAGE_METRICS = {
         "shunk031/aesthetics-predictor-v1-vit-large-patch14",
     ),
     "pick_score": ImageMetric(
-        partial(load_clip_metric, "pick_score", pick_score), "PickScore v1, higher is better",
+        partial(load_clip_metric, "pick_score"), "PickScore v1, higher is better",
         "yuvalkirstain/PickScore_v1", prompted=True,
     ),
     "glcm": ImageMetric(
