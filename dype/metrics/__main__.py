@@ -8,13 +8,12 @@ protocol is not computed again. docs/metrics.md says how each metric is computed
 import argparse
 import hashlib
 import sys
-from functools import partial
 from pathlib import Path
 
 from dype.errors import Parser, UserError, fail, run_command, user_errors
-from dype.metrics import inception_features, report, scores
+from dype.metrics import inception_features, scores
 from dype.metrics.image_metrics import IMAGE_METRICS
-from dype.metrics.report import METRICS
+from dype.metrics.scores import METRICS
 from dype.metrics.set_metrics import SET_METRICS
 from dype.pipelines.devices import check_device, default_device
 from dype.sweep import results
@@ -108,8 +107,7 @@ def read_kept(args, rows: list[dict], protocols: dict[str, str]) -> tuple[dict, 
     Rows of metrics.csv by (file, metric), and set metrics by (metric, setting).
     Raises UserError for spoiled files, and for values of another protocol without --overwrite.
     """
-    with user_errors():
-        values = {(row["file"], row["metric"]): row for row in results.read_metrics(args.folder)}
+    values = {(row["file"], row["metric"]): row for row in results.read_metrics(args.folder)}
     asked = {(row["file"], name): protocols[name] for row in rows for name in protocols}
     if args.overwrite:
         values = {key: row for key, row in values.items() if key not in asked}
@@ -119,7 +117,7 @@ def read_kept(args, rows: list[dict], protocols: dict[str, str]) -> tuple[dict, 
                 f"{row['metric']} in {results.METRICS} is by {row['protocol']!r}, asked for "
                 f"{asked[key]!r}, expected the same or --overwrite"
             )
-    sets, settings = report.read_set_entries(args.folder), results.by_setting(rows)
+    sets, settings = scores.read_set_entries(args.folder), results.by_setting(rows)
     for name, setting in list(sets):
         if setting not in settings or (args.overwrite and name in args.metrics):
             del sets[name, setting]
@@ -137,43 +135,37 @@ def compute(args, rows: list[dict]) -> int:
     values, sets = read_kept(args, rows, protocols)
     args.device = args.device or default_device()
     check_device(args.device, "none")
-    loaders = {
-        name: partial(IMAGE_METRICS[name].load, args.weights.get(name), args.device)
-        for name in protocols
-        if not all((row["file"], name) in values for row in rows)
-    }
+    names = [name for name in protocols if any((row["file"], name) not in values for row in rows)]
     set_names = [name for name in args.metrics if name in SET_METRICS]
-    if args.overwrite or len(loaders) + len(set_names) > 1:
-        for load in loaders.values():
-            with load():  # what the last one lacks is said before anything is computed or deleted
+    if args.overwrite or len(names) + len(set_names) > 1:
+        for name in names:  # what the last one lacks is said before anything is computed or deleted
+            with IMAGE_METRICS[name].load(args.weights.get(name), args.device):
                 pass
         if args.overwrite and set_names:
             inception_features.load_inception(args.weights["inception"], args.device)
-    save = partial(report.write_report, args.folder, rows, values, sets)
     if args.overwrite:  # a stopped run must leave no values of the way before
         scores.write_metrics(args.folder, values)
-        save({})
-    skipped = scores.score_sets(args, rows, set_names, sets, save)
-    skipped |= scores.score_images(args.folder, rows, values, protocols, loaders)
-    print(save(skipped), end="")
+        scores.write_report(args.folder, rows, values, sets, {})
+    skipped = scores.score_sets(args, rows, set_names, values, sets)
+    skipped |= scores.score_images(args, rows, names, values, protocols)
+    print(scores.write_report(args.folder, rows, values, sets, skipped), end="")
     if not skipped:
         return 0
-    where = f"{args.folder / report.TABLE} says which and why"
+    where = f"{args.folder / scores.TABLE} says which and why"
     return fail("dype.metrics", f"skipped {len(skipped)}, the rest is scored: {where}")
 
 
 def command(args) -> int:
     """Check what is asked for, and compute it. Raises UserError, UnavailableError, OSError."""
-    folder = args.folder
     args.metrics = select_metrics(args)
     args.weights = parse_weights(args.weights)
     with user_errors():
-        rows = [row for row in results.read_rows(folder) if not row["error"]]
+        rows = [row for row in results.read_rows(args.folder) if not row["error"]]
         for row in rows:
             row["size"] = int(row["height"]), int(row["width"])
         if not rows:
             raise ValueError(
-                f"{folder} has no {results.RESULTS} with images, expected the folder of a "
+                f"{args.folder} has no {results.RESULTS} with images, expected the folder of a "
                 "finished sweep"
             )
         args.reals = inception_features.list_real_images(args.real) if args.real else []
@@ -184,8 +176,8 @@ def command(args) -> int:
     side = min(min(row["size"]) for row in rows)
     if args.patch is not None and patched & {*args.metrics} and not 1 <= args.patch <= side:
         raise UserError(f"--patch is {args.patch}, expected 1 to {side}, the shortest side")
-    with results.locked(folder):
-        for part in folder.glob(".metrics.*.part"):  # of a killed run
+    with results.locked(args.folder):
+        for part in args.folder.glob(".metrics.*.part"):  # of a killed run
             part.unlink()
         return compute(args, rows)
 

@@ -50,18 +50,18 @@ def random_patches(image: Image.Image, patch: int, patches: int, name: str) -> n
 
 
 def stack_features(
-    args, paths: list[Path], size: tuple[int, int], patch: int | None, real_filter: str | None,
-    skipped: dict[str, str],
+    args, skipped: dict[str, str], paths: list[Path], real_filter: str | None,
+    size: tuple[int, int], patch: int | None,
 ) -> dict:  # fmt: skip
     """Return "features" and "logits" of the readable images, [n, patches, ...]; [0] of none; and
     how many real ones were "upscaled".
 
-    args: of the command line. size: (height, width) of the images; real ones are brought to it by
-    `real_filter`, their middle cut to that shape. patch: px; None for whole images. skipped: gets
-    the reason for each image that cannot be read, by file name.
+    args: of the command line. skipped: gets the reason for each image that cannot be read, by file
+    name. size: (height, width) of the images; real ones are brought to it by `real_filter`, their
+    middle cut to that shape. patch: px; None for whole images.
     """
     extract = load_inception(args.weights["inception"], args.device)
-    features, logits, upscaled = [], [], 0
+    extracted, upscaled = [], 0
     for path in tqdm(paths, "real" if real_filter else "generated", disable=None, leave=False):
         try:
             if real_filter:
@@ -76,9 +76,8 @@ def stack_features(
         images = np.asarray(image).transpose(2, 0, 1)[None].copy()
         if patch:
             images = random_patches(image, patch, args.patches, path.name)
-        image_features, image_logits = extract(images)
-        features.append(image_features)
-        logits.append(image_logits)
+        extracted.append(extract(images))
+    features, logits = zip(*extracted, strict=True) if extracted else ([], [])
     stacks = {"features": np.array(features, float), "logits": np.array(logits, float)}
     return stacks | {"upscaled": upscaled}
 
@@ -101,14 +100,13 @@ def load_inception(weights: str, device: str) -> Callable:
         raise UnavailableError(PACKAGES) from error
     except LOADING as error:
         reason = first_sentence(error)
-        if "torchvision" in str(error):
-            raise UnavailableError(
-                f"torchvision is not built for this torch ({reason}): {PACKAGES}"
-            ) from error
-        raise UnavailableError(
+        sentence = (
             f"the weights of Inception cannot be loaded ({reason}); fetch {WEIGHTS}-6726825d.pth "
             "from the releases of toshas/torch-fidelity and give --weights inception=FILE"
-        ) from error
+        )
+        if "torchvision" in str(error):
+            sentence = f"torchvision is not built for this torch ({reason}): {PACKAGES}"
+        raise UnavailableError(sentence) from error
     network = network.to(device)
 
     @torch.inference_mode()

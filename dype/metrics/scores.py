@@ -1,36 +1,53 @@
-"""Score the images of a sweep one by one, and its settings as sets of images."""
+"""Score the images of a sweep, one by one and as sets, and write the metrics per setting."""
 
+import json
 import math
-from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from dype.metrics.image_metrics import read_generated_image
+from dype.errors import UserError
+from dype.metrics.image_metrics import IMAGE_METRICS, read_generated_image
 from dype.metrics.inception_features import INCEPTION_SIZE, stack_features
 from dype.metrics.set_metrics import SET_METRICS
+from dype.sampling import records
 from dype.sweep import results
+
+REPORT, TABLE = "metrics.json", "metrics.txt"
+METRICS = IMAGE_METRICS | SET_METRICS
+ENTRY = ("setting", "protocol", "value", "interval", "reason")  # of a set metric
+ENTRY += ("generated", "real", "size", "upscaled")
+HEADER = f"{'n':>5} {'value':>10}  {'95 % interval':22}  height x width, setting"
+NOTE = (
+    "Intervals are of 95 %, by bootstrap over the generated images: percentiles; for FID and "
+    "Inception score 1.96 standard deviations. Of demo_layout, a share, they are Wilson's."
+)
+BIAS = (
+    "A FID of a couple of hundred images is biased upward: it compares only within one pipeline "
+    "and at one count of generated and real images. KID has no such bias."
+)
 
 
 def score_images(
-    folder: Path, rows: list[dict], values: dict, protocols: dict, loaders: dict[str, Callable]
+    args, rows: list[dict], names: list[str], values: dict, protocols: dict[str, str]
 ) -> dict[str, str]:
     """Compute the values that are not there, and write metrics.csv after each image.
 
-    rows: of results.csv, of images, with their "size". values: rows of metrics.csv by (file,
-    metric), those that are there; gets the new ones. protocols, loaders: by metric; a loader
-    takes nothing and returns a context of `image_metrics`.
+    rows: of results.csv, of images, with their "size". names: of image metrics. values: rows of
+    metrics.csv by (file, metric), those that are there; gets the new ones. protocols: by metric.
     Returns why images were skipped, by file.
     """
     skipped: dict[str, str] = {}
-    for name, load in loaders.items():
-        with load() as measure:
+    for name in names:
+        with IMAGE_METRICS[name].load(args.weights.get(name), args.device) as measure:
             for row in tqdm(rows, name, disable=None):
                 file = row["file"]
                 if file in skipped or (file, name) in values:
                     continue
                 try:
-                    image = read_generated_image(folder / file, row["size"])
+                    image = read_generated_image(args.folder / file, row["size"])
                     value = measure(image, row["prompt"])
                     if not math.isfinite(value):
                         raise ValueError(f"{name} is {value}")
@@ -41,7 +58,7 @@ def score_images(
                 else:
                     entry = {"file": file, "metric": name, "value": f"{value:.7g}"}
                     values[file, name] = entry | {"protocol": protocols[name]}
-                    write_metrics(folder, values)
+                    write_metrics(args.folder, values)
     return skipped
 
 
@@ -60,35 +77,32 @@ def set_protocol(args, name: str, patch: int | None, generated: int, real: int) 
 
 
 def score_sets(
-    args, rows: list[dict], names: list[str], sets: dict, save: Callable[[dict], str]
+    args, rows: list[dict], names: list[str], values: dict, sets: dict
 ) -> dict[str, str]:
     """Compute the set metrics of every setting that are not there.
 
-    rows: as in `score_images`. names: of set metrics. sets: entries of an earlier run by (metric,
-    setting); gets the new ones, at its end, in place of those of another protocol. save: called
-    with the skipped images after each new entry.
+    rows, values: as in `score_images`. names: of set metrics. sets: entries of an earlier run by
+    (metric, setting); gets the new ones, at its end, in place of those of another protocol. The
+    report is written after each new entry.
     Returns why images were skipped, by file.
     """
-    skipped, real = {}, {}
+    skipped: dict[str, str] = {}
+    stack = partial(stack_features, args, skipped)
+    real = cache(partial(stack, args.reals, args.filter))
     for setting, group in results.by_setting(rows).items():
         paths, size = [args.folder / row["file"] for row in group], group[0]["size"]
-        generated = {}
+        generated = cache(partial(stack, paths, None))
         for name in names:
-            patch = None
-            if SET_METRICS[name].patched:
-                patch = args.patch or min(INCEPTION_SIZE, *size)
+            metric = SET_METRICS[name]
+            patch = (args.patch or min(INCEPTION_SIZE, *size)) if metric.patched else None
             protocol = set_protocol(args, name, patch, len(paths), len(args.reals))
             if sets.get((name, setting), {}).get("protocol") == protocol:
                 continue
-            view = size, patch
-            if view not in generated:
-                generated[view] = stack_features(args, paths, *view, None, skipped)
-            if SET_METRICS[name].real and view not in real:
-                real[view] = stack_features(args, args.reals, *view, args.filter, skipped)
-            entry = set_entry(args, name, *view, generated[view], real.get(view))
+            stacks = generated(size, patch), real(size, patch) if metric.real else None
+            entry = set_entry(args, name, size, patch, *stacks)
             sets.pop((name, setting), None)
             sets[name, setting] = {"metric": name, "setting": setting} | entry
-            save(skipped)
+            write_report(args.folder, rows, values, sets, skipped)
     return skipped
 
 
@@ -96,8 +110,8 @@ def set_entry(
     args, name: str, size: tuple[int, int], patch: int | None, generated: dict, real: dict | None
 ) -> dict:
     """Return a set metric of a setting for metrics.json."""
-    metric, count = SET_METRICS[name], len(generated["features"])
-    real_count = len(real["features"]) if metric.real else 0
+    real = real or {"features": [], "upscaled": 0}
+    metric, count, real_count = SET_METRICS[name], len(generated["features"]), len(real["features"])
     samples = count * (args.patches if patch else 1)
     value, interval, reason = None, None, ""
     if count < 2:
@@ -109,6 +123,85 @@ def set_entry(
     else:
         value, interval = metric.compute(real, generated, args.splits)
     protocol = set_protocol(args, name, patch, count, real_count)
-    upscaled = real["upscaled"] if metric.real else 0
     entry = {"protocol": protocol, "value": value, "interval": interval, "generated": count}
-    return entry | {"real": real_count, "size": size, "upscaled": upscaled, "reason": reason}
+    entry |= {"real": real_count, "size": size, "upscaled": real["upscaled"]}
+    return entry | {"reason": reason}
+
+
+def read_set_entries(folder: Path) -> dict[tuple[str, str], dict]:
+    """Return the set metrics of an earlier run, by metric and setting. Raises UserError."""
+    path = folder / REPORT
+    try:
+        entries = json.loads(path.read_bytes())["sets"] if path.exists() else []
+        # Earlier versions wrote no protocol: nothing tells whether their values are up to date.
+        entries = [e for e in entries if SET_METRICS[e["metric"]] and "protocol" in e]
+        for entry in entries:
+            [entry[name] for name in ENTRY]
+        return {(entry["metric"], entry["setting"]): entry for entry in entries}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is no report of this program; move it away") from error
+
+
+def summarize_image_metrics(rows: list[dict], values: dict) -> list[dict]:
+    """Return mean and interval of every image metric that is there, per protocol and setting."""
+    entries = []
+    for name, metric in IMAGE_METRICS.items():
+        groups: dict[tuple[str, str], list[float]] = {}
+        for setting, group in results.by_setting(rows).items():
+            for row in (values[r["file"], name] for r in group if (r["file"], name) in values):
+                groups.setdefault((row["protocol"], setting), []).append(float(row["value"]))
+        for (protocol, setting), numbers in sorted(groups.items(), key=lambda item: item[0][0]):
+            array = np.array(numbers)
+            entry = {"metric": name, "setting": setting, "protocol": protocol}
+            entry |= {"generated": len(array), "value": float(metric.statistic(array))}
+            entries.append(entry | {"interval": metric.interval(array, metric.statistic)})
+    return entries
+
+
+def format_report(entries: list[dict], notes: list[str]) -> str:
+    """Return metrics.txt: a block for each metric and protocol, a line for each setting."""
+    lines, last = [], ""
+    for entry in entries:
+        title = f"{entry['metric']}: {METRICS[entry['metric']].title}; {entry['protocol']}"
+        if title != last:
+            lines += ["", title, HEADER]
+            last = title
+        if entry["value"] is None:
+            lines.append(f"{entry['generated']:5} {'-':>10}  {entry['setting']}: {entry['reason']}")
+            continue
+        interval = "[{:.5g}, {:.5g}]".format(*entry["interval"]) if entry["interval"] else "-"
+        value = f"{entry['generated']:5} {entry['value']:10.5g}"
+        lines.append(f"{value}  {interval:22}  {entry['setting']}")
+    return "\n".join([*lines[1:], "", *notes, ""])
+
+
+def make_notes(rows: list[dict], sets: list[dict], skipped: dict[str, str]) -> list[str]:
+    """Return what a reader of the numbers has to know."""
+    sizes = {row["size"] for row in rows}
+    notes = [NOTE]
+    if len(sizes) > 1:
+        notes.append(f"The images have {len(sizes)} sizes; every number is of one of them.")
+    if any(SET_METRICS[entry["metric"]].real for entry in sets):
+        notes.append(BIAS)
+    for entry in sets:
+        real, generated, upscaled = (entry[name] for name in ("real", "generated", "upscaled"))
+        if entry["value"] is not None and 0 < real < generated:
+            notes.append(f"There are only {real} real images for {generated} generated ones.")
+        if upscaled:
+            size = "{}x{}".format(*entry["size"])
+            notes.append(f"{upscaled} of the real images are smaller than {size} and upscaled.")
+    notes += [f"Skipped {file}: {reason}" for file, reason in skipped.items()]
+    return list(dict.fromkeys(notes))
+
+
+def write_report(
+    folder: Path, rows: list[dict], values: dict, sets: dict, skipped: dict[str, str]
+) -> str:
+    """Write metrics.json and metrics.txt; returns the text. Raises OSError."""
+    means = summarize_image_metrics(rows, values)
+    notes = make_notes(rows, [*sets.values()], skipped)
+    entries = sorted(sets.values(), key=lambda entry: [*SET_METRICS].index(entry["metric"]))
+    report = {"means": means, "sets": entries, "skipped": skipped, "notes": notes}
+    text = format_report(means + entries, notes)
+    records.write({folder / REPORT: records.text_of(report), folder / TABLE: text.encode()})
+    return text

@@ -35,7 +35,7 @@ def test_real_images_keep_their_shape(monkeypatch):
     monkeypatch.setattr(inception_features, "load_inception", lambda *_: lambda x: (x, x))
     args = types.SimpleNamespace(weights={"inception": WEIGHTS}, device="cpu")
     paths = [Path("wide.png")]
-    stacks = inception_features.stack_features(args, paths, (50, 50), None, "lanczos", {})
+    stacks = inception_features.stack_features(args, {}, paths, "lanczos", (50, 50), None)
     pixels = stacks["features"][0, 0]
     assert pixels.shape == (3, 50, 50)
     assert pixels[2].min() > 200
