@@ -25,9 +25,9 @@ def draw(rows: list[dict], folder: Path, columns: str | None = None) -> list[Pat
     """
     check_columns(columns)
     contents = {}
-    for size in dict.fromkeys((int(one["height"]), int(one["width"])) for one in rows):
-        some = [one for one in rows if (int(one["height"]), int(one["width"])) == size]
-        for number, sheet in enumerate(contact_sheets(some, folder, size, columns), 1):
+    for size in dict.fromkeys((int(row["height"]), int(row["width"])) for row in rows):
+        of_size = [row for row in rows if (int(row["height"]), int(row["width"])) == size]
+        for number, sheet in enumerate(contact_sheets(of_size, folder, size, columns), 1):
             picture = io.BytesIO()
             sheet.save(picture, "png", optimize=True)
             more = f"_{number}" if number > 1 else ""
@@ -42,15 +42,14 @@ def draw(rows: list[dict], folder: Path, columns: str | None = None) -> list[Pat
 
 def check_columns(columns: str | None) -> None:
     """Raise ValueError for --cols that is neither a number nor a setting."""
-    if columns is None or columns in LABELS or (columns.isdecimal() and int(columns) > 0):
-        return
-    raise ValueError(
-        f"--cols is {columns!r}, expected a number above 0 or one of {', '.join(LABELS)}"
-    )
+    if columns not in (None, *LABELS) and not (columns.isdecimal() and int(columns) > 0):
+        raise ValueError(
+            f"--cols is {columns!r}, expected a number above 0 or one of {', '.join(LABELS)}"
+        )
 
 
 def layout(rows: list[dict], columns: str | None) -> tuple[list[str], list[str], list]:
-    """A label for every line and column, and the row of results.csv at each place.
+    """A label for every line and column, and down each column the rows of results.csv.
 
     A setting without effect on a picture, as lambda_t has none on a static method, is empty in its
     row, and the picture stands under every value of it.
@@ -61,35 +60,28 @@ def layout(rows: list[dict], columns: str | None) -> tuple[list[str], list[str],
     else:
         across = [name for name in varied if name in SAMPLES] or varied[-1:]
     down = [name for name in varied if name not in across]
-
-    def values(one, names):
-        return tuple(one[name] for name in names)
-
-    heads = list(dict.fromkeys(values(one, across) for one in rows))
+    heads = list(dict.fromkeys(tuple(row[name] for name in across) for row in rows))
     heads = [head for head in heads if all(head)] or heads
-    sides = list(dict.fromkeys(values(one, down) for one in rows))
-    places: list[list[dict | None]] = [[None] * len(heads) for _ in sides]
-    for one in rows:
-        for column, head in enumerate(heads):
-            own = values(one, across)
-            if all(mine in ("", theirs) for mine, theirs in zip(own, head, strict=True)):
-                places[sides.index(values(one, down))][column] = one
+    sides = list(dict.fromkeys(tuple(row[name] for name in down) for row in rows))
+    stacks = []
+    for head in heads:
+        wanted = [*zip(across, head, strict=True)]
+        under = [row for row in rows if all(row[name] in ("", value) for name, value in wanted)]
+        beside = {tuple(row[name] for name in down): row for row in under}
+        stacks.append([beside.get(side) for side in sides])
     names = [", ".join(labels(down, side)) for side in sides]
-    return names, [", ".join(labels(across, head)) for head in heads], places
+    return names, [", ".join(labels(across, head)) for head in heads], stacks
 
 
 def contact_sheets(rows: list[dict], folder: Path, size: tuple, columns: str | None) -> list:
     """All pictures of one size (height, width): settings down, seeds and prompts across."""
-    sides, heads, places = layout(rows, columns)
+    sides, heads, stacks = layout(rows, columns)
     most = int(columns) if columns and columns.isdecimal() else MOST_COLUMNS
-    return [
-        draw_sheet(sides, heads[at : at + most], [line[at : at + most] for line in places], folder,
-                   size)
-        for at in range(0, len(heads), most)
-    ]  # fmt: skip
+    parts = [slice(first, first + most) for first in range(0, len(heads), most)]
+    return [draw_sheet(sides, heads[part], stacks[part], folder, size) for part in parts]
 
 
-def draw_sheet(sides: list, heads: list, places: list, folder: Path, size: tuple) -> Image.Image:
+def draw_sheet(sides: list, heads: list, stacks: list, folder: Path, size: tuple) -> Image.Image:
     """One sheet, up to three lines of text for a label; the failed as boxes that say why."""
     side = max(64, min(320, int((40e6 / len(sides) / len(heads)) ** 0.5)))  # px, the longer one
     height, width = (max(1, round(side * one / max(size))) for one in size)
@@ -100,15 +92,14 @@ def draw_sheet(sides: list, heads: list, places: list, folder: Path, size: tuple
     shape = left + len(heads) * (width + GAP), top + len(sides) * (height + GAP)
     sheet = Image.new("RGB", shape, "white")
     pen = ImageDraw.Draw(sheet)
-    for column, label in enumerate(heads):
-        x = left + column * (width + GAP)
+    xs, ys = range(left, sheet.width, width + GAP), range(top, sheet.height, height + GAP)
+    for x, label, stack in zip(xs, heads, stacks, strict=True):
         pen.text((x, GAP // 2), label, "black", font)
-        for line, row in enumerate(places):
-            if row[column] is not None:
-                place = (x, top + line * (height + GAP))
-                sheet.paste(small(row[column], folder, (width, height)), place)
-    for line, label in enumerate(sides):
-        pen.text((GAP, top + line * (height + GAP)), label, "black", font)
+        for y, row in zip(ys, stack, strict=True):
+            if row is not None:
+                sheet.paste(small(row, folder, (width, height)), (x, y))
+    for y, label in zip(ys, sides, strict=True):
+        pen.text((GAP, y), label, "black", font)
     return sheet
 
 
