@@ -24,11 +24,6 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def module_bytes(parts: dict[str, torch.nn.Module]) -> dict[str, int]:
-    """What each module's parameters take."""
-    return {name: sum(map(tensor_bytes, part.parameters())) for name, part in parts.items()}
-
-
 def available_bytes(device: str | torch.device) -> int:
     """What can still be had on a device; on one that is not asked, what the machine has left."""
     device = torch.device(device)
@@ -135,7 +130,8 @@ def place(pipe, device: str, offload: str, apart: dict[str, str], pixels: int) -
         parts = {
             n: part for n, part in pipe.components.items() if isinstance(part, torch.nn.Module)
         }
-        sizes, kind = module_bytes(parts), torch.device(device).type
+        sizes = {name: sum(map(tensor_bytes, part.parameters())) for name, part in parts.items()}
+        kind = torch.device(device).type
         there = [sizes[name] for name, part in parts.items() if part.device.type == kind]
         free = available_bytes(device) + sum(there)  # bitsandbytes' are, say
         if offload == "auto":

@@ -67,19 +67,17 @@ def prompt_encoder(pipe, runs: list) -> Callable:
     runs: `RunSettings`, of the images to be generated.
     """
 
-    @lru_cache(maxsize=8)
-    def encode_text(text):
-        return encode(pipe, text, runs[0].max_sequence_length)
-
     apart = [name for name in pipe.dype_apart if name.startswith("text_encoder")]
-    if not apart:
-        return encode_text
-    texts = {run.prompt for run in runs} | {negative_prompt_of(pipe, run) for run in runs}
-    known = {text: encode_text(text) for text in texts if text is not None}
-    for name in apart:
-        setattr(pipe, name, None)
-    gc.collect()
-    return known.__getitem__
+    kept = lru_cache(maxsize=None if apart else 8)
+    encode_text = kept(lambda text: encode(pipe, text, runs[0].max_sequence_length))
+    if apart:
+        texts = {run.prompt for run in runs} | {negative_prompt_of(pipe, run) for run in runs}
+        for text in texts - {None}:
+            encode_text(text)
+        for name in apart:
+            setattr(pipe, name, None)
+        gc.collect()
+    return encode_text
 
 
 def negative_prompt_of(pipe, run) -> str | None:
@@ -129,7 +127,11 @@ def draw(
         "generator": torch.Generator("cpu").manual_seed(seed),
     }
     for prefix, text in {"": prompt, "negative_": negative_prompt}.items():
-        call |= worded(pipe, prefix, text, max_sequence_length)
+        parts = text or {}
+        if isinstance(text, str):
+            embeds = f"{prefix}prompt_embeds" in known
+            parts = encode(pipe, text, max_sequence_length) if embeds else {"prompt": text}
+        call |= {f"{prefix}{name}": part for name, part in parts.items()}
     call = send_to_device({name: value for name, value in call.items() if name in known}, device)
     if guidance == 0 and known["guidance_scale"].default is None:
         del call["guidance_scale"]  # Qwen-Image warns of any number
@@ -141,15 +143,6 @@ def draw(
     with set_aside(pipe), reuse:
         drawn = pipe(**call, output_type="latent" if apart else "pil").images
     return decode(pipe, drawn, height, width) if apart else drawn[0]
-
-
-def worded(pipe, prefix: str, text: str | dict | None, max_sequence_length: int) -> dict:
-    """The arguments that say a prompt, as embeddings where the pipeline takes them."""
-    if isinstance(text, str):
-        known = inspect.signature(pipe.__call__).parameters
-        embeds = f"{prefix}prompt_embeds" in known
-        text = encode(pipe, text, max_sequence_length) if embeds else {"prompt": text}
-    return {f"{prefix}{name}": part for name, part in (text or {}).items()}
 
 
 def implied(pipe, guidance: float) -> str | None:
