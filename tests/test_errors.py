@@ -3,13 +3,7 @@
 import pytest
 import torch
 
-from dype.errors import (
-    Parser,
-    UnavailableError,
-    UserError,
-    run_command,
-    user_errors,
-)
+from dype.errors import Parser, UnavailableError, UserError, run_command, user_errors
 
 
 class TorchDynamoException(RuntimeError):  # noqa: N818

@@ -1,6 +1,5 @@
 """Lists of values: what `0-3`, `1:3:0.5`, `2048x3072` stand for; prompts files; named sweeps."""
 
-import math
 import re
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import NamedTuple
 
 from dype.config import number
 from dype.errors import UserError
-from dype.families import TOKEN
+from dype.sampling.multipass import resized
 from dype.sampling.settings import SIDE
 
 MOST = 10_000  # pictures without --yes
@@ -88,13 +87,8 @@ def named(name: str, base: int, quick: bool, multipass_only: bool) -> list[str]:
 
 def pixels(sizes: str, base: int) -> str:
     """`1x,2x:3x,4096` -> the sides in px, those with an x to the nearest token."""
-
-    def side(text: str) -> str:
-        if not text.endswith("x"):
-            return text
-        return str(math.floor(float(text.removesuffix("x")) * base / TOKEN + 0.5) * TOKEN)
-
-    return ",".join("x".join(map(side, size.split(":"))) for size in sizes.split(","))
+    sides = re.sub(r"([\d.]+)x", lambda times: str(resized(base, float(times[1]))), sizes)
+    return sides.replace(":", "x")
 
 
 def parse_list(name: str, text: str, numbers: bool) -> list[str]:

@@ -35,11 +35,7 @@ def flux() -> FluxPipeline:
     return quiet(FluxPipeline(**tiny_components(num_layers=2, num_single_layers=2)))
 
 
-def draw_flux(pipe, height, width, **more):
-    return latents(pipe, height, width, **more)
-
-
-FAMILIES = {"flux": (flux, draw_flux)} | tiny.FAMILIES
+FAMILIES = {"flux": (flux, latents)} | tiny.FAMILIES
 CACHED = {"flux": "FluxPipeline", "flux2": "Flux2KleinPipeline", "qwen-image": "QwenImagePipeline"}
 PAIRS = [
     (family, cache)

@@ -11,15 +11,11 @@ from dype.pipelines.catalog import MODELS, resolve_model
 from dype.sampling import records
 
 
-def folder_of(pipe, path):
-    pipe.save_pretrained(path)
-    return path
-
-
 def test_z_image_from_the_command_line(tmp_path, monkeypatch, capsys):
     """A folder's class brings its own defaults; --guidance makes a negative prompt count."""
     monkeypatch.chdir(tmp_path)
-    folder = str(folder_of(FAMILIES["z-image"][0](**qwen3()), tmp_path / "tiny"))
+    folder = str(tmp_path / "tiny")
+    FAMILIES["z-image"][0](**qwen3()).save_pretrained(folder)
     size = ["--height", "128", "--width", "64", "--steps", "2", "--base_resolution", "64"]
     more = ["--dtype", "float32", "--prompt", "a red ring", "--max_sequence_length", "16"]
     common = ["--model", folder, *size, *more]

@@ -193,11 +193,9 @@ def test_what_only_the_model_tells():
 def test_ring(tmp_path):
     """Would show that two GPUs draw by ring attention what one draws, within bfloat16."""
     words = ["--model", "demo", "--dtype", "bfloat16", "--attention", "_native_flash"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    program = ROOT / "run_dype.py"
-    for command in ([*start, program, "--ring", "2"], [sys.executable, program]):
-        subprocess.run(
-            [*command, *words, "--output", f"{len(command)}.png"], cwd=tmp_path, check=True
-        )
+    start, script = ["-m", "torch.distributed.run", "--nproc-per-node=2"], ROOT / "run_dype.py"
+    for command in ([*start, script, "--ring", "2"], [script]):
+        done = program(*command, *words, "--output", f"{len(command)}.png", folder=tmp_path)
+        assert done.returncode == 0, done.stderr
     one, two = (pixels(path) for path in sorted(tmp_path.glob("*.png")))
     assert abs(one - two).mean() < 4

@@ -5,18 +5,11 @@ import math
 import pytest
 import torch
 from conftest import run, table
-from test_multipass import BUILDS, SETTINGS, pixels, prompt_of, seen  # noqa: F401
+from test_multipass import BUILDS, SETTINGS, pipe, pixels, prompt_of, seen  # noqa: F401
 
-from dype import DyPEConfig, apply_dype, families, noise_schedule
+from dype import families, noise_schedule
 from dype.sampling import latents, multipass, records, sample
 from dype.sampling.latents import missing, noised, power_law, power_spectrum, settled, shaped
-
-
-@pytest.fixture(params=BUILDS)
-def pipe(request):
-    made = BUILDS[request.param]()
-    apply_dype(made, DyPEConfig("yarn", base_resolution=64))
-    return made
 
 
 def white(*shape, seed=0) -> torch.Tensor:
@@ -86,9 +79,9 @@ def test_shaped_noise():
 
 def test_noised_has_what_eq_11_says():
     """(1 - t)^2 (power of x + what it is to have more) + t^2, at every ring."""
-    pipe, t = BUILDS["z-image"](), 0.6  # which keeps rows and columns
+    z_image, t = BUILDS["z-image"](), 0.6  # which keeps rows and columns
     x, more = torch.zeros(1, 16, 64, 64), torch.full((16, 64, 64), 2.0)
-    found = power_spectrum(noised(pipe, x, t, 7, torch.float32, more)[0]).mean(0)
+    found = power_spectrum(noised(z_image, x, t, 7, torch.float32, more)[0]).mean(0)
     assert found[4:].mean() == pytest.approx((1 - t) ** 2 * 2 + t**2, rel=0.05)
 
 

@@ -233,8 +233,7 @@ def rows(name: str) -> set[str]:
 def test_paper_tables_hold_the_papers_settings():
     """Rows of Tables 1, 7 and 8; lambdas and size of both schedulers of Table 6."""
     assert rows("paper-table1") == {"base", "ntk", "dy_tasr", "dy_ntk", "yarn", "dy_yarn"}
-    sizes = [(c.width, c.height)
-             for c in planned("--sweep", "paper-table1")]  # fmt: skip
+    sizes = [(c.width, c.height) for c in planned("--sweep", "paper-table1")]
     assert list(dict.fromkeys(sizes)) == [(2048, 3072), (3072, 2048), (3072, 3072), (4096, 4096)]
     assert rows("paper-table7") == {"base", "yarn", "dy_yarn", "dy_yarn_ntk_only", "dy_yarn_both"}
     assert rows("paper-table8") == {"base", "yarn", "dy_yarn"}
