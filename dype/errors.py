@@ -25,14 +25,12 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def user_errors(prefix: str = ""):
+def user_errors():
     """Within, a ValueError is the user's mistake."""
     try:
         yield
-    except UserError:
-        raise
     except ValueError as error:
-        raise UserError(f"{prefix}{error}") from error
+        raise UserError(str(error)) from error
 
 
 def run_command(
