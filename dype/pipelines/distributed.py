@@ -76,13 +76,11 @@ def check(run, dry: bool) -> None:
             f"--{name} is {count}, but --attention {attention} cannot be split so, expected "
             f"--attention {', '.join(sorted(backends))}"
         )
-    if not SPLIT[pipeline]:
-        return
     sizes = [(part["width"], part["height"]) for part in run.passes]
     tokens = {f"{width}x{height} px": width * height // TOKEN**2 for width, height in sizes}
     tokens["--max_sequence_length"] = run.max_sequence_length
     for what, number in tokens.items():
-        if number % count:
+        if SPLIT[pipeline] and number % count:
             raise ValueError(
                 f"--{name} is {count}, expected a divisor of the {number} tokens of {what}"
             )

@@ -55,10 +55,9 @@ def layout(rows: list[dict], columns: str | None) -> tuple[list[str], list[str],
     row, and the picture stands under every value of it.
     """
     varied = [name for name in LABELS if varies(rows, name)]
+    across = [name for name in varied if name in SAMPLES] or varied[-1:]
     if columns in LABELS:
         across = [columns]
-    else:
-        across = [name for name in varied if name in SAMPLES] or varied[-1:]
     down = [name for name in varied if name not in across]
     heads = list(dict.fromkeys(tuple(row[name] for name in across) for row in rows))
     heads = [head for head in heads if all(head)] or heads
@@ -105,8 +104,7 @@ def draw_sheet(sides: list, heads: list, stacks: list, folder: Path, size: tuple
 
 def wrapped(label: str, letters: int, most: int) -> str:
     """The label in at most so many lines of so many letters."""
-    lines = textwrap.wrap(label, max(8, letters), max_lines=most, placeholder="...")
-    return "\n".join(lines)
+    return textwrap.fill(label, max(8, letters), max_lines=most, placeholder="...")
 
 
 def small(one: dict, folder: Path, size: tuple[int, int]) -> Image.Image:
