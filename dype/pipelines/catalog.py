@@ -56,21 +56,6 @@ class Model:
 
 
 FLUX_DEV = Model("black-forest-labs/FLUX.1-dev")
-QWEN_IMAGE = Model(
-    "Qwen/Qwen-Image",
-    "QwenImagePipeline",
-    QWEN,
-    billions=20,
-    steps=40,
-    guidance=0.0,
-    true_cfg=4.0,
-    negative_prompt=" ",
-    base_resolution=1328,
-    longest_text=1024,
-    prompt=BEAR,
-    suffix=", Ultra HD, 4K, cinematic composition.",
-    schedule=DYNAMIC | {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02},
-)
 Z_IMAGE = Model(
     "Tongyi-MAI/Z-Image",
     "ZImagePipeline",
@@ -98,21 +83,6 @@ FLUX2_KLEIN_BASE = replace(
     billions=9,
     guidance=4.0,
 )
-FLUX2_KLEIN = replace(
-    FLUX2_KLEIN_BASE,
-    repo="black-forest-labs/FLUX.2-klein-4B",
-    billions=4,
-    steps=4,
-    guidance=0.0,
-)
-CHROMA = Model(
-    "lodestones/Chroma1-HD",
-    "ChromaPipeline",
-    billions=9,
-    steps=35,
-    guidance=5.0,
-    cfg="guidance",
-)
 KREA_2 = Model(
     "krea/Krea-2-Raw",
     "Krea2Pipeline",
@@ -136,12 +106,39 @@ MODELS = {
         schedule={"use_dynamic_shifting": False, "shift": 1.0},
     ),
     "flux2-dev": FLUX2_DEV,
-    "flux2-klein": FLUX2_KLEIN,
+    "flux2-klein": replace(
+        FLUX2_KLEIN_BASE,
+        repo="black-forest-labs/FLUX.2-klein-4B",
+        billions=4,
+        steps=4,
+        guidance=0.0,
+    ),
     "flux2-klein-base": FLUX2_KLEIN_BASE,
     "z-image": Z_IMAGE,
     "z-image-turbo": replace(Z_IMAGE, repo="Tongyi-MAI/Z-Image-Turbo", steps=9, guidance=0.0),
-    "qwen-image": QWEN_IMAGE,
-    "chroma": CHROMA,
+    "qwen-image": Model(
+        "Qwen/Qwen-Image",
+        "QwenImagePipeline",
+        QWEN,
+        billions=20,
+        steps=40,
+        guidance=0.0,
+        true_cfg=4.0,
+        negative_prompt=" ",
+        base_resolution=1328,
+        longest_text=1024,
+        prompt=BEAR,
+        suffix=", Ultra HD, 4K, cinematic composition.",
+        schedule=DYNAMIC | {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02},
+    ),
+    "chroma": Model(
+        "lodestones/Chroma1-HD",
+        "ChromaPipeline",
+        billions=9,
+        steps=35,
+        guidance=5.0,
+        cfg="guidance",
+    ),
     "krea-2": KREA_2,
     "krea-2-turbo": KREA_2_TURBO,
     "demo": Model(
@@ -164,9 +161,9 @@ MODELS = {
 }
 DEFAULT_MODEL = "flux-krea"
 # Defaults of any other folder or repository: by the class of its pipeline, and if it is distilled.
-USUAL = (FLUX_DEV, FLUX2_DEV, FLUX2_KLEIN_BASE, Z_IMAGE, QWEN_IMAGE, CHROMA, KREA_2)
-PIPELINES = {model.pipeline: model for model in USUAL}
-DISTILLED = {model.pipeline: model for model in (FLUX2_KLEIN, KREA_2_TURBO)}
+USUAL = ("flux-dev", "flux2-dev", "flux2-klein-base", "z-image", "qwen-image", "chroma", "krea-2")
+PIPELINES = {MODELS[name].pipeline: MODELS[name] for name in USUAL}
+DISTILLED = {MODELS[name].pipeline: MODELS[name] for name in ("flux2-klein", "krea-2-turbo")}
 
 
 def resolve_model(name: str, revision: str | None = None) -> Model:

@@ -11,14 +11,12 @@ from dype.pipelines.catalog import MODELS, resolve_model
 from dype.sampling import records
 
 
-def test_z_image_from_the_command_line(tmp_path, monkeypatch, capsys):
+def test_z_image_from_the_command_line(own_folder, capsys):
     """A folder's class brings its own defaults; --guidance makes a negative prompt count."""
-    monkeypatch.chdir(tmp_path)
-    folder = str(tmp_path / "tiny")
-    FAMILIES["z-image"][0](**qwen3()).save_pretrained(folder)
+    FAMILIES["z-image"][0](**qwen3()).save_pretrained("tiny")
     size = ["--height", "128", "--width", "64", "--steps", "2", "--base_resolution", "64"]
     more = ["--dtype", "float32", "--prompt", "a red ring", "--max_sequence_length", "16"]
-    common = ["--model", folder, *size, *more]
+    common = ["--model", "tiny", *size, *more]
     assert run_dype.main([*common, "--output", "a.png"]) == 0
     assert run_dype.main([*common, "--output", "b.png", "--negative_prompt", "leaves"]) == 0
     assert run_dype.main([*common, "--output", "c.png", "--method", "base"]) == 0

@@ -115,10 +115,8 @@ def test_shared_sweep(together, monkeypatch):
     assert "pictures 6, there already 2" in done.stdout
     assert "[2/2 of this process]" in done.stdout
     rows = table()
-    there, new = (
-        [(width, seed) for width in ("64", "96") for seed in part] for part in ("1", "02")
-    )
-    assert [(row["width"], row["seed"]) for row in rows] == there + new
+    there, new = ["64 1", "96 1"], ["64 0", "64 2", "96 0", "96 2"]
+    assert [f"{row['width']} {row['seed']}" for row in rows] == there + new
     assert not any(row["error"] for row in rows)
     names = {path.name for path in Path("out").iterdir()}
     assert {"comparison_64x64.png", "comparison_64x96.png", "summary.txt"} <= names

@@ -1,4 +1,4 @@
-"""What fits: the estimates and choices, as pure functions; and quantized pipelines."""
+"""What fits: the estimates and choices, as pure functions; number formats; quantized pipelines."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import qwen_vae
 
 import run_dype
-from dype.pipelines import loading, memory
+from dype.pipelines import devices, loading, memory
 from dype.pipelines.memory import GIB, cheaper, choose_offload, decoding, decoding_room, place
 from dype.sampling import sample
 
@@ -128,12 +128,28 @@ def test_the_next_cheaper_setting():
 
 
 def test_gib():
-    assert [memory.gib(n) for n in (0, 7e7, GIB, 33.8e9)] == [
-        "0.00 GiB",
-        "0.07 GiB",
-        "1.0 GiB",
-        "31.5 GiB",
-    ]
+    sizes = {0: "0.00 GiB", 7e7: "0.07 GiB", GIB: "1.0 GiB", 33.8e9: "31.5 GiB"}
+    assert {size: memory.gib(size) for size in sizes} == sizes
+
+
+@pytest.mark.parametrize(
+    ("cost", "expected"), [(0.2, "bfloat16"), (1.5, "bfloat16"), (3, "float32"), (90, "float32")]
+)
+def test_fast_dtype(cost, expected, monkeypatch):
+    """By the time of a product on one thread; cost: bfloat16's, in that of float32."""
+    clock, threads, used = [0.0], torch.get_num_threads(), set()
+
+    def multiply(a, b):
+        used.add(torch.get_num_threads())
+        clock[0] += cost if a.dtype == torch.bfloat16 else 1
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
+    monkeypatch.setattr(devices.timeit, "default_timer", lambda: clock[0])
+    assert devices.fast_dtype.__wrapped__("cpu") == expected
+    assert used == {1}
+    assert torch.get_num_threads() == threads
+    clock.clear()  # nothing is timed for a GPU
+    assert devices.fast_dtype.__wrapped__("cuda") == "bfloat16"
 
 
 @pytest.mark.parametrize("offload", ["none", "group"])
@@ -162,9 +178,8 @@ def test_encoders_apart_are_used_once_and_go(offload):
     assert len(calls) == 2
 
 
-def test_a_text_encoder_device_by_the_command_line(tmp_path, monkeypatch):
+def test_a_text_encoder_device_by_the_command_line(own_folder):
     """Two cells with guidance: the same pixels as with everything in one place."""
-    monkeypatch.chdir(tmp_path)
     line = ["--model", "demo", "--size", "64", "--steps", "1", "--base_resolution", "32"]
     line += ["--seed", "0-1"]
     assert run_dype.main([*line, "--output_dir", "together"]) == 0
