@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -17,8 +18,14 @@ class UnavailableError(Exception):
     """What the machine or the network lacks, as one sentence with the next thing to try: 1."""
 
 
+WideHelp = partial(argparse.HelpFormatter, max_help_position=30, width=98)
+
+
 class Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse prints its usage and exits."""
+    """Raises UserError where argparse prints its usage and exits; flags are not abbreviated."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"formatter_class": WideHelp, "allow_abbrev": False} | kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

@@ -121,9 +121,7 @@ def parser() -> Parser:
         epilog="The last word wins. An explicit flag wins over --sweep, that over --preset, that "
         "over --config or --from, that over the model's own default. Hyphens may stand for a "
         "flag's underscores.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=98),
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     groups = {title: command.add_argument_group(title) for title in GROUPS}
     for row in ALL:

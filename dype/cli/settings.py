@@ -52,16 +52,17 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     name, entry, source = choose_model(given, source)
     prompts = find_prompts(given, source, options, name, entry)
     lines = sweep_lines(options, given.get("base_resolution", entry.base_resolution))
-    lower = default_values(entry) | source | profile
+    lower = {row.name: row.default for row in RUN_FLAGS} | {"init_sha256": None, "lora": []}
+    lower |= {name: getattr(entry, name) for name in MODEL_DEFAULTS} | source | profile
     levels = [(lower | line | words, line | words) for line in lines]
     count = len(prompts) * sum(math.prod(map(len, cell_axes(values))) for values, _ in levels)
     if count > grid.MOST and not options.yes:
         raise ValueError(f"these are {count} pictures, expected at most {grid.MOST}, or --yes")
     notes: set[str] = set()
     runs = [
-        resolve_run(cell | {"model": name}, upper, entry, options, notes)
+        resolve_run(reduce(or_, cell, values) | {"model": name}, upper, entry, options, notes)
         for values, upper in levels
-        for cell in each_cell(values)
+        for cell in product(*cell_axes(values))
     ]
     for note in sorted(notes):
         print(note)
@@ -120,14 +121,8 @@ def sweep_lines(options: RunOptions, base_resolution: int) -> list[dict]:
     return [to_values(vars(parse(line.split()))) for line in lines]
 
 
-def default_values(entry: Model) -> dict:
-    """What an image's settings are where nothing is said of them, but for the encoding's."""
-    values = {row.name: row.default for row in RUN_FLAGS} | {"init_sha256": None, "lora": []}
-    return values | {name: getattr(entry, name) for name in MODEL_DEFAULTS}
-
-
 def cell_axes(values: dict) -> list[list[dict]]:
-    """The lists among values: of each list the settings of every entry."""
+    """The lists among values: of each list, for every entry, what a cell gets from it."""
     heights, widths = (
         side if isinstance(side, list) else [side] for side in (values["height"], values["width"])
     )
@@ -136,12 +131,6 @@ def cell_axes(values: dict) -> list[list[dict]]:
     axes = [[{"height": h, "width": w} for h, w in zip(heights, widths, strict=True)]]
     lists = [name for name in LISTS if isinstance(values.get(name), list)]
     return axes + [[{name: value} for value in values[name]] for name in lists]
-
-
-def each_cell(values: dict):
-    """The settings with one entry from each list, for every combination."""
-    for parts in product(*cell_axes(values)):
-        yield reduce(or_, parts, values)
 
 
 def resolve_run(

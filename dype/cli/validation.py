@@ -36,11 +36,6 @@ def check_run(run: RunSettings) -> None:
             f"--offload is {run.offload!r}, but --vae_device puts a part in a place of its own, "
             "expected --offload none"
         )
-    check_speed(run)
-
-
-def check_speed(run: RunSettings) -> None:
-    """Raise ValueError for what makes steps cheaper, but not for this model, or not together."""
     if run.attention is not None:
         one_of("--attention", run.attention, acceleration.backends())
     if run.cache != "off" and run.entry.pipeline not in acceleration.CACHES[run.cache]:

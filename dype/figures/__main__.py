@@ -39,7 +39,6 @@ def parser() -> Parser:
         prog="python -m dype.figures",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     flag = made.add_argument
     flag("name", metavar="NAME", choices=FIGURES, help=", ".join(FIGURES))

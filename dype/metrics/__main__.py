@@ -5,7 +5,6 @@ setting, with 95 % intervals, go to metrics.json and metrics.txt. What is there 
 protocol is not computed again. docs/metrics.md says how each metric is computed.
 """
 
-import argparse
 import hashlib
 import sys
 from pathlib import Path
@@ -21,12 +20,7 @@ from dype.sweep.grid import read_prompts
 
 
 def parser() -> Parser:
-    command = Parser(
-        prog="python -m dype.metrics",
-        description=__doc__,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=98),
-        allow_abbrev=False,
-    )
+    command = Parser(prog="python -m dype.metrics", description=__doc__)
     flag = command.add_argument
     flag("folder", type=Path, metavar="FOLDER", help="of a finished sweep, with its results.csv")
     flag("--metrics", nargs="+", metavar="NAME", help=f"{', '.join(METRICS)}, or all (but "

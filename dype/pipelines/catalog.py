@@ -55,41 +55,23 @@ class Model:
     assumed: bool = False  # nothing could be read of it, all this is FLUX.1-dev's
 
 
+# fmt: off
 FLUX_DEV = Model("black-forest-labs/FLUX.1-dev")
-Z_IMAGE = Model(
-    "Tongyi-MAI/Z-Image",
-    "ZImagePipeline",
-    ZIMAGE,
-    billions=6,
-    steps=50,
-    guidance=5.0,
-    cfg="guidance",
-    cfg_off=0.0,
-    schedule={"use_dynamic_shifting": False, "shift": 3.0},
-)
 FLUX2_DEV = Model(
-    "black-forest-labs/FLUX.2-dev",
-    "Flux2Pipeline",
-    FLUX2,
-    billions=32,
-    steps=50,
-    guidance=2.5,
-    cfg="",
+    "black-forest-labs/FLUX.2-dev", "Flux2Pipeline", FLUX2, billions=32,
+    steps=50, guidance=2.5, cfg="",
 )
 FLUX2_KLEIN_BASE = replace(
-    FLUX2_DEV,
-    repo="black-forest-labs/FLUX.2-klein-base-9B",
-    pipeline="Flux2KleinPipeline",
-    billions=9,
-    guidance=4.0,
+    FLUX2_DEV, repo="black-forest-labs/FLUX.2-klein-base-9B", pipeline="Flux2KleinPipeline",
+    billions=9, guidance=4.0,
+)
+Z_IMAGE = Model(
+    "Tongyi-MAI/Z-Image", "ZImagePipeline", ZIMAGE, billions=6,
+    steps=50, guidance=5.0, cfg="guidance", cfg_off=0.0,
+    schedule={"use_dynamic_shifting": False, "shift": 3.0},
 )
 KREA_2 = Model(
-    "krea/Krea-2-Raw",
-    "Krea2Pipeline",
-    KREA2,
-    guidance=4.5,
-    cfg="guidance",
-    cfg_off=0.0,
+    "krea/Krea-2-Raw", "Krea2Pipeline", KREA2, guidance=4.5, cfg="guidance", cfg_off=0.0,
     schedule=DYNAMIC | {"max_image_seq_len": 6400},
 )
 KREA_2_TURBO = replace(KREA_2, repo="krea/Krea-2-Turbo", family=KREA2_TURBO, steps=8, guidance=0.0)
@@ -98,67 +80,39 @@ MODELS = {
     "flux-krea": replace(FLUX_DEV, repo="black-forest-labs/FLUX.1-Krea-dev", guidance=4.5),
     "flux-dev": FLUX_DEV,
     "flux-schnell": replace(
-        FLUX_DEV,
-        repo="black-forest-labs/FLUX.1-schnell",
-        steps=4,
-        guidance=0.0,
-        max_sequence_length=256,
-        schedule={"use_dynamic_shifting": False, "shift": 1.0},
+        FLUX_DEV, repo="black-forest-labs/FLUX.1-schnell", steps=4, guidance=0.0,
+        max_sequence_length=256, schedule={"use_dynamic_shifting": False, "shift": 1.0},
     ),
     "flux2-dev": FLUX2_DEV,
     "flux2-klein": replace(
-        FLUX2_KLEIN_BASE,
-        repo="black-forest-labs/FLUX.2-klein-4B",
-        billions=4,
-        steps=4,
-        guidance=0.0,
+        FLUX2_KLEIN_BASE, repo="black-forest-labs/FLUX.2-klein-4B", billions=4,
+        steps=4, guidance=0.0,
     ),
     "flux2-klein-base": FLUX2_KLEIN_BASE,
     "z-image": Z_IMAGE,
     "z-image-turbo": replace(Z_IMAGE, repo="Tongyi-MAI/Z-Image-Turbo", steps=9, guidance=0.0),
     "qwen-image": Model(
-        "Qwen/Qwen-Image",
-        "QwenImagePipeline",
-        QWEN,
-        billions=20,
-        steps=40,
-        guidance=0.0,
-        true_cfg=4.0,
-        negative_prompt=" ",
-        base_resolution=1328,
-        longest_text=1024,
-        prompt=BEAR,
-        suffix=", Ultra HD, 4K, cinematic composition.",
+        "Qwen/Qwen-Image", "QwenImagePipeline", QWEN, billions=20, base_resolution=1328,
+        steps=40, guidance=0.0, true_cfg=4.0, negative_prompt=" ", longest_text=1024,
+        prompt=BEAR, suffix=", Ultra HD, 4K, cinematic composition.",
         schedule=DYNAMIC | {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02},
     ),
     "chroma": Model(
-        "lodestones/Chroma1-HD",
-        "ChromaPipeline",
-        billions=9,
-        steps=35,
-        guidance=5.0,
-        cfg="guidance",
+        "lodestones/Chroma1-HD", "ChromaPipeline", billions=9,
+        steps=35, guidance=5.0, cfg="guidance",
     ),
     "krea-2": KREA_2,
     "krea-2-turbo": KREA_2_TURBO,
     "demo": Model(
-        str(DEMO),
-        billions=0.007,
-        guidance=0.0,
-        max_sequence_length=16,
-        base_resolution=256,
-        dtype="float32",
-        height=512,
-        width=512,
+        str(DEMO), billions=0.007, base_resolution=256, height=512, width=512, dtype="float32",
+        steps=20, guidance=0.0, true_cfg=5.0, negative_prompt="", max_sequence_length=16,
         prompt="a red ring on teal leaves",
         # the nearest texture of those that keep the layout at 512 px (docs/reproduce.md)
         dype={"method": "yarn_paper"},
-        steps=20,
-        true_cfg=5.0,
-        negative_prompt="",
         schedule=DYNAMIC | {"base_image_seq_len": 16, "max_image_seq_len": 256},
     ),
 }
+# fmt: on
 DEFAULT_MODEL = "flux-krea"
 # Defaults of any other folder or repository: by the class of its pipeline, and if it is distilled.
 USUAL = ("flux-dev", "flux2-dev", "flux2-klein-base", "z-image", "qwen-image", "chroma", "krea-2")

@@ -129,17 +129,13 @@ def machine(pipe, seconds: float) -> dict:
     device = execution_device(pipe)
     packages = ("torch", "diffusers", "transformers", "accelerate")
     on_cuda = device.type == "cuda"
+    path = pipe.transformer.config.get("_name_or_path") or ""
+    snapshot = re.search(r"snapshots/([0-9a-f]{40})", path)  # in the hub's cache: its commit
     return {
         "seconds": round(seconds, 3),
         "peak_memory": memory.peak(device),
         "offload": pipe.dype_offload,
-        "commit": commit(pipe.transformer.config.get("_name_or_path") or ""),
+        "commit": snapshot and snapshot[1],
         "device": torch.cuda.get_device_name(device) if on_cuda else str(device),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
     }
-
-
-def commit(path: str) -> str | None:
-    """The commit of a model in the hub's cache, from its folder there."""
-    found = re.search(r"snapshots/([0-9a-f]{40})", path)
-    return found and found[1]

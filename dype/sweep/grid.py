@@ -27,49 +27,43 @@ class Sweep(NamedTuple):
     note: str = ""  # what to know of the paper's table
 
 
+# fmt: off
 SWEEPS = {
     "methods": Sweep(
-        (
-            "--size 1x,1.5x,2x,3x,4x --method vision_yarn,yarn,ntk,base",
-            "--size 4x --multipass twopass",
-        ),
-        ("--size 1x,2x --method vision_yarn,yarn,ntk,base",),
+        ("--size 1x,1.5x,2x,3x,4x --method vision_yarn,yarn,ntk,base",
+         "--size 4x --multipass twopass"),
+        quick=("--size 1x,2x --method vision_yarn,yarn,ntk,base",),
     ),
     "params": Sweep(
         ("--dype off", "--dype_scale 1:3:0.5 --dype_exponent 1:3:0.5"),
-        ("--dype off", "--dype_scale 1:3:1 --dype_exponent 1:3:1"),
+        quick=("--dype off", "--dype_scale 1:3:1 --dype_exponent 1:3:1"),
     ),
-    "paper-table1": Sweep(
-        (
-            f"--size {TABLE1_SIZES} --method base",
-            f"--size {TABLE1_SIZES} --method ntk,yarn --dype off,on",
-            f"--size {TABLE1_SIZES} --method tasr --dype on",
-        ),
-    ),
+    "paper-table1": Sweep((
+        f"--size {TABLE1_SIZES} --method base",
+        f"--size {TABLE1_SIZES} --method ntk,yarn --dype off,on",
+        f"--size {TABLE1_SIZES} --method tasr --dype on",
+    )),
     "paper-table3": Sweep(
         ("--size 2x,4x --method yarn --dype on",),
         note="left out: every other row of the table, none of which is a position encoding",
     ),
-    "paper-table6": Sweep(
-        (
-            "--size 3x --method base",
-            "--size 3x --method ntk --dype off",
-            "--size 3x --method ntk_mult,ntk --dype_scale 1,1.5,2,2.5 --dype_exponent 1",
-            "--size 3x --method ntk_mult,ntk --dype_scale 2 --dype_exponent 0.5,2",
-        ),
-    ),
-    "paper-table7": Sweep(
-        (
-            "--size 3x --method base",
-            "--size 3x --method yarn --dype off,on",
-            "--size 3x --method yarn_ntk_only,yarn_both --dype on",
-        ),
-    ),
+    "paper-table6": Sweep((
+        "--size 3x --method base",
+        "--size 3x --method ntk --dype off",
+        "--size 3x --method ntk_mult,ntk --dype_scale 1,1.5,2,2.5 --dype_exponent 1",
+        "--size 3x --method ntk_mult,ntk --dype_scale 2 --dype_exponent 0.5,2",
+    )),
+    "paper-table7": Sweep((
+        "--size 3x --method base",
+        "--size 3x --method yarn --dype off,on",
+        "--size 3x --method yarn_ntk_only,yarn_both --dype on",
+    )),
     "paper-table8": Sweep(
         ("--size 4096 --method base", "--size 4096 --method yarn --dype off,on"),
         note="the paper's table is of Qwen-Image: --model qwen-image",
     ),
 }
+# fmt: on
 
 
 def named(name: str, base: int, quick: bool, multipass_only: bool) -> list[str]:
