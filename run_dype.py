@@ -27,8 +27,7 @@ PROGRAM = "run_dype.py"
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
     rank, _ = distributed.rank_and_world_size()
-    quiet = redirect_stdout(io.StringIO()) if rank else nullcontext()
-    with quiet:  # of several processes one speaks
+    with redirect_stdout(io.StringIO()) if rank else nullcontext():  # of several one speaks
         return run_command(
             PROGRAM,
             partial(command, sys.argv[1:] if argv is None else argv, rank),

@@ -113,7 +113,11 @@ def flags_of(settings: type) -> list[Flag]:
 
 @dataclass(frozen=True)
 class DyPEConfig:
-    """Settings of one encoding. Raises ValueError on a value out of range; nothing is clamped."""
+    """Settings of one encoding. Raises ValueError on a value out of range; nothing is clamped.
+
+    lambda_s: `dype_scale`, or the method's own. name: `yarn`, or `dy_yarn` where it follows the
+    noise level; never `dy_base`.
+    """
 
     # fmt: off
     method: str = flag(
@@ -186,7 +190,10 @@ class DyPEConfig:
             )
         default = METHOD_SCALES[self.method] or 0.0
         lambda_s = default if self.dype_scale is None else self.dype_scale
-        object.__setattr__(self, "lambda_s", lambda_s)  # follows from two fields: no field itself
+        dynamic = self.dype and self.method != "base"
+        # what follows from the fields is none itself
+        object.__setattr__(self, "lambda_s", lambda_s)
+        object.__setattr__(self, "name", f"dy_{self.method}" if dynamic else self.method)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -231,12 +238,10 @@ def preset(name: str, height: int, width: int, base_resolution: int) -> dict:
     nearly; its exponents by scale are those that users of the ComfyUI and llm-dit ports settled on.
     """
     one_of("preset", name, PRESETS)
-    if name == "off":
-        return {"method": "base", "dype": False}
-    vision_yarn = {"method": "vision_yarn", "dype": True, "dype_scale": 2.0}
-    if name == "4k":
-        return vision_yarn | {"dype_exponent": 2.0, "dype_start_sigma": 1.0}
     scale = max(height, width) / base_resolution
-    if scale <= 1.5:
+    if name == "off" or (name == "auto" and scale <= 1.5):
         return {"method": "base", "dype": False}
-    return vision_yarn | {"dype_exponent": 1.0 if scale < 3 else 2.0}
+    settings = {"method": "vision_yarn", "dype": True, "dype_scale": 2.0}
+    if name == "4k":
+        return settings | {"dype_exponent": 2.0, "dype_start_sigma": 1.0}
+    return settings | {"dype_exponent": 1.0 if scale < 3 else 2.0}

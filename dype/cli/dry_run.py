@@ -11,7 +11,7 @@ def headline(run: RunSettings, schedule: dict) -> str:
     """One line that says what is about to be drawn."""
     mu = "static shift" if schedule["mu"] is None else f"mu {schedule['mu']:.2f}"
     size = f"{run.height}x{run.width}"
-    return f"{run.model}  {size}  {run.method_name}  {run.steps} steps  {mu}  seed {run.seed}"
+    return f"{run.model}  {size}  {run.config.name}  {run.steps} steps  {mu}  seed {run.seed}"
 
 
 def dry_run(run: RunSettings) -> int:

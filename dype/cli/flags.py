@@ -21,18 +21,15 @@ class RunOptions:
 
     # fmt: off
     prompts_file: str | None = flag(
-        "one per line, after those of --prompt", None, metavar="FILE",
-        group="what to draw",
+        "one per line, after those of --prompt", None, metavar="FILE", group="what to draw"
     )
     magic_suffix: bool = flag("the authors' addition to prompts for qwen-image", False)
     preset: str | None = flag(
         "off; auto: off up to 1.5x the base resolution, above it vision_yarn with exponent 1, from "
-        "3x on 2; 4k: vision_yarn 2, 2, 1", None, choices=PRESETS,
-        group="position encoding",
+        "3x on 2; 4k: vision_yarn 2, 2, 1", None, choices=PRESETS, group="position encoding",
     )
     sweep: str | None = flag(
-        f"a prepared one: {', '.join(SWEEPS)}", None, choices=tuple(SWEEPS),
-        group=SWEEP_GROUP,
+        f"a prepared one: {', '.join(SWEEPS)}", None, choices=tuple(SWEEPS), group=SWEEP_GROUP
     )
     quick: bool = flag("with --sweep methods: 1x and 2x alone; params: 3 x 3", False)
     multipass_only: bool = flag("of --sweep methods only the two-pass picture", False)
@@ -41,18 +38,14 @@ class RunOptions:
         "across (default: 8; seeds and prompts, else the last setting)", None, metavar="N|NAME",
     )
     grid_from: str | None = flag(
-        "draw the contact sheets of a finished sweep again", None,
-        metavar="FOLDER",
+        "draw the contact sheets of a finished sweep again", None, metavar="FOLDER"
     )
     yes: bool = flag(f"more than {MOST} pictures are meant", False)
     config: str | None = flag(
-        "its [default] table", None, metavar="FILE.toml",
-        group="settings from elsewhere",
+        "its [default] table", None, metavar="FILE.toml", group="settings from elsewhere"
     )
     profile: str | None = flag("with --config: that table too", None)
-    from_: str | None = flag(
-        "every setting of a picture of this program", None, metavar="FILE.png"
-    )
+    from_: str | None = flag("every setting of a picture of this program", None, metavar="FILE.png")
     output_dir: str | None = flag(
         "(default: outputs; sweeps: outputs/sweep, or its name)", None, metavar="FOLDER",
         group="output",

@@ -12,7 +12,6 @@ from PIL import Image
 from dype.config import METHOD_SCALES, DyPEConfig
 from dype.figures import style
 from dype.sampling import records
-from dype.sampling.settings import method_name
 from dype.sweep.results import COLUMNS, read_rows
 
 MIDDLE = "0.4,0.4,0.2"
@@ -157,7 +156,7 @@ def opened(path: Path) -> tuple[Image.Image, str]:
         image = records.read_png(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be shown: {error}") from error
-    label = method_name(config)
+    label = config.name
     if config.dype and METHOD_SCALES[config.method] is not None:
         label += rf", $\lambda_s$ {config.lambda_s:g}, $\lambda_t$ {config.dype_exponent:g}"
     return image, label

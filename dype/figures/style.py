@@ -9,25 +9,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
 SINGLE, DOUBLE = 3.3, 6.9  # inches: the columns of a paper
-STYLE = {  # of matplotlib's rc_context
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "figure.titlesize": 8,
-    "figure.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "legend.handlelength": 1.8,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "lines.linewidth": 1.3,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "pdf.fonttype": 42,
-    "savefig.dpi": 200,
-}
+EIGHT = ("font.size", "axes.titlesize", "figure.titlesize", "figure.labelsize")  # points
+SEVEN = ("xtick.labelsize", "ytick.labelsize", "legend.fontsize")
+THIN = ("axes.linewidth", "xtick.major.width", "ytick.major.width")
+STYLE = dict.fromkeys(EIGHT, 8) | dict.fromkeys(SEVEN, 7) | dict.fromkeys(THIN, 0.6)
+STYLE |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
+STYLE |= {"legend.handlelength": 1.8, "lines.linewidth": 1.3, "pdf.fonttype": 42}
+STYLE |= {"savefig.dpi": 200}  # all of matplotlib's rc_context
 # Okabe and Ito
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#888888"

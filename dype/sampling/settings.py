@@ -156,14 +156,9 @@ class RunSettings:
         }
 
     @cached_property
-    def method_name(self) -> str:
-        """Its name in tables and files."""
-        return method_name(self.config)
-
-    @cached_property
     def file_name(self) -> str:
         """The authors' scheme, height first; then every setting that is not at its default."""
-        name = f"seed_{self.seed}_method_{self.method_name}"
+        name = f"seed_{self.seed}_method_{self.config.name}"
         name += f"_res_{self.height}x{self.width}"
         name += "".join(f"_{key}_{name_part(value)}" for key, value in self.changed.items())
         if len(name) > LONGEST:
@@ -195,11 +190,6 @@ def image_settings(record: dict) -> dict:
         settings["init_image"] = f"{Path(settings['init_image']).stem}-{sha256[:12]}"
     without = [row.name for row in FLAGS if not row.has_effect(settings)]
     return settings | dict.fromkeys(without)
-
-
-def method_name(config: DyPEConfig) -> str:
-    """Return `yarn`, or `dy_yarn` where it follows the noise level; never `dy_base`."""
-    return f"dy_{config.method}" if config.dype and config.method != "base" else config.method
 
 
 def format_value(value) -> str:

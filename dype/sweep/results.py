@@ -33,7 +33,7 @@ def to_row(run: RunSettings, record: dict | None = None, error: str = "") -> dic
     if row["attention_scale"] is None and run.config.method != "base":
         row["attention_scale"] = "own"
     row |= {"file": run.file_name, "height": run.height, "width": run.width, "error": error}
-    row["method"] = run.method_name
+    row["method"] = run.config.name
     parts = [f"{key} {name_part(run.changed[key])}" for key in run.changed if key not in LABELS]
     row["settings"] = ", ".join(parts) or "defaults"
     row |= {name: (record or {}).get(name) for name in ("seconds", "peak_memory")}

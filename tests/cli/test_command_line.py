@@ -215,6 +215,18 @@ def test_scheduler_of_a_folder(folder, tmp_path, config, code, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seeds", ["0", "0-1"])
+def test_a_checkpoint_that_dype_cannot_enter(seeds, folder, monkeypatch, capsys):
+    """What only the loaded model tells is the user's mistake, not a failed picture."""
+
+    def refuse(pipe, config):
+        raise TypeError("OddTransformer is not supported")
+
+    monkeypatch.setattr("dype.sampling.run.apply_dype", refuse)
+    assert run("--model", folder, *PICTURE, "--seed", seeds) == 2
+    assert f"{folder}: OddTransformer is not supported" in capsys.readouterr().err
+
+
 def test_dry_run_says_what_it_assumes(capsys):
     assert run("--model", "somebody/flux", "--dry_run") == 0
     assert "nothing could be read of somebody/flux" in capsys.readouterr().out
