@@ -10,7 +10,6 @@ from dype.pipelines.catalog import DEFAULT_MODEL, MODELS
 from dype.sampling.settings import FLAGS, format_value
 from dype.sweep.grid import MOST, SWEEPS, parse_list, parse_size
 
-OFF = " (default: off)"
 SIZE = "width x height in px, or one number for both (default: --height and --width)"
 SWEEP_GROUP = "sweeps: every flag with ,... takes a list, as base,yarn or 0-3 or 1:3:0.5"
 
@@ -127,8 +126,8 @@ def parser() -> Parser:
         names = [f"--{row.word}", *row.aliases]
         add(*names, dest=row.name, help=HELP[row.name], **shown, **row.arguments or {})
         for name, value, text in row.switches:
-            const = [value] if several else value
-            add(name, dest=row.name, action="store_const", const=const, help=text + OFF)
+            const, text = [value] if several else value, f"{text} (default: off)"
+            add(name, dest=row.name, action="store_const", const=const, help=text)
         if row.name == "width":
             add("--size", metavar="WxH,...", action=Size, help=SIZE)
     return command

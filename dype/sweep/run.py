@@ -15,7 +15,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from dype import errors
-from dype.errors import UserError
 from dype.pipelines import distributed
 from dype.sampling import records
 from dype.sampling.run import generate_with_record, load, out_of_memory, prepare
@@ -184,7 +183,7 @@ def attempt(pipe, run: RunSettings, encode: Callable, together: bool) -> tuple[s
     try:
         return "", generate_with_record(pipe, run, prepare(pipe, run), encode)
     except Exception as error:  # the fault of one setting, unless it would hit every other too
-        alone = isinstance(error, OSError | UserError) or errors.of_compiler(
+        alone = isinstance(error, OSError | errors.UserError) or errors.of_compiler(
             error
         )  # no fault of its settings
         if together or alone:
