@@ -204,7 +204,7 @@ def name_part(value) -> str:
     text = "+".join(value) if isinstance(value, list) else format_value(value)
     short = text if " " in text else text.rpartition("/")[2]  # of a path its end
     words = re.sub(r"[^a-z0-9.]+", "-", short.lower()).strip("-.")[:40]
-    return words if words == text else f"{words}-{digest(text)}"
+    return words if words == text else f"{words}-{digest(text)}".strip("-")
 
 
 def digest(text: str) -> str:
