@@ -262,12 +262,11 @@ def as_words(file: str, flag: str, value) -> list[str]:
         kinds, wanted = (), "true or false"
     elif flag in ("prompt", "lora"):
         kinds, wanted = (str,), "text or a list of texts"
-    texts = []
-    for part in value if isinstance(value, list) else [value]:
-        if isinstance(part, bool) and flag in ON_OFF:
-            part = "on" if part else "off"
-        if not isinstance(part, kinds) or isinstance(part, bool):
-            raise ValueError(f"--config {file}: {flag} is {value!r}, expected {wanted}")
-        texts.append(str(part))
+    parts = value if isinstance(value, list) else [value]
+    if flag in ON_OFF:
+        parts = [("off", "on")[part] if isinstance(part, bool) else part for part in parts]
+    if not parts or any(isinstance(p, bool) or not isinstance(p, kinds) for p in parts):
+        raise ValueError(f"--config {file}: {flag} is {value!r}, expected {wanted}")
+    texts = [str(part) for part in parts]
     texts = texts if flag in ("prompt", "lora") else [",".join(texts)]
     return [f"--{flag}={text}" for text in texts]
