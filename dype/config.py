@@ -57,20 +57,20 @@ class Flag:
         """The value that a text stands for. Raises ValueError, naming the flag."""
         value = text
         if self.type is bool:
-            one_of(f"--{self.name}", text, ("on", "off"))
+            one_of(f"--{self.word}", text, ("on", "off"))
             value = text == "on"
         elif self.type in (int, float):
             try:
                 value = self.type(text)
             except ValueError:
                 kind = "a whole number" if self.type is int else "a number"
-                raise ValueError(f"--{self.name} is {text!r}, expected {kind}") from None
+                raise ValueError(f"--{self.word} is {text!r}, expected {kind}") from None
         self.check(value, "--")
         return value
 
     def check(self, value, prefix: str = "") -> None:
         """Raise ValueError unless a value is of the flag's type and in its range."""
-        name = prefix + self.name
+        name = prefix + self.word
         if value is None and self.optional:
             return
         if self.choices:

@@ -84,8 +84,8 @@ def read_table(path: Path, columns: list[str]) -> list[dict]:
         return []
     try:
         text = path.read_text("utf-8")
-        if "settings" not in text.partition("\n")[0]:
-            text = text[: text.rfind("\n") + 1]
+        if path.name == RESULTS and "settings" not in text.partition("\n")[0]:
+            text = text[: text.rfind("\n") + 1]  # earlier versions appended: a kill left half
         table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         rows = list(table)
         broken = any(None in row or None in row.values() for row in rows)

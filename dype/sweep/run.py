@@ -183,10 +183,8 @@ def attempt(pipe, run: RunSettings, encode: Callable, together: bool) -> tuple[s
     try:
         return "", generate_with_record(pipe, run, prepare(pipe, run), encode)
     except Exception as error:  # the fault of one setting, unless it would hit every other too
-        alone = isinstance(error, OSError | errors.UserError) or errors.of_compiler(
-            error
-        )  # no fault of its settings
-        if together or alone:
+        fatal = isinstance(error, OSError | errors.UserError) or errors.of_compiler(error)
+        if together or fatal:
             raise
         failure = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if errors.ran_out(error):

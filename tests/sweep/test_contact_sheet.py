@@ -76,11 +76,12 @@ def test_labels_name_what_varies(monkeypatch):
     """And nothing else: a scale that each method has of its own is no axis."""
     written = []
     text = ImageDraw.ImageDraw.text
-    monkeypatch.setattr(
-        ImageDraw.ImageDraw,
-        "text",
-        lambda self, at, words, *more: written.append(words) or text(self, at, words, *more),
-    )
+
+    def noted(self, at, words, *args, **kwargs):
+        written.append(words)
+        return text(self, at, words, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
     rows = rows_of(
         {"colour": "a", "method": "dy_yarn", "dype_scale": "1"},
         {"colour": "b", "method": "dy_ntk", "dype_scale": "2"},
@@ -145,3 +146,17 @@ def test_narrow_pictures_and_long_prompts():
     for size, columns in (((1024, 64), None), ((64, 96), "seed")):
         [sheet] = contact_sheet.contact_sheets(rows, Path("out"), size, columns)
         assert max(sheet.size) < 1400
+
+
+def test_a_table_without_its_last_newline_keeps_its_last_row():
+    """As an editor may leave it; only results.csv of an earlier version was ever cut by a kill."""
+    entry = dict.fromkeys(results.METRIC_COLUMNS, "x") | {"value": "1"}
+    rows_of()
+    for name, columns, row in (
+        (results.METRICS, results.METRIC_COLUMNS, entry),
+        (results.RESULTS, results.COLUMNS, dict.fromkeys(results.COLUMNS, "1")),
+    ):
+        path = Path("out", name)
+        results.write_table(path, columns, [row])
+        path.write_text(path.read_text().rstrip("\n"))
+        assert len(results.read_table(path, columns)) == 1
