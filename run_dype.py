@@ -1,4 +1,4 @@
-"""Draw pictures beyond the training resolution with DyPE: `python run_dype.py --prompt "..."`."""
+"""Draw images beyond the training resolution with DyPE: `python run_dype.py --prompt "..."`."""
 
 import io
 import os
@@ -9,13 +9,25 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, as dype/__init__.py
 
-from dype.cli.dry_run import dry_run, headline
+from dype.cli.dry_run import dry_run, summary_line
 from dype.cli.flags import RunOptions, parse
 from dype.cli.settings import resolve
-from dype.errors import UnavailableError, UserError, fail, ran_out, run_command, user_errors
+from dype.errors import (
+    UnavailableError,
+    UserError,
+    fail,
+    is_out_of_memory,
+    raise_user_errors,
+    run_command,
+)
 from dype.pipelines import distributed
 from dype.sampling import records
-from dype.sampling.run import generate_with_record, load, out_of_memory, prepare
+from dype.sampling.run import (
+    explain_out_of_memory,
+    generate_with_record,
+    load_for_run,
+    prepare_pipeline,
+)
 from dype.sampling.sample import prompt_encoder
 from dype.sampling.settings import RunSettings
 from dype.sweep import contact_sheet, results
@@ -51,21 +63,23 @@ def generate_one(options: RunOptions, run: RunSettings) -> int:
     if options.dry_run:
         return dry_run(run)
     distributed.check_start(run, single_image=True)
-    state = distributed.join(run)
+    state = distributed.init_processes(run)
     path = output_path(options, run)
-    pipe = load(run, run.height * run.width, state)
+    pipe = load_for_run(run, run.height * run.width, state)
     pipe.set_progress_bar_config(disable=not state.is_main_process)
-    prepared = prepare(pipe, run)
-    print(headline(run, prepared))
+    prepared = prepare_pipeline(pipe, run)
+    print(summary_line(run, prepared))
     try:
         image, record = generate_with_record(pipe, run, prepared, prompt_encoder(pipe, [run]))
     except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
-        raise UnavailableError(out_of_memory(pipe, run)) from error
+        raise UnavailableError(explain_out_of_memory(pipe, run)) from error
     if state.is_main_process:
-        path = path if options.overwrite else records.free_path(path)  # taken meanwhile, perhaps
-        records.save(image, record, path)
+        path = (
+            path if options.overwrite else records.next_free_path(path)
+        )  # taken meanwhile, perhaps
+        records.save_image(image, record, path)
     print(f"{path}  {record['seconds']:.1f} s")
     state.destroy_process_group()  # not after an error: the others may not be there any more
     return 0
@@ -75,11 +89,11 @@ def generate_sweep(options: RunOptions, runs: list[RunSettings]) -> int:
     """Generate every image that is not there yet, then the contact sheets and the summary."""
     folder = Path(options.output_dir or f"outputs/{options.sweep}")
     if options.output is not None:
-        raise UserError("--output names one file, expected one picture or --output_dir")
-    with user_errors():
+        raise UserError("--output names one file, expected one image or --output_dir")
+    with raise_user_errors():
         contact_sheet.check_columns(options.cols)
         if options.dry_run:
-            print(sweep.outline(runs, folder, options.overwrite))
+            print(sweep.describe_plan(runs, folder, options.overwrite))
             return 0
         failures = sweep.run_sweep(runs, folder, options.overwrite)
     if failures is None:  # of several processes one draws the sheets
@@ -88,26 +102,26 @@ def generate_sweep(options: RunOptions, runs: list[RunSettings]) -> int:
     if not failures:
         return 0
     table = folder / results.RESULTS
-    sentence = f"{failures} of {len(runs)} pictures failed, see {table}; the same command tries "
+    sentence = f"{failures} of {len(runs)} images failed, see {table}; the same command tries "
     return fail(PROGRAM, sentence + "them again")
 
 
 def draw_sheets(folder: Path, columns: str | None) -> int:
     """Contact sheets and summary of a finished sweep. Raises UserError, OSError."""
-    with user_errors():
+    with raise_user_errors():
         rows = results.read_rows(folder)
         if not rows:
             raise ValueError(f"{folder} has no finished sweep, expected one with its results.csv")
-        for path in contact_sheet.draw(rows, folder, columns):
+        for path in contact_sheet.write_contact_sheets(rows, folder, columns):
             print(path)
     return 0
 
 
 def output_path(options: RunOptions, run: RunSettings) -> Path:
-    """Where the picture goes, checked before anything is loaded. Raises UserError, OSError."""
+    """Where the image goes, checked before anything is loaded. Raises UserError, OSError."""
     if options.output is None:
         path = Path(options.output_dir or "outputs") / run.file_name
-        path = path if options.overwrite else records.free_path(path)
+        path = path if options.overwrite else records.next_free_path(path)
     else:
         path = Path(options.output)
         if path.suffix.lower() != ".png":

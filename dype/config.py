@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 # method -> lambda_s when `dype_scale` is None (paper section 4 and App. D; the two power forms as
 # their authors' code has them); None where kappa has no use: `tasr` follows t itself.
-METHOD_SCALES = {
+DEFAULT_LAMBDA_S = {
     "base": None,
     "pi": 2.0,
     "ntk": 2.0,
@@ -22,9 +22,9 @@ METHOD_SCALES = {
     "vision_yarn": 2.0,
     "cutoff": None,
 }
-SCALES = ", ".join(f"{name} {scale:g}" for name, scale in METHOD_SCALES.items() if scale)
+LAMBDA_S_HELP = ", ".join(f"{name} {scale:g}" for name, scale in DEFAULT_LAMBDA_S.items() if scale)
 SHIFTS = ("cap", "model")
-PATHS = ("constant", "falling", "rising")  # of the attention scale, as the noise falls
+ATTENTION_PATHS = ("constant", "falling", "rising")  # of the attention scale, as the noise falls
 PRESETS = ("off", "auto", "4k")
 
 
@@ -37,7 +37,7 @@ class Flag:
     low: float | None = None  # of numbers: the least, the most, of what a multiple
     high: float = math.inf
     multiple: int | None = None
-    above: bool = False  # the least is out of range itself
+    exclusive: bool = False  # the least is out of range itself
     choices: Collection[str] = ()
     label: str | None = None  # a value on contact sheets, "scale {}"; None: takes no list of values
     changes_image: bool = True  # False: says where or how fast alone
@@ -45,10 +45,10 @@ class Flag:
     group: str = ""  # title in --help, of the flags that follow too
     aliases: tuple[str, ...] = ()
     switches: tuple[tuple[str, Any, str], ...] = ()  # further flags: (name, value, help)
-    arguments: dict[str, Any] | None = None  # of argparse's `add_argument`
+    parser_options: dict[str, Any] | None = None  # of argparse's `add_argument`
     # of the field that it is written at; default ...: there is none, or it is the model's
     name: str = ""
-    word: str = ""  # its name on the command line
+    option: str = ""  # its name on the command line
     type: type = str
     optional: bool = False
     default: Any = ...
@@ -57,27 +57,34 @@ class Flag:
         """The value that a text stands for. Raises ValueError, naming the flag."""
         value = text
         if self.type is bool:
-            one_of(f"--{self.word}", text, ("on", "off"))
+            check_choice(f"--{self.option}", text, ("on", "off"))
             value = text == "on"
         elif self.type in (int, float):
             try:
                 value = self.type(text)
             except ValueError:
                 kind = "a whole number" if self.type is int else "a number"
-                raise ValueError(f"--{self.word} is {text!r}, expected {kind}") from None
+                raise ValueError(f"--{self.option} is {text!r}, expected {kind}") from None
         self.check(value, "--")
         return value
 
     def check(self, value, prefix: str = "") -> None:
         """Raise ValueError unless a value is of the flag's type and in its range."""
-        name = prefix + self.word
+        name = prefix + self.option
         if value is None and self.optional:
             return
         if self.choices:
-            one_of(name, value, self.choices)
+            check_choice(name, value, self.choices)
         elif self.type in (int, float):
-            whole, limits = self.type is int, (self.low, self.high)
-            number(name, value, *limits, above=self.above, whole=whole, multiple=self.multiple)
+            integer, limits = self.type is int, (self.low, self.high)
+            check_number(
+                name,
+                value,
+                *limits,
+                exclusive=self.exclusive,
+                integer=integer,
+                multiple=self.multiple,
+            )
         elif not isinstance(value, self.type):
             kind = "True or False" if self.type is bool else "text"
             raise ValueError(f"{name} is {value!r}, expected {kind}")
@@ -105,7 +112,7 @@ def flags_of(settings: type) -> list[Flag]:
             row = part.metadata["flag"]
             group = row.group or group
             default = ... if part.default is MISSING else part.default
-            known = {"name": part.name, "word": part.name.rstrip("_"), "type": kinds[0]}
+            known = {"name": part.name, "option": part.name.rstrip("_"), "type": kinds[0]}
             known |= {"optional": NoneType in kinds, "default": default, "group": group}
             flags.append(replace(row, **known))
     return flags
@@ -121,7 +128,7 @@ class DyPEConfig:
 
     # fmt: off
     method: str = flag(
-        ", ".join(METHOD_SCALES), "yarn", choices=METHOD_SCALES, label="{}",
+        ", ".join(DEFAULT_LAMBDA_S), "yarn", choices=DEFAULT_LAMBDA_S, label="{}",
         group="position encoding", aliases=("--dype_method",),
     )
     dype: bool = flag(
@@ -129,23 +136,23 @@ class DyPEConfig:
         switches=(("--no_dype", False, "the static method, as --dype off"),),
     )
     dype_scale: float | None = flag(
-        f"lambda_s, 0 to 8 (default: the method's, {SCALES})", None, low=0, high=8,
+        f"lambda_s, 0 to 8 (default: the method's, {LAMBDA_S_HELP})", None, low=0, high=8,
         label="scale {}",
-        has_effect=lambda settings: settings["dype"] and METHOD_SCALES[settings["method"]],
+        has_effect=lambda settings: settings["dype"] and DEFAULT_LAMBDA_S[settings["method"]],
     )
     dype_exponent: float = flag(
         "lambda_t, 0 to 1000", 2.0, low=0, high=1000, label="exponent {}",
-        has_effect=lambda settings: settings["dype"] and METHOD_SCALES[settings["method"]],
+        has_effect=lambda settings: settings["dype"] and DEFAULT_LAMBDA_S[settings["method"]],
     )
     dype_start_sigma: float = flag(
         "t_start, above 0 to 1: above it the encoding stays as at t = 1", 1.0, metavar="T",
-        low=0, high=1, above=True, label="start {}", has_effect=lambda settings: settings["dype"],
+        low=0, high=1, exclusive=True, label="start {}", has_effect=lambda settings: settings["dype"],
     )
     alpha: float = 1.0  # yarn_paper alone: the ramp's ends, turns over the trained length
     beta: float = 32.0
     cutoff: float = flag(
         "c of the method cutoff: the wavelength of its cut at t = 1/2, times the trained length; "
-        "above 0 to 1000", 1.0, low=0, high=1000, above=True, label="cutoff {}",
+        "above 0 to 1000", 1.0, low=0, high=1000, exclusive=True, label="cutoff {}",
         has_effect=lambda settings: settings["method"] == "cutoff",
     )
     cutoff_width: float = 0.5  # delta, of ln wavelength
@@ -157,7 +164,7 @@ class DyPEConfig:
     )
     attention_path: str = flag(
         "with --attention_scale: a stays (constant), falls with the noise (falling: times u) or "
-        "rises as it falls (rising: times 1 - u)", "constant", choices=PATHS,
+        "rises as it falls (rising: times 1 - u)", "constant", choices=ATTENTION_PATHS,
         has_effect=lambda settings: settings["attention_scale"] and settings["dype"],
     )
     base_resolution: int | None = flag(
@@ -180,15 +187,15 @@ class DyPEConfig:
     def __post_init__(self):
         for row in CONFIG_FLAGS:
             row.check(getattr(self, row.name))
-        number("alpha", self.alpha, 0, math.inf, above=True)
-        number("beta", self.beta, self.alpha, math.inf, above=True)
+        check_number("alpha", self.alpha, 0, math.inf, exclusive=True)
+        check_number("beta", self.beta, self.alpha, math.inf, exclusive=True)
         for name in ("cutoff_width", "spectrum_exponent"):
-            number(name, getattr(self, name), 0, 1000, above=True)
+            check_number(name, getattr(self, name), 0, 1000, exclusive=True)
         if self.attention_path != "constant" and self.attention_scale is None:
             raise ValueError(
                 f"attention_path is {self.attention_path!r}, expected an attention_scale with it"
             )
-        default = METHOD_SCALES[self.method] or 0.0
+        default = DEFAULT_LAMBDA_S[self.method] or 0.0
         lambda_s = default if self.dype_scale is None else self.dype_scale
         dynamic = self.dype and self.method != "base"
         # what follows from the fields is none itself
@@ -210,34 +217,34 @@ class DyPEConfig:
 CONFIG_FLAGS = flags_of(DyPEConfig)
 
 
-def one_of(name: str, value, accepted) -> None:
+def check_choice(name: str, value, accepted) -> None:
     if value not in accepted:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(accepted)}")
 
 
-def number(
-    name, value, low, high, *, optional=False, above=False, whole=False, multiple=None
+def check_number(
+    name, value, low, high, *, optional=False, exclusive=False, integer=False, multiple=None
 ) -> None:
-    """Raise ValueError unless `value` is a number in [low, high], or (low, high] if `above`."""
+    """Raise ValueError unless `value` is a number in [low, high], or (low, high] if `exclusive`."""
     if value is None and optional:
         return
-    wanted = f"{'above' if above else 'at least'} {low:g}"
+    wanted = f"{'above' if exclusive else 'at least'} {low:g}"
     wanted += f" and at most {high:g}" if math.isfinite(high) else ""
-    kind = f"multiple of {multiple}," if multiple else "whole number" if whole else "number"
-    good = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    good = good and low <= value <= high and not (above and value == low)  # no NaN passes this
+    kind = f"multiple of {multiple}," if multiple else "whole number" if integer else "number"
+    good = isinstance(value, int if integer else int | float) and not isinstance(value, bool)
+    good = good and low <= value <= high and not (exclusive and value == low)  # no NaN passes this
     if not good or value == math.inf or (multiple and value % multiple):
         shown = repr(value) if len(repr(value)) < 40 else repr(value)[:40] + "..."
         raise ValueError(f"{name} is {shown}, expected a {kind} {wanted}")
 
 
-def preset(name: str, height: int, width: int, base_resolution: int) -> dict:
+def preset_settings(name: str, height: int, width: int, base_resolution: int) -> dict:
     """The settings that a preset stands for at one size (px); {} where it changes none.
 
     `auto` leaves sizes up to 1.5x the base resolution alone, since the encoding is stock there or
     nearly; its exponents by scale are those that users of the ComfyUI and llm-dit ports settled on.
     """
-    one_of("preset", name, PRESETS)
+    check_choice("preset", name, PRESETS)
     scale = max(height, width) / base_resolution
     if name == "off" or (name == "auto" and scale <= 1.5):
         return {"method": "base", "dype": False}

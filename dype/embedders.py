@@ -1,6 +1,6 @@
 """Rotary embedders that follow the noise level, for the transformers with real tables.
 
-Each has `set_timestep` and `set_grid`, and `before`, which the transformer's forward pre-hook calls
+Each has `set_timestep` and `set_grid`, and `prepare_call`, which the transformer's forward pre-hook calls
 with the arguments of every denoiser call to read both from them. The complex formats are in
 `embedders_complex`.
 """
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from dype import rope
 from dype.config import DyPEConfig
 
-MOST_KEPT = 16  # an embedder remembers so many constants: those of a few sizes
+CACHE_SIZE = 16  # an embedder remembers so many constants: those of a few sizes
 
 
-class DyPE:
+class DyPEEmbedder:
     """What every format shares: the noise level, the grid, and the mathematics of its two axes.
 
     stock: the embedder that is replaced, kept untouched; trained_tokens: L, the same for rows and
@@ -33,8 +33,8 @@ class DyPE:
         self.theta = float(stock.theta)
         self.axes_dim = tuple(getattr(stock, "axes_dim", None) or stock.axes_dims)
         self.trained_tokens = trained_tokens
-        self.sigma = noise_level()
-        self.memory = {}
+        self.sigma = make_sigma()
+        self.cache = {}
         self.set_grid(1, 1)
 
     def set_timestep(self, sigma: float | torch.Tensor) -> None:
@@ -44,141 +44,143 @@ class DyPE:
             return
         device = float64_device(sigma.device)
         if device != self.sigma.device or self.sigma.is_inference():
-            self.sigma = noise_level(device)
+            self.sigma = make_sigma(device)
         self.sigma.copy_(sigma)
 
     def set_grid(self, height_tokens: int, width_tokens: int) -> None:
-        """Set the size of the picture being drawn, in tokens."""
+        """Set the size of the image being drawn, in tokens."""
         self.grid = (int(height_tokens), int(width_tokens))
 
-    def active(self, grid: tuple[int, int]) -> bool:
-        """Whether a picture of this size is encoded other than by the stock embedder."""
+    def is_extrapolating(self, grid: tuple[int, int]) -> bool:
+        """Whether an image of this size is encoded other than by the stock embedder."""
         return self.config.method != "base" and max(grid) > self.trained_tokens
 
     def frequencies(self, grid, device) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows' and columns' frequencies, float64 [2, n], and their attention scales [2]."""
         device = float64_device(device)
         of_axis = self.axes_dim[1], self.theta, self.trained_tokens, grid, device, self.config
-        axis = self.once("axis", grid, device, make=lambda: rope.axes(*of_axis))
-        return rope.frequencies(axis, self.sigma.to(device), self.config)
+        axis = self.cached("axis", grid, device, make=lambda: rope.build_axes(*of_axis))
+        return rope.batched_frequencies(axis, self.sigma.to(device), self.config)
 
-    def steps(self, start: int, end: int, device) -> torch.Tensor:
+    def positions(self, start: int, end: int, device) -> torch.Tensor:
         """Positions from start to end - 1, float64."""
         make = partial(torch.arange, start, end, dtype=torch.float64, device=device)
-        return self.once("steps", start, end, device, make=make)
+        return self.cached("steps", start, end, device, make=make)
 
-    def once(self, *key, make):
+    def cached(self, *key, make):
         """What `make` returns: made once per key, as no noise level changes it.
 
         A compiler sees it made anew, and folds it away.
         """
         if torch.compiler.is_compiling():
             return make()
-        if key not in self.memory:
-            if len(self.memory) >= MOST_KEPT:
-                self.memory.clear()
+        if key not in self.cache:
+            if len(self.cache) >= CACHE_SIZE:
+                self.cache.clear()
             with torch.inference_mode(False):
-                self.memory[key] = make()
-        return self.memory[key]
+                self.cache[key] = make()
+        return self.cache[key]
 
 
-def sigma_itself(time: torch.Tensor) -> torch.Tensor:
+def sigma_from_timestep(time: torch.Tensor) -> torch.Tensor:
     return time
 
 
-def sigma_of_thousandths(time: torch.Tensor) -> torch.Tensor:
+def sigma_from_thousandths(time: torch.Tensor) -> torch.Tensor:
     return time.double() / 1000
 
 
-def sigma_of_complement(time: torch.Tensor) -> torch.Tensor:
+def sigma_from_complement(time: torch.Tensor) -> torch.Tensor:
     return 1 - time.double()
 
 
-class Texts(NamedTuple):
+class TextTokens(NamedTuple):
     """Where a family's text tokens are, in numbers of them."""
 
-    before: int = 0  # in front of the picture's, in what the embedder is called with
-    within: int = 0  # of those, how many are in the call's own ids
-    apart: int = -1  # in a call of the embedder by themselves
+    prefix: int = 0  # in front of the image's, in what the embedder is called with
+    in_image_ids: int = 0  # of those, how many are in the call's own ids
+    separate_call: int = -1  # in a call of the embedder by themselves
 
 
-def joined(module, call: dict) -> Texts:
+def flux1_text_tokens(module, call: dict) -> TextTokens:
     """FLUX.1: the transformer puts `txt_ids` in front of `img_ids`."""
     mode_token = bool(getattr(module, "union", False))  # a union controlnet adds one
-    return Texts(before=call["txt_ids"].shape[-2] + mode_token)
+    return TextTokens(prefix=call["txt_ids"].shape[-2] + mode_token)
 
 
-def apart(module, call: dict) -> Texts:
-    """FLUX.2: one call for the pictures, one for the text."""
-    return Texts(apart=call["txt_ids"].shape[-2])
+def flux2_text_tokens(module, call: dict) -> TextTokens:
+    """FLUX.2: one call for the images, one for the text."""
+    return TextTokens(separate_call=call["txt_ids"].shape[-2])
 
 
-def within(module, call: dict) -> Texts:
+def krea2_text_tokens(module, call: dict) -> TextTokens:
     """Krea 2: one tensor of ids for all."""
     text = call["encoder_hidden_states"].shape[1]
-    return Texts(before=text, within=text)
+    return TextTokens(prefix=text, in_image_ids=text)
 
 
-class FluxDyPE(DyPE, torch.nn.Module):
+class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
     """FLUX's format: (cos, sin), float32 [S, D], each value repeated for its pair.
 
     Stands in for diffusers' `FluxPosEmbed` and its copies, called with ids [S, A] = (kind, row,
-    column, ...). Tokens of kind 0 are the text's, all at the origin, and the picture's; other kinds
-    are reference pictures and get the stock encoding, as every further axis does.
+    column, ...). Tokens of kind 0 are the text's, all at the origin, and the image's; other kinds
+    are reference images and get the stock encoding, as every further axis does.
     """
 
-    seen = (None, 0)  # the ids that were read last, their version, what was read
+    _last_ids = (None, 0)  # the ids that were read last, their version, what was read
 
     def set_grid(self, height_tokens: int, width_tokens: int) -> None:
         super().set_grid(height_tokens, width_tokens)
-        self.layout = None
+        self.token_layout = None
 
-    def set_layout(self, before: int, after: int) -> None:
-        """The ids to come are `before` of text (kind 0), the grid row by row, and `after` of
+    def set_token_layout(self, num_text: int, num_reference: int) -> None:
+        """The ids to come are `num_text` of text (kind 0), the grid row by row, and `num_reference` of
         references.
 
         Rows and columns are then written by one broadcast, and the grid's ids are not looked at.
         """
-        self.layout = (before, after)
+        self.token_layout = (num_text, num_reference)
 
-    def before(self, module: torch.nn.Module, call: dict) -> dict:
+    def prepare_call(self, module: torch.nn.Module, call: dict) -> dict:
         """Read noise level and grid from a denoiser call and return it with exact ids.
 
-        The ids are copied to the host once per picture, since the pipelines hand the same tensor to
-        every step (but FLUX.2's with reference pictures, which make a new one each time). All
+        The ids are copied to the host once per image, since the pipelines hand the same tensor to
+        every step (but FLUX.2's with reference images, which make a new one each time). All
         samples of a batch share the noise level and the ids.
         """
         family = self.family
-        self.set_timestep(family.sigma(call[family.time].flatten()[0]))
-        ids, texts = call[family.ids], family.texts(module, call)
+        self.set_timestep(family.to_sigma(call[family.timestep_arg].flatten()[0]))
+        ids, texts = call[family.ids_arg], family.text_tokens(module, call)
         version = 0 if ids.is_inference() else ids._version
-        if self.seen[0] is not ids or self.seen[1] != version:
-            self.seen = (ids, version, *read_ids(ids, texts.within))
-        _, _, exact, grid, after = self.seen
+        if self._last_ids[0] is not ids or self._last_ids[1] != version:
+            self._last_ids = (ids, version, *parse_image_ids(ids, texts.in_image_ids))
+        _, _, exact, grid, after = self._last_ids
         self.set_grid(*grid)
-        # a separate call for as many text tokens as the picture has could not be told from its own,
+        # a separate call for as many text tokens as the image has could not be told from its own,
         # nor a shard of them where tokens are split between processes
         split = getattr(module, "_parallel_config", None) is not None
-        if after is not None and not split and texts.apart != grid[0] * grid[1] + after:
-            self.set_layout(texts.before, after)
-        return call | {family.ids: exact}
+        if after is not None and not split and texts.separate_call != grid[0] * grid[1] + after:
+            self.set_token_layout(texts.prefix, after)
+        return call | {family.ids_arg: exact}
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         size = self.grid[0] * self.grid[1]
-        if self.layout is None or len(ids) != size + sum(self.layout):
-            table = self.rotate(ids)  # a shard under context parallelism, or odd ids
+        if self.token_layout is None or len(ids) != size + sum(self.token_layout):
+            table = self.table_from_ids(ids)  # a shard under context parallelism, or odd ids
         else:
-            table = self.fill(ids, *self.layout)
+            table = self.table_by_broadcast(ids, *self.token_layout)
         return table[0], table[1]
 
-    def rotate(self, ids: torch.Tensor, references: bool = True) -> torch.Tensor:
+    def table_from_ids(self, ids: torch.Tensor, references: bool = True) -> torch.Tensor:
         """Scaled cos and sin of any ids, each twice, token by token: float32 [2, S, D].
 
         references: whether there may be tokens of a kind other than 0.
         """
         inv_freq, m = self.frequencies(self.grid, ids.device)
         pairs = [dim // 2 for dim in self.axes_dim]
-        stock, one, axis_of = self.once("stock", m.device, make=lambda: self.stock_pairs(m.device))
+        stock, one, axis_of = self.cached(
+            "stock", m.device, make=lambda: self.stock_frequencies_per_pair(m.device)
+        )
         f = torch.cat([stock[: pairs[0]], inv_freq.flatten(), stock[sum(pairs[:3]) :]])
         of_axes = [scale.expand(count) for scale, count in zip(m, pairs[1:3], strict=True)]
         scale = torch.cat([one[: pairs[0]], *of_axes, one[sum(pairs[:3]) :]])
@@ -190,42 +192,45 @@ class FluxDyPE(DyPE, torch.nn.Module):
         table = torch.stack([angle.cos(), angle.sin()]) * scale
         return table.float().repeat_interleave(2, dim=-1).to(ids.device)
 
-    def stock_pairs(self, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def stock_frequencies_per_pair(self, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of every pair of all axes, [D / 2]: the stock frequency, the scale 1, and its axis."""
         stock = [rope.stock_frequencies(dim, self.theta, device) for dim in self.axes_dim]
         axes = [torch.full(part.shape, axis, device=device) for axis, part in enumerate(stock)]
         stock = torch.cat(stock)
         return stock, torch.ones_like(stock), torch.cat(axes)
 
-    def fill(self, ids: torch.Tensor, before: int, after: int) -> torch.Tensor:
-        """The same for a known layout, with trigonometry for single rows and columns alone."""
+    def table_by_broadcast(
+        self, ids: torch.Tensor, num_text: int, num_reference: int
+    ) -> torch.Tensor:
+        """Return what `table_from_ids` does, with trigonometry for one row and one column alone."""
         (height, width), device = self.grid, ids.device
-        make = partial(self.lines, device)
-        lines, of_rows, of_columns = self.once("lines", self.grid, device, make=make)
-        end = before + height * width
-        some = torch.cat([ids[:before], lines, ids[end:]])
-        parts = before, height, width, after
-        text, rows, columns, others = self.rotate(some, after > 0).split(parts, dim=1)
+        make = partial(self.first_row_and_column_ids, device)
+        lines, of_rows, of_columns = self.cached("lines", self.grid, device, make=make)
+        end = num_text + height * width
+        few = torch.cat([ids[:num_text], lines, ids[end:]])
+        counts = num_text, height, width, num_reference
+        parts = self.table_from_ids(few, num_reference > 0).split(counts, dim=1)
+        text, rows, columns, references = parts
         rows, columns = (rows * of_rows)[:, :, None], (columns * of_columns)[:, None]
         table = rows.new_empty(2, len(ids), rows.shape[-1])
-        add(rows, columns, table[:, before:end].view(2, height, width, -1))
-        table[:, :before] = text
-        if after:
-            table[:, end:] = others
+        add_by_broadcast(rows, columns, table[:, num_text:end].view(2, height, width, -1))
+        table[:, :num_text] = text
+        if num_reference:
+            table[:, end:] = references
         return table
 
-    def lines(self, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def first_row_and_column_ids(self, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ids of the first column's rows and the first row's columns [H + W, A]; which of a
         token's entries come from its row (1, else 0), and which from its column: [D]."""
         height, width = self.grid
         more, first = len(self.axes_dim) - 3, self.axes_dim[0]
-        ids = torch.cat([grid_ids(0, height, 1, device), grid_ids(0, 1, width, device)])
+        ids = torch.cat([make_grid_ids(0, height, 1, device), make_grid_ids(0, 1, width, device)])
         of_rows = torch.zeros(sum(self.axes_dim), device=device)
         of_rows[first : first + self.axes_dim[1]] = 1
         return F.pad(ids, (0, more)), of_rows, 1 - of_rows
 
 
-class MatrixDyPE(FluxDyPE):
+class DyPEEmbedND(DyPEFluxPosEmbed):
     """The format of Black Forest Labs' own `EmbedND`: float32 [B, 1, S, D / 2, 2, 2].
 
     Called with ids [B, S, A]. Each pair is the rotation matrix ((cos, -sin), (sin, cos)). All
@@ -238,20 +243,20 @@ class MatrixDyPE(FluxDyPE):
         return turns.expand(len(ids), 1, *turns.shape)
 
 
-def noise_level(device=None) -> torch.Tensor:
+def make_sigma(device=None) -> torch.Tensor:
     """A 0-dim float64 tensor that may be written to in and out of inference mode."""
     with torch.inference_mode(False):
         return torch.ones((), dtype=torch.float64, device=device)
 
 
-def read_ids(ids: torch.Tensor, texts: int = 0) -> tuple[torch.Tensor, tuple, int | None]:
-    """What FLUX's img_ids [S, A] say: exact float32 ids, the picture's grid, tokens after it.
+def parse_image_ids(ids: torch.Tensor, texts: int = 0) -> tuple[torch.Tensor, tuple, int | None]:
+    """What FLUX's img_ids [S, A] say: exact float32 ids, the image's grid, tokens after it.
 
     texts: how many of them, at the beginning, are the text's; those are left out of it all.
 
     In bfloat16 rows beyond 256 collide, but the length of the first row, until the row changes, is
     still right; each kind's grid is counted again from that. Where the ids are not a grid they are
-    taken as they stand, and the tokens after the picture are None.
+    taken as they stand, and the tokens after the image are None.
     """
     given = ids if ids.ndim == 2 else ids[0]  # [B, S, 3] is deprecated in diffusers
     host = given[texts:].float().cpu()
@@ -262,7 +267,7 @@ def read_ids(ids: torch.Tensor, texts: int = 0) -> tuple[torch.Tensor, tuple, in
         part, kind = host[start:end], int(kinds[start])
         changes = (part[:, 1] != part[0, 1]).nonzero()
         width = int(changes[0]) if len(changes) else len(part)
-        counted = grid_ids(kind, len(part) // width, width)
+        counted = make_grid_ids(kind, len(part) // width, width)
         counted = F.pad(counted, (0, part.shape[1] - 3))
         regular = counted.shape == part.shape and torch.equal(counted.to(ids.dtype).float(), part)
         exact.append(counted if regular else part)
@@ -273,14 +278,14 @@ def read_ids(ids: torch.Tensor, texts: int = 0) -> tuple[torch.Tensor, tuple, in
     return exact.expand(ids.shape), grid or (1, 1), after
 
 
-def grid_ids(kind: int, height: int, width: int, device=None) -> torch.Tensor:
+def make_grid_ids(kind: int, height: int, width: int, device=None) -> torch.Tensor:
     """Positions (kind, row, column) row by row, float32 [height * width, 3]."""
     steps = [torch.arange(side, device=device) for side in (height, width)]
     axes = torch.meshgrid(*steps, indexing="ij")
     return torch.stack([torch.full_like(axes[0], kind), *axes], -1).flatten(0, 1).float()
 
 
-def add(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
+def add_by_broadcast(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
     """out = rows + columns by broadcast, in one pass; exact, as one of them is 0."""
     if torch.compiler.is_compiling():  # which does without `out`
         out.copy_(rows + columns)

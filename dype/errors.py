@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def user_errors():
+def raise_user_errors():
     """Within, a ValueError is the user's mistake."""
     try:
         yield
@@ -69,9 +69,9 @@ def run_command(
     except (UnavailableError, OSError) as error:
         return fail(program, error)
     except (RuntimeError, MemoryError) as error:
-        if of_compiler(error):
-            return fail(program, f"cannot compile: {shortened(error)}; try --compile off")
-        if not ran_out(error):
+        if is_compiler_error(error):
+            return fail(program, f"cannot compile: {first_line(error)}; try --compile off")
+        if not is_out_of_memory(error):
             raise
         return fail(program, f"out of memory; {out_of_memory}")
     except KeyboardInterrupt:
@@ -85,17 +85,17 @@ def fail(program: str, error, code: int = 1) -> int:
     return code
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is gone, whichever allocator says it."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or any(w in str(error) for w in ("out of memory", "allocate memory"))
 
 
-def of_compiler(error: BaseException) -> bool:
+def is_compiler_error(error: BaseException) -> bool:
     """Whether torch.compile says that it cannot."""
     return any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__)
 
 
-def shortened(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of an error, at most 200 characters of it."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(". ")

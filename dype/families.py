@@ -8,19 +8,19 @@ from typing import NamedTuple
 import torch
 
 from dype.embedders import (
-    FluxDyPE,
-    MatrixDyPE,
-    apart,
-    joined,
-    sigma_itself,
-    sigma_of_complement,
-    sigma_of_thousandths,
-    within,
+    DyPEEmbedND,
+    DyPEFluxPosEmbed,
+    flux1_text_tokens,
+    flux2_text_tokens,
+    krea2_text_tokens,
+    sigma_from_complement,
+    sigma_from_thousandths,
+    sigma_from_timestep,
 )
-from dype.embedders_complex import QwenDyPE, ZImageDyPE
+from dype.embedders_complex import DyPEQwenEmbedRope, DyPEZImageRopeEmbedder
 
-TOKEN = 16  # px per token: the VAE's factor 8 times the 2 x 2 packing
-DEMO = Path(__file__).parent / "demo" / "weights"
+PIXELS_PER_TOKEN = 16  # px per token: the VAE's factor 8 times the 2 x 2 packing
+DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
 
 
 class Family(NamedTuple):
@@ -30,11 +30,13 @@ class Family(NamedTuple):
     embedder: type  # what takes its place
     base_resolution: int = 1024  # px
     shift: str = "model"  # the schedule to draw with, of DyPEConfig
-    time: str = "timestep"  # the argument that holds the noise level ...
-    sigma: Callable = sigma_itself  # ... and how: sigma in [0, 1] from it
-    ids: str = "img_ids"  # the argument with the pictures' ids, where there are any
-    texts: Callable = joined
-    mu: Callable | None = None  # mu(tokens, steps), where the pipeline has a rule of its own
+    timestep_arg: str = "timestep"  # the argument that holds the noise level ...
+    to_sigma: Callable = sigma_from_timestep  # ... and how: sigma in [0, 1] from it
+    ids_arg: str = "img_ids"  # the argument with the images' ids, where there are any
+    text_tokens: Callable = flux1_text_tokens
+    own_mu_rule: Callable | None = (
+        None  # mu(tokens, steps), where the pipeline has a rule of its own
+    )
 
 
 def flux2_mu(tokens: int, steps: int) -> float:
@@ -49,15 +51,17 @@ def krea2_turbo_mu(tokens: int, steps: int) -> float:
     return 1.15
 
 
-FLUX = Family("pos_embed", FluxDyPE, shift="cap")
-FLUX2 = FLUX._replace(texts=apart, mu=flux2_mu)
-KREA2 = FLUX._replace(attribute="rotary_emb", ids="position_ids", texts=within)
-KREA2_TURBO = KREA2._replace(mu=krea2_turbo_mu)
-BRIA = FLUX._replace(sigma=sigma_of_thousandths, shift="model")
-BFL = FLUX._replace(attribute="pe_embedder", embedder=MatrixDyPE, time="timesteps")
-QWEN = Family("pos_embed", QwenDyPE, 1328)
+FLUX = Family("pos_embed", DyPEFluxPosEmbed, shift="cap")
+FLUX2 = FLUX._replace(text_tokens=flux2_text_tokens, own_mu_rule=flux2_mu)
+KREA2 = FLUX._replace(attribute="rotary_emb", ids_arg="position_ids", text_tokens=krea2_text_tokens)
+KREA2_TURBO = KREA2._replace(own_mu_rule=krea2_turbo_mu)
+BRIA = FLUX._replace(to_sigma=sigma_from_thousandths, shift="model")
+BFL = FLUX._replace(attribute="pe_embedder", embedder=DyPEEmbedND, timestep_arg="timesteps")
+QWEN = Family("pos_embed", DyPEQwenEmbedRope, 1328)
 NUCLEUS = QWEN._replace(base_resolution=1024)
-ZIMAGE = Family("rope_embedder", ZImageDyPE, time="t", sigma=sigma_of_complement)
+ZIMAGE = Family(
+    "rope_embedder", DyPEZImageRopeEmbedder, timestep_arg="t", to_sigma=sigma_from_complement
+)
 
 FAMILIES = {
     "FluxTransformer2DModel": FLUX,
@@ -75,24 +79,24 @@ FAMILIES = {
     "ZImageControlNetModel": ZIMAGE,
 }
 TEXT_ON_THE_GRID = (
-    "its text counts on along the picture's rows and columns, and where it belongs once those are "
+    "its text counts on along the image's rows and columns, and where it belongs once those are "
     "stretched is an open question"
 )
-REFUSED = {
-    "HiDreamImageTransformer2DModel": "its pipeline forces every picture to 1024x1024 pixels",
+UNSUPPORTED = {
+    "HiDreamImageTransformer2DModel": "its pipeline forces every image to 1024x1024 pixels",
     "ErnieImageTransformer2DModel": "its embedder returns angles, so there is no attention scale",
     "OvisImageTransformer2DModel": TEXT_ON_THE_GRID,
     "LongCatImageTransformer2DModel": TEXT_ON_THE_GRID,
-    "BriaFibo2Transformer2DModel": "its picture and references share one call of the embedder",
+    "BriaFibo2Transformer2DModel": "its image and references share one call of the embedder",
     "Flux3Transformer2DModel": "diffusers draws with it in modular pipelines alone, never tried",
     "HunyuanImageTransformer2DModel": "its embedder is called with the latent, not with positions",
-    "Lumina2Transformer2DModel": "its embedder cuts the picture into tokens too",
+    "Lumina2Transformer2DModel": "its embedder cuts the image into tokens too",
     "PRXTransformer2DModel": "it embeds rows and columns alone, in a format of its own",
-    "QwenImage21Transformer2DModel": "its text, pictures and cached keys share one table",
+    "QwenImage21Transformer2DModel": "its text, images and cached keys share one table",
 }
 # entries of a supported class's configuration, with which it is another model
-REFUSED_IF = {
-    "siglip_feat_dim": "Z-Image-Omni's reference pictures share the drawn one's rows and columns",
+UNSUPPORTED_IF = {
+    "siglip_feat_dim": "Z-Image-Omni's reference images share the drawn one's rows and columns",
     "use_layer3d_rope": "Qwen-Image-Layered has an embedder of its own",
 }
 
@@ -112,16 +116,18 @@ def family_of(module) -> Family:
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
-    reason = next((f": {REFUSED[name]}" for name in names if name in REFUSED), "")
+    reason = next((f": {UNSUPPORTED[name]}" for name in names if name in UNSUPPORTED), "")
     raise TypeError(f"{names[0]} is not supported{reason}; expected one of {', '.join(FAMILIES)}")
 
 
-def supported(module: torch.nn.Module) -> Family:
+def check_supported(module: torch.nn.Module) -> Family:
     """The family of a module that DyPE can enter. Raises TypeError, ValueError."""
     family, config = family_of(module), getattr(module, "config", {})
-    reasons = [reason for entry, reason in REFUSED_IF.items() if config.get(entry)]
-    if family.time not in inspect.signature(type(module).forward).parameters:
-        reasons = [f"its forward has no {family.time}, expected the original class's arguments"]
+    reasons = [reason for entry, reason in UNSUPPORTED_IF.items() if config.get(entry)]
+    if family.timestep_arg not in inspect.signature(type(module).forward).parameters:
+        reasons = [
+            f"its forward has no {family.timestep_arg}, expected the original class's arguments"
+        ]
     if reasons:
         raise ValueError(f"this {type(module).__name__} is not supported: {reasons[0]}")
     return family
@@ -130,6 +136,10 @@ def supported(module: torch.nn.Module) -> Family:
 def base_resolution(module: torch.nn.Module) -> int:
     """Trained size in px of what was loaded: the demo's 256, else that of its family."""
     loaded = getattr(module, "config", {}).get("_name_or_path")
-    if loaded and Path(loaded).exists() and Path(loaded).resolve().is_relative_to(DEMO.resolve()):
+    if (
+        loaded
+        and Path(loaded).exists()
+        and Path(loaded).resolve().is_relative_to(DEMO_WEIGHTS.resolve())
+    ):
         return 256
     return family_of(module).base_resolution

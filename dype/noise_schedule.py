@@ -4,9 +4,11 @@ import copy
 import math
 
 from dype.config import DyPEConfig
-from dype.families import FLUX, TOKEN, Family
+from dype.families import FLUX, PIXELS_PER_TOKEN, Family
 
-CAP_STEPS = 50  # at which FLUX.2's own rule is taken for the cap, its documented number of steps
+FLUX2_CAP_STEPS = (
+    50  # at which FLUX.2's own rule is taken for the cap, its documented number of steps
+)
 
 
 def noise_schedule(
@@ -18,13 +20,17 @@ def noise_schedule(
 
     config, scheduler = scheduler.config, copy.deepcopy(scheduler)
     mu = None
-    if family.mu and hasattr(scheduler, "dype_shift"):
+    if family.own_mu_rule and hasattr(scheduler, "dype_shift"):
         mu = math.log(config.shift)  # the cap, which stands in the configuration as a static shift
     if config.get("use_dynamic_shifting"):
-        tokens = (height // TOKEN) * (width // TOKEN)
+        tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         numbers = [config[name] for name in names]
-        mu = family.mu(tokens, steps) if family.mu else calculate_shift(tokens, *numbers)
+        mu = (
+            family.own_mu_rule(tokens, steps)
+            if family.own_mu_rule
+            else calculate_shift(tokens, *numbers)
+        )
     # what every pipeline hands to its scheduler, which shifts it
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return mu, scheduler.sigmas.tolist()
@@ -44,9 +50,11 @@ def shift_settings(scheduler, config: DyPEConfig, family: Family) -> dict:
         wanted = {"base_shift": config.base_shift, "max_shift": config.max_shift}
         return {name: value for name, value in wanted.items() if value is not None}
     cap = config.max_shift
-    if family.mu:  # the pipeline reads no mu from the configuration: a static shift is the curve
-        tokens = ((config.base_resolution or family.base_resolution) // TOKEN) ** 2
-        cap = family.mu(tokens, CAP_STEPS) if cap is None else cap
+    if (
+        family.own_mu_rule
+    ):  # the pipeline reads no mu from the configuration: a static shift is the curve
+        tokens = ((config.base_resolution or family.base_resolution) // PIXELS_PER_TOKEN) ** 2
+        cap = family.own_mu_rule(tokens, FLUX2_CAP_STEPS) if cap is None else cap
         return {"use_dynamic_shifting": False, "shift": math.exp(cap)}
     cap = scheduler.config.get("max_shift", 1.15) if cap is None else cap
     return {"base_shift": cap, "max_shift": cap}
@@ -58,7 +66,7 @@ def check_shift(schedule: dict, config: DyPEConfig, family: Family) -> None:
     shift = config.shift or family.shift
     if not schedule.get("use_dynamic_shifting", False):
         reason = "this model's schedule is static, expected none"
-    elif family.mu and shift == "model":
+    elif family.own_mu_rule and shift == "model":
         reason = "this model's pipeline has a rule of its own for mu, expected none or shift cap"
     elif "base_shift" in asked and shift == "cap":
         reason = (
@@ -78,7 +86,7 @@ def set_shift(scheduler, wanted: dict) -> None:
         scheduler.set_shift(wanted["shift"])  # the scheduler keeps a copy of this one
 
 
-def own_config(scheduler) -> dict:
+def scheduler_config_without_dype(scheduler) -> dict:
     """The scheduler's configuration as it would be without us; what others changed since stays."""
     config = dict(scheduler.config)
     for name, (before, ours) in getattr(scheduler, "dype_shift", {}).items():
@@ -93,7 +101,7 @@ def restore_shift(scheduler) -> None:
     """Undo `set_shift`, if it was called, except for values that somebody else has changed."""
     if not hasattr(scheduler, "dype_shift"):
         return
-    scheduler._internal_dict = type(scheduler.config)(own_config(scheduler))
+    scheduler._internal_dict = type(scheduler.config)(scheduler_config_without_dype(scheduler))
     if "shift" in scheduler.dype_shift:
         scheduler.set_shift(scheduler.config["shift"])
     del scheduler.dype_shift

@@ -7,8 +7,20 @@ from functools import partial
 import torch
 
 from dype.config import DyPEConfig
-from dype.families import TOKEN, base_resolution, family_of, family_of_pipeline, supported
-from dype.noise_schedule import check_shift, own_config, restore_shift, set_shift, shift_settings
+from dype.families import (
+    PIXELS_PER_TOKEN,
+    base_resolution,
+    check_supported,
+    family_of,
+    family_of_pipeline,
+)
+from dype.noise_schedule import (
+    check_shift,
+    restore_shift,
+    scheduler_config_without_dype,
+    set_shift,
+    shift_settings,
+)
 
 
 def apply_dype(target, config: DyPEConfig | None = None) -> None:
@@ -32,12 +44,12 @@ def apply_dype(target, config: DyPEConfig | None = None) -> None:
     config = config or DyPEConfig()
     if not isinstance(config, DyPEConfig):
         raise TypeError(f'config is {config!r}, expected a DyPEConfig, as DyPEConfig("yarn")')
-    modules = denoisers(target)
-    families = [supported(module) for module in modules]
+    modules = transformer_and_controlnets(target)
+    families = [check_supported(module) for module in modules]
     scheduler = getattr(target, "scheduler", None)
     if scheduler is not None:
         drawing = family_of_pipeline(target, families[0])
-        check_shift(own_config(scheduler), config, drawing)
+        check_shift(scheduler_config_without_dype(scheduler), config, drawing)
         static = "shift" in shift_settings(scheduler, config, drawing)
         if static and not hasattr(scheduler, "set_shift"):
             raise ValueError(
@@ -45,14 +57,14 @@ def apply_dype(target, config: DyPEConfig | None = None) -> None:
                 "FlowMatchEulerDiscreteScheduler or shift model"
             )
     remove_dype(target)
-    trained = (config.base_resolution or base_resolution(modules[0])) / TOKEN
+    trained = (config.base_resolution or base_resolution(modules[0])) / PIXELS_PER_TOKEN
     for module, family in zip(modules, families, strict=True):
         stock = getattr(module, family.attribute)
         embedder = family.embedder(stock, config, trained)
         setattr(module, family.attribute, embedder)
         embedder.family = family
         names = list(inspect.signature(type(module).forward).parameters)[1:]
-        hook = partial(before_denoiser, family.attribute, names)
+        hook = partial(dype_pre_hook, family.attribute, names)
         embedder.hook = module.register_forward_pre_hook(hook, with_kwargs=True)
     if scheduler is not None:
         set_shift(scheduler, shift_settings(scheduler, config, drawing))
@@ -63,7 +75,7 @@ def remove_dype(target) -> None:
 
     Does nothing where DyPE is not applied. Raises TypeError as `apply_dype` does.
     """
-    for module in denoisers(target):
+    for module in transformer_and_controlnets(target):
         attribute = family_of(module).attribute
         embedder = getattr(module, attribute)
         if hasattr(embedder, "stock"):
@@ -73,7 +85,7 @@ def remove_dype(target) -> None:
 
 
 @torch.compiler.disable
-def before_denoiser(
+def dype_pre_hook(
     attribute: str, names: list[str], module: torch.nn.Module, args: tuple, kwargs: dict
 ) -> tuple[tuple, dict]:
     """The pre-hook. Looks its embedder up on the module, so that a deep copy drives its own.
@@ -81,7 +93,7 @@ def before_denoiser(
     attribute: where that sits. names: of the arguments of the module's `forward`.
     """
     call = dict(zip(names, args, strict=False)) | kwargs
-    return (), getattr(module, attribute).before(module, call)
+    return (), getattr(module, attribute).prepare_call(module, call)
 
 
 @contextmanager
@@ -94,7 +106,7 @@ def dype_applied(target, config: DyPEConfig | None = None):
         remove_dype(target)
 
 
-def denoisers(target) -> list[torch.nn.Module]:
+def transformer_and_controlnets(target) -> list[torch.nn.Module]:
     """The transformer and the controlnets of a pipeline, or the one module given, uncompiled."""
     if isinstance(target, torch.nn.Module):
         found = [target]

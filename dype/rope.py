@@ -5,7 +5,7 @@ i = 0..n-1 (radians per token). L is the trained and L' the wanted length in tok
 s = max(1, L'/L) the scale, t = sigma in [0, 1] the noise level (1 is noise). Every method maps
 (axis, kappa, u, config) to the frequencies f_i and the attention scale m, which multiplies cos
 and sin. All of it is float64, without branches on values, so that a device never waits. What no
-noise level changes is kept on the axis: a step of a picture launches few kernels.
+noise level changes is kept on the axis: a step of an image launches few kernels.
 """
 
 import math
@@ -21,28 +21,32 @@ GAMMA = (16.0, 2.0)  # interpolated below, untouched above
 NTK_SCALE = 2.0  # lambda_s of the NTK term beside thresholds with lambda_s = 1 (Table 7)
 
 
-class Axis(NamedTuple):
+class RopeAxis(NamedTuple):
     """One axis, or several of equal D and theta in a batch [A], and what follows from s alone.
 
-    All float64, on one device; `axes` makes them.
+    All float64, on one device; `build_axes` makes them.
     """
 
     dim: int  # D
-    base: float  # theta
-    trained: float  # L, tokens
-    s_max: float  # the largest scale over the picture's axes
-    theta: torch.Tensor  # theta_i [n]
-    pairs: torch.Tensor  # i = 0..n-1 [n]
+    theta: float  # theta
+    trained_tokens: float  # L, tokens
+    s_max: float  # the largest scale over the image's axes
+    inv_freq: torch.Tensor  # theta_i [n]
+    pair_index: torch.Tensor  # i = 0..n-1 [n]
     s: torch.Tensor  # [A, 1], >= 1
-    exponent: torch.Tensor  # 2i / (D - 2), NTK's power of s: 0 at the first pair, 1 at the last [n]
+    ntk_exponent: (
+        torch.Tensor
+    )  # 2i / (D - 2), NTK's power of s: 0 at the first pair, 1 at the last [n]
     pi: torch.Tensor  # theta_i / s (Eq. 5) [A, n]
     ntk: torch.Tensor  # theta_i / s^(2i/(D-2)) (Eq. 6) [A, n]
     ntk_max: torch.Tensor  # the same by s_max
-    one: torch.Tensor  # 1, the attention scale of methods without one [A, 1]
+    unit_scale: torch.Tensor  # 1, the attention scale of methods without one [A, 1]
     log_s: torch.Tensor  # [A, 1]
-    cut: torch.Tensor  # ln(lambda_i / c L) / delta + 1/2, lambda_i = 2 pi / theta_i tokens [n]
+    cutoff_offset: (
+        torch.Tensor
+    )  # ln(lambda_i / c L) / delta + 1/2, lambda_i = 2 pi / theta_i tokens [n]
     tau: torch.Tensor  # 0.1 ln s + 1 (Eq. 9), on cos and sin, as in the code: logits get m^2 [A, 1]
-    thresholds: torch.Tensor  # (r_hi, r_lo) of YaRN's two bands [2, 2]
+    ramp_turns: torch.Tensor  # (r_hi, r_lo) of YaRN's two bands [2, 2]
 
 
 def stock_frequencies(dim: int, theta: float, device=None) -> torch.Tensor:
@@ -51,7 +55,7 @@ def stock_frequencies(dim: int, theta: float, device=None) -> torch.Tensor:
     return 1.0 / (theta ** (steps / dim))
 
 
-def schedule(sigma: torch.Tensor, config: DyPEConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def kappa_schedule(sigma: torch.Tensor, config: DyPEConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """kappa(t) = lambda_s u^lambda_t (Eq. 13) and u = t / t_start, at most 1; static: 1 and 1.
 
     The paper has t_start = 1 and prints kappa(0) = 1, a slip: it is 0.
@@ -64,100 +68,102 @@ def schedule(sigma: torch.Tensor, config: DyPEConfig) -> tuple[torch.Tensor, tor
     return config.lambda_s * u**config.dype_exponent, u
 
 
-def base(axis: Axis, kappa, u, config):
+def base(axis: RopeAxis, kappa, u, config):
     """The model's own encoding: f = theta_i (Eq. 2), m = 1."""
-    return axis.theta.expand(axis.s.shape[0], -1), axis.one
+    return axis.inv_freq.expand(axis.s.shape[0], -1), axis.unit_scale
 
 
-def pi(axis: Axis, kappa, u, config):
+def pi(axis: RopeAxis, kappa, u, config):
     """Position interpolation: f = theta_i / s (Eq. 5), dynamic f = theta_i / s^kappa (Eq. 14)."""
-    return axis.theta / axis.s**kappa, axis.one
+    return axis.inv_freq / axis.s**kappa, axis.unit_scale
 
 
-def ntk(axis: Axis, kappa, u, config):
+def ntk(axis: RopeAxis, kappa, u, config):
     """NTK-aware: f = theta_i / s^(2i/(D-2)) (Eq. 6), dynamic: the exponent times kappa (Eq. 15)."""
-    return axis.theta / axis.s ** (kappa * axis.exponent), axis.one
+    return axis.inv_freq / axis.s ** (kappa * axis.ntk_exponent), axis.unit_scale
 
 
-def ntk_mult(axis: Axis, kappa, u, config):
+def ntk_mult(axis: RopeAxis, kappa, u, config):
     """The other dynamic NTK of App. D: f = theta_i / (s kappa)^(2i/(D-2)) (Eq. 19).
 
     s kappa is at least 1 here; as printed it compresses below and divides by zero at t = 0.
     """
-    return axis.theta / (axis.s * kappa).clamp(min=1) ** axis.exponent, axis.one
+    return axis.inv_freq / (axis.s * kappa).clamp(min=1) ** axis.ntk_exponent, axis.unit_scale
 
 
-def tasr(axis: Axis, kappa, u, config):
+def tasr(axis: RopeAxis, kappa, u, config):
     """Time-aware scaled RoPE: f = max(theta_i s^(-2i/d), theta_i / s), d = (D - 1)(1 - u) + 1.
 
     PI at u = 1, but for the first pair, and NTK-aware (base theta s) at u = 0. The paper's baseline
     (Lumina-Next), second-hand: after a note whose formula had to be mended; Lumina ships another.
     """
     d = (axis.dim - 1) * (1 - u) + 1
-    f = axis.theta * torch.maximum(axis.s ** (-2 * axis.pairs / d), 1 / axis.s)
-    return f, axis.one
+    f = axis.inv_freq * torch.maximum(axis.s ** (-2 * axis.pair_index / d), 1 / axis.s)
+    return f, axis.unit_scale
 
 
-def yarn(axis: Axis, kappa, u, config):
+def yarn(axis: RopeAxis, kappa, u, config):
     """YaRN as the authors' code has it since February 2026: every threshold r becomes r kappa.
 
     Eq. 16, 17 in form. The paper prints one ramp (`yarn_paper`); the code has two, after FiT.
     """
-    return two_ramps(axis, lambda r: r * kappa), axis.tau
+    return blend_two_ramps(axis, lambda r: r * kappa), axis.tau
 
 
-def yarn_ntk_only(axis: Axis, kappa, u, config):
+def yarn_ntk_only(axis: RopeAxis, kappa, u, config):
     """`yarn` whose NTK term alone is dynamic, its exponent times kappa (Table 7)."""
-    return two_ramps(axis, lambda r: r, ntk(axis, kappa, u, config)[0]), axis.tau
+    return blend_two_ramps(axis, lambda r: r, ntk(axis, kappa, u, config)[0]), axis.tau
 
 
-def yarn_both(axis: Axis, kappa, u, config):
+def yarn_both(axis: RopeAxis, kappa, u, config):
     """`yarn` with both: thresholds r become r kappa, the NTK exponent times 2 kappa (Table 7).
 
     The paper has lambda_s = 1 for the thresholds and 2 for the NTK term.
     """
     ntk_term, _ = ntk(axis, NTK_SCALE * kappa if config.dype else kappa, u, config)
-    return two_ramps(axis, lambda r: r * kappa, ntk_term), axis.tau
+    return blend_two_ramps(axis, lambda r: r * kappa, ntk_term), axis.tau
 
 
-def yarn_power(axis: Axis, kappa, u, config):
+def yarn_power(axis: RopeAxis, kappa, u, config):
     """YaRN as the authors' code had it before: every threshold r becomes r^kappa."""
-    return two_ramps(axis, lambda r: r**kappa), axis.tau
+    return blend_two_ramps(axis, lambda r: r**kappa), axis.tau
 
 
-def yarn_paper(axis: Axis, kappa, u, config):
+def yarn_paper(axis: RopeAxis, kappa, u, config):
     """YaRN as printed: one ramp over r_i = L theta_i / 2 pi (Eq. 7, 8), dynamic by Eq. 16.
 
     gamma = clip((r - alpha kappa) / (beta kappa - alpha kappa), 0, 1), and 1 at kappa = 0.
     L is in tokens; the appendix prints "L = 1024" (pixels), with which no ramp would be left.
     """
-    r = axis.trained * axis.theta / (2 * math.pi)
+    r = axis.trained_tokens * axis.inv_freq / (2 * math.pi)
     gamma = ((r - config.alpha * kappa) / ((config.beta - config.alpha) * kappa)).clamp(0, 1)
-    f = (1 - gamma) * axis.pi + gamma * axis.theta
+    f = (1 - gamma) * axis.pi + gamma * axis.inv_freq
     return f, axis.tau
 
 
-def vision_yarn(axis: Axis, kappa, u, config):
+def vision_yarn(axis: RopeAxis, kappa, u, config):
     """`yarn_power` with NTK by the largest scale of all axes, and m that fades with the noise.
 
     m = 1 + 0.1 ln(s_max) u^lambda_t. From the ComfyUI port; not in the paper.
     """
-    f = two_ramps(axis, lambda r: r**kappa, axis.ntk_max)
-    return f, 1 + 0.1 * math.log(axis.s_max) * axis.one * u**config.dype_exponent
+    f = blend_two_ramps(axis, lambda r: r**kappa, axis.ntk_max)
+    return f, 1 + 0.1 * math.log(axis.s_max) * axis.unit_scale * u**config.dype_exponent
 
 
-def cutoff(axis: Axis, kappa, u, config):
+def cutoff(axis: RopeAxis, kappa, u, config):
     """PI for wavelengths above a cut Lambda, the model's own below; it rises as the noise falls.
 
     f = theta_i / s^w_i, w_i = clip(ln(lambda_i / Lambda) / delta + 1/2, 0, 1); m as YaRN's.
     Lambda = c L ((1 - u) / u)^(2/omega): proportional to the f*(t) of Eq. 11, up to which the
-    picture stands above the noise; 0 at u = 1, infinite at 0. Static: as at u = 1/2. Ours, not
+    image stands above the noise; 0 at u = 1, infinite at 0. Static: as at u = 1/2. Ours, not
     the paper's: docs/cutoff.md.
     """
     u = u if config.dype else torch.full_like(u, 0.5)
     slope = 2 / config.spectrum_exponent / config.cutoff_width
-    w = axis.cut + slope * torch.logit(u, eps=0.0)  # eps: u may be an ulp outside of [0, 1]
-    return axis.theta / axis.s ** w.clamp(0, 1), axis.tau
+    w = axis.cutoff_offset + slope * torch.logit(
+        u, eps=0.0
+    )  # eps: u may be an ulp outside of [0, 1]
+    return axis.inv_freq / axis.s ** w.clamp(0, 1), axis.tau
 
 
 METHODS = {method.__name__: method for method in (
@@ -166,33 +172,33 @@ METHODS = {method.__name__: method for method in (
 )}  # fmt: skip
 
 
-def two_ramps(axis: Axis, at, ntk: torch.Tensor | None = None) -> torch.Tensor:
-    """PI -> NTK over the band BETA, then -> theta_i over the band GAMMA; `at(r)` moves thresholds.
+def blend_two_ramps(axis: RopeAxis, scale_turns, ntk: torch.Tensor | None = None) -> torch.Tensor:
+    """PI -> NTK over the band BETA, then -> theta_i over the band GAMMA; `scale_turns(r)` moves thresholds.
 
     f = theta/s (1 - mask_beta) + ntk mask_beta        ntk: theta/s^(2i/(D-2)) by default
     f = f (1 - mask_gamma) + theta mask_gamma
     """
-    past_beta, past_gamma = ramps(axis, at)  # 1 - mask
+    past_beta, past_gamma = ramp_weights(axis, scale_turns)  # 1 - mask
     f = torch.lerp(axis.ntk if ntk is None else ntk, axis.pi, past_beta)
-    return torch.lerp(axis.theta.expand_as(f), f, past_gamma)
+    return torch.lerp(axis.inv_freq.expand_as(f), f, past_gamma)
 
 
-def ramps(axis: Axis, at) -> torch.Tensor:
+def ramp_weights(axis: RopeAxis, scale_turns) -> torch.Tensor:
     """1 - mask_i = clip((i - low) / (high - low), 0, 1) of both bands, float64 [2, n].
 
     The edges are floor(c(r_hi)) and ceil(c(r_lo)), both clamped to [0, n]. The authors' code clamps
     each at one end only, so that at small t its ramp turns round and everything becomes PI.
     """
-    edges = pair_at(axis, at(axis.thresholds)).clamp(0, axis.dim // 2)
+    edges = pair_index_of_turns(axis, scale_turns(axis.ramp_turns)).clamp(0, axis.dim // 2)
     low, high = edges[:, :1].floor(), edges[:, 1:].ceil()
     width = (high - low).clamp(min=0.001)  # which only tells where they are equal
-    return ((axis.pairs - low) / width).clamp(0, 1)
+    return ((axis.pair_index - low) / width).clamp(0, 1)
 
 
-def pair_at(axis: Axis, r: torch.Tensor) -> torch.Tensor:
+def pair_index_of_turns(axis: RopeAxis, r: torch.Tensor) -> torch.Tensor:
     """c(r) = D ln(L / (2 pi r)) / (2 ln theta): the pair that makes r turns over L tokens."""
-    pairs_per_e = axis.dim / (2 * math.log(axis.base))
-    return pairs_per_e * torch.log(axis.trained / (2 * math.pi) / r)
+    pairs_per_e = axis.dim / (2 * math.log(axis.theta))
+    return pairs_per_e * torch.log(axis.trained_tokens / (2 * math.pi) / r)
 
 
 def scale(trained_tokens: float, tokens: float) -> float:
@@ -200,55 +206,58 @@ def scale(trained_tokens: float, tokens: float) -> float:
     return max(1.0, tokens / trained_tokens)
 
 
-def filled(values, device) -> torch.Tensor:
+def tensor_on_device(values, device) -> torch.Tensor:
     """float64 [len(values)], written on the device: a copy from the host would wait for it."""
     return torch.cat([torch.full((1,), x, dtype=torch.float64, device=device) for x in values])
 
 
-def axes(dim, theta, trained_tokens, tokens, device, config, max_scale=None) -> Axis:
+def build_axes(dim, theta, trained_tokens, tokens, device, config, max_scale=None) -> RopeAxis:
     """Axes of equal `dim` and `theta` in one batch; tokens: [A] numbers."""
     scales = [scale(trained_tokens, count) for count in tokens]
     s_max = max(scales) if max_scale is None else max_scale
     if not config.anisotropic:
         scales = [s_max] * len(scales)
-    stock, s = stock_frequencies(dim, theta, device), filled(scales, device)[:, None]
-    pairs = torch.arange(dim // 2, dtype=torch.float64, device=device)
-    exponent = 2 * pairs / (dim - 2)
-    return Axis(
+    stock, s = stock_frequencies(dim, theta, device), tensor_on_device(scales, device)[:, None]
+    pair_index = torch.arange(dim // 2, dtype=torch.float64, device=device)
+    exponent = 2 * pair_index / (dim - 2)
+    return RopeAxis(
         dim=dim,
-        base=theta,
-        trained=trained_tokens,
+        theta=theta,
+        trained_tokens=trained_tokens,
         s_max=s_max,
-        theta=stock,
-        pairs=pairs,
+        inv_freq=stock,
+        pair_index=pair_index,
         s=s,
-        exponent=exponent,
+        ntk_exponent=exponent,
         pi=stock / s,
         ntk=stock / s**exponent,
         ntk_max=stock / torch.full_like(s, s_max) ** exponent,
-        one=torch.ones_like(s),
+        unit_scale=torch.ones_like(s),
         log_s=torch.log(s),
-        cut=torch.log(2 * math.pi / config.cutoff / trained_tokens / stock) / config.cutoff_width
+        cutoff_offset=torch.log(2 * math.pi / config.cutoff / trained_tokens / stock)
+        / config.cutoff_width
         + 0.5,
         tau=0.1 * torch.log(s) + 1,
-        thresholds=filled(BETA + GAMMA, device).view(2, 2),
+        ramp_turns=tensor_on_device(BETA + GAMMA, device).view(2, 2),
     )
 
 
-def frequencies(axis: Axis, sigma: torch.Tensor, config) -> tuple[torch.Tensor, torch.Tensor]:
+def batched_frequencies(
+    axis: RopeAxis, sigma: torch.Tensor, config
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`axis_frequencies` of several axes: float64 [A, dim // 2] and [A].
 
     sigma: a 0-dim float64 tensor on the device of `axis`.
     """
     name = config.method if axis.s_max > 1 else "base"
-    kappa, u = schedule(sigma, config)
+    kappa, u = kappa_schedule(sigma, config)
     inv_freq, m = METHODS[name](axis, kappa, u, config)
     if config.attention_scale is not None and name != "base":
-        m = 1 + attention(u, config) * axis.log_s
+        m = 1 + attention_coefficient(u, config) * axis.log_s
     return inv_freq, m[:, 0]
 
 
-def attention(u: torch.Tensor, config: DyPEConfig) -> float | torch.Tensor:
+def attention_coefficient(u: torch.Tensor, config: DyPEConfig) -> float | torch.Tensor:
     """a of m = 1 + a ln s: constant, or falling with the noise, or rising as it falls."""
     if config.attention_path == "constant" or not config.dype:
         return config.attention_scale
@@ -267,10 +276,10 @@ def axis_frequencies(
     """Frequencies and attention scale of one axis at noise level sigma.
 
     dim: D, even; theta: the RoPE base; trained_tokens: L; tokens: L'; sigma: t in [0, 1], a float
-    or a 0-dim tensor; max_scale: the largest s over the picture's axes (default: this axis's own).
+    or a 0-dim tensor; max_scale: the largest s over the image's axes (default: this axis's own).
     Returns inv_freq, float64 [dim // 2] in radians per token, and m, a 0-dim float64 tensor.
     """
     sigma = torch.as_tensor(sigma, dtype=torch.float64)
-    axis = axes(dim, theta, trained_tokens, [tokens], sigma.device, config, max_scale)
-    inv_freq, m = frequencies(axis, sigma, config)
+    axis = build_axes(dim, theta, trained_tokens, [tokens], sigma.device, config, max_scale)
+    inv_freq, m = batched_frequencies(axis, sigma, config)
     return inv_freq[0], m[0]

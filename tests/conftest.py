@@ -15,8 +15,8 @@ from diffusers import FluxTransformer2DModel as Transformer
 from packaging.version import Version
 
 from dype.demo import model as demo_model
-from dype.embedders import FluxDyPE
-from dype.embedders_complex import QwenDyPE, ZImageDyPE
+from dype.embedders import DyPEFluxPosEmbed
+from dype.embedders_complex import DyPEQwenEmbedRope, DyPEZImageRopeEmbedder
 
 LATENT_CHANNELS = 4
 FIRST_RELEASE = {  # of diffusers on which the tests of a class pass
@@ -116,7 +116,7 @@ class Spy:
         transformer.pos_embed.register_forward_hook(self.note)
 
     def note(self, embedder, args, output):
-        self.calls.append((float(embedder.sigma), embedder.grid, embedder.layout))
+        self.calls.append((float(embedder.sigma), embedder.grid, embedder.token_layout))
 
     @property
     def sigmas(self) -> list[float]:
@@ -138,9 +138,9 @@ def tables(monkeypatch):
 
         monkeypatch.setattr(cls, name, noted)
 
-    spy(FluxDyPE, "forward", lambda out: torch.complex(*out)[:, ::2])
-    spy(QwenDyPE, "forward", lambda out: out[0])
-    spy(ZImageDyPE, "__call__", lambda out: out)
+    spy(DyPEFluxPosEmbed, "forward", lambda out: torch.complex(*out)[:, ::2])
+    spy(DyPEQwenEmbedRope, "forward", lambda out: out[0])
+    spy(DyPEZImageRopeEmbedder, "__call__", lambda out: out)
     return seen
 
 

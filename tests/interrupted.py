@@ -56,10 +56,10 @@ def set_trap(event: str, count: int) -> None:
         return left[0] == 0
 
     if event == "draw":
-        draw = sample.draw
-        sample.draw = lambda *args, **kwargs: die() if reached() else draw(*args, **kwargs)
+        draw = sample.generate
+        sample.generate = lambda *args, **kwargs: die() if reached() else draw(*args, **kwargs)
     elif event == "sheets":
-        run_dype.contact_sheet.draw = lambda *args: die()
+        run_dype.contact_sheet.write_contact_sheets = lambda *args: die()
     elif event in ("json_there", "png_there"):  # one of the two files is in place
         ending = f".{event.removesuffix('_there')}"
         replace = pathlib.Path.replace

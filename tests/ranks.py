@@ -42,13 +42,15 @@ SIZES = (128, 192), (192, 128), (32, 64)  # the last has as many tokens as half 
 
 
 def drawn(ulysses: int) -> dict[str, torch.Tensor]:
-    """A family -> latents of a picture of each size, by so many processes each."""
+    """A family -> latents of an image of each size, by so many processes each."""
     found = {}
     for name, (build, draw) in FAMILIES.items():
         pipe, pictures = build(), []
         for size in SIZES:
             apply_dype(pipe, CONFIG)
-            with distributed.split(pipe.transformer, ulysses, evenly=name != "qwen-image"):
+            with distributed.context_parallel(
+                pipe.transformer, ulysses, evenly=name != "qwen-image"
+            ):
                 pictures.append(draw(pipe, *size).flatten())
         found[name] = pictures
     return found

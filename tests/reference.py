@@ -131,7 +131,7 @@ def own_frequencies(method, dim, base, length, tokens, t, s_max=None, *, lambda_
 
 
 def flux_table(method, grid, before, t, *, length=64, **settings):
-    """cos and sin rows of `before` text tokens and the picture, as FLUX's embedder gives them."""
+    """cos and sin rows of `before` text tokens and the image, as FLUX's embedder gives them."""
     largest = max(1.0, *(tokens / length for tokens in grid))
     axes = [frequencies(method, 56, 10000.0, length, n, t, largest, **settings) for n in grid]
     first = [10000.0 ** (-2 * i / 16) for i in range(8)]
@@ -147,7 +147,7 @@ def flux_table(method, grid, before, t, *, length=64, **settings):
 
 
 def turns(method, axes_dim, base, positions, grid, t, *, length, drawn=None, **settings):
-    """m exp(i p f) per token and pair, of any family: axes 1 and 2 are the picture's.
+    """m exp(i p f) per token and pair, of any family: axes 1 and 2 are the image's.
 
     drawn: per token, False for those that keep the stock encoding (default: none does).
     """

@@ -52,7 +52,7 @@ FOUND = [
 
 @pytest.mark.parametrize("command", FOUND)
 def test_command_parses(command, monkeypatch):
-    """And, where no file of the reader's is named, asks for pictures that can be drawn."""
+    """And, where no file of the reader's is named, asks for images that can be drawn."""
     monkeypatch.chdir(ROOT)
     _, *words = shlex.split(command)
     program, *words = words[1:] if words[0] == "-m" else words
@@ -78,7 +78,7 @@ RUN = {
 
 @pytest.mark.parametrize("page", RUN)
 def test_commands_of_the_demo_run(page, tmp_path, monkeypatch):
-    """At a small size, with few steps and seeds; one of one picture, two sweeps."""
+    """At a small size, with few steps and seeds; one of one image, two sweeps."""
     path = next(path for path in PAGES if path.name == page.strip())
     command = next(c for c in commands(path.read_text()) if "demo" in c and RUN[page] in c)
     words = shlex.split(command)[2:]

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dype import DyPEConfig
-from dype.config import preset
+from dype.config import preset_settings
 
 
 @pytest.mark.parametrize(
@@ -64,15 +64,15 @@ def test_round_trip():
     ],
 )
 def test_auto(size, method, exponent):
-    chosen = preset("auto", *size, 1024)
+    chosen = preset_settings("auto", *size, 1024)
     assert chosen["method"] == method
     assert chosen.get("dype_exponent") == exponent
     assert chosen.get("dype_scale") == (None if method == "base" else 2.0)
 
 
 def test_other_presets():
-    assert preset("off", 4096, 4096, 1024) == {"method": "base", "dype": False}
-    four_k = DyPEConfig(**preset("4k", 512, 512, 1024))
+    assert preset_settings("off", 4096, 4096, 1024) == {"method": "base", "dype": False}
+    four_k = DyPEConfig(**preset_settings("4k", 512, 512, 1024))
     assert four_k == DyPEConfig("vision_yarn", True, 2.0, 2.0, 1.0)
     with pytest.raises(ValueError, match="preset is '8k', expected one of off, auto, 4k"):
-        preset("8k", 512, 512, 1024)
+        preset_settings("8k", 512, 512, 1024)

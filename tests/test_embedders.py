@@ -16,32 +16,32 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from dype import DyPEConfig, apply_dype
-from dype.embedders import FluxDyPE, MatrixDyPE, grid_ids, read_ids
+from dype.embedders import DyPEEmbedND, DyPEFluxPosEmbed, make_grid_ids, parse_image_ids
 from dype.patch import dype_applied
 from dype.rope import METHODS
 
 STOCK = FluxPosEmbed(10000, [16, 56, 56])
 
 
-def embedder(config=None, trained=64, grid=(1, 1), sigma=1.0, text=3, after=0) -> FluxDyPE:
+def embedder(config=None, trained=64, grid=(1, 1), sigma=1.0, text=3, after=0) -> DyPEFluxPosEmbed:
     """As the hook leaves it, for ids of so many tokens before and after the grid."""
-    made = FluxDyPE(STOCK, config or DyPEConfig(), trained)
+    made = DyPEFluxPosEmbed(STOCK, config or DyPEConfig(), trained)
     made.set_grid(*grid)
-    made.set_layout(text, after)
+    made.set_token_layout(text, after)
     made.set_timestep(sigma)
     return made
 
 
 def ids_of(grid, text=3, reference_grid=None, dtype=torch.float32):
-    parts = [torch.zeros(text, 3), grid_ids(0, *grid)]
+    parts = [torch.zeros(text, 3), make_grid_ids(0, *grid)]
     if reference_grid:
-        parts.append(grid_ids(1, *reference_grid))
+        parts.append(make_grid_ids(1, *reference_grid))
     return torch.cat(parts).to(dtype)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_against_plain_python(method):
-    """The whole table of a non-square picture: 1e-6."""
+    """The whole table of a non-square image: 1e-6."""
     grid, config = (10, 33), DyPEConfig(method)
     ours = embedder(config, 8, grid, 0.4)(ids_of(grid))
     theirs = reference.flux_table(method, grid, 3, 0.4, length=8, lambda_s=config.lambda_s)
@@ -69,7 +69,7 @@ def test_unstretched_is_stock():
 
 
 def test_references_keep_the_stock_encoding():
-    """Kontext's picture (kind 1): stock cos and sin, m = 1; text at the origin carries m."""
+    """Kontext's image (kind 1): stock cos and sin, m = 1; text at the origin carries m."""
     ids = ids_of((128, 128), 5, (64, 100))
     cos, sin = embedder(grid=(128, 128), text=5, after=6400)(ids)
     stock_cos, stock_sin = STOCK(ids)
@@ -85,7 +85,7 @@ def test_grids_of_equal_token_count():
     made = embedder(grid=(128, 256))
     made(ids_of((128, 256)))
     made.set_grid(256, 128)
-    made.set_layout(3, 0)
+    made.set_token_layout(3, 0)
     again = torch.stack(made(ids_of((256, 128))))
     assert torch.equal(again, torch.stack(embedder(grid=(256, 128))(ids_of((256, 128)))))
 
@@ -100,27 +100,27 @@ def test_calls_share_no_memory():
 
 def test_rows_beyond_256_in_bfloat16():
     """320 rows give 320 positions, where bfloat16 itself tells 289 apart."""
-    given = grid_ids(0, 320, 4).to(torch.bfloat16)
+    given = make_grid_ids(0, 320, 4).to(torch.bfloat16)
     assert len(given[:, 1].unique()) == 289
-    exact, grid, after = read_ids(given)
+    exact, grid, after = parse_image_ids(given)
     assert (grid, after) == ((320, 4), 0)
-    assert torch.equal(exact, grid_ids(0, 320, 4))
-    wide, grid, after = read_ids(grid_ids(0, 2, 700).to(torch.bfloat16))
+    assert torch.equal(exact, make_grid_ids(0, 320, 4))
+    wide, grid, after = parse_image_ids(make_grid_ids(0, 2, 700).to(torch.bfloat16))
     assert (grid, after) == ((2, 700), 0)
-    assert torch.equal(wide, grid_ids(0, 2, 700))
+    assert torch.equal(wide, make_grid_ids(0, 2, 700))
 
 
 def test_references_are_counted_again_too():
-    both = torch.cat([grid_ids(0, 300, 20), grid_ids(1, 20, 300)])
-    exact, grid, after = read_ids(both.to(torch.bfloat16))
+    both = torch.cat([make_grid_ids(0, 300, 20), make_grid_ids(1, 20, 300)])
+    exact, grid, after = parse_image_ids(both.to(torch.bfloat16))
     assert (grid, after) == ((300, 20), 6000)
     assert torch.equal(exact, both)
 
 
 def test_ids_that_are_no_grid_stay():
     """Positions of one's own are taken as they stand, token by token."""
-    odd = grid_ids(0, 8, 8) * 1.5
-    exact, grid, after = read_ids(odd)
+    odd = make_grid_ids(0, 8, 8) * 1.5
+    exact, grid, after = parse_image_ids(odd)
     assert torch.equal(exact, odd)
     assert (grid, after) == ((8, 8), None)
     made = embedder(DyPEConfig("base"), 4, (8, 8))
@@ -171,14 +171,14 @@ def test_noise_level_after_inference_mode():
 
 
 def test_flux2_references_and_ties():
-    """References keep the stock encoding; as many text tokens as picture tokens are still text."""
+    """References keep the stock encoding; as many text tokens as image tokens are still text."""
     transformer = FAMILIES["flux2"][0]().transformer
     apply_dype(transformer, CONFIG)
     seen = []
     transformer.pos_embed.register_forward_hook(lambda m, args, out: seen.append(out))
     for texts in (96, 120):
-        picture = nn.functional.pad(grid_ids(0, *GRID), (0, 1)).long()
-        reference = nn.functional.pad(grid_ids(10, 4, 6), (0, 1)).long()
+        picture = nn.functional.pad(make_grid_ids(0, *GRID), (0, 1)).long()
+        reference = nn.functional.pad(make_grid_ids(10, 4, 6), (0, 1)).long()
         ids = torch.cat([picture, reference])
         text = torch.zeros(texts, 4, dtype=torch.long)
         text[:, 3] = torch.arange(texts)
@@ -226,7 +226,7 @@ def test_bria_counts_time_to_a_thousand(name, tables):
         hidden_states=seeded((1, 96, 16), 0),
         encoder_hidden_states=seeded((1, TEXT, TEXT), 1),
         timestep=torch.tensor([500.0]),
-        img_ids=grid_ids(0, *GRID),
+        img_ids=make_grid_ids(0, *GRID),
         txt_ids=torch.zeros(TEXT, 3),
         **more,
     )
@@ -269,13 +269,13 @@ class Flux(nn.Module):
 
 def test_rotation_matrices():
     """A host's own loop with BFL's classes, and its embedder back after an exception."""
-    model, ids = Flux(), grid_ids(0, *GRID).repeat(2, 1, 1)
+    model, ids = Flux(), make_grid_ids(0, *GRID).repeat(2, 1, 1)
     stock = model.pe_embedder
     texts = torch.zeros(2, TEXT, 3)
     call = (None, ids, None, texts)
     before = model(*call, torch.tensor([0.5, 0.5]))
     with dype_applied(model, CONFIG):
-        assert isinstance(model.pe_embedder, MatrixDyPE)
+        assert isinstance(model.pe_embedder, DyPEEmbedND)
         table = model(*call, torch.tensor([0.5, 0.5]))
         model.pe_embedder.set_timestep(0.25)
         model.pe_embedder.set_grid(*GRID)

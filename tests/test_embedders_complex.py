@@ -11,8 +11,8 @@ from tiny import FAMILIES, HEADS, TEXT, draw_zimage, qwen_transformer, seeded, z
 from torch import nn
 
 from dype import DyPEConfig, apply_dype
-from dype.embedders import grid_ids
-from dype.embedders_complex import QwenDyPE, ZImageDyPE, padded
+from dype.embedders import make_grid_ids
+from dype.embedders_complex import DyPEQwenEmbedRope, DyPEZImageRopeEmbedder, pad_to_32
 from dype.rope import axis_frequencies, stock_frequencies
 
 
@@ -33,22 +33,22 @@ def test_z_image_beyond_its_table(tables):
 
 
 def test_z_image_with_pictures_of_two_sizes(tables):
-    """Each picture, its padding and its caption by its own grid; also when the lengths tie."""
+    """Each image, its padding and its caption by its own grid; also when the lengths tie."""
     transformer = zimage_transformer()
     apply_dype(transformer, CONFIG)
     sizes = [(6, 10), (12, 4)]
-    for captions in ((10, 40), (32, 96)):  # the second has as many ids as the pictures, 128
+    for captions in ((10, 40), (32, 96)):  # the second has as many ids as the images, 128
         tables.clear()
         transformer(
             [seeded((4, 1, 2 * h, 2 * w), 0) for h, w in sizes],
             torch.full((2,), 0.25),
             [seeded((n, TEXT), 1) for n in captions],
         )
-        lengths = [padded(n) for n in captions]
+        lengths = [pad_to_32(n) for n in captions]
         places = [[], []]
         for size, length in zip(sizes, lengths, strict=True):
             cells = [(length + 1, r, c) for r in range(size[0]) for c in range(size[1])]
-            places[0].append(cells + [(0, 0, 0)] * (padded(len(cells)) - len(cells)))
+            places[0].append(cells + [(0, 0, 0)] * (pad_to_32(len(cells)) - len(cells)))
             places[1].append([(1 + i, 0, 0) for i in range(length)])
         for cells, n in zip(places[1], captions, strict=True):
             cells += [(0, 0, 0)] * (len(cells) - n)  # which diffusers cuts off again
@@ -65,11 +65,11 @@ def test_z_image_with_pictures_of_two_sizes(tables):
 
 
 def z_image_ids(sizes, captions) -> torch.Tensor:
-    """What diffusers calls the embedder with for these pictures, int [S, 3]."""
+    """What diffusers calls the embedder with for these images, int [S, 3]."""
     parts = []
     for (height, width), caption in zip(sizes, captions, strict=True):
-        cells = grid_ids(padded(caption) + 1, height, width).int()
-        parts.append(nn.functional.pad(cells, (0, 0, 0, padded(len(cells)) - len(cells))))
+        cells = make_grid_ids(pad_to_32(caption) + 1, height, width).int()
+        parts.append(nn.functional.pad(cells, (0, 0, 0, pad_to_32(len(cells)) - len(cells))))
     return torch.cat(parts)
 
 
@@ -102,10 +102,14 @@ def test_z_image_broadcast_equals_look_up(sizes, base, monkeypatch):
     embedder.set_grid(sizes, captions=captions)
     slow = embedder(ids)
     embedder.regular = True
-    fills, fill = [], ZImageDyPE.fill
-    monkeypatch.setattr(ZImageDyPE, "fill", lambda *args: fills.append(0) or fill(*args))
+    calls, original = [], DyPEZImageRopeEmbedder.table_by_broadcast
+    monkeypatch.setattr(
+        DyPEZImageRopeEmbedder,
+        "table_by_broadcast",
+        lambda *args: calls.append(0) or original(*args),
+    )
     assert torch.equal(embedder(ids), slow)
-    assert fills or base == 1024  # where the stock embedder may answer
+    assert calls or base == 1024  # where the stock embedder may answer
 
 
 def test_z_image_padding_and_long_captions(tables):
@@ -136,7 +140,7 @@ def test_qwen_references_and_text_keep_the_stock_encoding():
     assert torch.equal(ours[drawn:], pictures[drawn:])
     assert torch.equal(our_text, text)
     expected = turns(
-        "yarn", (4, 6, 6), 10000.0, grid(0, centred=True), GRID, 0.5, length=4, lambda_s=1
+        "yarn", (4, 6, 6), 10000.0, grid(0, centered=True), GRID, 0.5, length=4, lambda_s=1
     )
     assert_table(ours[:drawn], expected)
 
@@ -163,7 +167,7 @@ def test_nucleus_has_qwen_images_format(tables):
     transformer(**call)
     (sigma, table), *_ = tables
     assert sigma == 0.5
-    places = grid(0, centred=True)
+    places = grid(0, centered=True)
     assert_table(table, turns("yarn", (4, 6, 6), 10000.0, places, GRID, 0.5, length=4, lambda_s=1))
     _, ours = transformer.pos_embed([(1, *GRID)], max_txt_seq_len=TEXT)
     assert torch.equal(ours, text)
@@ -189,7 +193,7 @@ def test_constants_belong_to_their_call():
     def z_image(embedder, side):
         embedder.set_timestep(0.5)
         embedder.set_grid(side, side)
-        return embedder(grid_ids(3, side, side).int())
+        return embedder(make_grid_ids(3, side, side).int())
 
     def qwen(embedder, frames):
         embedder.set_timestep(0.5)
@@ -199,8 +203,8 @@ def test_constants_belong_to_their_call():
     z_stock, qwen_stock = zimage_transformer().rope_embedder, qwen_transformer().pos_embed
     cases = [
         # stock, beyond its table of 32; stretched; and again
-        (z_image, lambda: ZImageDyPE(z_stock, config, 40), (36, 48, 36)),
-        (qwen, lambda: QwenDyPE(qwen_stock, config, 4), (1, 2, 1)),
+        (z_image, lambda: DyPEZImageRopeEmbedder(z_stock, config, 40), (36, 48, 36)),
+        (qwen, lambda: DyPEQwenEmbedRope(qwen_stock, config, 4), (1, 2, 1)),
     ]
     for draw, make, kinds in cases:
         seen = make()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dype.errors import Parser, UnavailableError, UserError, run_command, user_errors
+from dype.errors import Parser, UnavailableError, UserError, raise_user_errors, run_command
 
 
 class TorchDynamoException(RuntimeError):  # noqa: N818
@@ -42,7 +42,7 @@ def test_expected_errors(case, rank, capsys):
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("shapes"), ValueError("odd")])
 def test_bugs_are_raised(error):
-    """A ValueError is a mistake only where `user_errors` says so."""
+    """A ValueError is a mistake only where `raise_user_errors` says so."""
     with pytest.raises(type(error)):
         run_command("dype.x", raising(error))
 
@@ -58,11 +58,11 @@ def test_success_has_no_word(capsys):
 def test_user_errors():
     """As a context and as a decorator; a UserError says what it said."""
     for error in (ValueError("odd"), UserError("odd")):
-        with pytest.raises(UserError, match=r"^odd$"), user_errors():
+        with pytest.raises(UserError, match=r"^odd$"), raise_user_errors():
             raise error
-    with pytest.raises(KeyError), user_errors():
+    with pytest.raises(KeyError), raise_user_errors():
         raise KeyError("x")
-    decorated = user_errors()(int)
+    decorated = raise_user_errors()(int)
     assert [decorated("1"), decorated("2")] == [1, 2]
     with pytest.raises(UserError, match="invalid literal"):
         decorated("x")

@@ -28,7 +28,7 @@ from tiny import (
 from torch import nn
 
 from dype import DyPEConfig, apply_dype, remove_dype
-from dype.embedders_complex import padded
+from dype.embedders_complex import pad_to_32
 from dype.families import FAMILIES as CLASSES
 from dype.families import KREA2_TURBO
 from dype.noise_schedule import noise_schedule
@@ -96,13 +96,13 @@ def test_tables_follow_every_step(family, tables, method):
 
 
 def test_z_image_with_guidance(tables):
-    """Two pictures with and two without the prompt in one call, captions of 16 and 36 tokens."""
+    """Two images with and two without the prompt in one call, captions of 16 and 36 tokens."""
     build, draw = FAMILIES["z-image"]
     pipe = build()
     apply_dype(pipe, CONFIG)
     draw(pipe, 128, 192, steps=2, guidance=3.0, batch=2)
     counts = [TEXT, TEXT, TEXT + 20, TEXT + 20]
-    lengths = [padded(count) for count in counts]
+    lengths = [pad_to_32(count) for count in counts]
     pictures = [place for n in lengths for place in grid(n + 1)]
     captions = []
     for count, n in zip(counts, lengths, strict=True):
@@ -171,7 +171,7 @@ def test_controlnets_follow(build, name, tables):
 
 
 def test_qwen_image_edit_keeps_its_reference(tables, monkeypatch):
-    """The picture follows every step; the one that is edited has the stock encoding."""
+    """The image follows every step; the one that is edited has the stock encoding."""
     parts = qwen().components
     pipe = diffusers.QwenImageEditPipeline(**parts, processor=None)
     small = lambda area, ratio: (96, 64, None)  # noqa: E731, in place of a megapixel
@@ -182,7 +182,7 @@ def test_qwen_image_edit_keeps_its_reference(tables, monkeypatch):
     assert len(tables) == 3
     drawn = GRID[0] * GRID[1]
     for sigma, table in tables:
-        positions = grid(0, centred=True)
+        positions = grid(0, centered=True)
         expected = turns("yarn", (4, 6, 6), 10000.0, positions, GRID, sigma, length=4, lambda_s=1)
         assert_table(table[:drawn], expected)
         assert torch.equal(table[drawn:], stock[drawn:])
@@ -212,9 +212,9 @@ def named(name: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: named("HiDreamImageTransformer2DModel"), "forces every picture to 1024x1024"),
+        (lambda: named("HiDreamImageTransformer2DModel"), "forces every image to 1024x1024"),
         (lambda: named("ErnieImageTransformer2DModel"), "returns angles"),
-        (lambda: named("OvisImageTransformer2DModel"), "text counts on along the picture's rows"),
+        (lambda: named("OvisImageTransformer2DModel"), "text counts on along the image's rows"),
         (lambda: named("LongCatImageTransformer2DModel"), "open question"),
         (lambda: named("BriaFibo2Transformer2DModel"), "references share one"),
         (lambda: named("QwenImage21Transformer2DModel"), "share one table"),

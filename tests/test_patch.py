@@ -22,7 +22,7 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
 from dype import DyPEConfig, apply_dype, embedders, remove_dype
-from dype.embedders import FluxDyPE, grid_ids, read_ids
+from dype.embedders import DyPEFluxPosEmbed, make_grid_ids, parse_image_ids
 from dype.families import base_resolution
 from dype.pipelines.catalog import MODELS
 
@@ -157,7 +157,7 @@ def test_deep_copy_drives_its_own(pipe):
     assert mine.sigmas == [0.75]
     assert pipe.transformer.pos_embed.sigma == 0.25
     remove_dype(other)
-    assert not isinstance(other.pos_embed, FluxDyPE)
+    assert not isinstance(other.pos_embed, DyPEFluxPosEmbed)
     assert not other._forward_pre_hooks
     assert len(pipe.transformer._forward_pre_hooks) == 1
     pickle.loads(pickle.dumps(pipe.transformer))
@@ -185,7 +185,7 @@ def test_exact_ids_reach_the_embedder():
         encoder_hidden_states=torch.randn(1, 4, 128, dtype=torch.bfloat16),
         pooled_projections=torch.randn(1, 128, dtype=torch.bfloat16),
         timestep=torch.tensor([0.5], dtype=torch.bfloat16),
-        img_ids=grid_ids(0, 320, 2).to(torch.bfloat16),
+        img_ids=make_grid_ids(0, 320, 2).to(torch.bfloat16),
         txt_ids=torch.zeros(4, 3, dtype=torch.bfloat16),
     )
     assert len(seen[0][:, 1].unique()) == 320
@@ -231,7 +231,7 @@ def test_fill():
 
 
 def test_kontext(pipe):
-    """The reference's tokens follow the picture's and are not counted as the picture."""
+    """The reference's tokens follow the image's and are not counted as the image."""
     needs("FluxKontextPipeline")
     parts = pipe.components
     other = quiet(diffusers.FluxKontextPipeline(**parts))
@@ -250,19 +250,19 @@ def test_ids_are_read_once_per_picture(pipe, monkeypatch):
 
     def counted(*args):
         reads.append(args)
-        return read_ids(*args)
+        return parse_image_ids(*args)
 
-    monkeypatch.setattr(embedders, "read_ids", counted)
+    monkeypatch.setattr(embedders, "parse_image_ids", counted)
     apply_dype(pipe, CONFIG)
     latents(pipe, steps=3)
     assert len(reads) == 1
     latents(pipe, steps=3)
     assert len(reads) == 2
-    ids = grid_ids(0, 16, 12)
+    ids = make_grid_ids(0, 16, 12)
     call = denoiser_call(ids, 0.5)
     pipe.transformer(**call)
     assert pipe.transformer.pos_embed.grid == (16, 12)
-    ids.copy_(grid_ids(0, 12, 16))
+    ids.copy_(make_grid_ids(0, 12, 16))
     pipe.transformer(**call)
     assert pipe.transformer.pos_embed.grid == (12, 16)
 
@@ -288,7 +288,7 @@ def test_controlnet(pipe):
             assert net.sigmas == spy.sigmas
             assert net.calls[0][1] == (16, 12)
         remove_dype(other)
-        assert not any(isinstance(net.pos_embed, FluxDyPE) for net in nets)
+        assert not any(isinstance(net.pos_embed, DyPEFluxPosEmbed) for net in nets)
 
 
 def test_unknown_transformer():

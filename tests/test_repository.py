@@ -66,7 +66,7 @@ def test_a_class_is_skipped_below_its_first_release(monkeypatch):
 
 
 def test_links_lead_somewhere():
-    """Relative links and pictures of every page."""
+    """Relative links and images of every page."""
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "dype" / "demo" / "README.md"]
     for page in pages:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
@@ -86,7 +86,7 @@ def test_readme_draws_the_demo_as_the_command_line_does():
 
     method = {"method": ast.literal_eval(given["DyPEConfig"].args[0])}
     model = MODELS["demo"]
-    assert method | arguments(given["DyPEConfig"]) == model.dype
+    assert method | arguments(given["DyPEConfig"]) == model.dype_defaults
     assert arguments(given["pipe"]) == {
         "height": model.height,
         "width": model.width,

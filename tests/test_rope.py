@@ -14,8 +14,15 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from dype import DyPEConfig
-from dype.config import METHOD_SCALES, PATHS
-from dype.rope import METHODS, axes, axis_frequencies, frequencies, scale, stock_frequencies
+from dype.config import ATTENTION_PATHS, DEFAULT_LAMBDA_S
+from dype.rope import (
+    METHODS,
+    axis_frequencies,
+    batched_frequencies,
+    build_axes,
+    scale,
+    stock_frequencies,
+)
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "rope_reference.npz")
 CASES = json.loads(str(GOLDEN["index"]))
@@ -135,7 +142,7 @@ def test_a_cutoff_from_end_to_end():
             assert stretch.diff(dim=0)[20:-20].abs().max() < 42.2 / 400
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ATTENTION_PATHS)
 @pytest.mark.parametrize("method", METHODS)
 def test_attention_scale(method, path):
     """Of every method but `base`, along every path, 1 without a stretch; the frequencies stay."""
@@ -152,12 +159,12 @@ def test_attention_scale(method, path):
 @pytest.mark.parametrize("method", ["pi", "cutoff"])
 def test_one_graph_serves_every_noise_level(method):
     counter, config = CompileCounter(), DyPEConfig(method)
-    axis = axes(*FLUX, [128, 256], None, config)
-    compiled = torch.compile(partial(frequencies, axis), backend=counter, fullgraph=True)
+    axis = build_axes(*FLUX, [128, 256], None, config)
+    compiled = torch.compile(partial(batched_frequencies, axis), backend=counter, fullgraph=True)
     for t in (1.0, 0.7, 0.01, 0.0):
         sigma = torch.tensor(t, dtype=torch.float64)
         for found, expected in zip(
-            compiled(sigma, config), frequencies(axis, sigma, config), strict=True
+            compiled(sigma, config), batched_frequencies(axis, sigma, config), strict=True
         ):
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     assert counter.frame_count == 1
@@ -243,7 +250,7 @@ def test_scales_of_a_non_square_picture():
     assert torch.equal(largest, axis_frequencies(*FLUX, 256, 0.5, DyPEConfig("ntk"))[0])
     sigma = torch.tensor(0.5, dtype=torch.float64)
     config = DyPEConfig("yarn", anisotropic=False)
-    both, m = frequencies(axes(*FLUX, [128, 256], None, config), sigma, config)
+    both, m = batched_frequencies(build_axes(*FLUX, [128, 256], None, config), sigma, config)
     f, scale = axis_frequencies(*FLUX, 256, 0.5, DyPEConfig("yarn"))
     assert torch.equal(both, f.expand(2, -1))
     assert torch.equal(m, scale.expand(2))
@@ -253,7 +260,7 @@ def test_scales_of_a_non_square_picture():
 
 
 def test_methods_and_defaults_name_the_same():
-    assert list(METHODS) == list(METHOD_SCALES)
+    assert list(METHODS) == list(DEFAULT_LAMBDA_S)
 
 
 def test_sigma_may_be_a_tensor():
@@ -267,7 +274,7 @@ def test_sigma_may_be_a_tensor():
 @pytest.mark.parametrize("method", METHODS)
 def test_finite_at_the_ends_of_every_setting(method):
     """Where both edges of a band meet, at pair 0 (large thresholds) or n (small ones)."""
-    for lambda_s in (0, 1, 8) if METHOD_SCALES[method] else (None,):
+    for lambda_s in (0, 1, 8) if DEFAULT_LAMBDA_S[method] else (None,):
         for t in (0.0, 1e-6, 0.3, 1.0):
             f, m = axis_frequencies(*FLUX, 256, t, DyPEConfig(method, dype_scale=lambda_s))
             assert f.isfinite().all()

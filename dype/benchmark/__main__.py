@@ -1,7 +1,7 @@
 """What DyPE costs: `python -m dype.benchmark [embedder | step | pipeline]`.
 
 embedder: a call of each family's embedder, beside stock and a plain copy. step: a denoiser step
-with and without DyPE, in pairs. pipeline: whole pictures. Ratios come first; the last line is all
+with and without DyPE, in pairs. pipeline: whole images. Ratios come first; the last line is all
 of it as JSON.
 """
 
@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from dype.benchmark import embedder, step
-from dype.config import METHOD_SCALES
+from dype.config import DEFAULT_LAMBDA_S
 from dype.errors import Parser, UserError, run_command
-from dype.families import TOKEN
-from dype.pipelines.acceleration import COMPILES, backends, check_attention
+from dype.families import PIXELS_PER_TOKEN
+from dype.pipelines.acceleration import COMPILES, attention_backends, check_attention
 from dype.pipelines.devices import check_device, default_device, fast_dtype
 
-RUNS = {"embedder": embedder.run, "step": step.steps, "pipeline": step.pictures}
+RUNS = {"embedder": embedder.run, "step": step.time_steps, "pipeline": step.time_images}
 SIZES = {"embedder": (1024, 2048, 4096, 8192), "step": (512, 1024), "pipeline": (512,)}
 LARGE = (1024, 2048, 4096)  # of step and pipeline on a GPU
 REPEATS = {"embedder": 9, "step": 15, "pipeline": 2}
@@ -40,7 +40,7 @@ def parser() -> Parser:
          help="of embedder (default: all)")  # fmt: skip
     flag("--model", choices=step.MODELS, help="of step, pipeline: demo, or the real size "
          "with random weights (default: demo on a CPU, flux on a GPU)")  # fmt: skip
-    flag("--method", choices=METHOD_SCALES, default="yarn", help="(default: yarn)")
+    flag("--method", choices=DEFAULT_LAMBDA_S, default="yarn", help="(default: yarn)")
     flag("--attention", metavar="NAME", help="of step, pipeline (default: diffusers' own)")
     flag("--compile", choices=COMPILES, default="off", help="of step, pipeline (default: off)")
     flag("--steps", type=int, metavar="N", help="of pipeline (default: the model's)")
@@ -48,7 +48,7 @@ def parser() -> Parser:
     return made
 
 
-def completed(args: argparse.Namespace) -> argparse.Namespace:
+def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     """The flags with their defaults, checked. Raises UserError, `UnavailableError`."""
     args.device = args.device or ("cpu" if args.what == "embedder" else default_device())
     if args.device.partition(":")[0] not in ("cpu", "cuda"):
@@ -60,12 +60,14 @@ def completed(args: argparse.Namespace) -> argparse.Namespace:
     if args.repeats < 1:
         raise UserError(f"--repeats is {args.repeats}, expected at least 1")
     for size in args.sizes:
-        if size < TOKEN or size % TOKEN:
-            raise UserError(f"--sizes has {size}, expected multiples of {TOKEN} px")
+        if size < PIXELS_PER_TOKEN or size % PIXELS_PER_TOKEN:
+            raise UserError(f"--sizes has {size}, expected multiples of {PIXELS_PER_TOKEN} px")
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps is {args.steps}, expected at least 1")
-    if args.attention is not None and args.attention not in backends():
-        raise UserError(f"--attention is {args.attention!r}, expected {', '.join(backends())}")
+    if args.attention is not None and args.attention not in attention_backends():
+        raise UserError(
+            f"--attention is {args.attention!r}, expected {', '.join(attention_backends())}"
+        )
     args.model = args.model or ("demo" if args.device == "cpu" else "flux")
     args.dtype = "float32" if args.model == "demo" else fast_dtype(args.device)
     if args.what != "embedder":
@@ -73,7 +75,7 @@ def completed(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def machine(device: str) -> dict:
+def machine_info(device: str) -> dict:
     """What the figures hold for."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
@@ -88,9 +90,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
 
     def run() -> None:
-        args = completed(parser().parse_args(argv))
-        embedder.prepare(torch.device(args.device))
-        print(json.dumps({"benchmark": args.what, **machine(args.device), **RUNS[args.what](args)}))
+        args = with_defaults(parser().parse_args(argv))
+        embedder.single_thread(torch.device(args.device))
+        print(
+            json.dumps(
+                {"benchmark": args.what, **machine_info(args.device), **RUNS[args.what](args)}
+            )
+        )
 
     return run_command("dype.benchmark", run, out_of_memory="try smaller --sizes")
 

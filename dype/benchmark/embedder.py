@@ -21,16 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dype import rope
 from dype.config import DyPEConfig
-from dype.embedders import FluxDyPE, grid_ids
-from dype.embedders_complex import QwenDyPE, ZImageDyPE
-from dype.families import TOKEN
+from dype.embedders import DyPEFluxPosEmbed, make_grid_ids
+from dype.embedders_complex import DyPEQwenEmbedRope, DyPEZImageRopeEmbedder
+from dype.families import PIXELS_PER_TOKEN
 
 TEXT_TOKENS = 512
 TRAINED = 64  # tokens
 RATIOS = ("ours/copy", "stock/copy", "ours/stock", "literal/ours")
 
 
-def prepare(device: torch.device) -> None:
+def single_thread(device: torch.device) -> None:
     """On a CPU one thread, whose time does not depend on what else runs, and a glibc that keeps
     freed memory, as the caching allocators of accelerators do."""
     if device.type != "cpu":
@@ -42,7 +42,7 @@ def prepare(device: torch.device) -> None:
         keep(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def timed(call: Callable, device: torch.device) -> float:
+def time_call(call: Callable, device: torch.device) -> float:
     """Seconds of one call: of this thread's CPU time, or on a GPU between two events."""
     if device.type == "cpu":
         start = time.thread_time()
@@ -68,7 +68,7 @@ class Launches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def launches(call: Callable, device: torch.device) -> int:
+def count_launches(call: Callable, device: torch.device) -> int:
     """Kernels that one call launches: as a GPU's profiler has seen, or by the operations."""
     if device.type == "cpu":
         with Launches() as seen:
@@ -79,16 +79,16 @@ def launches(call: Callable, device: torch.device) -> int:
     return sum("Launch" in event.name for event in profile.events())
 
 
-def real(
+def cos_sin_family(
     module: str, name: str, theta: float, axes: list[int], texts: int, side: int, config: DyPEConfig
 ) -> tuple:
-    """A format of cos and sin, called with `texts` tokens of text in front of the picture's."""
+    """A format of cos and sin, called with `texts` tokens of text in front of the image's."""
     module = import_module(f"diffusers.models.transformers.transformer_{module}")
     stock = getattr(module, name)(theta, axes)
-    ids = torch.cat([torch.zeros(texts, 3), grid_ids(0, side, side)])
-    ours = FluxDyPE(stock, config, TRAINED)
+    ids = torch.cat([torch.zeros(texts, 3), make_grid_ids(0, side, side)])
+    ours = DyPEFluxPosEmbed(stock, config, TRAINED)
     ours.set_grid(side, side)
-    ours.set_layout(texts, 0)
+    ours.set_token_layout(texts, 0)
     return stock, ours, (F.pad(ids, (0, len(axes) - 3)),)
 
 
@@ -96,57 +96,59 @@ def z_image(side: int, config: DyPEConfig) -> tuple:
     from diffusers.models.transformers.transformer_z_image import RopeEmbedder
 
     stock = RopeEmbedder(256.0, [32, 48, 48], [1536, 512, 512])
-    ours = ZImageDyPE(stock, config, TRAINED)
+    ours = DyPEZImageRopeEmbedder(stock, config, TRAINED)
     ours.set_grid([(side, side)], captions=[TEXT_TOKENS])
     ours.regular = True  # as the pre-hook says of diffusers' own calls
-    return stock, ours, (grid_ids(TEXT_TOKENS + 1, side, side).int(),)
+    return stock, ours, (make_grid_ids(TEXT_TOKENS + 1, side, side).int(),)
 
 
 def qwen_image(side: int, config: DyPEConfig) -> tuple:
     from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
     stock = QwenEmbedRope(10000, [16, 56, 56], scale_rope=True)
-    ours = QwenDyPE(stock, config, 83)
+    ours = DyPEQwenEmbedRope(stock, config, 83)
     ours.set_grid(side, side)
     return stock, ours, ([[(1, side, side)]], torch.get_default_device(), TEXT_TOKENS)
 
 
 FAMILIES = {  # (tokens of a side, config) -> the stock embedder, ours, the arguments of a call
     # FLUX.1, Chroma, Bria
-    "flux": partial(real, "flux", "FluxPosEmbed", 10000, [16, 56, 56], TEXT_TOKENS),
-    # the call for the picture; the other, for the text, has 512 tokens
-    "flux2": partial(real, "flux2", "Flux2PosEmbed", 2000, [32, 32, 32, 32], 0),
-    "krea2": partial(real, "krea2", "Krea2RotaryPosEmbed", 1000, [32, 48, 48], TEXT_TOKENS),
+    "flux": partial(cos_sin_family, "flux", "FluxPosEmbed", 10000, [16, 56, 56], TEXT_TOKENS),
+    # the call for the image; the other, for the text, has 512 tokens
+    "flux2": partial(cos_sin_family, "flux2", "Flux2PosEmbed", 2000, [32, 32, 32, 32], 0),
+    "krea2": partial(
+        cos_sin_family, "krea2", "Krea2RotaryPosEmbed", 1000, [32, 48, 48], TEXT_TOKENS
+    ),
     "z-image": z_image,
     "qwen-image": qwen_image,
 }
 
 
-def costs(family: str, size: int, repeats: int, device: torch.device, method: str) -> dict:
+def measure_costs(family: str, size: int, repeats: int, device: torch.device, method: str) -> dict:
     """Of one call at `size` x `size` px: launches, median milliseconds by what was called, and
     RATIOS."""
     with torch.device(device):
-        stock, ours, args = FAMILIES[family](size // TOKEN, DyPEConfig(method))
+        stock, ours, args = FAMILIES[family](size // PIXELS_PER_TOKEN, DyPEConfig(method))
     ours.set_timestep(torch.tensor(0.6, device=device))
     tables = ours(*args)
     tables = tables if isinstance(tables, tuple) else (tables,)
     # the timed path must give what the formula gives, at every token
     table = tables[0] if tables[0].is_complex() else torch.complex(*tables)[:, ::2]
-    exact = 1e-6 if ours.active(ours.grid) else 1e-4  # stock's angles may be float32
-    assert (table - literal(ours, args)).abs().max() < exact
+    exact = 1e-6 if ours.is_extrapolating(ours.grid) else 1e-4  # stock's angles may be float32
+    assert (table - reference_table(ours, args)).abs().max() < exact
     calls = {
         "copy": lambda: [table.clone() for table in tables],
         "ours": lambda: ours(*args),
         "stock": lambda: stock(*args),
-        "literal": lambda: literal(ours, args),
+        "literal": lambda: reference_table(ours, args),
     }
     times = {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in range(repeats):
         for name, call in calls.items():
-            times[name].append(timed(call, device))
-    row = {"launches": launches(calls["ours"], device)}
+            times[name].append(time_call(call, device))
+    row = {"launches": count_launches(calls["ours"], device)}
     row |= {name: 1000 * statistics.median(values) for name, values in times.items()}
     for ratio in RATIOS:
         name, other = ratio.split("/")
@@ -154,14 +156,16 @@ def costs(family: str, size: int, repeats: int, device: torch.device, method: st
     return row
 
 
-def literal(embedder, args: tuple) -> torch.Tensor:
+def reference_table(embedder, args: tuple) -> torch.Tensor:
     """The formula as it is written, m exp(i position f) at every token and pair.
 
     complex128 [S, D / 2]. Frequencies as `axis_frequencies` gives them, stock on other axes.
     """
     parts, places = [], args[0]  # the position of every token that a call is for, [S, A]
-    if isinstance(embedder, QwenDyPE):  # which is called with sizes, and counts from the middle
-        places, grid = grid_ids(0, *embedder.grid, args[1]), torch.tensor(embedder.grid)
+    if isinstance(
+        embedder, DyPEQwenEmbedRope
+    ):  # which is called with sizes, and counts from the middle
+        places, grid = make_grid_ids(0, *embedder.grid, args[1]), torch.tensor(embedder.grid)
         places[:, 1:] -= (grid - grid // 2).to(args[1])
     for axis, dim in enumerate(embedder.axes_dim):
         f, m = rope.stock_frequencies(dim, embedder.theta), 1.0
@@ -182,7 +186,7 @@ def run(args: argparse.Namespace) -> dict:
     rows = {family: {} for family in args.families}
     for family in args.families:
         for size in args.sizes:
-            row = costs(family, size, args.repeats, torch.device(args.device), args.method)
+            row = measure_costs(family, size, args.repeats, torch.device(args.device), args.method)
             cells = [f"{row[name]:10.2f}" for name in names]
             cells += [f"{row[name]:12.2f}" for name in RATIOS]
             print(f"{family:11} {size:<5}", *cells, f"{row['launches']:9}")

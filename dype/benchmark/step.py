@@ -1,4 +1,4 @@
-"""What a denoiser step and a whole picture cost with DyPE and without, in turns in one run.
+"""What a denoiser step and a whole image cost with DyPE and without, in turns in one run.
 
 The demo model, or FLUX.1 and Z-Image at their real size with random weights, which take as long as
 trained ones.
@@ -15,10 +15,10 @@ from types import SimpleNamespace
 
 import torch
 
-from dype.benchmark.embedder import timed
+from dype.benchmark.embedder import time_call
 from dype.config import DyPEConfig
-from dype.embedders import grid_ids
-from dype.families import TOKEN
+from dype.embedders import make_grid_ids
+from dype.families import PIXELS_PER_TOKEN
 from dype.patch import apply_dype, remove_dype
 from dype.pipelines import acceleration, catalog, memory
 from dype.pipelines.devices import DTYPES, fast_dtype
@@ -48,7 +48,7 @@ def make_pipeline(model: str, device: str):
     torch.set_default_dtype(DTYPES[fast_dtype(device)])
     try:
         with torch.device(device):
-            schedule = MODELS[model].schedule
+            schedule = MODELS[model].scheduler_config
             scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(schedule)
             vae = diffusers.AutoencoderKL(
                 down_block_types=("DownEncoderBlock2D",) * 4,
@@ -67,12 +67,12 @@ def make_pipeline(model: str, device: str):
         torch.set_default_dtype(usual)
     for parameter in transformer.parameters():
         parameter.data.nan_to_num_(0)  # some are left as the memory was
-    memory.place(pipe, device, "none", {}, 0)
+    memory.place_components(pipe, device, "none", {}, 0)
     return pipe
 
 
 def random_prompt(transformer, text: int) -> dict:
-    """Random embeddings of `text` tokens, as `sample.draw` takes them for a prompt."""
+    """Random embeddings of `text` tokens, as `sample.generate` takes them for a prompt."""
     config, like = transformer.config, {"device": transformer.device, "dtype": transformer.dtype}
     if "cap_feat_dim" in config:  # Z-Image
         return {"prompt_embeds": [torch.randn(text, config.cap_feat_dim, **like)]}
@@ -91,13 +91,13 @@ def denoiser_call(transformer, text: int, height: int, width: int) -> dict:
         latents = torch.randn(config.in_channels, 1, height // 8, width // 8, **like)
         t = torch.full((1,), 1 - SIGMA, **like)
         return {"x": [latents], "t": t, "cap_feats": prompt["prompt_embeds"]}
-    picture = height // TOKEN, width // TOKEN
+    picture = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
     return {
         "hidden_states": torch.randn(1, math.prod(picture), config.in_channels, **like),
         "encoder_hidden_states": prompt["prompt_embeds"],
         "pooled_projections": prompt["pooled_prompt_embeds"],
         "timestep": torch.full((1,), SIGMA, **like),
-        "img_ids": grid_ids(0, *picture, device),
+        "img_ids": make_grid_ids(0, *picture, device),
         "txt_ids": torch.zeros(text, 3, device=device),
         "guidance": torch.ones(1, **like) if config.guidance_embeds else None,
     }
@@ -106,75 +106,75 @@ def denoiser_call(transformer, text: int, height: int, width: int) -> dict:
 def count_flop(transformer, text: int, height: int, width: int) -> float:
     """Operations of a denoiser call at `height` x `width` px, in linear layers and in attention.
 
-    24 blocks D^2 S and 4 blocks D S^2, S the tokens of picture (px / 16) and text: a token meets
-    12 D^2 parameters of a block's linear layers, and all blocks attend over text and picture
+    24 blocks D^2 S and 4 blocks D S^2, S the tokens of image (px / 16) and text: a token meets
+    12 D^2 parameters of a block's linear layers, and all blocks attend over text and image
     together.
     """
     config = transformer.config
-    if "dim" in config:  # Z-Image, whose picture and text have refiners of their own
+    if "dim" in config:  # Z-Image, whose image and text have refiners of their own
         dim, blocks = config.dim, config.n_layers + config.n_refiner_layers
     else:
         dim = config.num_attention_heads * config.attention_head_dim
         blocks = config.num_layers + config.num_single_layers
-    tokens = height * width / TOKEN**2 + text
+    tokens = height * width / PIXELS_PER_TOKEN**2 + text
     return 24 * blocks * dim**2 * tokens + 4 * blocks * dim * tokens**2
 
 
-def twin(module: torch.nn.Module) -> torch.nn.Module:
+def copy_sharing_weights(module: torch.nn.Module) -> torch.nn.Module:
     """A copy that shares weights, so that one of them can have DyPE."""
     shared = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of one large matrix product."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     a @ b
-    return 2 * side**3 / statistics.median(timed(lambda: a @ b, device) for _ in range(5))
+    return 2 * side**3 / statistics.median(time_call(lambda: a @ b, device) for _ in range(5))
 
 
 @torch.no_grad()
-def steps(args: argparse.Namespace) -> dict:
+def time_steps(args: argparse.Namespace) -> dict:
     """Print the cost of a denoiser call per size; returns it, ratios first."""
     device, model = torch.device(args.device), MODELS[args.model]
     text = model.max_sequence_length
-    rate = matrix_rate(device, DTYPES[args.dtype])
+    rate = matmul_flops(device, DTYPES[args.dtype])
     stock = make_pipeline(args.model, args.device).transformer
-    ours = twin(stock)
+    ours = copy_sharing_weights(stock)
     apply_dype(ours, DyPEConfig(args.method, base_resolution=model.base_resolution))
     for transformer in (stock, ours):
         part = SimpleNamespace(transformer=transformer, dype_offload="none")
-        acceleration.compile_steps(part, args.compile)
+        acceleration.compile_transformer(part, args.compile)
     print("px     ratio  [quartiles]       stock ms    ours ms   extra MiB   share of matrix rate")
     rows = {}
     for size in args.sizes:
         call = denoiser_call(stock, text, size, size)
-        with acceleration.attending(args.attention):
-            row = pair_costs(stock, ours, call, args.repeats, device)
+        with acceleration.use_attention(args.attention):
+            row = time_pairs(stock, ours, call, args.repeats, device)
         flop = count_flop(stock, text, size, size)
         row |= {"flop": flop, "share": round(flop / row["stock"] * 1000 / rate, 3)}
         rows[str(size)] = row
         print(f"{size:<5} {row['ratio']:6.4f}  [{row['low']:.4f}, {row['high']:.4f}] "
               f"{row['stock']:10.1f} {row['ours']:10.1f} {row['extra_memory'] / 2**20:11.1f} "
               f"{row['share']:13.0%}")  # fmt: skip
-    return described(args, rate, rows)
+    return protocol(args, rate, rows)
 
 
-def described(args: argparse.Namespace, rate: float, rows: dict) -> dict:
+def protocol(args: argparse.Namespace, rate: float, rows: dict) -> dict:
     """What was run and what it cost, for the record."""
     names = ("model", "method", "dtype", "attention", "compile", "repeats")
     return {name: getattr(args, name) for name in names} | {"matrix_rate": rate, "sizes": rows}
 
 
-def pair_costs(stock, ours, call: dict, repeats: int, device: torch.device) -> dict:
+def time_pairs(stock, ours, call: dict, repeats: int, device: torch.device) -> dict:
     """Median ratio of pairs and its quartiles, median milliseconds, bytes at the peak."""
     for transformer in (stock, ours, stock, ours):
         transformer(**call)
     times = {stock: [], ours: []}
     for i in range(repeats):
         for transformer in (stock, ours) if i % 2 else (ours, stock):
-            times[transformer].append(timed(partial(transformer, **call), device))
+            times[transformer].append(time_call(partial(transformer, **call), device))
     ratios = [with_dype / without for without, with_dype in zip(*times.values(), strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if repeats > 1 else 3 * ratios
     peaks = []
@@ -182,7 +182,7 @@ def pair_costs(stock, ours, call: dict, repeats: int, device: torch.device) -> d
         gc.collect()
         memory.reset_peak()
         transformer(**call)
-        peaks.append(memory.peak(device) or 0)
+        peaks.append(memory.peak_bytes(device) or 0)
     return {
         "ratio": round(middle, 4),
         "low": round(low, 4),
@@ -194,36 +194,36 @@ def pair_costs(stock, ours, call: dict, repeats: int, device: torch.device) -> d
     }
 
 
-def pictures(args: argparse.Namespace) -> dict:
-    """Print what whole pictures cost, text encoders aside; returns it, ratios first.
+def time_images(args: argparse.Namespace) -> dict:
+    """Print what whole images cost, text encoders aside; returns it, ratios first.
 
     The share is of the transformer's operations in the whole time, the decoder's included.
     """
     device, model = torch.device(args.device), MODELS[args.model]
-    rate = matrix_rate(device, DTYPES[args.dtype])
+    rate = matmul_flops(device, DTYPES[args.dtype])
     pipe = make_pipeline(args.model, args.device)
-    acceleration.compile_steps(pipe, args.compile)
+    acceleration.compile_transformer(pipe, args.compile)
     count = args.steps or model.steps
     calls = count * (2 if model.true_cfg > 1 else 1)
     print("px     ratio  seconds without, with   peak GiB   tiled   share of matrix rate")
     rows = {}
     for size in args.sizes:
         tiled = memory.set_tiling(pipe, "auto", None, size * size)
-        with acceleration.attending(args.attention):
-            without, with_dype = picture_seconds(pipe, args, size, count)
+        with acceleration.use_attention(args.attention):
+            without, with_dype = image_seconds(pipe, args, size, count)
         flop = calls * count_flop(pipe.transformer, model.max_sequence_length, size, size)
         row = {"ratio": without and round(with_dype / without, 3), "without": without}
-        row |= {"with": with_dype, "peak_memory": memory.peak(device), "tiled": tiled}
+        row |= {"with": with_dype, "peak_memory": memory.peak_bytes(device), "tiled": tiled}
         row |= {"flop": flop, "share": round(flop / with_dype / rate, 3), "steps": count}
         rows[str(size)] = row
         shown = [f"{value:10.3f}" if value else f"{'-':>10}" for value in list(row.values())[:3]]
         gib = (row["peak_memory"] or 0) / memory.GIB
         print(f"{size:<5}", *shown, f"{gib:10.2f} {tiled!s:>8} {row['share']:12.0%}")
-    return described(args, rate, rows)
+    return protocol(args, rate, rows)
 
 
-def picture_seconds(pipe, args, size: int, count: int) -> list[float | None]:
-    """Median seconds of a picture without DyPE (None if --alone) and with, after one step each."""
+def image_seconds(pipe, args, size: int, count: int) -> list[float | None]:
+    """Median seconds of an image without DyPE (None if --alone) and with, after one step each."""
     model, kinds = MODELS[args.model], [True] if args.alone else [False, True]
     prompt = random_prompt(pipe.transformer, model.max_sequence_length)
     call = {"guidance": model.guidance, "true_cfg": model.true_cfg, "height": size, "width": size}
@@ -236,7 +236,7 @@ def picture_seconds(pipe, args, size: int, count: int) -> list[float | None]:
                 apply_dype(pipe, DyPEConfig(args.method, base_resolution=model.base_resolution))
             memory.reset_peak()
             start = time.perf_counter()
-            sample.draw(pipe, prompt, steps=steps, **call)
+            sample.generate(pipe, prompt, steps=steps, **call)
             seconds[kind].append(time.perf_counter() - start)
     middle = {kind: round(statistics.median(times[1:]), 3) for kind, times in seconds.items()}
     return [middle.get(False), middle[True]]

@@ -8,7 +8,7 @@ from dype.config import PRESETS, Flag, flag, flags_of
 from dype.errors import Parser
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS
 from dype.sampling.settings import FLAGS, format_value
-from dype.sweep.grid import MOST, SWEEPS, parse_list, parse_size
+from dype.sweep.grid import MAX_IMAGES, SWEEPS, parse_list, parse_size
 
 SIZE = "width x height in px, or one number for both (default: --height and --width)"
 SWEEP_GROUP = "sweeps: every flag with ,... takes a list, as base,yarn or 0-3 or 1:3:0.5"
@@ -31,7 +31,7 @@ class RunOptions:
         f"a prepared one: {', '.join(SWEEPS)}", None, choices=tuple(SWEEPS), group=SWEEP_GROUP
     )
     quick: bool = flag("with --sweep methods: 1x and 2x alone; params: 3 x 3", False)
-    multipass_only: bool = flag("of --sweep methods only the two-pass picture", False)
+    multipass_only: bool = flag("of --sweep methods only the two-pass image", False)
     cols: str | None = flag(
         "contact sheets: columns of one, more go to further sheets; or the setting that goes "
         "across (default: 8; seeds and prompts, else the last setting)", None, metavar="N|NAME",
@@ -39,12 +39,12 @@ class RunOptions:
     grid_from: str | None = flag(
         "draw the contact sheets of a finished sweep again", None, metavar="FOLDER"
     )
-    yes: bool = flag(f"more than {MOST} pictures are meant", False)
+    yes: bool = flag(f"more than {MAX_IMAGES} images are meant", False)
     config: str | None = flag(
         "its [default] table", None, metavar="FILE.toml", group="settings from elsewhere"
     )
     profile: str | None = flag("with --config: that table too", None)
-    from_: str | None = flag("every setting of a picture of this program", None, metavar="FILE.png")
+    from_: str | None = flag("every setting of an image of this program", None, metavar="FILE.png")
     output_dir: str | None = flag(
         "(default: outputs; sweeps: outputs/sweep, or its name)", None, metavar="FOLDER",
         group="output",
@@ -63,17 +63,23 @@ class RunOptions:
 
 
 OPTIONS = flags_of(RunOptions)
-ALL = [*FLAGS, *OPTIONS]
+ALL_FLAGS = [*FLAGS, *OPTIONS]
 # flags without a value -> the setting that they say
 SWITCHES = {row.name: row.name for row in OPTIONS if row.type is bool} | {
     switch[0].removeprefix("--"): row.name for row in FLAGS for switch in row.switches
 }
 ON_OFF = {row.name for row in FLAGS if row.type is bool}
-NAMES = {row.word for row in ALL} | SWITCHES.keys() | {"size"}
-ENCODING = {row.name for row in ALL if row.group == "position encoding"} | {"no_dype", "isotropic"}
-GROUPS = dict.fromkeys(row.group for row in ALL)
+NAMES = {row.option for row in ALL_FLAGS} | SWITCHES.keys() | {"size"}
+ENCODING_FLAGS = {row.name for row in ALL_FLAGS if row.group == "position encoding"} | {
+    "no_dype",
+    "isotropic",
+}
+GROUPS = dict.fromkeys(row.group for row in ALL_FLAGS)
 METAVARS = {int: "N", float: "X", str: "NAME", bool: "on|off"}
-OF_MODEL = {"method": lambda model: model.dype["method"], "shift": lambda model: model.family.shift}
+PER_MODEL_DEFAULTS = {
+    "method": lambda model: model.dype_defaults["method"],
+    "shift": lambda model: model.family.shift,
+}
 
 
 class Size(argparse.Action):
@@ -90,8 +96,8 @@ def help_text(row: Flag) -> str:
     if "(default: " in row.help:
         return row.help
     default = row.default
-    if default is ... or row.name in OF_MODEL or row.name == "base_resolution":
-        of_model = OF_MODEL.get(row.name, lambda model: getattr(model, row.name))
+    if default is ... or row.name in PER_MODEL_DEFAULTS or row.name == "base_resolution":
+        of_model = PER_MODEL_DEFAULTS.get(row.name, lambda model: getattr(model, row.name))
         defaults = {name: of_model(model) for name, model in MODELS.items()}
         default = defaults[DEFAULT_MODEL]
         others = [f"{name} {value}" for name, value in defaults.items() if value != default]
@@ -101,14 +107,14 @@ def help_text(row: Flag) -> str:
     return f"{row.help} (default: {format_value(default)})".strip()
 
 
-HELP = {row.name: help_text(row) for row in ALL}
+HELP = {row.name: help_text(row) for row in ALL_FLAGS}
 
 
 def parser() -> Parser:
     command = Parser(
         prog="run_dype.py",
         usage='run_dype.py [--prompt "..."] [--model NAME] [--height PX] [--width PX] [flags]',
-        description="Draw a picture beyond the size that a diffusion transformer was trained at, "
+        description="Draw an image beyond the size that a diffusion transformer was trained at, "
         "with DyPE (arXiv 2510.20766).",
         epilog="The last word wins. An explicit flag wins over --sweep, that over --preset, that "
         "over --config or --from, that over the model's own default. Hyphens may stand for a "
@@ -116,15 +122,15 @@ def parser() -> Parser:
         argument_default=argparse.SUPPRESS,
     )
     groups = {title: command.add_argument_group(title) for title in GROUPS}
-    for row in ALL:
+    for row in ALL_FLAGS:
         add, several = groups[row.group].add_argument, row.label is not None
         shown = {"metavar": (row.metavar or METAVARS[row.type]) + ",..." * several}
         if row.type is bool:
             shown |= {"nargs": "?", "const": "on"}
         if row.name in SWITCHES:
             shown = {"action": "store_true"}
-        names = [f"--{row.word}", *row.aliases]
-        add(*names, dest=row.name, help=HELP[row.name], **shown, **row.arguments or {})
+        names = [f"--{row.option}", *row.aliases]
+        add(*names, dest=row.name, help=HELP[row.name], **shown, **row.parser_options or {})
         for name, value, text in row.switches:
             const, text = [value] if several else value, f"{text} (default: off)"
             add(name, dest=row.name, action="store_const", const=const, help=text)
@@ -152,13 +158,13 @@ def to_values(words: dict) -> dict:
         sizes = [parse_size(text) for text in parse_list("size", values.pop("size"), False)]
         heights, widths = map(list, zip(*sizes, strict=True))
         values = {"height": heights, "width": widths} | values
-    for row in ALL:
+    for row in ALL_FLAGS:
         text = values.get(row.name)
         if isinstance(text, str) and row.label is None:
             values[row.name] = row.parse(text)
         elif isinstance(text, str):
             texts = parse_list(row.name, text, row.type in (int, float))
             values[row.name] = [row.parse(item) for item in texts]
-        elif row.arguments and row.name in values:  # a flag that may be given several times
+        elif row.parser_options and row.name in values:  # a flag that may be given several times
             values[row.name] = [row.parse(item) for item in text]
     return values

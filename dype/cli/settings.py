@@ -10,9 +10,9 @@ from operator import or_
 from pathlib import Path
 
 from dype.cli import validation
-from dype.cli.flags import ENCODING, NAMES, ON_OFF, SWITCHES, RunOptions, parse, to_values
-from dype.config import CONFIG_FLAGS, DyPEConfig, preset
-from dype.errors import UserError, user_errors
+from dype.cli.flags import ENCODING_FLAGS, NAMES, ON_OFF, SWITCHES, RunOptions, parse, to_values
+from dype.config import CONFIG_FLAGS, DyPEConfig, preset_settings
+from dype.errors import UserError, raise_user_errors
 from dype.noise_schedule import check_shift
 from dype.pipelines import distributed
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS, Model, resolve_model
@@ -25,13 +25,13 @@ OPTION_NAMES = [part.name for part in fields(RunOptions)]
 # settings of which each model has a default of its own
 MODEL_DEFAULTS = [row.name for row in RUN_FLAGS if hasattr(MODELS[DEFAULT_MODEL], row.name)]
 MODEL_DEFAULTS.append("base_resolution")
-IN_A_FILE = NAMES - {"config", "profile", "from", "grid_from", "dry_run", "yes"}
+CONFIG_FILE_FLAGS = NAMES - {"config", "profile", "from", "grid_from", "dry_run", "yes"}
 # flags that take a list, in the order in which a sweep goes through them, the last the fastest
-LISTS = [row.name for row in [*CONFIG_FLAGS, *RUN_FLAGS] if row.label is not None]
-LISTS.sort(key=lambda name: {"multipass": 0, "seed": 2}.get(name, 1))
+LIST_FLAGS = [row.name for row in [*CONFIG_FLAGS, *RUN_FLAGS] if row.label is not None]
+LIST_FLAGS.sort(key=lambda name: {"multipass": 0, "seed": 2}.get(name, 1))
 
 
-@user_errors()
+@raise_user_errors()
 def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     """What is to be done, and the settings of every image.
 
@@ -46,18 +46,18 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
         raise ValueError("--from has every setting already, expected no --config with it")
     file, record = words.get("config"), words.get("from_")
     profile = load_profile(file, words.get("profile")) if file is not None else {}
-    source = load_source(record) if record is not None else {}
+    source = load_image_settings(record) if record is not None else {}
     given = profile | words
     options = RunOptions(**{name: given[name] for name in OPTION_NAMES if name in given})
     name, entry, source = choose_model(given, source)
     prompts = find_prompts(given, source, options, name, entry)
-    lines = sweep_lines(options, given.get("base_resolution", entry.base_resolution))
+    lines = expand_sweep(options, given.get("base_resolution", entry.base_resolution))
     lower = {row.name: row.default for row in RUN_FLAGS} | {"init_sha256": None, "lora": []}
     lower |= {name: getattr(entry, name) for name in MODEL_DEFAULTS} | source | profile
     levels = [(lower | line | words, line | words) for line in lines]
     count = len(prompts) * sum(math.prod(map(len, cell_axes(values))) for values, _ in levels)
-    if count > grid.MOST and not options.yes:
-        raise ValueError(f"these are {count} pictures, expected at most {grid.MOST}, or --yes")
+    if count > grid.MAX_IMAGES and not options.yes:
+        raise ValueError(f"these are {count} images, expected at most {grid.MAX_IMAGES}, or --yes")
     notes: set[str] = set()
     runs = [
         resolve_run(reduce(or_, cell, values) | {"model": name}, upper, entry, options, notes)
@@ -102,19 +102,21 @@ def find_prompts(
         raise UserError(f"--prompt is {blank[0]!r}, expected some words")
     if not options.magic_suffix:
         return prompts
-    if not entry.suffix:
+    if not entry.magic_suffix:
         raise UserError(f"--magic_suffix is for qwen-image, expected none with {name}")
-    return [prompt + entry.suffix for prompt in prompts]
+    return [prompt + entry.magic_suffix for prompt in prompts]
 
 
-def sweep_lines(options: RunOptions, base_resolution: int) -> list[dict]:
+def expand_sweep(options: RunOptions, base_resolution: int) -> list[dict]:
     """The lines of `--sweep`, printed as the flags that they stand for. Raises ValueError."""
     if options.sweep is None:
         if options.quick or options.multipass_only:
             flag = "quick" if options.quick else "multipass_only"
             raise ValueError(f"--{flag} is of a --sweep NAME")
         return [{}]
-    lines = grid.named(options.sweep, base_resolution, options.quick, options.multipass_only)
+    lines = grid.expand_named_sweep(
+        options.sweep, base_resolution, options.quick, options.multipass_only
+    )
     print(f"--sweep {options.sweep} stands for", *lines, sep="\n  ")
     if grid.SWEEPS[options.sweep].note:
         print(grid.SWEEPS[options.sweep].note)
@@ -129,7 +131,7 @@ def cell_axes(values: dict) -> list[list[dict]]:
     count = max(len(heights), len(widths))
     heights, widths = (side * count if len(side) == 1 else side for side in (heights, widths))
     axes = [[{"height": h, "width": w} for h, w in zip(heights, widths, strict=True)]]
-    lists = [name for name in LISTS if isinstance(values.get(name), list)]
+    lists = [name for name in LIST_FLAGS if isinstance(values.get(name), list)]
     return axes + [[{name: value} for value in values[name]] for name in lists]
 
 
@@ -142,16 +144,18 @@ def resolve_run(
     """
     height, width = values["height"], values["width"]
     if options.preset is not None:
-        chosen = preset(options.preset, height, width, values["base_resolution"])
+        chosen = preset_settings(options.preset, height, width, values["base_resolution"])
         chosen = {name: value for name, value in chosen.items() if name not in upper}
         applied = ", ".join(f"{name} {value}" for name, value in chosen.items())
         notes.add(f"preset {options.preset}: {applied or 'nothing that no flag says'}")
         values |= chosen
-    method = values.setdefault("method", entry.dype["method"])
-    defaults = entry.dype if method == entry.dype["method"] else {}  # of this method alone
+    method = values.setdefault("method", entry.dype_defaults["method"])
+    defaults = (
+        entry.dype_defaults if method == entry.dype_defaults["method"] else {}
+    )  # of this method alone
     given = {name: values[name] for name in CONFIG_NAMES if name in values}
     config = DyPEConfig.from_dict(defaults | given)
-    check_shift(entry.schedule, config, entry.family)
+    check_shift(entry.scheduler_config, config, entry.family)
     if values["init_image"] is not None:
         values["init_image"] = str(Path(values["init_image"]).absolute())
         known = None if "init_image" in upper else values["init_sha256"]
@@ -170,13 +174,13 @@ def resolve_run(
     settings |= {"passes": passes, "processes": values["ulysses"] * values["ring"]}
     run = RunSettings(**settings, config=config, entry=entry)
     validation.check_run(run)
-    distributed.check(run, options.dry_run)
+    distributed.check_processes(run, options.dry_run)
     return run
 
 
 def check_strengths(given: dict, runs: list[RunSettings]) -> None:
     """Raise ValueError for strengths that are given, but that no pass has."""
-    passes = max(len(multipass.PASSES[run.multipass]) for run in runs)
+    passes = max(len(multipass.PASS_SCALES[run.multipass]) for run in runs)
     for count, flag in multipass.STRENGTHS.items():
         if flag in given and passes < count:
             raise ValueError(f"--{flag} is for a --multipass of {count} passes, expected one")
@@ -184,10 +188,10 @@ def check_strengths(given: dict, runs: list[RunSettings]) -> None:
         raise ValueError("--strength is for --init_image FILE, expected that too")
 
 
-def load_source(file: str) -> dict:
-    """The settings in a picture's record, checked. Raises UserError."""
+def load_image_settings(file: str) -> dict:
+    """The settings in an image's record, checked. Raises UserError."""
     try:
-        record = records.load(Path(file))
+        record = records.read_record(Path(file))
         flags, prompt = dict(record["flags"]), record["prompt"]
         config = DyPEConfig.from_dict(record["config"]).to_dict()
         if flags["revision"] is None:
@@ -239,7 +243,7 @@ def load_profile(file: str, name: str | None) -> dict:
         for key, value in tables.get(table, {}).items():
             nested = key == "dype" and isinstance(value, dict)
             where = f"[{table}.dype]" if nested else f"[{table}]"
-            accepted = IN_A_FILE & ENCODING if nested else IN_A_FILE
+            accepted = CONFIG_FILE_FLAGS & ENCODING_FLAGS if nested else CONFIG_FILE_FLAGS
             for flag, setting in value.items() if nested else [(key, value)]:
                 if flag not in accepted:
                     near = difflib.get_close_matches(flag, sorted(accepted), 1, 0)[0]
@@ -248,12 +252,12 @@ def load_profile(file: str, name: str | None) -> dict:
                     )
                 if setting is False and flag in SWITCHES:  # which [default] may have on
                     values.pop(SWITCHES[flag], None)
-                words += as_words(file, flag, setting)
+                words += toml_to_words(file, flag, setting)
         values |= to_values(vars(parse(words)))
     return values
 
 
-def as_words(file: str, flag: str, value) -> list[str]:
+def toml_to_words(file: str, flag: str, value) -> list[str]:
     """A TOML value as words of the command line. Raises ValueError."""
     if flag in SWITCHES and isinstance(value, bool):
         return [f"--{flag}"] * value

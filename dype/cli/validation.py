@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from dype.config import number, one_of
+from dype.config import check_choice, check_number
 from dype.errors import UserError
-from dype.families import TOKEN
+from dype.families import PIXELS_PER_TOKEN
 from dype.pipelines import acceleration
 from dype.pipelines.catalog import Model
 from dype.sampling import records
@@ -17,8 +17,8 @@ from dype.sampling.settings import RunSettings
 
 def check_run(run: RunSettings) -> None:
     """Raise ValueError for settings that this model, or each other, rule out."""
-    number("--max_sequence_length", run.max_sequence_length, 1, run.entry.longest_text)
-    if run.steps == 1 and run.entry.schedule.get("shift_terminal"):
+    check_number("--max_sequence_length", run.max_sequence_length, 1, run.entry.max_text_tokens)
+    if run.steps == 1 and run.entry.scheduler_config.get("shift_terminal"):
         raise ValueError(
             f"--steps is 1, expected at least 2 with {run.model}, whose last sigma is fixed"
         )
@@ -37,10 +37,10 @@ def check_run(run: RunSettings) -> None:
             "expected --offload none"
         )
     if run.attention is not None:
-        one_of("--attention", run.attention, acceleration.backends())
+        check_choice("--attention", run.attention, acceleration.attention_backends())
     if run.cache != "off" and run.entry.pipeline not in acceleration.CACHES[run.cache]:
         raise ValueError(
-            f"--cache is {run.cache!r}, but {acceleration.unsupported(run.entry.pipeline)}"
+            f"--cache is {run.cache!r}, but {acceleration.describe_caches(run.entry.pipeline)}"
         )
     if run.compile != "off" and run.cache != "off":
         raise ValueError(
@@ -51,10 +51,10 @@ def check_run(run: RunSettings) -> None:
 
 
 def hash_init_image(values: dict, known: str | None) -> str:
-    """The hash of the pixels of a picture to start from.
+    """The hash of the pixels of an image to start from.
 
     Raises UserError for one that is none, of another aspect, or whose hash is not the one `known`
-    from when the picture was drawn that `--from` asks for again.
+    from when the image was drawn that `--from` asks for again.
     """
     file, height, width = (values[name] for name in ("init_image", "height", "width"))
     if values["multipass"] != "single":
@@ -63,17 +63,19 @@ def hash_init_image(values: dict, known: str | None) -> str:
             "expected single"
         )
     try:
-        wide, high, sha256 = measured(file, Path(file).stat().st_mtime_ns)
+        wide, high, sha256 = read_size_and_hash(file, Path(file).stat().st_mtime_ns)
     except OSError as error:
-        reason = error.strerror or "it is no picture"
+        reason = error.strerror or "it is no image"
         raise UserError(f"--init_image {file} cannot be read: {reason}") from error
     if known not in (None, sha256):
         raise UserError(
-            f"--init_image {file} has changed since the picture was drawn, expected the same, or "
+            f"--init_image {file} has changed since the image was drawn, expected the same, or "
             "--init_image once more for this one"
         )
     if not 0.97 < width / height * high / wide < 1.03:
-        side = max(TOKEN, round(width * high / wide / TOKEN) * TOKEN)
+        side = max(
+            PIXELS_PER_TOKEN, round(width * high / wide / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN
+        )
         raise UserError(
             f"--init_image is {wide}x{high}, but the size {width}x{height}, expected its aspect, "
             f"as --size {width}x{side}"
@@ -82,12 +84,12 @@ def hash_init_image(values: dict, known: str | None) -> str:
 
 
 @lru_cache
-def measured(path: str, changed: int) -> tuple[int, int, str]:
-    """Width, height and hash of the pixels of a picture that can be read. Raises OSError.
+def read_size_and_hash(path: str, changed: int) -> tuple[int, int, str]:
+    """Width, height and hash of the pixels of an image that can be read. Raises OSError.
 
     changed: its time of change, so that every cell of a sweep need not read it again.
     """
-    picture = records.open_picture(path)
+    picture = records.open_image(path)
     return *picture.size, hashlib.sha256(picture.tobytes()).hexdigest()
 
 
@@ -97,23 +99,23 @@ def effective_negative_prompt(values: dict, given: dict, model: Model) -> str | 
     given: the flags of this image, without the model's own prompt, which belongs to its own scale.
     """
     name, prompt, true_cfg = (values[key] for key in ("model", "negative_prompt", "true_cfg"))
-    scale = values[model.cfg] if model.cfg else model.cfg_off
-    if model.cfg != "true_cfg" and true_cfg != 1:
+    scale = values[model.cfg_flag] if model.cfg_flag else model.cfg_disabled_at
+    if model.cfg_flag != "true_cfg" and true_cfg != 1:
         raise UserError(
             f"--true_cfg is {true_cfg:g}, but the guidance of {name} is --guidance, expected that "
             "instead"
         )
     if model.guidance == 0 and values["guidance"]:
         raise UserError(f"--guidance is {values['guidance']:g}, but {name} takes none, expected 0")
-    if scale <= model.cfg_off and "negative_prompt" not in given:
+    if scale <= model.cfg_disabled_at and "negative_prompt" not in given:
         return None
-    if prompt is not None and not model.cfg:
+    if prompt is not None and not model.cfg_flag:
         raise UserError(f"--negative_prompt is ignored by {name}, expected none")
-    if prompt is not None and scale <= model.cfg_off:
+    if prompt is not None and scale <= model.cfg_disabled_at:
         raise UserError(
-            f"--negative_prompt is ignored at --{model.cfg} {scale:g}, expected a larger scale"
+            f"--negative_prompt is ignored at --{model.cfg_flag} {scale:g}, expected a larger scale"
         )
-    if model.cfg == "true_cfg" and prompt is None and scale > 1:
+    if model.cfg_flag == "true_cfg" and prompt is None and scale > 1:
         raise UserError(
             f"--true_cfg {scale:g} does nothing without --negative_prompt, expected "
             'one, or --negative_prompt ""'
@@ -127,7 +129,7 @@ def normalize_lora(text: str) -> str:
     if not colon or not path or Path(text).exists():
         path, scale = text, 1.0
     try:
-        number("scale", float(scale), -100, 100)
+        check_number("scale", float(scale), -100, 100)
     except ValueError:
         raise UserError(f"--lora is {text!r}, expected PATH or PATH:SCALE") from None
     path = str(Path(path).absolute()) if Path(path).exists() else path

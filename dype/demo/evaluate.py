@@ -1,7 +1,7 @@
 """The ground-truth table: `python -m dype.demo.evaluate`, in under two hours on two CPU cores.
 
 Draws seeded prompts with the demo model under many settings, and scores layout, texture and both
-against rendered scenes of the same size. A picture that is there is not drawn again. A setting is
+against rendered scenes of the same size. An image that is there is not drawn again. A setting is
 METHOD, METHOD:static or METHOD:SCALE:EXPONENT, then `:NAME=VALUE` of DyPEConfig's other numbers,
 then `:reversed` (time runs the wrong way: a control), `:model` (the model's own noise schedule
 instead of the capped one) or `:progressive` (as `run_dype.py --progressive`). Prompts of seed 0 are
@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dype.config import number, one_of
+from dype.config import check_choice, check_number
 from dype.demo.experiments import Cell, couples, paths_of, plan, setting, shown_size
 from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, sample_scene
-from dype.errors import Parser, run_command, user_errors
+from dype.errors import Parser, raise_user_errors, run_command
 from dype.patch import apply_dype
 from dype.pipelines.catalog import MODELS
 from dype.pipelines.devices import autocast, default_device, fast_dtype
@@ -57,7 +57,7 @@ def sampled(args) -> list[Scene]:
 
 
 def folder_of(args) -> Path:
-    """Of the pictures of a seed."""
+    """Of the images of a seed."""
     return args.out / f"seed_{args.seed}{'_held_out' * args.held_out}"
 
 
@@ -68,7 +68,7 @@ def passes_of(cell: Cell, steps: int) -> list[dict]:
 
 
 def draw(cell: Cell, i: int, path: Path, caption: str, args) -> None:
-    """Draw a picture of the i-th prompt, from noise of seed 10000 `--seed` + i."""
+    """Draw an image of the i-th prompt, from noise of seed 10000 `--seed` + i."""
     pipe, hook = pipeline(args.weights), nullcontext()
     apply_dype(pipe, cell.setting.config)
     if cell.setting.control == "reversed":
@@ -87,7 +87,7 @@ def draw(cell: Cell, i: int, path: Path, caption: str, args) -> None:
     content = io.BytesIO()
     picture.save(content, "png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    records.write({path: content.getvalue()})
+    records.write_atomically({path: content.getvalue()})
 
 
 def reverse(transformer, args, kwargs) -> None:
@@ -140,13 +140,13 @@ def parser() -> Parser:
     flag("--dtype", choices=FORMATS, help="autocast to bfloat16 or not (default: "
          "as what is there, else bfloat16 where the device has it)")  # fmt: skip
     flag("--out", type=Path, default=Path("outputs/ground_truth"), metavar="FOLDER",
-         help="of the pictures (default: outputs/ground_truth)")  # fmt: skip
+         help="of the images (default: outputs/ground_truth)")  # fmt: skip
     flag("--weights", type=Path, default=Path(DEMO.repo), metavar="FOLDER",
          help="of another training's pipeline (default: the demo's)")  # fmt: skip
     flag("--processes", type=int, default=PROCESSES, metavar="N",
          help=f"that draw at once (default: {PROCESSES}, one per core up to 8)")  # fmt: skip
     flag("--save", type=Path, metavar="FILE", help="the numbers as JSON, for dype.figures")
-    flag("--strip", type=Path, metavar="FILE", help="PNG or JPEG of six pictures per setting")
+    flag("--strip", type=Path, metavar="FILE", help="PNG or JPEG of six images per setting")
     return made
 
 
@@ -157,7 +157,7 @@ def weights_hash(weights: Path) -> str:
 
 
 def agreed(args) -> dict:
-    """The protocol, what every picture of a folder has in common; settles --dtype.
+    """The protocol, what every image of a folder has in common; settles --dtype.
 
     Written to the folder, or held against what is there. Raises ValueError, OSError.
     """
@@ -169,7 +169,7 @@ def agreed(args) -> dict:
     args.dtype = protocol["dtype"]
     if before is None:
         args.out.mkdir(parents=True, exist_ok=True)
-        records.write({path: json.dumps(protocol).encode()})
+        records.write_atomically({path: json.dumps(protocol).encode()})
     return protocol
 
 
@@ -199,7 +199,7 @@ def asked(args) -> list[Cell]:
     if args.quick + args.full + args.cutoff + bool(args.settings) > 1:
         raise ValueError("--quick, --full, --cutoff and SETTINGS, expected at most one of them")
     for name, least in (("count", 1), ("steps", 1), ("seed", 0), ("processes", 1)):
-        number(f"--{name}", getattr(args, name), least, math.inf, whole=True)
+        check_number(f"--{name}", getattr(args, name), least, math.inf, integer=True)
     if not (args.weights / "model_index.json").is_file():
         raise ValueError(f"--weights is {args.weights}, expected the folder of a trained pipeline")
     if args.out.exists() and not args.out.is_dir():
@@ -208,7 +208,7 @@ def asked(args) -> list[Cell]:
         raise ValueError(f"--strip is {args.strip}, expected a name in .png or .jpg")
     size = parse_size(args.size)
     for side in size:
-        number("--size", side, 64, 4096, multiple=16)
+        check_number("--size", side, 64, 4096, multiple=16)
     if args.settings:
         cells = [Cell(size, setting(one), args.count) for one in args.settings]
         for cell in cells:
@@ -219,12 +219,14 @@ def asked(args) -> list[Cell]:
     if args.against and not args.settings:
         raise ValueError("--against, expected SETTINGS with it")
     for one in args.against:
-        one_of("--against", setting(one).name, dict.fromkeys(cell.setting.name for cell in cells))
+        check_choice(
+            "--against", setting(one).name, dict.fromkeys(cell.setting.name for cell in cells)
+        )
     return there(cells, args) if args.drawn else cells
 
 
 def there(cells: list[Cell], args) -> list[Cell]:
-    """The cells with as many pictures as have been drawn. Raises ValueError if there are none."""
+    """The cells with as many images as have been drawn. Raises ValueError if there are none."""
     found, short = [], []
     for cell in cells:
         count = len(list(takewhile(Path.exists, paths_of(cell, folder_of(args)))))
@@ -235,11 +237,11 @@ def there(cells: list[Cell], args) -> list[Cell]:
     if short and found:
         print(f"not all drawn: {', '.join(short)}")
     if not found:
-        raise ValueError(f"{args.out} has none of these pictures, expected some with --drawn")
+        raise ValueError(f"{args.out} has none of these images, expected some with --drawn")
     return found
 
 
-@user_errors()
+@raise_user_errors()
 def run(args) -> None:
     """Draw what is not there, score, print and write. Raises ValueError, OSError."""
     cells = asked(args)
@@ -253,7 +255,7 @@ def run(args) -> None:
         if not path.exists()
     ]
     vae, count = pipeline(args.weights).vae, sum(cell.count for cell in cells)
-    with tqdm(total=count, initial=count - len(jobs), unit="picture", disable=args.drawn) as bar:
+    with tqdm(total=count, initial=count - len(jobs), unit="image", disable=args.drawn) as bar:
         for _ in draw_all(jobs, args.processes):
             bar.update()
     held = couples(args.settings, args.against, args.cutoff)
@@ -270,7 +272,7 @@ def run(args) -> None:
         files[args.strip] = report.strips(cells, folder, args.strip)
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
-    records.write(files)
+    records.write_atomically(files)
     for path in files:
         print(path)
 

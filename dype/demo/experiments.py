@@ -4,7 +4,7 @@ from itertools import product, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from dype.config import METHOD_SCALES, DyPEConfig
+from dype.config import DEFAULT_LAMBDA_S, DyPEConfig
 from dype.pipelines.catalog import MODELS
 from dype.rope import METHODS
 
@@ -35,7 +35,7 @@ class Setting(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """Pictures of one setting at one size: the first `count` prompts of a seed."""
+    """Images of one setting at one size: the first `count` prompts of a seed."""
 
     size: tuple[int, int]  # height, width, px
     setting: Setting
@@ -49,7 +49,7 @@ def shown_size(size: tuple[int, int]) -> int | str:
 
 
 def paths_of(cell: Cell, folder: Path) -> list[Path]:
-    """Where a cell's pictures are, in the folder of a seed."""
+    """Where a cell's images are, in the folder of a seed."""
     place = folder / str(shown_size(cell.size)) / cell.setting.name
     return [place / f"{i:03}.png" for i in range(cell.count)]
 
@@ -75,7 +75,7 @@ def setting(text: str) -> Setting:
     config |= dict(zip(("dype_scale", "dype_exponent"), numbers, strict=False))
     made = DyPEConfig.from_dict(config | named)
     still = method == "base" or not made.dype
-    wrong |= len(numbers) > 2 * (METHOD_SCALES[method] is not None)
+    wrong |= len(numbers) > 2 * (DEFAULT_LAMBDA_S[method] is not None)
     wrong |= not named.keys() <= (NAMED if method != "base" else set())
     if wrong or (still and control == "reversed"):
         raise ValueError(
@@ -84,7 +84,7 @@ def setting(text: str) -> Setting:
             "numbers or reversal where they change nothing"
         )
     parts = [method] if method == "base" or made.dype else [method, "static"]
-    if made.dype and METHOD_SCALES[method] is not None:
+    if made.dype and DEFAULT_LAMBDA_S[method] is not None:
         parts += [f"{made.lambda_s:g}", f"{made.dype_exponent:g}"]
     more = tuple(
         f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}"

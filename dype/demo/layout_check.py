@@ -1,7 +1,7 @@
-"""Does a picture show what its caption says? An analytic check, validated on rendered truth.
+"""Does an image show what its caption says? An analytic check, validated on rendered truth.
 
-The picture is averaged down to a grid of 64 x 64 cells, whatever its size and its aspect; every
-cell is named by the nearest palette colour in chromaticity (leaves and light change brightness
+The image is averaged down to a grid of 64 x 64 cells, whatever its size and its aspect; every
+cell is named by the nearest palette color in chromaticity (leaves and light change brightness
 alone, nearly), and the cells are compared with the scene's outlines.
 """
 
@@ -12,26 +12,26 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from dype.demo.scenes import COLOURS, SHAPES, Scene, outline
+from dype.demo.scenes import COLORS, SHAPES, Scene, outline
 
 CELLS = 64
-AREA = (0.04, 0.40)  # of the object, share of the picture (truth: 0.09 to 0.36)
-CONNECTED = 0.9  # share of the object's colour that its largest piece must hold
-CENTRED = 0.15  # largest distance of the centroid from the middle, per axis
-GROUNDED = 0.85  # share of the rest that must have the ground's colour
+AREA = (0.04, 0.40)  # of the object, share of the image (truth: 0.09 to 0.36)
+CONNECTED = 0.9  # share of the object's color that its largest piece must hold
+CENTERED = 0.15  # largest distance of the centroid from the middle, per axis
+GROUNDED = 0.85  # share of the rest that must have the ground's color
 
 
 class Verdict(NamedTuple):
-    layout: bool  # one connected object of the asked colour near the centre of the asked ground
+    layout: bool  # one connected object of the asked color near the center of the asked ground
     shape: str  # the shape that overlaps best
     overlaps: dict[str, float]  # intersection over union with every shape, at its best place
 
 
-def colour_cells(picture: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] -> int [CELLS, CELLS], indices into COLOURS."""
+def color_cells(picture: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] -> int [CELLS, CELLS], indices into COLORS."""
     small = Image.fromarray(picture).resize((CELLS, CELLS), Image.Resampling.BOX)
     rgb = np.asarray(small, float) + 1e-6
-    palette = np.array(list(COLOURS.values()), float)
+    palette = np.array(list(COLORS.values()), float)
     chroma = rgb / rgb.sum(-1, keepdims=True)
     known = palette / palette.sum(-1, keepdims=True)
     return np.linalg.norm(chroma[:, :, None] - known, axis=-1).argmin(-1)
@@ -59,14 +59,14 @@ def overlaps(mask: np.ndarray) -> dict[str, float]:
     return dict(zip(SHAPES, found.tolist(), strict=True))
 
 
-def check(picture: np.ndarray, colour: str, ground: str) -> Verdict:
-    """Judge a picture against the colours that its caption asked for.
+def check(picture: np.ndarray, color: str, ground: str) -> Verdict:
+    """Judge an image against the colors that its caption asked for.
 
     The object of one that is not square is expected stretched with it.
     """
-    cells = colour_cells(picture)
-    names = list(COLOURS)
-    wanted = cells == names.index(colour)
+    cells = color_cells(picture)
+    names = list(COLORS)
+    wanted = cells == names.index(color)
     pieces, count = ndimage.label(wanted)
     if count == 0:
         return Verdict(False, "", dict.fromkeys(SHAPES, 0.0))
@@ -76,7 +76,7 @@ def check(picture: np.ndarray, colour: str, ground: str) -> Verdict:
     layout = (
         AREA[0] <= mask.mean() <= AREA[1]
         and mask.sum() >= CONNECTED * wanted.sum()
-        and abs(centroid - 0.5).max() <= CENTRED
+        and abs(centroid - 0.5).max() <= CENTERED
         and (cells[~wanted] == names.index(ground)).mean() >= GROUNDED
     )
     found = overlaps(mask)

@@ -10,7 +10,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from dype.demo.scenes import COLOURS, LIGHTS, SHAPES
+from dype.demo.scenes import COLORS, LIGHTS, SHAPES
 
 MAX_TOKENS = 16
 LATENT_CHANNELS = 8
@@ -23,7 +23,7 @@ def tokenizer(start: str | None) -> PreTrainedTokenizerFast:
     Its words are all that a caption can hold, sorted.
     """
     lights = {word for light in LIGHTS for word in light.replace(",", " ").split()}
-    words = sorted({"a", "on", "leaves", ",", *lights, *COLOURS, *SHAPES})
+    words = sorted({"a", "on", "leaves", ",", *lights, *COLORS, *SHAPES})
     ids = {word: i for i, word in enumerate(["<pad>", "<unk>", "<bos>", *words, "<eos>"])}
     backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()

@@ -1,4 +1,4 @@
-"""The ground-truth table: how pictures are scored, and how that is shown."""
+"""The ground-truth table: how images are scored, and how that is shown."""
 
 import io
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from dype.config import METHOD_SCALES
+from dype.config import DEFAULT_LAMBDA_S
 from dype.demo import scores
 from dype.demo.experiments import Cell, Setting, compared, paths_of, shown_size
 from dype.demo.scenes import Scene, render
@@ -19,7 +19,7 @@ from dype.sampling import records
 def table(vae, cells: list[Cell], scenes: list[Scene], folder: Path, couples=()) -> dict:
     """Every cell's scores, the floors among them, and the paired differences.
 
-    folder: of the seed's pictures. couples: names of (a setting, what it is held against), in place
+    folder: of the seed's images. couples: names of (a setting, what it is held against), in place
     of `compared`'s.
     """
     rows, pairs = [], []
@@ -44,7 +44,7 @@ def table(vae, cells: list[Cell], scenes: list[Scene], folder: Path, couples=())
 
 
 def floors(vae, scenes: list[Scene], size: tuple[int, int]) -> tuple[scores.Judged, dict]:
-    """What pictures are held against, rendered truth through the autoencoder; and what truth has.
+    """What images are held against, rendered truth through the autoencoder; and what truth has.
 
     `truth` is other leaves on the same scenes against these; `truth_vae` both through the
     autoencoder: as near as the model could come; `vae` what the autoencoder alone costs.
@@ -66,9 +66,9 @@ def floors(vae, scenes: list[Scene], size: tuple[int, int]) -> tuple[scores.Judg
 
 
 def opened(path: Path) -> np.ndarray:
-    """A picture, uint8 [H, W, 3]. Raises OSError, saying what to do."""
+    """An image, uint8 [H, W, 3]. Raises OSError, saying what to do."""
     try:
-        return np.asarray(records.open_picture(path))
+        return np.asarray(records.open_image(path))
     except OSError as error:
         raise OSError(f"{path} cannot be read; delete it to have it drawn again") from error
 
@@ -81,7 +81,7 @@ def cell_row(size, name: str, of: Setting | None, found, truth) -> dict:
         config = of.config
         row |= {"control": of.control, "method": config.method, "dype": config.dype}
         row["text"] = of.text
-        if config.dype and METHOD_SCALES[config.method] is not None:
+        if config.dype and DEFAULT_LAMBDA_S[config.method] is not None:
             row |= {"lambda_s": config.lambda_s, "lambda_t": config.dype_exponent}
     return row | scores.score(found, scores.taken(truth, np.arange(n)))
 
@@ -107,12 +107,12 @@ def round_trip(vae, picture: np.ndarray) -> np.ndarray:
 
 
 def psnr(picture: np.ndarray, other: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures, dB."""
+    """Peak signal-to-noise ratio of two uint8 images, dB."""
     return float(10 * np.log10(255**2 / np.mean((picture.astype(float) - other) ** 2)))
 
 
 def strips(cells: list[Cell], folder: Path, path: Path) -> bytes:
-    """A labelled row of the first six pictures per cell, in the format of the path's suffix."""
+    """A labeled row of the first six images per cell, in the format of the path's suffix."""
     font, side, bar = ImageFont.load_default(16), 160, 26
     sheet = Image.new("RGB", (6 * side, len(cells) * (side + bar)), "white")
     pen = ImageDraw.Draw(sheet)

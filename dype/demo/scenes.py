@@ -1,6 +1,6 @@
 """Procedural scenes in resolution-free coordinates: the training data and the ground truth.
 
-One large object of one colour stands on a ground of another. Both are covered with dead leaves,
+One large object of one color stands on a ground of another. Both are covered with dead leaves,
 overlapping disks whose radii follow an r^-3 law, so that the texture has no scale of its own, as
 natural images have none (Lee, Mumford and Huang 2001). A larger rendering of the same scene shows
 the same leaves, with finer ones on top: the smallest radius is `FINEST` pixels at every size, and
@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLOURS = {
+COLORS = {
     "red": (186, 42, 34),
     "yellow": (196, 166, 36),
     "green": (50, 136, 46),
@@ -25,14 +25,14 @@ SHAPES = ("disk", "square", "triangle", "ring", "cross")
 LIGHTS = {"": None, ", lit from above": 1.0, ", lit from below": -1.0}
 
 FINEST = 4.0  # smallest leaf radius, pixels
-LARGEST = 1 / 8  # largest leaf radius, in units of the picture's side
-COVERAGE = 0.7  # summed leaf area per octave of radius, in units of the picture's area
-CONTRAST = 0.28  # leaves are up to this much lighter or darker than their colour (log units)
+LARGEST = 1 / 8  # largest leaf radius, in units of the image's side
+COVERAGE = 0.7  # summed leaf area per octave of radius, in units of the image's area
+CONTRAST = 0.28  # leaves are up to this much lighter or darker than their color (log units)
 TINT = 12  # and up to this far from it in each channel (8-bit units)
 GRADIENT = 0.2  # relative change of brightness from the middle to the lit edge
 SUPERSAMPLING = 2
 
-TRIPLES = tuple(t for t in product(SHAPES, COLOURS, COLOURS) if t[1] != t[2])
+TRIPLES = tuple(t for t in product(SHAPES, COLORS, COLORS) if t[1] != t[2])
 HELD_OUT = tuple(
     TRIPLES[i] for i in np.random.default_rng(2510_20766).choice(len(TRIPLES), 40, replace=False)
 )
@@ -40,35 +40,35 @@ HELD_OUT = tuple(
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; lengths in units of its side, origin at the top left."""
+    """What an image shows; lengths in units of its side, origin at the top left."""
 
     shape: str
-    colour: str
+    color: str
     ground: str
     light: str  # a key of LIGHTS
     strength: float  # of the light: +1 from above, -1 from below
-    x: float  # centre of the object
+    x: float  # center of the object
     y: float
     radius: float  # half of the object's width
     seed: int  # of the leaves
 
     @property
     def caption(self) -> str:
-        return f"a {self.colour} {self.shape} on {self.ground} leaves{self.light}"
+        return f"a {self.color} {self.shape} on {self.ground} leaves{self.light}"
 
 
 def sample_scene(rng: np.random.Generator, triples=TRIPLES) -> Scene:
-    """Draw a scene whose (shape, colour, ground) is one of `triples`."""
-    shape, colour, ground = triples[rng.integers(len(triples))]
+    """Draw a scene whose (shape, color, ground) is one of `triples`."""
+    shape, color, ground = triples[rng.integers(len(triples))]
     light = list(LIGHTS)[rng.integers(len(LIGHTS))]
     strength = LIGHTS[light] if light else rng.uniform(-1, 1)
     x, y = rng.uniform(0.46, 0.54, 2)
     radius, seed = rng.uniform(0.27, 0.33), int(rng.integers(2**31))
-    return Scene(shape, colour, ground, light, strength, x, y, radius, seed)
+    return Scene(shape, color, ground, light, strength, x, y, radius, seed)
 
 
 def outline(scene: Scene, size: int) -> Image.Image:
-    """The object's mask, [size, size] in 8-bit grey, not antialiased."""
+    """The object's mask, [size, size] in 8-bit gray, not antialiased."""
     mask = Image.new("L", (size, size))
     draw = ImageDraw.Draw(mask)
     x, y, r = scene.x * size, scene.y * size, scene.radius * size
@@ -111,10 +111,10 @@ def leaves(seed: int, finest: float) -> list[tuple[float, float, float, float, n
     return sorted(found, key=lambda leaf: leaf[0])
 
 
-def texture(colour: str, seed: int, size: int, finest: float) -> Image.Image:
-    """Dead leaves around one colour, [size, size] RGB, not antialiased."""
-    base = np.array(COLOURS[colour], float)
-    picture = Image.new("RGB", (size, size), tuple(COLOURS[colour]))
+def texture(color: str, seed: int, size: int, finest: float) -> Image.Image:
+    """Dead leaves around one color, [size, size] RGB, not antialiased."""
+    base = np.array(COLORS[color], float)
+    picture = Image.new("RGB", (size, size), tuple(COLORS[color]))
     draw = ImageDraw.Draw(picture)
     for _, x, y, r, jitter in leaves(seed, finest):
         rgb = base * np.exp(CONTRAST * jitter[0]) + TINT * jitter[1:]
@@ -124,9 +124,9 @@ def texture(colour: str, seed: int, size: int, finest: float) -> Image.Image:
 
 
 def render(scene: Scene, height: int, width: int | None = None) -> np.ndarray:
-    """The scene as a picture, uint8 [height, width, 3]; width: `height`, if not given.
+    """The scene as an image, uint8 [height, width, 3]; width: `height`, if not given.
 
-    In a picture that is not square the object is stretched with it, as encodings with a scale for
+    In an image that is not square the object is stretched with it, as encodings with a scale for
     each axis do (one that kept its shape would be another truth, not judged here), and the leaves
     are those of the longer side, cut off.
     """
@@ -134,7 +134,7 @@ def render(scene: Scene, height: int, width: int | None = None) -> np.ndarray:
     fine, finest = max(height, width) * SUPERSAMPLING, FINEST / max(height, width)
     shown = width * SUPERSAMPLING, height * SUPERSAMPLING
     picture = texture(scene.ground, 2 * scene.seed, fine, finest).crop((0, 0, *shown))
-    inside = texture(scene.colour, 2 * scene.seed + 1, fine, finest).crop((0, 0, *shown))
+    inside = texture(scene.color, 2 * scene.seed + 1, fine, finest).crop((0, 0, *shown))
     picture.paste(inside, mask=outline(scene, fine).resize(shown, Image.Resampling.NEAREST))
     pixels = np.asarray(picture.reduce(SUPERSAMPLING), np.float32)
     depth = (np.arange(height, dtype=np.float32) + 0.5) / height  # 0 at the top

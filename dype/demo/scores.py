@@ -1,11 +1,11 @@
-"""Scores of drawn pictures against the scenes that they were asked for, with intervals.
+"""Scores of drawn images against the scenes that they were asked for, with intervals.
 
-Every score is a function of a set of pictures, so that the bootstrap draws pictures, each with its
+Every score is a function of a set of images, so that the bootstrap draws images, each with its
 own scene, and scores the set anew; a paired difference draws the same ones for both settings.
 
 Is the texture the truth's? Two distances of sets need no labels: that of the mean log power
 spectrum, and the Frechet distance of patches in a fixed feature space. Both come from sums over
-pictures, so that a bootstrap only adds these up again.
+images, so that a bootstrap only adds these up again.
 """
 
 from collections.abc import Callable
@@ -29,17 +29,17 @@ SEED = 0  # of the filters
 
 
 def log_spectrum(picture: np.ndarray) -> np.ndarray:
-    """ln of the mean power of a picture's brightness, per quarter octave of frequency.
+    """ln of the mean power of an image's brightness, per quarter octave of frequency.
 
-    Of the squares that the picture divides into, and over them. The bands go from 4 cycles per
+    Of the squares that the image divides into, and over them. The bands go from 4 cycles per
     square up to the Nyquist frequency; a Hann window keeps the light's gradient from leaking in.
     """
-    size, grey = min(picture.shape[:2]), picture.mean(-1)
+    size, gray = min(picture.shape[:2]), picture.mean(-1)
     window = np.outer(np.hanning(size), np.hanning(size))
     squares = [
-        grey[y : y + size, x : x + size]
-        for y in range(0, grey.shape[0] - size + 1, size)
-        for x in range(0, grey.shape[1] - size + 1, size)
+        gray[y : y + size, x : x + size]
+        for y in range(0, gray.shape[0] - size + 1, size)
+        for x in range(0, gray.shape[1] - size + 1, size)
     ]
     power = np.mean([abs(np.fft.rfft2((s - s.mean()) * window)) ** 2 for s in squares], 0)
     frequency = np.hypot(np.fft.fftfreq(size, 1 / size)[:, None], np.arange(size // 2 + 1))
@@ -59,29 +59,29 @@ def filters() -> torch.Tensor:
 def patch_features(picture: np.ndarray) -> np.ndarray:
     """Mean magnitude of every filter over every patch of the log brightness, [patches, FEATURES].
 
-    The logarithm makes leaves on dark and light colours alike; a patch of one colour is all zeros.
+    The logarithm makes leaves on dark and light colors alike; a patch of one color is all zeros.
     """
-    grey = torch.from_numpy(np.log1p(picture.mean(-1, dtype=np.float32)))
-    found = F.conv2d(grey[None, None], filters()).abs()
+    gray = torch.from_numpy(np.log1p(picture.mean(-1, dtype=np.float32)))
+    found = F.conv2d(gray[None, None], filters()).abs()
     found = F.pad(found, (2, 2, 2, 2), mode="replicate")
     return F.avg_pool2d(found, PATCH)[0].flatten(1).T.double().numpy()
 
 
 class Judged(NamedTuple):
-    """What the scores need of n pictures; the texture of rendered truth has no verdicts."""
+    """What the scores need of n images; the texture of rendered truth has no verdicts."""
 
-    right: np.ndarray  # [n] 1 where one object of the asked colour and shape is in its place
+    right: np.ndarray  # [n] 1 where one object of the asked color and shape is in its place
     overlap: np.ndarray  # [n] of the object with the asked shape at its best place, IoU
     spectra: np.ndarray  # [n, bands]
-    means: np.ndarray  # [n, F] of the features of a picture's patches
+    means: np.ndarray  # [n, F] of the features of an image's patches
     outers: np.ndarray  # [n, F, F] mean outer product of the same
 
 
 def judged(pictures: list[np.ndarray], scenes: list[Scene]) -> Judged:
-    """Judge uint8 [H, W, 3] pictures, each by its own scene."""
+    """Judge uint8 [H, W, 3] images, each by its own scene."""
     rows = []
     for picture, scene in zip(pictures, scenes, strict=True):
-        verdict = check(picture, scene.colour, scene.ground)
+        verdict = check(picture, scene.color, scene.ground)
         right = verdict.layout and verdict.shape == scene.shape
         features = patch_features(picture)
         outer = features.T @ features / len(features)
@@ -91,7 +91,7 @@ def judged(pictures: list[np.ndarray], scenes: list[Scene]) -> Judged:
 
 
 def layout(of: Judged, truth: Judged) -> float:
-    """Share of pictures with one object of the asked colour and shape in its place."""
+    """Share of images with one object of the asked color and shape in its place."""
     return float(of.right.mean())
 
 

@@ -1,8 +1,8 @@
 """Train the demo model: `python -m dype.demo.train`, under two hours on two CPU cores.
 
 Three stages: the autoencoder on rendered scenes; the transformer and the text encoders on its
-latents; then these again with the text weighted as if among more picture tokens, as it is in
-larger pictures (docs/log.md). Each stage writes checkpoints under `--work` and goes on from the
+latents; then these again with the text weighted as if among more image tokens, as it is in
+larger images (docs/log.md). Each stage writes checkpoints under `--work` and goes on from the
 last one when started again; another setting needs another `--work`. At the end the pipeline is
 saved under `--out` in the diffusers folder format.
 """
@@ -30,12 +30,12 @@ from dype.pipelines.devices import DTYPES, autocast, check_device, fast_dtype
 
 BASE = 256  # px, the only size that the transformer ever sees
 SEEN = tuple(t for t in TRIPLES if t not in HELD_OUT)
-POOL = {256: 1500, 512: 160, 1024: 40}  # pictures per size for the autoencoder, equal in pixels
+POOL = {256: 1500, 512: 160, 1024: 40}  # images per size for the autoencoder, equal in pixels
 LATENTS = 6_000  # cached scenes for the transformer
 SHIFT = math.exp(1.6)  # of training times: above the sampler's 1.15, as shapes settle early
 CAPTION_DROPOUT = 0.1  # for classifier-free guidance
 DILUTION = 16  # of the text in the last stage, at most: as at four times the base's sides
-COLOUR_DROPOUT = 0.25  # of either colour word: a shape must not hang on the company it keeps
+COLOR_DROPOUT = 0.25  # of either color word: a shape must not hang on the company it keeps
 EMA = 0.999
 EVERY = 250  # steps between checkpoints
 WEIGHTS = Path(__file__).parent / "weights"
@@ -102,7 +102,7 @@ def run(name: str, modules: ModuleDict, loss_at, rate: float, steps: int, decay:
 def well_conditioned(vae: torch.nn.Module) -> torch.nn.Module:
     """Orthogonal convolutions, and residual branches that start at zero.
 
-    The default initialisation shrinks the signal at every level: its loss after 250 steps is twice
+    The default initialization shrinks the signal at every level: its loss after 250 steps is twice
     this one's (docs/log.md).
     """
     for name, weight in vae.named_parameters():
@@ -118,7 +118,7 @@ def well_conditioned(vae: torch.nn.Module) -> torch.nn.Module:
 def train_vae(args) -> torch.nn.Module:
     """L1 reconstruction with a light KL term, of small crops and every fourth step of large ones.
 
-    Small crops train faster per pixel; large ones keep GroupNorm's statistics those of pictures.
+    Small crops train faster per pixel; large ones keep GroupNorm's statistics those of images.
     """
     torch.manual_seed(args.seed)
     vae = well_conditioned(demo_model.vae())
@@ -166,15 +166,15 @@ def cached_latents(vae, args) -> tuple[torch.Tensor, list[Scene]]:
 
 
 def wordings(scene: Scene) -> list[str]:
-    """The caption without either colour, without the object's, without the ground's, in full."""
+    """The caption without either color, without the object's, without the ground's, in full."""
     return [
-        " ".join(replace(scene, colour=colour, ground=ground).caption.split())
-        for colour in ("", scene.colour)
+        " ".join(replace(scene, color=color, ground=ground).caption.split())
+        for color in ("", scene.color)
         for ground in ("", scene.ground)
     ]
 
 
-def normalise(vae, latents: torch.Tensor) -> torch.Tensor:
+def normalize(vae, latents: torch.Tensor) -> torch.Tensor:
     """Give every latent channel unit deviation, within the autoencoder's own convolutions.
 
     Exact, since the padding of the decoder's first convolution is zero. The means stay, but for
@@ -205,7 +205,7 @@ def train_transformer(vae, args) -> FluxPipeline:
     """The transformer and the text encoders, in two stages, the second with diluted text."""
     torch.manual_seed(args.seed)
     latents, scenes = cached_latents(vae, args)
-    latents = normalise(vae, latents).to(args.device)
+    latents = normalize(vae, latents).to(args.device)
     pipe = FluxPipeline(
         **demo_model.text_encoders(),
         scheduler=demo_model.scheduler(),
@@ -224,7 +224,7 @@ def train_transformer(vae, args) -> FluxPipeline:
 def flow_matching(pipe, latents: torch.Tensor, scenes: list[Scene], args) -> Callable:
     """The loss at a step, on cached latents: the target is noise - latent (Eq. 1).
 
-    The text's attention logits are lowered by ln r, which is what r times as many picture tokens do
+    The text's attention logits are lowered by ln r, which is what r times as many image tokens do
     to it, with r log-uniform in 1 to `dilution`, drawn per sample. All stages make the same draws.
     """
     captions = ["", *(wording for scene in scenes for wording in wordings(scene))]
@@ -240,8 +240,8 @@ def flow_matching(pipe, latents: torch.Tensor, scenes: list[Scene], args) -> Cal
         rng = np.random.default_rng([args.seed, 2, step])
         chosen = rng.choice(len(latents), args.batch, replace=False)
         kept = rng.random(args.batch) >= CAPTION_DROPOUT
-        colour, ground = rng.random((2, args.batch)) >= COLOUR_DROPOUT
-        rows = np.where(kept, 1 + 4 * chosen + 2 * colour + ground, 0)
+        color, ground = rng.random((2, args.batch)) >= COLOR_DROPOUT
+        rows = np.where(kept, 1 + 4 * chosen + 2 * color + ground, 0)
         rows = torch.from_numpy(rows).to(args.device)
         u = (rng.permutation(args.batch) + rng.random(args.batch)) / args.batch  # stratified
         sigma = torch.from_numpy(SHIFT * u / (1 + (SHIFT - 1) * u)).float().to(args.device)

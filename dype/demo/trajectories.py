@@ -3,7 +3,7 @@
 Draws a few seeded prompts and writes down, at every step, the radial power spectrum of the latents
 x_t (at the base resolution) and the entropy of attention (there, and at larger sizes under `base`
 and static and dynamic `yarn_paper`), for `python -m dype.figures fig2a`, `fig2b` and `fig18`.
-Every picture is saved when it is done, so that an interrupted run goes on where it was.
+Every image is saved when it is done, so that an interrupted run goes on where it was.
 """
 
 import argparse
@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from dype.config import number
+from dype.config import check_number
 from dype.demo.evaluate import by_rows, go_on, left_there, weights_hash
 from dype.demo.experiments import SCALING, setting
 from dype.demo.scenes import sample_scene
-from dype.errors import Parser, UserError, run_command, user_errors
+from dype.errors import Parser, UserError, raise_user_errors, run_command
 from dype.patch import apply_dype
 from dype.pipelines.catalog import MODELS
 from dype.pipelines.devices import autocast
@@ -37,7 +37,7 @@ COUNTS = {256: 16, 512: 4, 1024: 2}  # px -> prompts
 QUERIES = 512  # per head, drawn at random where there are more
 
 
-def normalised_entropy(query: torch.Tensor, key: torch.Tensor) -> float:
+def normalized_entropy(query: torch.Tensor, key: torch.Tensor) -> float:
     """-sum p ln p / ln S of p = softmax(q k / sqrt(d)), the mean over batch, heads and queries.
 
     [B, heads, S, d] each; 1 is uniform attention over the S keys, 0 attention to one of them.
@@ -55,7 +55,7 @@ class Watch(TorchFunctionMode):
     """Notes x_t and the attention entropies at every step of a pipeline, from its first denoiser
     call there (true CFG makes two: the prompt's, then the negative one's).
 
-    Sees queries and keys as attention gets them: normalised, rotated, times m. After the last call
+    Sees queries and keys as attention gets them: normalized, rotated, times m. After the last call
     nothing else may attend: the pipeline is to return latents.
     """
 
@@ -72,7 +72,7 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention and self.open is not None:
             found = dict(zip(("query", "key"), args, strict=False)) | (kwargs or {})
-            self.open.append(normalised_entropy(found["query"], found["key"]))
+            self.open.append(normalized_entropy(found["query"], found["key"]))
         return function(*args, **(kwargs or {}))
 
     def __exit__(self, *error):
@@ -81,7 +81,7 @@ class Watch(TorchFunctionMode):
 
 
 def trajectory(pipe, caption: str, seed: int, size: int, protocol: dict) -> dict:
-    """One picture: sigmas [steps + 1] down to 0, spectra of x_t there, and entropy [steps]."""
+    """One image: sigmas [steps + 1] down to 0, spectra of x_t there, and entropy [steps]."""
     with Watch(pipe.transformer) as seen, autocast(pipe.device, protocol["dtype"]):
         last = pipe(
             caption,
@@ -108,7 +108,7 @@ def trajectory(pipe, caption: str, seed: int, size: int, protocol: dict) -> dict
 
 
 def plan(counts: dict[int, int], seed: int) -> list[dict]:
-    """What is drawn, the small sizes first: size, setting, prompt and seed of each picture."""
+    """What is drawn, the small sizes first: size, setting, prompt and seed of each image."""
     rng = np.random.default_rng(seed)
     captions = [sample_scene(rng).caption for _ in range(max(counts.values()))]
     found = []
@@ -144,15 +144,15 @@ def main(argv: list[str] | None = None) -> int:
     )
 
 
-@user_errors()
+@raise_user_errors()
 def run(args: argparse.Namespace) -> None:
     """Draw what is not there yet. Raises UserError, ValueError, OSError."""
     if len(args.sizes) != len(args.counts):
         raise UserError(f"--counts has {len(args.counts)} numbers, expected {len(args.sizes)}")
-    number("--steps", args.steps, 1, 1000, whole=True)
+    check_number("--steps", args.steps, 1, 1000, integer=True)
     for size, count in zip(args.sizes, args.counts, strict=True):
-        number("--sizes", size, 64, 4096, multiple=16)
-        number("--counts", count, 1, 1000, whole=True)
+        check_number("--sizes", size, 64, 4096, multiple=16)
+        check_number("--counts", count, 1, 1000, integer=True)
     protocol = {"model": "demo", "steps": args.steps, "true_cfg": args.true_cfg, "shift": "cap"}
     protocol |= {"dtype": args.dtype, "prompts_seed": args.seed, "queries": QUERIES}
     protocol["weights"] = weights_hash(Path(DEMO.repo))
@@ -173,7 +173,9 @@ def run(args: argparse.Namespace) -> None:
         apply_dype(pipe, SETTINGS[one["setting"]])
         found = trajectory(pipe, one["prompt"], one["seed"], one["size"], protocol)
         pictures.append(one | found)
-        records.write({args.out: by_rows(json.dumps(protocol, indent=1), pictures=pictures)})
+        records.write_atomically(
+            {args.out: by_rows(json.dumps(protocol, indent=1), pictures=pictures)}
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The paper's figures, and three that it lacks: `python -m dype.figures NAME [--out FILE]`.
 
 Nothing is drawn with a model here. fig6, fig7 and ratios follow from the formulas; fig2a, fig2b,
-fig5, fig18, eq11 and frontier read numbers saved in docs/data, and the others the pictures of a
+fig5, fig18, eq11 and frontier read numbers saved in docs/data, and the others the images of a
 finished sweep: `python -m dype.figures fig3 outputs/sweep`. Needs the packages of
 requirements-dev.txt.
 """
@@ -11,7 +11,7 @@ import inspect
 import sys
 from pathlib import Path
 
-from dype.errors import Parser, UserError, run_command, user_errors
+from dype.errors import Parser, UserError, raise_user_errors, run_command
 
 try:
     import matplotlib
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command("dype.figures", lambda: run(parser().parse_args(argv)))
 
 
-@user_errors()
+@raise_user_errors()
 def run(args: argparse.Namespace) -> None:
     """Draw and save. Raises UserError, also for flags that the figure has no use for; OSError."""
     out = args.out or Path("outputs/figures") / f"{args.name}.png"
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         flag = "FOLDER" if name == "folder" else f"--{name}"
         raise UserError(f"{flag} is for {', '.join(users)}, expected none with {args.name}")
     if "folder" in known and "folder" not in given:
-        raise UserError(f"{args.name} shows pictures, expected the FOLDER of a finished sweep")
+        raise UserError(f"{args.name} shows images, expected the FOLDER of a finished sweep")
     with matplotlib.rc_context(style.STYLE):
         made = function(**{name: given[name] for name in given.keys() & known.keys()})
         style.save(made, out, palette="folder" not in known)

@@ -1,7 +1,7 @@
 """Figures that need no model: spectra of x_t, sinusoids, wavelengths, frequency ratios.
 
 i counts the pairs of one axis of D dimensions, t is the noise level (1 is noise), and S(f, t) the
-power of x_t at frequency f; S(f, 0) = C / f^omega is the picture's, S(f, 1) = 1 the noise's.
+power of x_t at frequency f; S(f, 0) = C / f^omega is the image's, S(f, 1) = 1 the noise's.
 """
 
 import math
@@ -24,7 +24,7 @@ MU, STEPS = 1.15, 28  # of the authors' runs
 HALFWAY = 0.5  # the t of fig7's curves that follow it
 
 
-def mixed(picture, t, noise=1.0):
+def noisy_power(picture, t, noise=1.0):
     """S(f, t) = (1 - t)^2 S(f, 0) + t^2 S(f, 1) (DyPE Eq. 11)."""
     return (1 - t) ** 2 * picture + t**2 * noise
 
@@ -41,10 +41,10 @@ def progress(now, picture, noise):
 
 def spectra_panel(axes, f, levels, rows, guide: tuple[float, float]) -> None:
     """S over f, a line per noise level, with C / f^omega."""
-    ends = {0: "picture, t = 0", 1: "noise, t = 1"}
+    ends = {0: "image, t = 0", 1: "noise, t = 1"}
     for t, row in zip(levels, rows, strict=True):
         width = 1.8 if t in ends else 0.7
-        axes.plot(f, row, color=style.by_noise(t), linewidth=width, label=ends.get(t))
+        axes.plot(f, row, color=style.sigma_color(t), linewidth=width, label=ends.get(t))
     c, omega = guide
     label = rf"$1/f^\omega$, $\omega$ = {omega:.2f}"
     axes.plot(f, c / f**omega, ":", color=style.VERMILLION, label=label)
@@ -54,38 +54,38 @@ def spectra_panel(axes, f, levels, rows, guide: tuple[float, float]) -> None:
 
 
 def progress_panel(axes, f, levels, gamma):
-    """gamma over t and f, [f, t]: grey where masked, white above 1, black below 0."""
+    """gamma over t and f, [f, t]: gray where masked, white above 1, black below 0."""
     axes.set_facecolor("silver")
-    x, y = style.edges(levels), np.exp(style.edges(np.log(f)))
-    colours = colormaps["viridis"].with_extremes(over="white", under="black")
-    mesh = axes.pcolormesh(x, y, gamma, cmap=colours, vmin=0, vmax=1, rasterized=True)
+    x, y = style.bin_edges(levels), np.exp(style.bin_edges(np.log(f)))
+    colors = colormaps["viridis"].with_extremes(over="white", under="black")
+    mesh = axes.pcolormesh(x, y, gamma, cmap=colors, vmin=0, vmax=1, rasterized=True)
     axes.set(yscale="log", ylim=(f[0], f[-1]))
     style.frequency_axis(axes.yaxis, f[0])
     style.noise_axis(axes)
     return mesh
 
 
-def ratios_of(axis: tuple, t: float, config: DyPEConfig, s: float = STRETCH) -> np.ndarray:
+def frequency_ratios(axis: tuple, t: float, config: DyPEConfig, s: float = STRETCH) -> np.ndarray:
     """f_i / theta_i of a method at noise level t, float64 [n]."""
     dim, theta, trained = axis
     f, _ = rope.axis_frequencies(dim, theta, trained, s * trained, t, config)
     return (f / rope.stock_frequencies(dim, theta)).numpy()
 
 
-def unclamped(axis: tuple, t: float) -> np.ndarray:
+def authors_unclamped_yarn(axis: tuple, t: float) -> np.ndarray:
     """f_i / theta_i of `yarn` with the edges of its ramps as in the authors' code, t > 0.
 
     There low is cut at 0 and high at n, and nowhere else: once low passes n the ramp turns round,
     its mask is 0 at every pair, and the frequencies fall back, in the end all to 1/s.
     """
     dim, _, trained = axis
-    known = rope.axes(*axis, [STRETCH * trained], None, DyPEConfig())
-    edges = rope.pair_at(known, known.thresholds * t**2)
+    known = rope.build_axes(*axis, [STRETCH * trained], None, DyPEConfig())
+    edges = rope.pair_index_of_turns(known, known.ramp_turns * t**2)
     low, high = edges[:, :1].floor().clamp(min=0), edges[:, 1:].ceil().clamp(max=dim // 2)
     width = high - low + 0.001 * (high == low)
-    past_beta, past_gamma = ((known.pairs - low) / width).clamp(0, 1)  # 1 - mask
-    f = torch.lerp(known.theta, torch.lerp(known.ntk, known.pi, past_beta), past_gamma)
-    return (f / known.theta)[0].numpy()
+    past_beta, past_gamma = ((known.pair_index - low) / width).clamp(0, 1)  # 1 - mask
+    f = torch.lerp(known.inv_freq, torch.lerp(known.ntk, known.pi, past_beta), past_gamma)
+    return (f / known.inv_freq)[0].numpy()
 
 
 def fig6() -> Figure:
@@ -103,13 +103,15 @@ def fig6() -> Figure:
     made, rows = style.subplots(style.DOUBLE, 5.2, len(panels), sharex=True, sharey=True)
     x, marks = np.arange(0, 8193, 8), np.arange(0, 8193, 256)
     for axes, letter, (title, method, t) in zip(rows, "abcde", panels, strict=True):
-        ratios = ratios_of((4, 64.0, 4096), t or 0, DyPEConfig(method, dype=t is not None), 2)
+        ratios = frequency_ratios(
+            (4, 64.0, 4096), t or 0, DyPEConfig(method, dype=t is not None), 2
+        )
         axes.axvspan(0, 4096, color=style.SKY, alpha=0.15, linewidth=0)
-        axes.axvspan(4096, 8192, color=style.GREY, alpha=0.15, linewidth=0)
+        axes.axvspan(4096, 8192, color=style.GRAY, alpha=0.15, linewidth=0)
         waves = zip((512, 4096), ratios, (style.ORANGE, style.BLUE), strict=True)
-        for period, ratio, colour in waves:
+        for period, ratio, color in waves:
             label = f"period {period / ratio:,.0f}"
-            axes.plot(x, np.cos(2 * np.pi * x / period * ratio), color=colour, label=label)
+            axes.plot(x, np.cos(2 * np.pi * x / period * ratio), color=color, label=label)
         slow = np.cos(2 * np.pi * marks / 4096 * ratios[1])
         seen = marks <= 4096
         look = {"color": style.BLUE, "markersize": 3.5, "clip_on": False}
@@ -118,7 +120,7 @@ def fig6() -> Figure:
         axes.set_title(f"({letter}) {title}", loc="left", pad=3)
         axes.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=2, borderpad=0)
     rows[0].set(xlim=(0, 8192), ylim=(-1.15, 1.15), yticks=(-1, 0, 1), xticks=range(0, 8193, 1024))
-    rows[-1].set_xlabel("position (blue: trained on; grey: never seen)")
+    rows[-1].set_xlabel("position (blue: trained on; gray: never seen)")
     made.supylabel("cosine")
     return made
 
@@ -137,13 +139,13 @@ def fig7() -> Figure:
     made, (left, right) = style.subplots(style.DOUBLE, 2.9, 1, 2)
     i = np.arange(FLUX[0] // 2)
     theta = rope.stock_frequencies(*FLUX[:2]).numpy()
-    for label, method, dynamic, colour, line in curves:
-        ratios = ratios_of(FLUX, HALFWAY, DyPEConfig(method, dype=dynamic))
+    for label, method, dynamic, color, line in curves:
+        ratios = frequency_ratios(FLUX, HALFWAY, DyPEConfig(method, dype=dynamic))
         label += f", t = {HALFWAY:g}" if dynamic else ""
-        left.plot(i, 2 * np.pi / (theta * ratios), line, color=colour, label=label)
-        right.plot(i, 1 / ratios, line, color=colour, label=label)
+        left.plot(i, 2 * np.pi / (theta * ratios), line, color=color, label=label)
+        right.plot(i, 1 / ratios, line, color=color, label=label)
     for name, tokens in {"trained": FLUX[2], "wanted": STRETCH * FLUX[2]}.items():
-        left.axhline(tokens, color=style.GREY, linewidth=0.6)
+        left.axhline(tokens, color=style.GRAY, linewidth=0.6)
         left.text(27, tokens * 1.06, f"{name}: {tokens}", ha="right", va="bottom", fontsize=7)
     left.set(yscale="log", xlabel="pair index i", ylabel="wavelength (tokens)")
     right.set(xlabel="pair index i", ylabel="wavelength / RoPE's")
@@ -177,16 +179,16 @@ def ratios() -> Figure:
 
 
 def ratio_panel(axes, axis: tuple, name: str, edges: np.ndarray):
-    """One method's heat map over root t and i; the marks are the 28 steps of a FLUX picture."""
+    """One method's heat map over root t and i; the marks are the 28 steps of a FLUX image."""
     levels = ((edges[1:] + edges[:-1]) / 2) ** 2
     if name in rope.METHODS:
-        columns = [ratios_of(axis, t, DyPEConfig(name)) for t in levels]
+        columns = [frequency_ratios(axis, t, DyPEConfig(name)) for t in levels]
     else:
-        columns = [unclamped(axis, t) for t in levels]
+        columns = [authors_unclamped_yarn(axis, t) for t in levels]
     n = axis[0] // 2
     rows, shown = np.arange(n + 1) - 0.5, np.transpose(columns)
-    colours = {"cmap": "cividis", "norm": LogNorm(1 / 16, 1)}
-    mesh = axes.pcolormesh(edges, rows, shown, **colours, rasterized=True)
+    colors = {"cmap": "cividis", "norm": LogNorm(1 / 16, 1)}
+    mesh = axes.pcolormesh(edges, rows, shown, **colors, rasterized=True)
     if axis == FLUX:
         u = np.linspace(1.0, 1 / STEPS, STEPS)
         steps = np.sqrt(math.exp(MU) / (math.exp(MU) + 1 / u - 1))  # FLUX's, u = 1 .. 1/STEPS

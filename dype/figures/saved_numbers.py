@@ -15,7 +15,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from dype.config import one_of
+from dype.config import check_choice
 from dype.demo.experiments import BASE, RIVALS, setting
 from dype.figures import formulas, style
 
@@ -39,7 +39,7 @@ def read(path: Path, key: str, command: str):
         raise ValueError(f"{path} is not what {command} writes: no {key} in it") from error
 
 
-def pictures(path: Path, size: int, setting: str = "base") -> list[dict]:
+def finished_images(path: Path, size: int, setting: str = "base") -> list[dict]:
     """The trajectories of one size and setting. Raises ValueError if there are none."""
     rows = read(path, "pictures", COMMAND)
     found = [one for one in rows if (one["size"], one["setting"]) == (size, setting)]
@@ -50,7 +50,7 @@ def pictures(path: Path, size: int, setting: str = "base") -> list[dict]:
 
 def mean_spectra(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """f [N] in shares of Nyquist, t [steps + 1] from 1 to 0, mean S over the prompts [t, f]."""
-    found = pictures(path, BASE)
+    found = finished_images(path, BASE)
     mean = np.mean([one["spectra"] for one in found], axis=0)
     return np.arange(1, mean.shape[1] + 1) / mean.shape[1], np.array(found[0]["sigmas"]), mean
 
@@ -79,15 +79,15 @@ def fig2a(trajectories: Path = TRAJECTORIES) -> Figure:
     made, grid = three_panels("power (noise: 1)")
     fine, t = np.geomspace(0.01, 1, 100), levels[:, None]
     c, omega = GENERIC
-    formulas.spectra_panel(grid[0], fine, levels, formulas.mixed(c / fine**omega, t), GENERIC)
+    formulas.spectra_panel(grid[0], fine, levels, formulas.noisy_power(c / fine**omega, t), GENERIC)
     slope, at = np.polyfit(np.log(f), np.log(power[-1]), 1)
     guide = np.exp(at), -slope
-    formulas.spectra_panel(grid[1], f, levels, formulas.mixed(power[-1], t), guide)
+    formulas.spectra_panel(grid[1], f, levels, formulas.noisy_power(power[-1], t), guide)
     formulas.spectra_panel(grid[2], f, levels, power, guide)
     grid[0].legend(loc="upper right", borderpad=0)
     grid[1].legend(handles=grid[1].lines[-1:], loc="upper right", borderpad=0)
-    colours = ScalarMappable(Normalize(0, 1), "viridis_r")
-    made.colorbar(colours, ax=grid, label="noise level t", **style.BAR).ax.invert_yaxis()
+    colors = ScalarMappable(Normalize(0, 1), "viridis_r")
+    made.colorbar(colors, ax=grid, label="noise level t", **style.BAR).ax.invert_yaxis()
     return made
 
 
@@ -99,11 +99,11 @@ def fig2b(trajectories: Path = TRAJECTORIES) -> Figure:
     c, omega = GENERIC
     picture, noise = power[-1][:, None], power[0][:, None]
     for axes, x, start in ((grid[0], fine, c / fine[:, None] ** omega), (grid[1], f, picture)):
-        gamma = formulas.progress(formulas.mixed(start, t), start, 1.0)
+        gamma = formulas.progress(formulas.noisy_power(start, t), start, 1.0)
         formulas.progress_panel(axes, x, t, gamma)
     gamma = formulas.progress(power.T, picture, noise)
     mesh = formulas.progress_panel(grid[2], f, levels, gamma)
-    label = r"$\gamma$ (1: noise, 0: the picture)"
+    label = r"$\gamma$ (1: noise, 0: the image)"
     made.colorbar(mesh, ax=grid, label=label, extend="both", **style.BAR)
     return made
 
@@ -113,13 +113,13 @@ def eq11(trajectories: Path = TRAJECTORIES, unguided: Path = UNGUIDED) -> Figure
     made, grid = style.subplots(style.DOUBLE, 2.4, 1, 2, sharey=True)
     for axes, path in zip(grid, (trajectories, unguided), strict=True):
         f, levels, power = mean_spectra(path)
-        expected = formulas.mixed(power[-1], levels[:, None], power[0])
-        axes.axhline(1, color=style.GREY, linewidth=0.6)
+        expected = formulas.noisy_power(power[-1], levels[:, None], power[0])
+        axes.axhline(1, color=style.GRAY, linewidth=0.6)
         for ring in np.arange(len(f))[::-1]:
             named = ring in (0, 1, 2, 3, 7, len(f) - 1)
             label = f"{ring + 1}/{len(f)}" if named else None
-            colour = style.by_noise(1 - np.log(f[ring]) / np.log(f[0]))
-            axes.plot(levels, power[:, ring] / expected[:, ring], color=colour, label=label)
+            color = style.sigma_color(1 - np.log(f[ring]) / np.log(f[0]))
+            axes.plot(levels, power[:, ring] / expected[:, ring], color=color, label=label)
         axes.set_title(f"true CFG {read(path, 'protocol', COMMAND)['true_cfg']:g}")
         style.noise_axis(axes)
     grid[0].set_ylabel("power / Eq. 11")
@@ -129,21 +129,23 @@ def eq11(trajectories: Path = TRAJECTORIES, unguided: Path = UNGUIDED) -> Figure
 
 
 def fig18(trajectories: Path = TRAJECTORIES) -> Figure:
-    """Attention's normalised entropy less that at the base resolution, prompt by prompt, over t."""
+    """Attention's normalized entropy less that at the base resolution, prompt by prompt, over t."""
     sizes = sorted({one["size"] for one in read(trajectories, "pictures", COMMAND)} - {BASE})
     if not sizes:
         raise ValueError(f"{trajectories} has {BASE} px alone, expected larger sizes too")
-    own = {(one["prompt"], one["seed"]): one["entropy"] for one in pictures(trajectories, BASE)}
+    own = {
+        (one["prompt"], one["seed"]): one["entropy"] for one in finished_images(trajectories, BASE)
+    }
     width = style.DOUBLE if len(sizes) > 1 else style.SINGLE
     made, [grid] = style.subplots(width, 2.6, 1, len(sizes), sharey=True, squeeze=False)
     for axes, size in zip(grid, sizes, strict=True):
-        axes.axhline(0, color=style.GREY, linewidth=0.6)
-        for name, (label, colour) in FORMS.items():
-            found = pictures(trajectories, size, name)
+        axes.axhline(0, color=style.GRAY, linewidth=0.6)
+        for name, (label, color) in FORMS.items():
+            found = finished_images(trajectories, size, name)
             each = [np.subtract(x["entropy"], own[x["prompt"], x["seed"]]) for x in found]
             t, mean = found[0]["sigmas"][:-1], np.mean(each, axis=0)
-            axes.plot(t, np.transpose(each), color=colour, linewidth=0.5, alpha=0.4)
-            axes.plot(t, mean, color=colour, label=f"{label}: {abs(mean).mean():.4f}")
+            axes.plot(t, np.transpose(each), color=color, linewidth=0.5, alpha=0.4)
+            axes.plot(t, mean, color=color, label=f"{label}: {abs(mean).mean():.4f}")
         axes.set_title(f"{size} px ({size / BASE:g}x), {len(found)} prompts")
         style.noise_axis(axes)
         axes.legend(loc="upper right", title="mean absolute deviation", title_fontsize=7)
@@ -163,17 +165,17 @@ SCORES = {  # -> what it is
 }
 TRUTH = {"truth_vae": "truth, by the VAE"}  # as near as the model could come
 CUTOFF = Path("docs/data/cutoff.json")
-MARKED = [setting(one).name for one in RIVALS[:4]]  # with their intervals
-CHOSEN = MARKED[1]  # on other prompts
-SCALED = re.compile("_attention_[a-z]+=[^_]+")
+WITH_INTERVALS = [setting(one).name for one in RIVALS[:4]]  # with their intervals
+SELECTED = WITH_INTERVALS[1]  # on other prompts
+ATTENTION_SUFFIX = re.compile("_attention_[a-z]+=[^_]+")
 PLAIN = {"color": style.BLACK, "marker": "x"}
-COLOURS = (style.ORANGE, style.BLUE, style.GREEN, style.VERMILLION, style.PURPLE, style.SKY)
+COLORS = (style.ORANGE, style.BLUE, style.GREEN, style.VERMILLION, style.PURPLE, style.SKY)
 MARKERS = "soD^vP"
-LOOKS = [{"color": COLOURS[i % 6], "marker": MARKERS[(i + i // 6) % 6]} for i in range(36)]
+LOOKS = [{"color": COLORS[i % 6], "marker": MARKERS[(i + i // 6) % 6]} for i in range(36)]
 
 
-def reported(path: Path, command: str) -> list[dict]:
-    """The rows of square pictures but for the controls. Raises ValueError if there are none."""
+def read_square_rows(path: Path, command: str) -> list[dict]:
+    """The rows of square images but for the controls. Raises ValueError if there are none."""
     rows = read(path, "rows", command)
     rows = [row for row in rows if not row["control"] and isinstance(row["size"], int)]
     if not rows:
@@ -183,13 +185,15 @@ def reported(path: Path, command: str) -> list[dict]:
 
 def fig5(ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=tuple(FORMS)) -> Figure:
     """A score over the size with its intervals: `base`, a static method and its dynamic form."""
-    one_of("--score", score, SCORES)
-    rows = reported(ground_truth, f"python -m dype.demo.evaluate --drawn --save {GROUND_TRUTH}")
+    check_choice("--score", score, SCORES)
+    rows = read_square_rows(
+        ground_truth, f"python -m dype.demo.evaluate --drawn --save {GROUND_TRUTH}"
+    )
     for name in settings:
-        one_of("--settings", name, list(dict.fromkeys(one["setting"] for one in rows)))
+        check_choice("--settings", name, list(dict.fromkeys(one["setting"] for one in rows)))
     made, axes = style.subplots(style.SINGLE, 2.6)
     looks = cycle(LOOKS[:6])
-    drawn = {"truth_vae": {"color": style.GREY, "linestyle": ":"}}
+    drawn = {"truth_vae": {"color": style.GRAY, "linestyle": ":"}}
     drawn |= {name: PLAIN if name == "base" else next(looks) for name in settings}
     stock = {one["size"]: one for one in rows if one["size"] == BASE and one["setting"] == "base"}
     for name, look in drawn.items():
@@ -216,8 +220,8 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
     line leads from a static form to its dynamic ones. MARKED ones have their intervals, the chosen
     one a ring.
     """
-    one_of("--score", score, ("spectrum", "patches"))
-    rows = reported(ground_truth, f"python -m dype.demo.evaluate --cutoff --save {CUTOFF}")
+    check_choice("--score", score, ("spectrum", "patches"))
+    rows = read_square_rows(ground_truth, f"python -m dype.demo.evaluate --cutoff --save {CUTOFF}")
     sizes = sorted({one["size"] for one in rows} - {BASE}) or [BASE]
     methods = dict.fromkeys(row["method"] for row in rows if row["method"] not in (None, "base"))
     looks = dict(zip(methods, LOOKS, strict=False))
@@ -243,11 +247,11 @@ def frontier_panel(axes, rows: list[dict], looks: dict, score: str) -> None:
 
     families = {}
     for row in rows:
-        families.setdefault(SCALED.sub("", row["setting"]), []).append(row)
+        families.setdefault(ATTENTION_SUFFIX.sub("", row["setting"]), []).append(row)
     for family in families.values():
         if len(family) > 1:
-            colour = looks[family[0]["method"]]["color"]
-            axes.plot(*zip(*map(point, family), strict=True), color=colour, lw=0.6, zorder=1)
+            color = looks[family[0]["method"]]["color"]
+            axes.plot(*zip(*map(point, family), strict=True), color=color, lw=0.6, zorder=1)
     static = {row["method"]: row for row in rows if row["method"] and not row["dype"]}
     for row in rows:
         at, method, name = point(row), row["method"], row["setting"]
@@ -256,15 +260,15 @@ def frontier_panel(axes, rows: list[dict], looks: dict, score: str) -> None:
         if not method:
             continue
         look = looks[method]
-        if row["dype"] and method in static and not SCALED.search(name):
+        if row["dype"] and method in static and not ATTENTION_SUFFIX.search(name):
             ends = zip(point(static[method]), at, strict=True)
             axes.plot(*ends, ":", color=look["color"], lw=0.8, zorder=1)
         if row["dype"] or method == "base":
             axes.plot(*at, **look, ms=4, ls="", label=method)
         else:
             axes.plot(*at, **look, ms=4, ls="", mfc="white")
-        if name in MARKED:
+        if name in WITH_INTERVALS:
             axes.hlines(at[1], *row["overlap"]["interval"], look["color"], lw=0.8)
             axes.vlines(at[0], *row[score]["interval"], look["color"], lw=0.8)
-        if name == CHOSEN:
+        if name == SELECTED:
             axes.plot(*at, "o", color=style.BLACK, mfc="none", ms=9, label="chosen")

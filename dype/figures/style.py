@@ -1,4 +1,4 @@
-"""What all figures share: column widths, fonts, colours that the colour-blind tell apart."""
+"""What all figures share: column widths, fonts, colors that the color-blind tell apart."""
 
 from pathlib import Path
 
@@ -18,8 +18,8 @@ STYLE |= {"legend.handlelength": 1.8, "lines.linewidth": 1.3, "pdf.fonttype": 42
 STYLE |= {"savefig.dpi": 200}  # all of matplotlib's rc_context
 # Okabe and Ito
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#888888"
-BAR = {"aspect": 30, "pad": 0.02}  # of colours
+BLUE, VERMILLION, PURPLE, GRAY = "#0072B2", "#D55E00", "#CC79A7", "#888888"
+BAR = {"aspect": 30, "pad": 0.02}  # of colors
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 
 
@@ -30,7 +30,7 @@ def subplots(width: float, height: float, rows: int = 1, columns: int = 1, **mor
 
 
 def noise_axis(axes) -> None:
-    """t runs from noise to picture, as sampling does."""
+    """t runs from noise to image, as sampling does."""
     axes.set(xlim=(1, 0), xlabel="noise level t (1: noise)")
 
 
@@ -41,21 +41,21 @@ def frequency_axis(axis, lowest: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def edges(middles) -> np.ndarray:
+def bin_edges(middles) -> np.ndarray:
     """The borders of cells around `middles`, [n] -> [n + 1]."""
     between = (middles[1:] + middles[:-1]) / 2
     return np.array([2 * middles[0] - between[0], *between, 2 * middles[-1] - between[-1]])
 
 
-def by_noise(t: float):
-    """The colour of a noise level: dark is noise, yellow the picture."""
+def sigma_color(t: float):
+    """The color of a noise level: dark is noise, yellow the image."""
     return colormaps["viridis"](0.95 * (1 - t))
 
 
 def save(made: Figure, path: Path, palette: bool = True) -> None:
     """Write PNG, PDF, SVG or JPEG, by the suffix. Raises OSError.
 
-    palette: a PNG has 256 colours, enough for lines and maps and a third of the bytes.
+    palette: a PNG has 256 colors, enough for lines and maps and a third of the bytes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     made.savefig(path)

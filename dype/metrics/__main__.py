@@ -9,7 +9,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-from dype.errors import Parser, UserError, fail, run_command, user_errors
+from dype.errors import Parser, UserError, fail, raise_user_errors, run_command
 from dype.metrics import inception_features, scores
 from dype.metrics.image_metrics import IMAGE_METRICS
 from dype.metrics.scores import METRICS
@@ -95,7 +95,7 @@ def replace_prompts(rows: list[dict], path: Path) -> tuple[list[dict], str]:
     return rows, f"; prompts of {path.name} ({content})"
 
 
-def read_kept(args, rows: list[dict], protocols: dict[str, str]) -> tuple[dict, dict]:
+def read_kept_values(args, rows: list[dict], protocols: dict[str, str]) -> tuple[dict, dict]:
     """Return what an earlier run computed and this one does not.
 
     Rows of metrics.csv by (file, metric), and set metrics by (metric, setting).
@@ -111,7 +111,7 @@ def read_kept(args, rows: list[dict], protocols: dict[str, str]) -> tuple[dict, 
                 f"{row['metric']} in {results.METRICS} is by {row['protocol']!r}, asked for "
                 f"{asked[key]!r}, expected the same or --overwrite"
             )
-    sets, settings = scores.read_set_entries(args.folder), results.by_setting(rows)
+    sets, settings = scores.read_set_entries(args.folder), results.group_by_setting(rows)
     for name, setting in list(sets):
         if setting not in settings or (args.overwrite and name in args.metrics):
             del sets[name, setting]
@@ -126,7 +126,7 @@ def compute(args, rows: list[dict]) -> int:
         for name, metric in IMAGE_METRICS.items()
         if name in args.metrics
     }
-    values, sets = read_kept(args, rows, protocols)
+    values, sets = read_kept_values(args, rows, protocols)
     args.device = args.device or default_device()
     check_device(args.device, "none")
     names = [name for name in protocols if any((row["file"], name) not in values for row in rows)]
@@ -153,7 +153,7 @@ def command(args) -> int:
     """Check what is asked for, and compute it. Raises UserError, UnavailableError, OSError."""
     args.metrics = select_metrics(args)
     args.weights = parse_weights(args.weights)
-    with user_errors():
+    with raise_user_errors():
         rows = [row for row in results.read_rows(args.folder) if not row["error"]]
         for row in rows:
             row["size"] = int(row["height"]), int(row["width"])
@@ -170,7 +170,7 @@ def command(args) -> int:
     side = min(min(row["size"]) for row in rows)
     if args.patch is not None and patched & {*args.metrics} and not 1 <= args.patch <= side:
         raise UserError(f"--patch is {args.patch}, expected 1 to {side}, the shortest side")
-    with results.locked(args.folder):
+    with results.lock_folder(args.folder):
         for part in args.folder.glob(".metrics.*.part"):  # of a killed run
             part.unlink()
         return compute(args, rows)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from dype.errors import UnavailableError
 from dype.metrics import intervals
-from dype.pipelines.loading import LOADING, mute
+from dype.pipelines.loading import LOAD_ERRORS, silence_known_warnings
 from dype.sampling import records
 
 PATCH, LEVELS, DISTANCES = 64, 64, (1, 2, 3, 4)  # px, gray levels, px: GLCM of Aesthetic-4K
@@ -83,12 +83,12 @@ def load_demo(name: str, weights: None, device: str):
     """Load the demo model's analytic check: `demo_layout`, or `demo_overlap`."""
     try:
         from dype.demo.layout_check import check
-        from dype.demo.scenes import COLOURS, SHAPES
+        from dype.demo.scenes import COLORS, SHAPES
     except ImportError as error:
         raise UnavailableError(
             f"{name} needs dype.demo and scipy ({error}); pip install scipy==1.17.1"
         ) from error
-    colors = "|".join(COLOURS)
+    colors = "|".join(COLORS)
     caption = re.compile(f"an? ({colors}) ({'|'.join(SHAPES)}) on ({colors}) leaves")
 
     def measure(image: Image.Image, prompt: str) -> float:
@@ -115,7 +115,7 @@ def loading(name: str, weights: str):
     """Within, what libraries raise over weights is an UnavailableError that says what to fetch."""
     try:
         yield
-    except LOADING as error:
+    except LOAD_ERRORS as error:
         reason = first_sentence(error)
         sentence = f"{name} cannot load the weights in {weights}: {reason}"
         if not Path(weights).is_dir():
@@ -132,7 +132,7 @@ def load_clip(name: str, model_class, weights: str, device: str) -> tuple:
     from transformers import CLIPImageProcessorPil
     from transformers.utils import logging
 
-    mute()
+    silence_known_warnings()
     logging.set_verbosity_error()  # because it lists the tower that a model does not use
     with loading(name, weights):
         model, info = model_class.from_pretrained(weights, output_loading_info=True)

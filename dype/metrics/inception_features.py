@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dype.errors import UnavailableError
 from dype.metrics.image_metrics import first_sentence, read_generated_image
-from dype.pipelines.loading import LOADING
+from dype.pipelines.loading import LOAD_ERRORS
 from dype.sampling import records
 from dype.sweep.results import RESULTS, read_rows
 
@@ -65,7 +65,7 @@ def stack_features(
     for path in tqdm(paths, "real" if real_filter else "generated", disable=None, leave=False):
         try:
             if real_filter:
-                image = records.open_picture(path)
+                image = records.open_image(path)
                 upscaled += image.height < size[0] or image.width < size[1]
                 image = ImageOps.fit(image, size[::-1], FILTERS[real_filter])
             else:
@@ -98,7 +98,7 @@ def load_inception(weights: str, device: str) -> Callable:
         network = FrechetInceptionDistance(2048, antialias=True, **path).inception
     except ImportError as error:
         raise UnavailableError(PACKAGES) from error
-    except LOADING as error:
+    except LOAD_ERRORS as error:
         reason = first_sentence(error)
         sentence = (
             f"the weights of Inception cannot be loaded ({reason}); fetch {WEIGHTS}-6726825d.pth "

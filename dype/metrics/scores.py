@@ -89,7 +89,7 @@ def score_sets(
     skipped: dict[str, str] = {}
     stack = partial(stack_features, args, skipped)
     real = cache(partial(stack, args.reals, args.filter))
-    for setting, group in results.by_setting(rows).items():
+    for setting, group in results.group_by_setting(rows).items():
         paths, size = [args.folder / row["file"] for row in group], group[0]["size"]
         generated = cache(partial(stack, paths, None))
         for name in names:
@@ -147,7 +147,7 @@ def summarize_image_metrics(rows: list[dict], values: dict) -> list[dict]:
     entries = []
     for name, metric in IMAGE_METRICS.items():
         groups: dict[tuple[str, str], list[float]] = {}
-        for setting, group in results.by_setting(rows).items():
+        for setting, group in results.group_by_setting(rows).items():
             for row in (values[r["file"], name] for r in group if (r["file"], name) in values):
                 groups.setdefault((row["protocol"], setting), []).append(float(row["value"]))
         for (protocol, setting), numbers in sorted(groups.items(), key=lambda item: item[0][0]):
@@ -203,5 +203,7 @@ def write_report(
     entries = sorted(sets.values(), key=lambda entry: [*SET_METRICS].index(entry["metric"]))
     report = {"means": means, "sets": entries, "skipped": skipped, "notes": notes}
     text = format_report(means + entries, notes)
-    records.write({folder / REPORT: records.text_of(report), folder / TABLE: text.encode()})
+    records.write_atomically(
+        {folder / REPORT: records.to_json(report), folder / TABLE: text.encode()}
+    )
     return text

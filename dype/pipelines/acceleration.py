@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from dype.errors import UnavailableError, UserError, shortened
+from dype.errors import UnavailableError, UserError, first_line
 from dype.pipelines.devices import DTYPES
 
 COMPILES = ("off", "blocks", "full")
@@ -22,17 +22,20 @@ CACHE_WARNING = (
     "--cache {}: steps may reuse features that were made under older frequencies; not for "
     "results that are to be compared"
 )
-MASKED = ("ChromaPipeline", "Krea2Pipeline")  # whose attention always has a mask of text tokens
+USES_ATTENTION_MASK = (
+    "ChromaPipeline",
+    "Krea2Pipeline",
+)  # whose attention always has a mask of text tokens
 
 
-def backends() -> list[str]:
+def attention_backends() -> list[str]:
     """The attention backends that diffusers knows, installed or not."""
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     return [backend.value for backend in AttentionBackendName]
 
 
-def attending(name: str | None):
+def use_attention(name: str | None):
     """A context with attention by one of `backends()`; None changes nothing.
 
     diffusers has one backend per process where a model has none of its own, and that one is put
@@ -51,13 +54,13 @@ def check_attention(name: str | None, device: str, dtype: str, masked: bool = Fa
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     try:
-        with attending(name):
+        with use_attention(name):
             token = torch.zeros(1, 16, 2, 128, device=device, dtype=DTYPES[dtype])  # [B, S, H, D]
             mask = torch.ones(1, 1, 16, 16, device=device, dtype=torch.bool) if masked else None
             dispatch_attention_fn(token, token, token, attn_mask=mask)
     except Exception as error:  # whatever somebody's kernel says
         raise UnavailableError(
-            f"--attention {name} cannot be used here: {shortened(error)}; try --attention native"
+            f"--attention {name} cannot be used here: {first_line(error)}; try --attention native"
         ) from error
 
 
@@ -71,7 +74,7 @@ def check_offload(how: str, offload: str) -> None:
         )
 
 
-def compile_steps(pipe, how: str, **more) -> None:
+def compile_transformer(pipe, how: str, **more) -> None:
     """Compile the transformer in place: "blocks" each kind of block once, "full" the whole.
 
     One graph serves all steps of a size and method. more: of `torch.compile`. Raises UserError
@@ -88,7 +91,7 @@ def compile_steps(pipe, how: str, **more) -> None:
 
 
 @contextmanager
-def caching(pipe, name: str, steps: int):
+def use_feature_cache(pipe, name: str, steps: int):
     """Let denoiser calls reuse features of earlier ones for a while: a key of CACHES but "off".
 
     steps: that the drawing takes. Raises ValueError where diffusers has no support for it.
@@ -98,7 +101,7 @@ def caching(pipe, name: str, steps: int):
 
     kind = type(pipe).__name__
     if kind not in CACHES[name]:
-        raise ValueError(f"--cache is {name!r}, but {unsupported(kind)}")
+        raise ValueError(f"--cache is {name!r}, but {describe_caches(kind)}")
     configs = {
         "first_block": FirstBlockCacheConfig,
         "taylorseer": TaylorSeerCacheConfig,
@@ -111,7 +114,7 @@ def caching(pipe, name: str, steps: int):
         pipe.transformer.disable_cache()
 
 
-def unsupported(kind: str) -> str:
+def describe_caches(kind: str) -> str:
     """Which caches a class of pipelines has, as the end of a sentence."""
     known = [name for name, kinds in CACHES.items() if kind in kinds]
     has = ", ".join(known) or "none in diffusers"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
-from dype.families import DEMO, FLUX, FLUX2, KREA2, KREA2_TURBO, QWEN, ZIMAGE, Family
+from dype.families import DEMO_WEIGHTS, FLUX, FLUX2, KREA2, KREA2_TURBO, QWEN, ZIMAGE, Family
 
 # The authors' defaults (their run_dype.py and run_dype_qwen.py), word for word.
 DARK_FANTASY = (
@@ -35,44 +35,46 @@ class Model:
     repo: str  # hub id or folder
     pipeline: str = "FluxPipeline"
     family: Family = FLUX
-    billions: float = 12  # of the transformer's parameters
+    parameters_billion: float = 12  # of the transformer's parameters
     steps: int = 28
     guidance: float = 3.5  # the pipeline's guidance_scale; 0: it takes none
-    cfg: str = "true_cfg"  # the flag that makes a negative prompt count, above `cfg_off`
-    cfg_off: float = 1.0
+    cfg_flag: str = (
+        "true_cfg"  # the flag that makes a negative prompt count, above `cfg_disabled_at`
+    )
+    cfg_disabled_at: float = 1.0
     true_cfg: float = 1.0
     negative_prompt: str | None = None
     max_sequence_length: int = 512
-    longest_text: int = 512  # that the pipeline takes, tokens
+    max_text_tokens: int = 512  # that the pipeline takes, tokens
     base_resolution: int = 1024
     dtype: str = "bfloat16"
     height: int = 4096
     width: int = 4096
     prompt: str = DARK_FANTASY
-    suffix: str = ""  # what --magic_suffix puts behind a prompt
-    dype: dict = field(default_factory=lambda: {"method": "yarn"})  # of DyPEConfig
-    schedule: dict = field(default_factory=lambda: DYNAMIC)  # the scheduler's configuration
-    assumed: bool = False  # nothing could be read of it, all this is FLUX.1-dev's
+    magic_suffix: str = ""  # what --magic_suffix puts behind a prompt
+    dype_defaults: dict = field(default_factory=lambda: {"method": "yarn"})  # of DyPEConfig
+    scheduler_config: dict = field(default_factory=lambda: DYNAMIC)  # the scheduler's configuration
+    is_guess: bool = False  # nothing could be read of it, all this is FLUX.1-dev's
 
 
 # fmt: off
 FLUX_DEV = Model("black-forest-labs/FLUX.1-dev")
 FLUX2_DEV = Model(
-    "black-forest-labs/FLUX.2-dev", "Flux2Pipeline", FLUX2, billions=32,
-    steps=50, guidance=2.5, cfg="",
+    "black-forest-labs/FLUX.2-dev", "Flux2Pipeline", FLUX2, parameters_billion=32,
+    steps=50, guidance=2.5, cfg_flag="",
 )
 FLUX2_KLEIN_BASE = replace(
     FLUX2_DEV, repo="black-forest-labs/FLUX.2-klein-base-9B", pipeline="Flux2KleinPipeline",
-    billions=9, guidance=4.0,
+    parameters_billion=9, guidance=4.0,
 )
 Z_IMAGE = Model(
-    "Tongyi-MAI/Z-Image", "ZImagePipeline", ZIMAGE, billions=6,
-    steps=50, guidance=5.0, cfg="guidance", cfg_off=0.0,
-    schedule={"use_dynamic_shifting": False, "shift": 3.0},
+    "Tongyi-MAI/Z-Image", "ZImagePipeline", ZIMAGE, parameters_billion=6,
+    steps=50, guidance=5.0, cfg_flag="guidance", cfg_disabled_at=0.0,
+    scheduler_config={"use_dynamic_shifting": False, "shift": 3.0},
 )
 KREA_2 = Model(
-    "krea/Krea-2-Raw", "Krea2Pipeline", KREA2, guidance=4.5, cfg="guidance", cfg_off=0.0,
-    schedule=DYNAMIC | {"max_image_seq_len": 6400},
+    "krea/Krea-2-Raw", "Krea2Pipeline", KREA2, guidance=4.5, cfg_flag="guidance", cfg_disabled_at=0.0,
+    scheduler_config=DYNAMIC | {"max_image_seq_len": 6400},
 )
 KREA_2_TURBO = replace(KREA_2, repo="krea/Krea-2-Turbo", family=KREA2_TURBO, steps=8, guidance=0.0)
 
@@ -81,42 +83,50 @@ MODELS = {
     "flux-dev": FLUX_DEV,
     "flux-schnell": replace(
         FLUX_DEV, repo="black-forest-labs/FLUX.1-schnell", steps=4, guidance=0.0,
-        max_sequence_length=256, schedule={"use_dynamic_shifting": False, "shift": 1.0},
+        max_sequence_length=256, scheduler_config={"use_dynamic_shifting": False, "shift": 1.0},
     ),
     "flux2-dev": FLUX2_DEV,
     "flux2-klein": replace(
-        FLUX2_KLEIN_BASE, repo="black-forest-labs/FLUX.2-klein-4B", billions=4,
+        FLUX2_KLEIN_BASE, repo="black-forest-labs/FLUX.2-klein-4B", parameters_billion=4,
         steps=4, guidance=0.0,
     ),
     "flux2-klein-base": FLUX2_KLEIN_BASE,
     "z-image": Z_IMAGE,
     "z-image-turbo": replace(Z_IMAGE, repo="Tongyi-MAI/Z-Image-Turbo", steps=9, guidance=0.0),
     "qwen-image": Model(
-        "Qwen/Qwen-Image", "QwenImagePipeline", QWEN, billions=20, base_resolution=1328,
-        steps=40, guidance=0.0, true_cfg=4.0, negative_prompt=" ", longest_text=1024,
-        prompt=BEAR, suffix=", Ultra HD, 4K, cinematic composition.",
-        schedule=DYNAMIC | {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02},
+        "Qwen/Qwen-Image", "QwenImagePipeline", QWEN, parameters_billion=20, base_resolution=1328,
+        steps=40, guidance=0.0, true_cfg=4.0, negative_prompt=" ", max_text_tokens=1024,
+        prompt=BEAR, magic_suffix=", Ultra HD, 4K, cinematic composition.",
+        scheduler_config=DYNAMIC | {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02},
     ),
     "chroma": Model(
-        "lodestones/Chroma1-HD", "ChromaPipeline", billions=9,
-        steps=35, guidance=5.0, cfg="guidance",
+        "lodestones/Chroma1-HD", "ChromaPipeline", parameters_billion=9,
+        steps=35, guidance=5.0, cfg_flag="guidance",
     ),
     "krea-2": KREA_2,
     "krea-2-turbo": KREA_2_TURBO,
     "demo": Model(
-        str(DEMO), billions=0.007, base_resolution=256, height=512, width=512, dtype="float32",
+        str(DEMO_WEIGHTS), parameters_billion=0.007, base_resolution=256, height=512, width=512, dtype="float32",
         steps=20, guidance=0.0, true_cfg=5.0, negative_prompt="", max_sequence_length=16,
         prompt="a red ring on teal leaves",
         # the nearest texture of those that keep the layout at 512 px (docs/reproduce.md)
-        dype={"method": "yarn_paper"},
-        schedule=DYNAMIC | {"base_image_seq_len": 16, "max_image_seq_len": 256},
+        dype_defaults={"method": "yarn_paper"},
+        scheduler_config=DYNAMIC | {"base_image_seq_len": 16, "max_image_seq_len": 256},
     ),
 }
 # fmt: on
 DEFAULT_MODEL = "flux-krea"
 # Defaults of any other folder or repository: by the class of its pipeline, and if it is distilled.
-USUAL = ("flux-dev", "flux2-dev", "flux2-klein-base", "z-image", "qwen-image", "chroma", "krea-2")
-PIPELINES = {MODELS[name].pipeline: MODELS[name] for name in USUAL}
+REPRESENTATIVES = (
+    "flux-dev",
+    "flux2-dev",
+    "flux2-klein-base",
+    "z-image",
+    "qwen-image",
+    "chroma",
+    "krea-2",
+)
+PIPELINES = {MODELS[name].pipeline: MODELS[name] for name in REPRESENTATIVES}
 DISTILLED = {MODELS[name].pipeline: MODELS[name] for name in ("flux2-klein", "krea-2-turbo")}
 
 
@@ -139,7 +149,7 @@ def resolve_model(name: str, revision: str | None = None) -> Model:
     known = {Path(model.repo).resolve(): model for model in MODELS.values()}
     if folder in known:
         return known[folder]
-    index = configuration(name, "model_index.json", revision)
+    index = load_hub_json(name, "model_index.json", revision)
     pipeline = index.get("_class_name", FLUX_DEV.pipeline)
     if pipeline not in PIPELINES:
         raise ValueError(
@@ -152,12 +162,12 @@ def resolve_model(name: str, revision: str | None = None) -> Model:
         if folder.name == Path(other.repo).name and other.pipeline == pipeline and folder.is_dir():
             model = model if Path(other.repo).is_dir() else other
     if not index:
-        return replace(model, repo=name, assumed=True)
-    schedule = configuration(name, "scheduler/scheduler_config.json", revision)
-    return replace(model, repo=name, schedule=schedule or model.schedule)
+        return replace(model, repo=name, is_guess=True)
+    schedule = load_hub_json(name, "scheduler/scheduler_config.json", revision)
+    return replace(model, repo=name, scheduler_config=schedule or model.scheduler_config)
 
 
-def configuration(repo: str, file: str, revision: str | None = None) -> dict:
+def load_hub_json(repo: str, file: str, revision: str | None = None) -> dict:
     """A JSON file of a folder or a hub id, empty if it can't be had."""
     try:
         here = Path(repo).is_dir()

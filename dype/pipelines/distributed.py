@@ -1,8 +1,8 @@
-"""Several processes: one picture by all of them, or the pictures of a sweep shared out.
+"""Several processes: one image by all of them, or the images of a sweep shared out.
 
 `torchrun --nproc-per-node=N run_dype.py ...` starts them; accelerate makes them a group, each with
-a device of its own. With `--ulysses N` or `--ring N` all draw each picture together, its tokens
-split between them (diffusers' context parallelism); else each draws its share of the pictures. One
+a device of its own. With `--ulysses N` or `--ring N` all draw each image together, its tokens
+split between them (diffusers' context parallelism); else each draws its share of the images. One
 that dies ends the others: torchrun sees to that.
 """
 
@@ -17,18 +17,18 @@ from accelerate import PartialState
 from torch.distributed.device_mesh import init_device_mesh
 
 from dype.errors import UnavailableError, UserError
-from dype.families import TOKEN
+from dype.families import PIXELS_PER_TOKEN
 
 # the pipelines whose transformers say how their tokens may be split, and if evenly: their texts all
 # have --max_sequence_length tokens, Qwen-Image's as many as their words
-SPLIT = {
+CONTEXT_PARALLEL_PIPELINES = {
     "FluxPipeline": True,
     "Flux2Pipeline": True,
     "Flux2KleinPipeline": True,
     "QwenImagePipeline": False,
 }
-mesh_of = lru_cache(init_device_mesh)  # once each: every one that is made makes new groups
-PATIENCE = timedelta(days=1)  # of one that has drawn its share, with the others
+device_mesh = lru_cache(init_device_mesh)  # once each: every one that is made makes new groups
+BARRIER_TIMEOUT = timedelta(days=1)  # of one that has drawn its share, with the others
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -36,8 +36,8 @@ def rank_and_world_size() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def check(run, dry: bool) -> None:
-    """Raise ValueError for a picture that cannot be split as a `RunSettings` asks.
+def check_processes(run, dry: bool) -> None:
+    """Raise ValueError for an image that cannot be split as a `RunSettings` asks.
 
     dry: nothing is drawn, by however many.
     """
@@ -52,9 +52,9 @@ def check(run, dry: bool) -> None:
     if run.ulysses > 1 and run.ring > 1:
         raise ValueError("--ulysses and --ring both split the tokens, expected one of them")
     name, pipeline = "ulysses" if run.ulysses > 1 else "ring", run.entry.pipeline
-    if pipeline not in SPLIT:
+    if pipeline not in CONTEXT_PARALLEL_PIPELINES:
         raise ValueError(
-            f"--{name} is {count}, but a {pipeline} cannot be split, expected {', '.join(SPLIT)}"
+            f"--{name} is {count}, but a {pipeline} cannot be split, expected {', '.join(CONTEXT_PARALLEL_PIPELINES)}"
         )
     if count != world_size and not dry:
         raise ValueError(
@@ -77,10 +77,12 @@ def check(run, dry: bool) -> None:
             f"--attention {', '.join(sorted(backends))}"
         )
     sizes = [(part["width"], part["height"]) for part in run.passes]
-    tokens = {f"{width}x{height} px": width * height // TOKEN**2 for width, height in sizes}
+    tokens = {
+        f"{width}x{height} px": width * height // PIXELS_PER_TOKEN**2 for width, height in sizes
+    }
     tokens["--max_sequence_length"] = run.max_sequence_length
     for what, number in tokens.items():
-        if SPLIT[pipeline] and number % count:
+        if CONTEXT_PARALLEL_PIPELINES[pipeline] and number % count:
             raise ValueError(
                 f"--{name} is {count}, expected a divisor of the {number} tokens of {what}"
             )
@@ -93,7 +95,7 @@ def check_start(run, single_image: bool = False) -> None:
         return
     if single_image and run.processes == 1:
         raise UserError(
-            f"one picture on {count} processes, expected --ulysses {count} or --ring {count}"
+            f"one image on {count} processes, expected --ulysses {count} or --ring {count}"
         )
     on_cpu = run.device == "cpu" or not torch.accelerator.is_available()
     cards, here = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", count))
@@ -101,7 +103,7 @@ def check_start(run, single_image: bool = False) -> None:
         raise UnavailableError(f"{here} processes need a GPU each, and there are {cards}")
 
 
-def join(run) -> PartialState:
+def init_processes(run) -> PartialState:
     """Join the other processes, if there are any. Raises `UnavailableError`."""
     from diffusers.utils.logging import disable_progress_bar
 
@@ -113,12 +115,12 @@ def join(run) -> PartialState:
         disable_progress_bar()  # one process shows them
     warnings.filterwarnings("ignore", "`torch.distributed._functional_collectives", FutureWarning)
     try:
-        return PartialState(cpu=on_cpu, **{} if run.processes > 1 else {"timeout": PATIENCE})
+        return PartialState(cpu=on_cpu, **{} if run.processes > 1 else {"timeout": BARRIER_TIMEOUT})
     except (RuntimeError, ValueError, NotImplementedError, OSError) as error:
         raise UnavailableError(f"the {count} processes cannot join: {error}") from error
 
 
-def check_heads(transformer: torch.nn.Module, ulysses: int) -> None:
+def check_divisible(transformer: torch.nn.Module, ulysses: int) -> None:
     """Raise UserError if a transformer's heads cannot be shared out."""
     heads = transformer.config.num_attention_heads
     if heads % ulysses:
@@ -126,7 +128,9 @@ def check_heads(transformer: torch.nn.Module, ulysses: int) -> None:
 
 
 @contextmanager
-def split(transformer: torch.nn.Module, ulysses: int = 1, ring: int = 1, evenly: bool = True):
+def context_parallel(
+    transformer: torch.nn.Module, ulysses: int = 1, ring: int = 1, evenly: bool = True
+):
     """Split the tokens of every denoiser call between the processes of the group, for a while.
 
     DyPE is to be applied before: on Qwen-Image the split is a hook on the embedder. evenly: every
@@ -136,7 +140,7 @@ def split(transformer: torch.nn.Module, ulysses: int = 1, ring: int = 1, evenly:
     from diffusers.hooks.context_parallel import remove_context_parallel
 
     where = torch.accelerator.current_accelerator() or torch.device("cpu")
-    mesh = mesh_of(where.type, (ring, ulysses), mesh_dim_names=("ring", "ulysses"))
+    mesh = device_mesh(where.type, (ring, ulysses), mesh_dim_names=("ring", "ulysses"))
     uneven = {"ulysses_anything": ulysses > 1, "ring_anything": ring > 1} if not evenly else {}
     config = ContextParallelConfig(ulysses_degree=ulysses, ring_degree=ring, mesh=mesh, **uneven)
     transformer.enable_parallelism(config=config)

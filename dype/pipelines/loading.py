@@ -8,19 +8,23 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dype.config import one_of
+from dype.config import check_choice
 from dype.errors import UnavailableError
 from dype.pipelines import memory
 from dype.pipelines.catalog import Model, resolve_model
 from dype.pipelines.devices import DTYPES, check_device, default_device
 
 # what libraries raise over a broken checkpoint or connection (the hub's errors are OSErrors)
-LOADING = (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError)
-LOADING += (SafetensorError,)
+LOAD_ERRORS = (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError)
+LOAD_ERRORS += (SafetensorError,)
 OFFLOADS = ("auto", *memory.OFFLOADS)
-ENCODERS = ("text_encoder", "text_encoder_2")  # the larger one last
-BACKENDS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}  # packages that quantize
-QUANTIZED = ("none", *BACKENDS)
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # the larger one last
+QUANTIZER_PACKAGES = {
+    "int8": "torchao",
+    "fp8": "torchao",
+    "nf4": "bitsandbytes",
+}  # packages that quantize
+QUANTIZE_CHOICES = ("none", *QUANTIZER_PACKAGES)
 
 
 def load_pipeline(
@@ -42,24 +46,24 @@ def load_pipeline(
     name: of `catalog.MODELS`, a diffusers folder or a hub id. dtype: one of `DTYPES`; None: the
     model's own. offload: one of `OFFLOADS`; "auto" takes the fastest that fits the device's memory.
     quantize: the transformer, and its text encoder unless that has a device of its own, to one of
-    `QUANTIZED`. loras: (path or hub id, scale) pairs. pixels: of the largest picture to be
+    `QUANTIZE_CHOICES`. loras: (path or hub id, scale) pairs. pixels: of the largest image to be
     drawn, for "auto". entry: what `resolve_model` says of the name, if that was asked before.
     Raises `UnavailableError` with the reason and what to try, ValueError for an unknown word.
     """
-    one_of("offload", offload, OFFLOADS)
+    check_choice("offload", offload, OFFLOADS)
     model = entry or resolve_model(name, revision)
     dtype = dtype or model.dtype
-    one_of("dtype", dtype, DTYPES)
-    one_of("quantize", quantize, QUANTIZED)
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("quantize", quantize, QUANTIZE_CHOICES)
     if device is None:
         device = default_device()
         # billions of parameters on a processor: an hour per step at 4096 x 4096, if they fit
-        if device == "cpu" and model.billions >= 1 and not Path(model.repo).is_dir():
+        if device == "cpu" and model.parameters_billion >= 1 and not Path(model.repo).is_dir():
             raise UnavailableError(
-                f"{name} has {model.billions:g} billion parameters and no GPU was found; use a "
+                f"{name} has {model.parameters_billion:g} billion parameters and no GPU was found; use a "
                 "machine with one, try --model demo, or insist with --device cpu"
             )
-    package = BACKENDS.get(quantize)
+    package = QUANTIZER_PACKAGES.get(quantize)
     if package and importlib.util.find_spec(package) is None:
         raise UnavailableError(
             f"--quantize {quantize} needs the {package} package; pip install {package}"
@@ -70,27 +74,31 @@ def load_pipeline(
     for elsewhere in (text_encoder_device, vae_device):
         check_device(elsewhere or device, "none")
     check_files(model.repo, loras)
-    pipe = fetch(name, model.repo, revision, dtype, quantize, bool(text_encoder_device))
+    pipe = from_pretrained(name, model.repo, revision, dtype, quantize, bool(text_encoder_device))
     load_loras(pipe, loras)
-    encoders = [part for part in ENCODERS if getattr(pipe, part, None) is not None]
+    encoders = [part for part in TEXT_ENCODERS if getattr(pipe, part, None) is not None]
     apart = dict.fromkeys(encoders, text_encoder_device) | {"vae": vae_device}
-    memory.place(pipe, device, offload, {name: d for name, d in apart.items() if d}, pixels)
+    memory.place_components(
+        pipe, device, offload, {name: d for name, d in apart.items() if d}, pixels
+    )
     return pipe
 
 
-def fetch(name: str, repo: str, revision: str | None, dtype: str, quantize: str, apart: bool):
+def from_pretrained(
+    name: str, repo: str, revision: str | None, dtype: str, quantize: str, apart: bool
+):
     """The pipeline as diffusers loads it, quantized on the way; apart: its encoders are not.
 
     Raises `UnavailableError`, also for weights that were not in the files or another scheduler.
     """
-    mute()
+    silence_known_warnings()
     from diffusers import DiffusionPipeline
 
     place_of = {"revision": revision, "local_files_only": Path(repo).is_dir()}
     try:
         index = DiffusionPipeline.load_config(repo, **place_of)
-        large = [part for part in ENCODERS if index.get(part, [None])[0]][-1:]
-        less = quantization(quantize, dtype, [] if apart else large)
+        large = [part for part in TEXT_ENCODERS if index.get(part, [None])[0]][-1:]
+        less = quantization_config(quantize, dtype, [] if apart else large)
         pipe = DiffusionPipeline.from_pretrained(repo, dtype=DTYPES[dtype], **place_of, **less)
         for part, module in pipe.components.items():
             tensors = module.parameters() if isinstance(module, torch.nn.Module) else ()
@@ -101,12 +109,12 @@ def fetch(name: str, repo: str, revision: str | None, dtype: str, quantize: str,
             raise ValueError(f"its scheduler is a {kind}, expected FlowMatchEulerDiscreteScheduler")
     except torch.OutOfMemoryError:
         raise
-    except LOADING as error:
-        raise UnavailableError(explain(name, repo, error)) from error
+    except LOAD_ERRORS as error:
+        raise UnavailableError(explain_load_error(name, repo, error)) from error
     return pipe
 
 
-def quantization(quantize: str, dtype: str, encoders: list[str]) -> dict:
+def quantization_config(quantize: str, dtype: str, encoders: list[str]) -> dict:
     """What `from_pretrained` is to be told: diffusers' configuration per part, linear layers only.
 
     int8 and fp8: weights alone, by torchao; nf4: 4 bits with double quantization, by bitsandbytes.
@@ -154,7 +162,7 @@ def check_files(repo: str, loras: list[tuple[str, float]]) -> None:
             raise UnavailableError(f"there is no LoRA {path}; check --lora")
 
 
-def mute() -> None:
+def silence_known_warnings() -> None:
     """Silence, one message at a time, what libraries say that a user of FLUX can't act on."""
     notices = {
         "transformers.utils.import_utils": "requires torchvision",  # FLUX uses no image processor
@@ -168,7 +176,7 @@ def mute() -> None:
     disable_progress_bar()  # diffusers shows one for the whole pipeline
 
 
-def explain(name: str, repo: str, error: Exception) -> str:
+def explain_load_error(name: str, repo: str, error: Exception) -> str:
     """One sentence for a checkpoint that could not be loaded."""
     kinds, cause = set(), error
     while cause is not None:  # diffusers hides the hub's error behind one of its own
@@ -179,7 +187,7 @@ def explain(name: str, repo: str, error: Exception) -> str:
         return f"cannot load the pipeline in {repo}: {reason}"
     if "GatedRepoError" in kinds or "gated" in reason.lower():
         return (
-            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then run "
+            f"{repo} is gated: accept its license at https://huggingface.co/{repo}, then run "
             "`hf auth login`"
         )
     if "RepositoryNotFoundError" in kinds:
@@ -202,7 +210,7 @@ def load_loras(pipe, loras: list[tuple[str, float]]) -> None:
             pipe.load_lora_weights(path, adapter_name=name)
             if name not in pipe.get_list_adapters().get("transformer", []):
                 raise ValueError("it has nothing for this transformer")
-        except LOADING as error:
+        except LOAD_ERRORS as error:
             reason = " ".join(str(error).split())[:200]
             if "PEFT" in reason:
                 reason = "it needs the peft package, pip install peft"

@@ -1,6 +1,6 @@
 """What fits on a device, where the parts of a pipeline go, and how its autoencoder decodes.
 
-Bytes throughout. Two constants are not measured here: see ACTIVATIONS and `decoding`.
+Bytes throughout. Two constants are not measured here: see ACTIVATIONS and `decode_bytes`.
 """
 
 import sys
@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 
-# per pixel of the picture: 16 GiB at 4096 x 4096, what FLUX.1 was reported to take
-ACTIVATIONS = 1024
+# per pixel of the image: 16 GiB at 4096 x 4096, what FLUX.1 was reported to take
+ACTIVATION_BYTES_PER_PIXEL = 1024
 GIB = 2**30
 QWEN_TILE = 1024  # px
 OFFLOADS = ("none", "model", "group", "sequential")  # from the fastest to the smallest
@@ -36,22 +36,22 @@ def available_bytes(device: str | torch.device) -> int:
 def choose_offload(device: str, free: int, parts: dict[str, int], pixels: int) -> tuple[str, str]:
     """The fastest way that fits, and why: everything resident, one model at a time, or by layer.
 
-    parts: the size of each model. pixels: of the largest picture to be drawn.
+    parts: the size of each model. pixels: of the largest image to be drawn.
     """
     if torch.device(device).type != "cuda":
         return "none", ""  # nothing to offload from
-    drawing = ACTIVATIONS * pixels
+    drawing = ACTIVATION_BYTES_PER_PIXEL * pixels
     together, largest = sum(parts.values()), max(parts.values())
     room = free - drawing
     how = "none" if together < room else "model" if largest < room else "group"
     why = (
-        f"the models take {gib(together)}, the largest {gib(largest)}, drawing about "
-        f"{gib(drawing)} more, and {gib(free)} are free"
+        f"the models take {format_gib(together)}, the largest {format_gib(largest)}, drawing about "
+        f"{format_gib(drawing)} more, and {format_gib(free)} are free"
     )
     return how, why
 
 
-def decoding(vae, pixels: int, device: str | torch.device) -> int:
+def decode_bytes(vae, pixels: int, device: str | torch.device) -> int:
     """What an untiled decode takes beside the weights, estimated from the autoencoder's widths.
 
     The decoder holds about four maps as wide as its last upsampling, Qwen-Image's video decoder 21
@@ -69,12 +69,12 @@ def decoding(vae, pixels: int, device: str | torch.device) -> int:
     return (maps * pixels + scores) * item
 
 
-def decoding_room(free: int, parts: dict[str, int], offload: str) -> int:
+def decode_budget(free: int, parts: dict[str, int], offload: str) -> int:
     """What is left for decoding once the weights are where they belong; `free`: before that."""
     return free - (sum(parts.values()) if offload == "none" else parts.get("vae", 0))
 
 
-def cheaper(run, offload: str, tiled: bool, cpu_dtype: str | None) -> str:
+def suggest_cheaper(run, offload: str, tiled: bool, cpu_dtype: str | None) -> str:
     """The next setting that needs less memory, as flags. Layer by layer no weights are left.
 
     run: a `RunSettings`. cpu_dtype: the `fast_dtype` of the CPU, where that is what computes.
@@ -99,7 +99,7 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak(device: torch.device) -> int | None:
+def peak_bytes(device: torch.device) -> int | None:
     """The most that was taken since `reset_peak`: on CUDA what tensors took, else the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -115,18 +115,18 @@ def peak(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def gib(count: float) -> str:
+def format_gib(count: float) -> str:
     """16.0 GiB, 0.07 GiB."""
     return f"{count / GIB:.{1 if count >= GIB else 2}f} GiB"
 
 
-def place(pipe, device: str, offload: str, apart: dict[str, str], pixels: int) -> None:
+def place_components(pipe, device: str, offload: str, apart: dict[str, str], pixels: int) -> None:
     """Put the pipeline on its device, whole or in turns; `apart` names parts with a place of
     their own. Prints what "auto" chose, and why."""
     for name, elsewhere in apart.items():
         getattr(pipe, name).to(elsewhere)
-    pipe.dype_apart = apart
-    with set_aside(pipe):
+    pipe.dype_device_overrides = apart
+    with hide_components(pipe):
         parts = {
             n: part for n, part in pipe.components.items() if isinstance(part, torch.nn.Module)
         }
@@ -152,14 +152,16 @@ def place(pipe, device: str, offload: str, apart: dict[str, str], pixels: int) -
                 part.to(device)
         where = apart.get("vae", device)
         on_card = kind == "cuda" and where == device
-        pipe.dype_room = decoding_room(free, sizes, offload) if on_card else available_bytes(where)
+        pipe.dype_decode_budget = (
+            decode_budget(free, sizes, offload) if on_card else available_bytes(where)
+        )
 
 
 @contextmanager
-def set_aside(pipe):
+def hide_components(pipe):
     """Parts with a place of their own, out of the pipeline's sight: it takes its device from its
     parts, and moves those that it sees."""
-    parts = {name: getattr(pipe, name) for name in getattr(pipe, "dype_apart", {})}
+    parts = {name: getattr(pipe, name) for name in getattr(pipe, "dype_device_overrides", {})}
     try:
         for name in parts:
             setattr(pipe, name, None)
@@ -171,21 +173,23 @@ def set_aside(pipe):
 
 def execution_device(pipe) -> torch.device:
     """Where the transformer computes, wherever the other parts are and rest in between."""
-    with set_aside(pipe):
+    with hide_components(pipe):
         return pipe._execution_device
 
 
 def set_tiling(pipe, mode: str, tile_size: int | None, pixels: int) -> bool:
     """Decode in tiles: always, never, or ("auto") where an untiled decode would not fit.
 
-    pipe: as `place` left it. tile_size: px of a tile's side; None: the autoencoder's own. Returns
+    pipe: as `place_components` left it. tile_size: px of a tile's side; None: the autoencoder's own. Returns
     whether.
     """
-    vae, room = pipe.vae, pipe.dype_room
-    needed = decoding(vae, pixels, pipe.dype_apart.get("vae") or execution_device(pipe))
+    vae, room = pipe.vae, pipe.dype_decode_budget
+    needed = decode_bytes(
+        vae, pixels, pipe.dype_device_overrides.get("vae") or execution_device(pipe)
+    )
     tiled = needed > room if mode == "auto" else mode == "on"
     if tiled and mode == "auto" and not vae.use_tiling:
-        print(f"tiled decoding: untiled it takes {gib(needed)}, {gib(room)} are free")
+        print(f"tiled decoding: untiled it takes {format_gib(needed)}, {format_gib(room)} are free")
     if tiled and hasattr(vae, "tile_sample_min_height"):  # Qwen-Image's: 484 tiles by its own 256
         side = tile_size or QWEN_TILE
         vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)

@@ -1,4 +1,4 @@
-"""Pictures to latents, by the parts of the text-to-image pipelines; and the latents' spectra."""
+"""Images to latents, by the parts of the text-to-image pipelines; and the latents' spectra."""
 
 import math
 
@@ -6,33 +6,35 @@ import numpy as np
 import torch
 from PIL import Image
 
-OPEN = 0.15  # of the noise's power: so little of the picture's is not seen in it (docs/log.md)
+VISIBLE_POWER_RATIO = (
+    0.15  # of the noise's power: so little of the image's is not seen in it (docs/log.md)
+)
 
 
 @torch.no_grad()
-def encode_picture(pipe, picture: Image.Image, device: torch.device) -> torch.Tensor:
-    """The latents that a picture decodes from, as the transformer knows them: [1, C, h, w].
+def encode_image(pipe, picture: Image.Image, device: torch.device) -> torch.Tensor:
+    """The latents that an image decodes from, as the transformer knows them: [1, C, h, w].
 
     C, h, w are those of the pipeline's noise before it is packed into tokens. Takes the mode of the
     autoencoder's distribution, so nothing is random. Raises TypeError for an autoencoder that is
     none of FLUX.1's, FLUX.2's or Qwen-Image's.
     """
     kind = type(pipe.vae).__name__
-    if kind not in NORMALIZED:
-        raise TypeError(f"{kind} is not supported, expected one of {', '.join(NORMALIZED)}")
+    if kind not in VAE_ENCODERS:
+        raise TypeError(f"{kind} is not supported, expected one of {', '.join(VAE_ENCODERS)}")
     pixels = torch.from_numpy(np.array(picture.convert("RGB"))).to(device)
     pixels = pixels.permute(2, 0, 1)[None].to(pipe.vae.dtype) / 127.5 - 1
-    return NORMALIZED[kind](pipe, pixels)
+    return VAE_ENCODERS[kind](pipe, pixels)
 
 
-def scaled(pipe, pixels: torch.Tensor) -> torch.Tensor:
+def encode_kl(pipe, pixels: torch.Tensor) -> torch.Tensor:
     """FLUX.1, Chroma, Z-Image."""
     config = pipe.vae.config
     latents = pipe.vae.encode(pixels).latent_dist.mode()
     return (latents - config.shift_factor) * config.scaling_factor
 
 
-def by_channel(pipe, pixels: torch.Tensor) -> torch.Tensor:
+def encode_qwen(pipe, pixels: torch.Tensor) -> torch.Tensor:
     """Qwen-Image, Krea 2: a video autoencoder with one frame, each channel by its own numbers."""
     config = pipe.vae.config
     latents = pipe.vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0]
@@ -41,29 +43,29 @@ def by_channel(pipe, pixels: torch.Tensor) -> torch.Tensor:
     return (latents - mean) / deviation
 
 
-NORMALIZED = {
-    "AutoencoderKL": scaled,
-    "AutoencoderKLQwenImage": by_channel,
-    # FLUX.2's pipelines encode reference pictures themselves
+VAE_ENCODERS = {
+    "AutoencoderKL": encode_kl,
+    "AutoencoderKLQwenImage": encode_qwen,
+    # FLUX.2's pipelines encode reference images themselves
     "AutoencoderKLFlux2": lambda pipe, pixels: pipe._encode_vae_image(pixels, None),
 }
 
 
-def unpatched(pipe, latents: torch.Tensor) -> torch.Tensor:
+def unpatchify(pipe, latents: torch.Tensor) -> torch.Tensor:
     """Latents with a row per row: FLUX.2's hold 2 x 2 of them in their channels."""
     unpatchify = getattr(pipe, "_unpatchify_latents", None)
     return unpatchify(latents) if unpatchify else latents
 
 
-def frequencies(height: int, width: int) -> torch.Tensor:
+def radial_frequency(height: int, width: int) -> torch.Tensor:
     """f of every entry of `torch.fft.fft2`, in shares of Nyquist: float64 [height, width]."""
     sides = (torch.fft.fftfreq(side, dtype=torch.float64) for side in (height, width))
     return 2 * torch.hypot(*torch.meshgrid(*sides, indexing="ij"))
 
 
-def rings(height: int, width: int) -> torch.Tensor:
+def radial_bins(height: int, width: int) -> torch.Tensor:
     """The ring of every frequency, whole numbers; the n-th, n = min(sides) // 2, is Nyquist."""
-    return (frequencies(height, width) * (min(height, width) // 2)).round().long()
+    return (radial_frequency(height, width) * (min(height, width) // 2)).round().long()
 
 
 def mean_power_by_bin(power: torch.Tensor, bins: torch.Tensor, count: int) -> torch.Tensor:
@@ -85,10 +87,10 @@ def power_spectrum(x: torch.Tensor) -> torch.Tensor:
     """
     height, width = x.shape[-2:]
     power = torch.fft.fft2(x.cpu().double()).abs().square() / (height * width)
-    return mean_power_by_bin(power, rings(height, width) - 1, min(height, width) // 2)
+    return mean_power_by_bin(power, radial_bins(height, width) - 1, min(height, width) // 2)
 
 
-def power_law(power: torch.Tensor, least: float = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_power_law(power: torch.Tensor, least: float = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """C and omega of C / f^omega, by least squares over ln f: float64 [..., n] -> [...] each.
 
     least: the f from which on it is to hold.
@@ -97,54 +99,54 @@ def power_law(power: torch.Tensor, least: float = 0) -> tuple[torch.Tensor, torc
     first = min(max(math.ceil(least * n), 1), n)
     at = torch.arange(first, n + 1, dtype=torch.float64).div(n).log()
     off, power = at - at.mean(), power[..., first - 1 :]
-    logs = power.clamp(min=1e-12).log()  # a flat picture has none
+    logs = power.clamp(min=1e-12).log()  # a flat image has none
     slope = (logs * off).sum(-1) / off.square().sum().clamp(min=1e-12)  # one ring: white
     return (logs.mean(-1) - slope * at.mean()).exp(), -slope
 
 
-def settled(c: float, omega: float, s: float) -> float:
-    """The noise level above which nothing finer than a picture smaller by s can be seen.
+def switch_sigma(c: float, omega: float, s: float) -> float:
+    """The noise level above which nothing finer than an image smaller by s can be seen.
 
-    At frequency 1/s of the large picture's Nyquist, the first that the small one lacks, Eq. 11 has
-    (1 - t)^2 C s^omega of the picture and t^2 of the noise; this is where the first is OPEN times
+    At frequency 1/s of the large image's Nyquist, the first that the small one lacks, Eq. 11 has
+    (1 - t)^2 C s^omega of the image and t^2 of the noise; this is where the first is OPEN times
     the second.
     """
-    ratio = math.sqrt(c * s**omega / OPEN)
+    ratio = math.sqrt(c * s**omega / VISIBLE_POWER_RATIO)
     return ratio / (1 + ratio)
 
 
-def missing(large: torch.Tensor, small: torch.Tensor) -> tuple[float, float, torch.Tensor]:
-    """What a picture lacks that was enlarged: C and omega of its own latents, and power.
+def missing_power(large: torch.Tensor, small: torch.Tensor) -> tuple[float, float, torch.Tensor]:
+    """What an image lacks that was enlarged: C and omega of its own latents, and power.
 
     large, small: the latents of the enlarged and of the first one, [C, h, w] each. At equal shares
-    of their Nyquist frequencies pictures of two sizes have equal texture; so beyond 1/s, where the
+    of their Nyquist frequencies images of two sizes have equal texture; so beyond 1/s, where the
     large one has nothing, the small one's law over the same f >= 1/s is what it should have,
     channel by channel, and the third is by how much it falls short, [C, h, w].
     """
     height, width = large.shape[-2:]
     s, power = math.sqrt(height * width / small[0].numel()), power_spectrum(small)
-    c, omega = (part[:, None, None] for part in power_law(power, 1 / s))
-    f, ring = frequencies(height, width), rings(height, width)
+    c, omega = (part[:, None, None] for part in fit_power_law(power, 1 / s))
+    f, ring = radial_frequency(height, width), radial_bins(height, width)
     has = power_spectrum(large)[:, ring.clamp(1, min(height, width) // 2) - 1]
     short = (c / f.clamp(min=1 / s) ** omega - has).clamp(min=0) * (f > 1 / s)
-    whole = power_law(power.mean(0), 1 / s)
+    whole = fit_power_law(power.mean(0), 1 / s)
     return float(whole[0]), float(whole[1]), short
 
 
-def shaped(noise: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
+def color_noise(noise: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
     """White noise of variance 1 with that much power more at each frequency: [..., h, w] each."""
     spectrum = torch.fft.fft2(noise.double()) * (1 + power).sqrt()
     return torch.fft.ifft2(spectrum).real.to(noise.dtype)
 
 
-def noised(
+def add_noise(
     pipe, latents: torch.Tensor, sigma: float, seed: int, dtype, more: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x_t = (1 - t) x + t eps (paper Eq. 1), in the shape of the pipeline's `latents` argument.
 
     eps is what the pipeline itself would draw for this seed and size, so that at sigma = 1 its
     own start comes out. dtype: of the prompt's embeddings, in which most pipelines draw. more:
-    power that x is to have beside its own, [C, h, w], of `unpatched` latents: Eq. 11 says how much
+    power that x is to have beside its own, [C, h, w], of `unpatchify` latents: Eq. 11 says how much
     of it is in x_t, and its phases are the noise's.
     """
     packs = hasattr(pipe, "_pack_latents")  # Z-Image keeps rows and columns, and float32
@@ -153,7 +155,7 @@ def noised(
     generator = torch.Generator("cpu").manual_seed(seed)
     eps = torch.randn(latents.shape, generator=generator, dtype=dtype).float()
     if more is not None:
-        eps = shaped(unpatched(pipe, eps), ((1 - sigma) / sigma) ** 2 * more)
+        eps = color_noise(unpatchify(pipe, eps), ((1 - sigma) / sigma) ** 2 * more)
         eps = pipe._patchify_latents(eps) if patches else eps
     mixed = ((1 - sigma) * latents.float() + sigma * eps.to(latents.device)).to(dtype)
     return pipe._pack_latents(mixed, *mixed.shape) if packs and not patches else mixed

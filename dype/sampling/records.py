@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, PngImagePlugin
 
-KEY = "dype"  # the PNG's text chunk
+PNG_CHUNK = "dype"  # the PNG's text chunk
 
 
 def check_writable(folder: Path) -> None:
@@ -21,7 +21,7 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"cannot write to {folder}: {error.strerror}; try --output_dir") from error
 
 
-def free_path(path: Path) -> Path:
+def next_free_path(path: Path) -> Path:
     """`path`, or where it is taken the same name with _2, _3, ... before the suffix."""
     count, free = 1, path
     while free.exists() or free.with_suffix(".json").exists():
@@ -30,22 +30,22 @@ def free_path(path: Path) -> Path:
     return free
 
 
-def save(image: Image.Image, record: dict, path: Path) -> None:
+def save_image(image: Image.Image, record: dict, path: Path) -> None:
     """Write PATH.json, then PATH.png: an image is never without its record. Raises OSError."""
-    text = text_of(record)
+    text = to_json(record)
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(KEY, text.decode())
+    info.add_itxt(PNG_CHUNK, text.decode())
     picture = io.BytesIO()
     image.save(picture, "png", pnginfo=info)
-    write({path.with_suffix(".json"): text, path: picture.getvalue()})
+    write_atomically({path.with_suffix(".json"): text, path: picture.getvalue()})
 
 
-def text_of(record: dict) -> bytes:
+def to_json(record: dict) -> bytes:
     """A record as JSON."""
     return json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-def write(contents: dict[Path, bytes]) -> None:
+def write_atomically(contents: dict[Path, bytes]) -> None:
     """Write files of one folder, each whole or not at all. Raises OSError, leaving no new one."""
     parts = {to: to.parent / f".{to.name}.{os.getpid()}.part" for to in contents}
     fresh = [target for target in contents if not target.exists()]
@@ -68,13 +68,13 @@ def write(contents: dict[Path, bytes]) -> None:
             part.unlink(missing_ok=True)
 
 
-def load(path: str | Path) -> dict:
+def read_record(path: str | Path) -> dict:
     """The record in a PNG. Raises ValueError if it has none, OSError if it cannot be read."""
     try:
         with Path(path).open("rb") as file, PngImagePlugin.PngImageFile(file) as image:
-            text = image.info.get(KEY)  # not by Image.open, which refuses large pictures
+            text = image.info.get(PNG_CHUNK)  # not by Image.open, which refuses large images
     except SyntaxError as error:
-        raise ValueError("it is not a PNG picture") from error
+        raise ValueError("it is not a PNG image") from error
     if text is None:
         raise ValueError("it carries no settings of this program")
     try:
@@ -84,16 +84,16 @@ def load(path: str | Path) -> dict:
 
 
 def read_png(path: Path) -> Image.Image:
-    """A picture of this program, however large, in RGB. Raises OSError."""
+    """An image of this program, however large, in RGB. Raises OSError."""
     try:
         with path.open("rb") as file, PngImagePlugin.PngImageFile(file) as image:
-            return image.convert("RGB")  # not by Image.open, which refuses large pictures
+            return image.convert("RGB")  # not by Image.open, which refuses large images
     except (ValueError, SyntaxError) as error:
         raise OSError(str(error)) from error
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """Any picture that Pillow reads, upright, in RGB. Raises OSError."""
+def open_image(path: str | Path) -> Image.Image:
+    """Any image that Pillow reads, upright, in RGB. Raises OSError."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")

@@ -6,16 +6,20 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from dype.config import CONFIG_FLAGS, METHOD_SCALES, DyPEConfig, flag, flags_of
+from dype.config import CONFIG_FLAGS, DEFAULT_LAMBDA_S, DyPEConfig, flag, flags_of
 from dype.pipelines.acceleration import CACHES, COMPILES
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS, Model
 from dype.pipelines.devices import DTYPES
-from dype.pipelines.loading import OFFLOADS, QUANTIZED
-from dype.sampling.multipass import PASSES
+from dype.pipelines.loading import OFFLOADS, QUANTIZE_CHOICES
+from dype.sampling.multipass import PASS_SCALES
 
-SIDE = {"metavar": "PX", "low": 64, "high": 16384, "multiple": 16}
-STRENGTH = {"low": 0, "high": 1, "above": True}  # the share of the steps that a pass runs
-MACHINE = {"changes_image": False}  # where and how fast, which is no part of what is asked for
+SIDE_LIMITS = {"metavar": "PX", "low": 64, "high": 16384, "multiple": 16}
+STRENGTH_LIMITS = {
+    "low": 0,
+    "high": 1,
+    "exclusive": True,
+}  # the share of the steps that a pass runs
+MACHINE_ONLY = {"changes_image": False}  # where and how fast, which is no part of what is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +30,14 @@ class RunSettings:
     prompt: str = flag(
         "one or several (default: the authors' dark-fantasy scene; demo: "
         f"{MODELS['demo'].prompt})", metavar="TEXT", group="what to draw",
-        arguments={"nargs": "+", "action": "extend"},
+        parser_options={"nargs": "+", "action": "extend"},
     )
     negative_prompt: str | None = flag(
         "needs --true_cfg, or --guidance where that is one (default: none; qwen-image \" \", demo "
         "\"\")", metavar="TEXT",
     )
-    height: int = flag("", **SIDE)
-    width: int = flag("", **SIDE)
+    height: int = flag("", **SIDE_LIMITS)
+    width: int = flag("", **SIDE_LIMITS)
     seed: int = flag("", 42, low=0, high=2**63 - 1, label="seed {}")
     steps: int = flag("", low=1, high=1000, label="{} steps")
     guidance: float = flag(
@@ -45,28 +49,28 @@ class RunSettings:
     )
     max_sequence_length: int = flag("text tokens", low=1, high=1024)
     init_image: str | None = flag(
-        "enlarge this picture to the size and refine it (default: start from noise)", None,
+        "enlarge this image to the size and refine it (default: start from noise)", None,
         metavar="FILE",
     )
     strength: float = flag(
-        "with --init_image: the share of the steps, above 0 up to 1", 0.5, **STRENGTH,
+        "with --init_image: the share of the steps, above 0 up to 1", 0.5, **STRENGTH_LIMITS,
         has_effect=lambda settings: settings["init_image"] is not None,
     )
     multipass: str = flag(
         "single; twopass: at half the size, then enlarged and refined; threepass: at a quarter, at "
-        "half, in full; progressive", "single", choices=tuple(PASSES), label="{}",
+        "half, in full; progressive", "single", choices=tuple(PASS_SCALES), label="{}",
         group="several passes", aliases=("--dype_multipass",), switches=(
             ("--progressive", "progressive", "as --multipass progressive: the base resolution "
              "first, then at full size only the steps in which more is to be seen"),
         ),
     )
     pass2_strength: float = flag(
-        "the share of the steps that the second pass runs", 0.5, label="strength {}", **STRENGTH,
-        has_effect=lambda settings: len(PASSES[settings["multipass"]]) > 1,
+        "the share of the steps that the second pass runs", 0.5, label="strength {}", **STRENGTH_LIMITS,
+        has_effect=lambda settings: len(PASS_SCALES[settings["multipass"]]) > 1,
     )
     pass3_strength: float = flag(
-        "", 0.4, label="third {}", **STRENGTH,
-        has_effect=lambda settings: len(PASSES[settings["multipass"]]) > 2,
+        "", 0.4, label="third {}", **STRENGTH_LIMITS,
+        has_effect=lambda settings: len(PASS_SCALES[settings["multipass"]]) > 2,
     )
     model: str = flag(
         f"{', '.join(MODELS)}, or a diffusers folder or hub id of one of their kinds",
@@ -77,36 +81,36 @@ class RunSettings:
     )
     lora: list[str] = flag(
         "adapter file, folder or hub id; repeatable (default: none)", metavar="PATH[:SCALE]",
-        arguments={"action": "append"},
+        parser_options={"action": "append"},
     )
     config: DyPEConfig
     dtype: str = flag(", ".join(DTYPES), choices=DTYPES, group="machine")
     device: str | None = flag(
-        "cpu, cuda, cuda:1, mps, ... (default: the accelerator, if any)", None, **MACHINE
+        "cpu, cuda, cuda:1, mps, ... (default: the accelerator, if any)", None, **MACHINE_ONLY
     )
     text_encoder_device: str | None = flag(
-        "encode there once, then drop the encoders (default: as --device)", None, **MACHINE
+        "encode there once, then drop the encoders (default: as --device)", None, **MACHINE_ONLY
     )
-    vae_device: str | None = flag("(default: as --device)", None, **MACHINE)
+    vae_device: str | None = flag("(default: as --device)", None, **MACHINE_ONLY)
     offload: str = flag(
         f"{', '.join(OFFLOADS)} (default: auto, the fastest that fits)", "auto", metavar="HOW",
-        choices=OFFLOADS, **MACHINE,
+        choices=OFFLOADS, **MACHINE_ONLY,
     )
     quantize: str = flag(
         "none, int8, fp8 (needs torchao), nf4 (needs bitsandbytes)", "none", metavar="HOW",
-        choices=QUANTIZED,
+        choices=QUANTIZE_CHOICES,
     )
     tiled_vae: str = flag(
         "auto, on, off (default: auto, on where it would not fit untiled)", "auto", metavar="HOW",
-        choices=("auto", "on", "off"), **MACHINE,
+        choices=("auto", "on", "off"), **MACHINE_ONLY,
     )
     tile_size: int | None = flag(
         "(default: the autoencoder's)", None, metavar="PX", low=128, high=4096, multiple=64,
-        **MACHINE,
+        **MACHINE_ONLY,
     )
     compile: str = flag(
         "off; blocks: each kind of transformer block once; full: the whole transformer", "off",
-        metavar="HOW", choices=COMPILES, group="speed (docs/performance.md)", **MACHINE,
+        metavar="HOW", choices=COMPILES, group="speed (docs/performance.md)", **MACHINE_ONLY,
     )
     attention: str | None = flag(
         "diffusers' attention backend, as native, _native_cudnn, flash_hub, _flash_3_hub, "
@@ -117,12 +121,12 @@ class RunSettings:
         "made under older frequencies", "off", choices=tuple(CACHES),
     )
     ulysses: int = flag(
-        "under torchrun: split each picture's tokens between N GPUs, heads exchanged", 1,
-        low=1, high=64, **MACHINE,
+        "under torchrun: split each image's tokens between N GPUs, heads exchanged", 1,
+        low=1, high=64, **MACHINE_ONLY,
     )
     ring: int = flag(
         "the same, keys and values passed round; needs another --attention than native", 1,
-        low=1, high=64, **MACHINE,
+        low=1, high=64, **MACHINE_ONLY,
     )
     # fmt: on
     init_sha256: str | None = None  # of the pixels of init_image
@@ -145,8 +149,8 @@ class RunSettings:
     @cached_property
     def changed(self) -> dict:
         """What decides the image and is not at its default, but for what every name says."""
-        defaults = CONFIG_DEFAULTS | self.entry.dype
-        defaults |= {"dype_scale": METHOD_SCALES[self.config.method]}
+        defaults = CONFIG_DEFAULTS | self.entry.dype_defaults
+        defaults |= {"dype_scale": DEFAULT_LAMBDA_S[self.config.method]}
         defaults |= {row.name: getattr(self.entry, row.name, row.default) for row in RUN_FLAGS}
         defaults |= {name: getattr(self.entry, name) for name in ("base_resolution", "prompt")}
         return {
@@ -160,9 +164,9 @@ class RunSettings:
         """The authors' scheme, height first; then every setting that is not at its default."""
         name = f"seed_{self.seed}_method_{self.config.name}"
         name += f"_res_{self.height}x{self.width}"
-        name += "".join(f"_{key}_{name_part(value)}" for key, value in self.changed.items())
-        if len(name) > LONGEST:
-            name = f"{name[:LONGEST]}-{digest(name)}"
+        name += "".join(f"_{key}_{format_name_part(value)}" for key, value in self.changed.items())
+        if len(name) > MAX_NAME_LENGTH:
+            name = f"{name[:MAX_NAME_LENGTH]}-{short_hash(name)}"
         return f"{name}.png"
 
 
@@ -170,7 +174,7 @@ FLAGS = flags_of(RunSettings)
 RUN_FLAGS = [row for row in FLAGS if row not in CONFIG_FLAGS and row.name != "prompt"]
 CONFIG_DEFAULTS = DyPEConfig().to_dict()
 ALWAYS_NAMED = {"seed", "method", "dype", "height", "width"}
-LONGEST = 160  # letters of a name, without the digest of one that is longer
+MAX_NAME_LENGTH = 160  # letters of a name, without the digest of one that is longer
 
 
 def image_settings(record: dict) -> dict:
@@ -184,7 +188,7 @@ def image_settings(record: dict) -> dict:
     settings["prompt"] = record["prompt"]
     settings["dype"] = config["dype"] and config["method"] != "base"
     if settings["dype_scale"] is None:
-        settings["dype_scale"] = METHOD_SCALES[config["method"]]
+        settings["dype_scale"] = DEFAULT_LAMBDA_S[config["method"]]
     if settings["init_image"] is not None:  # wherever it is
         sha256 = flags.get("init_sha256") or "unknown"
         settings["init_image"] = f"{Path(settings['init_image']).stem}-{sha256[:12]}"
@@ -199,13 +203,13 @@ def format_value(value) -> str:
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def name_part(value) -> str:
+def format_name_part(value) -> str:
     """Return a value for a file name: small letters, digits, dots; a digest where it is more."""
     text = "+".join(value) if isinstance(value, list) else format_value(value)
     short = text if " " in text else text.rpartition("/")[2]  # of a path its end
     words = re.sub(r"[^a-z0-9.]+", "-", short.lower()).strip("-.")[:40]
-    return words if words == text else f"{words}-{digest(text)}".strip("-")
+    return words if words == text else f"{words}-{short_hash(text)}".strip("-")
 
 
-def digest(text: str) -> str:
+def short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]

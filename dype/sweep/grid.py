@@ -5,12 +5,12 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import NamedTuple
 
-from dype.config import number
+from dype.config import check_number
 from dype.errors import UserError
-from dype.sampling.multipass import resized
-from dype.sampling.settings import SIDE
+from dype.sampling.multipass import scaled_side
+from dype.sampling.settings import SIDE_LIMITS
 
-MOST = 10_000  # pictures without --yes
+MAX_IMAGES = 10_000  # images without --yes
 RANGE = re.compile(r"(\d+)-(\d+)")
 
 TABLE1_SIZES = "2x:3x,3x:2x,3x,4x"
@@ -66,7 +66,7 @@ SWEEPS = {
 # fmt: on
 
 
-def named(name: str, base: int, quick: bool, multipass_only: bool) -> list[str]:
+def expand_named_sweep(name: str, base: int, quick: bool, multipass_only: bool) -> list[str]:
     """The lines of a sweep, with sizes for a base resolution in px. Raises ValueError."""
     sweep = SWEEPS[name]
     if quick and not sweep.quick:
@@ -76,12 +76,15 @@ def named(name: str, base: int, quick: bool, multipass_only: bool) -> list[str]:
         lines = [line for line in lines if "--multipass" in line]
         if not lines:
             raise ValueError("--multipass_only is for --sweep methods, expected no --quick with it")
-    return [re.sub(r"(?<=--size )\S+", lambda match: pixels(match[0], base), x) for x in lines]
+    return [
+        re.sub(r"(?<=--size )\S+", lambda match: resolve_relative_sizes(match[0], base), x)
+        for x in lines
+    ]
 
 
-def pixels(sizes: str, base: int) -> str:
+def resolve_relative_sizes(sizes: str, base: int) -> str:
     """`1x,2x:3x,4096` -> the sides in px, those with an x to the nearest token."""
-    sides = re.sub(r"([\d.]+)x", lambda times: str(resized(base, float(times[1]))), sizes)
+    sides = re.sub(r"([\d.]+)x", lambda times: str(scaled_side(base, float(times[1]))), sizes)
     return sides.replace(":", "x")
 
 
@@ -110,8 +113,8 @@ def parse_range(name: str, item: str) -> list[str]:
         raise ValueError(f"--{name} is {item!r}, expected FIRST:LAST:STEP in numbers") from None
     if not upward:
         raise ValueError(f"--{name} is {item!r}, expected a range and a step that go up")
-    if (last - first) / step > 100 * MOST:
-        raise ValueError(f"--{name} is {item!r}, expected at most {100 * MOST} values")
+    if (last - first) / step > 100 * MAX_IMAGES:
+        raise ValueError(f"--{name} is {item!r}, expected at most {100 * MAX_IMAGES} values")
     count = (last - first) // step + 1
     return [f"{(first + i * step).normalize():f}" for i in range(int(count))]
 
@@ -123,7 +126,13 @@ def parse_size(size: str) -> tuple[int, int]:
         raise ValueError(f"--size is {size!r}, expected WIDTHxHEIGHT or one number, in px")
     width, height = int(match[1]), int(match[2] or match[1])
     for side in (width, height):
-        number("--size", side, SIDE["low"], SIDE["high"], multiple=SIDE["multiple"])
+        check_number(
+            "--size",
+            side,
+            SIDE_LIMITS["low"],
+            SIDE_LIMITS["high"],
+            multiple=SIDE_LIMITS["multiple"],
+        )
     return height, width
 
 

@@ -1,4 +1,4 @@
-"""results.csv and metrics.csv, and how their rows are grouped and labelled."""
+"""results.csv and metrics.csv, and how their rows are grouped and labeled."""
 
 import csv
 import io
@@ -13,16 +13,16 @@ from dype.sampling import records
 from dype.sampling.settings import (
     RUN_FLAGS,
     RunSettings,
+    format_name_part,
     format_value,
-    name_part,
 )
 
 RESULTS, METRICS = "results.csv", "metrics.csv"
-# what may vary over a sheet -> how its values are labelled; the last that varies goes across
+# what may vary over a sheet -> how its values are labeled; the last that varies goes across
 LABELS = {"model": "{}"}
 LABELS |= {row.name: row.label for row in [*CONFIG_FLAGS, *RUN_FLAGS] if row.label}
 LABELS |= {"settings": "{}", "seed": LABELS.pop("seed"), "prompt": "{}"}
-SAMPLES = ("seed", "prompt")  # of one setting
+REPLICATES = ("seed", "prompt")  # of one setting
 COLUMNS = ["file", "model", "height", "width", *list(LABELS)[1:], "seconds", "peak_memory", "error"]
 METRIC_COLUMNS = ["file", "metric", "value", "protocol"]
 
@@ -34,7 +34,9 @@ def to_row(run: RunSettings, record: dict | None = None, error: str = "") -> dic
         row["attention_scale"] = "own"
     row |= {"file": run.file_name, "height": run.height, "width": run.width, "error": error}
     row["method"] = run.config.name
-    parts = [f"{key} {name_part(run.changed[key])}" for key in run.changed if key not in LABELS]
+    parts = [
+        f"{key} {format_name_part(run.changed[key])}" for key in run.changed if key not in LABELS
+    ]
     row["settings"] = ", ".join(parts) or "defaults"
     row |= {name: (record or {}).get(name) for name in ("seconds", "peak_memory")}
     return {name: "" if value is None else format_value(value) for name, value in row.items()}
@@ -102,11 +104,11 @@ def write_table(path: Path, columns: list[str], rows) -> None:
     table = csv.DictWriter(text, columns, "", extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    records.write({path: text.getvalue().encode()})
+    records.write_atomically({path: text.getvalue().encode()})
 
 
 @contextmanager
-def locked(folder: Path):
+def lock_folder(folder: Path):
     """One sweep at a time in a folder; a killed one holds no lock. Raises OSError."""
     try:
         import fcntl
@@ -126,29 +128,34 @@ def locked(folder: Path):
         os.close(handle)
 
 
-def varies(rows: list[dict], name: str) -> bool:
+def takes_several_values(rows: list[dict], name: str) -> bool:
     """Whether a setting differs, and not just because each method has its own."""
     of = (lambda one: one["method"]) if name.startswith("dype_") else (lambda one: None)
     pairs = {(of(one), one[name]) for one in rows if one[name]}
     return len(pairs) > len({method for method, _ in pairs})
 
 
-def labels(names: list[str], values) -> list[str]:
+def setting_labels(names: list[str], values) -> list[str]:
     return [LABELS[name].format(value) for name, value in zip(names, values, strict=True) if value]
 
 
-def by_setting(rows: list[dict]) -> dict[str, list[dict]]:
+def group_by_setting(rows: list[dict]) -> dict[str, list[dict]]:
     """The rows of each setting, of which seeds and prompts are samples, by what sets it apart."""
-    varied = [name for name in LABELS if name not in SAMPLES and varies(rows, name)]
+    varied = [
+        name for name in LABELS if name not in REPLICATES and takes_several_values(rows, name)
+    ]
     shown = ["method", *(name for name in varied if name != "method")]
     found: dict[str, list[dict]] = {}
     for one in rows:
-        parts = [f"{one['height']}x{one['width']}", *labels(shown, [one[name] for name in shown])]
+        parts = [
+            f"{one['height']}x{one['width']}",
+            *setting_labels(shown, [one[name] for name in shown]),
+        ]
         found.setdefault(", ".join(parts), []).append(one)
     return found
 
 
-def spread(numbers: list[float], digits: int) -> str:
+def format_mean_std(numbers: list[float], digits: int) -> str:
     """Mean and, of two or more, standard deviation."""
     if not numbers:
         return "-"

@@ -17,10 +17,15 @@ from accelerate.utils import broadcast_object_list, gather_object
 from dype import errors
 from dype.pipelines import distributed
 from dype.sampling import records
-from dype.sampling.run import generate_with_record, load, out_of_memory, prepare
+from dype.sampling.run import (
+    explain_out_of_memory,
+    generate_with_record,
+    load_for_run,
+    prepare_pipeline,
+)
 from dype.sampling.sample import prompt_encoder
 from dype.sampling.settings import RunSettings, image_settings
-from dype.sweep.results import COLUMNS, RESULTS, locked, read_rows, to_row, write_table
+from dype.sweep.results import COLUMNS, RESULTS, lock_folder, read_rows, to_row, write_table
 
 Rows = dict[str, dict | None]  # file -> row of results.csv; None: an image that is not there
 
@@ -46,7 +51,7 @@ def read_image(run: RunSettings, path: Path) -> dict | None:
     """Return the record of a run's image, None if there is none. Raises ValueError if the image is
     another one."""
     try:
-        record = records.load(path)
+        record = records.read_record(path)
         before = image_settings(record)
     except FileNotFoundError:
         return None
@@ -89,8 +94,8 @@ def open_folder(runs: list[RunSettings], folder: Path, overwrite: bool) -> tuple
         if record is None:
             names.append(run.file_name)
             beside.unlink(missing_ok=True)
-        elif not beside.exists() or beside.read_bytes() != records.text_of(record):
-            records.write({beside: records.text_of(record)})
+        elif not beside.exists() or beside.read_bytes() != records.to_json(record):
+            records.write_atomically({beside: records.to_json(record)})
     for part in folder.glob(".*.part"):
         owner = part.name[1:].rsplit(".", 2)[0]  # .NAME.PROCESS.part
         tables = owner in (RESULTS, "summary.txt") or owner.startswith("comparison_")
@@ -116,14 +121,14 @@ def run_sweep(runs: list[RunSettings], folder: Path, overwrite: bool) -> int | N
     distributed.check_start(runs[0])
     with ExitStack() as stack:
         rows, names = {}, []
-        if rank == 0:  # the others wait for it in `join`
+        if rank == 0:  # the others wait for it in `init_processes`
             records.check_writable(folder)
-            stack.enter_context(locked(folder))
+            stack.enter_context(lock_folder(folder))
             rows, names = open_folder(runs, folder, overwrite)
-        state = distributed.join(runs[0])
+        state = distributed.init_processes(runs[0])
         [names] = broadcast_object_list([names])
         there, whole = len(runs) - len(names), f"{len(runs)}"
-        print(f"{folder}: pictures {len(runs)}, there already {there}")
+        print(f"{folder}: images {len(runs)}, there already {there}")
         share = names if together else names[rank :: state.num_processes]
         if len(share) < len(names):
             there, whole = 0, f"{len(share)} of this process"
@@ -153,42 +158,44 @@ def generate_all(
         runs: of the images that this process generates.
         labels: of the lines that are printed of them.
         rows: of the folder, which the main process writes after each image.
-        state: of `distributed.join`. Where all processes generate each image, an error ends the
+        state: of `distributed.init_processes`. Where all processes generate each image, an error ends the
             run, since the others would wait for this one.
 
     Raises:
         OSError: a full disk, say, would fail every other image too.
     """
     main, together = state.is_main_process, runs[0].processes > 1
-    pipe = load(runs[0], max(run.height * run.width for run in runs), state)
+    pipe = load_for_run(runs[0], max(run.height * run.width for run in runs), state)
     pipe.set_progress_bar_config(disable=not main)
     encode, new = prompt_encoder(pipe, runs), {}
     start, done, left = time.perf_counter(), 0, sum(map(estimate_work, runs))
     for label, run in zip(labels, runs, strict=True):
-        failure, generated = attempt(pipe, run, encode, together)
+        failure, generated = try_generate(pipe, run, encode, together)
         if generated and (main or not together):
-            records.save(*generated, folder / run.file_name)
+            records.save_image(*generated, folder / run.file_name)
         new[run.file_name] = to_row(run, generated and generated[1], failure)
         if main:
             write_rows(folder, rows | new)
         done, left = done + estimate_work(run), left - estimate_work(run)
         seconds = (time.perf_counter() - start) * left / done
-        rest = f", about {span(seconds)} left" if left else ""
+        rest = f", about {format_duration(seconds)} left" if left else ""
         print(f"{label} {run.file_name}  {failure or 'done'}{rest}", flush=True)
     return new
 
 
-def attempt(pipe, run: RunSettings, encode: Callable, together: bool) -> tuple[str, tuple | None]:
+def try_generate(
+    pipe, run: RunSettings, encode: Callable, together: bool
+) -> tuple[str, tuple | None]:
     """Why an image could not be generated, or ""; and the image with its record."""
     try:
-        return "", generate_with_record(pipe, run, prepare(pipe, run), encode)
+        return "", generate_with_record(pipe, run, prepare_pipeline(pipe, run), encode)
     except Exception as error:  # the fault of one setting, unless it would hit every other too
-        fatal = isinstance(error, OSError | errors.UserError) or errors.of_compiler(error)
+        fatal = isinstance(error, OSError | errors.UserError) or errors.is_compiler_error(error)
         if together or fatal:
             raise
         failure = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        if errors.ran_out(error):
-            failure = out_of_memory(pipe, run)
+        if errors.is_out_of_memory(error):
+            failure = explain_out_of_memory(pipe, run)
     gc.collect()  # outside of the handler, whose traceback holds on to the tensors
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -200,7 +207,7 @@ def estimate_work(run: RunSettings) -> int:
     return run.steps * run.height * run.width
 
 
-def outline(runs: list[RunSettings], folder: Path, overwrite: bool) -> str:
+def describe_plan(runs: list[RunSettings], folder: Path, overwrite: bool) -> str:
     """What a sweep would draw, and about how long that takes.
 
     Raises ValueError as `open_folder` does.
@@ -210,18 +217,18 @@ def outline(runs: list[RunSettings], folder: Path, overwrite: bool) -> str:
     pairs = [*zip(runs, images, strict=True)]
     done = [(run, record) for run, record in pairs if record]
     lines = [f"  {run.file_name}{'  (there)' * bool(record)}" for run, record in pairs]
-    lines.append(f"pictures {len(runs)}, there already {len(done)}")
+    lines.append(f"images {len(runs)}, there already {len(done)}")
     if done:
         rate = sum(record["seconds"] for _, record in done)
         rate /= sum(estimate_work(run) for run, _ in done)
         rest = sum(estimate_work(run) for run, record in pairs if not record)
-        lines[-1] += f"; the rest: about {span(rest * rate)} at the pace of those"
+        lines[-1] += f"; the rest: about {format_duration(rest * rate)} at the pace of those"
     else:
         lines[-1] += "; how long that takes can be said once one is there"
     return "\n".join(lines)
 
 
-def span(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """59 s, 12 min, 3.4 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -12,7 +12,7 @@ from dype import DyPEConfig, apply_dype
 from dype.benchmark import __main__ as benchmark
 from dype.benchmark import embedder as benchmark_embedder
 from dype.benchmark import step as benchmark_step
-from dype.benchmark.embedder import FAMILIES, literal
+from dype.benchmark.embedder import FAMILIES, reference_table
 from dype.pipelines.catalog import MODELS
 
 WHOLE = {  # of diffusers' classes at their default, real size
@@ -24,7 +24,7 @@ WHOLE = {  # of diffusers' classes at their default, real size
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch):
     """The benchmark sets its whole process to one thread and a warm allocator; not this one."""
-    monkeypatch.setattr(benchmark_embedder, "prepare", lambda device: None)
+    monkeypatch.setattr(benchmark_embedder, "single_thread", lambda device: None)
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -33,7 +33,7 @@ def test_flop_are_counted_right(name):
     with torch.device("meta"):
         transformer = getattr(diffusers, WHOLE[name])()
         billions = sum(part.numel() for part in transformer.parameters()) / 1e9
-        assert billions == pytest.approx(MODELS[name].billions, rel=0.05)
+        assert billions == pytest.approx(MODELS[name].parameters_billion, rel=0.05)
         with FlopCounterMode(display=False) as counted, torch.no_grad():
             transformer(**benchmark_step.denoiser_call(transformer, 512, 1024, 2048))
         expected = counted.get_total_flops()
@@ -50,12 +50,12 @@ def test_literal_form_is_the_formula():
         table = ours(*args)
         if isinstance(table, tuple):
             table = table[0] if table[0].is_complex() else torch.complex(*table)[:, ::2]
-        assert (table - literal(ours, args)).abs().max() < 1e-6
+        assert (table - reference_table(ours, args)).abs().max() < 1e-6
 
 
 def test_twin_shares_weights_and_has_dype_alone():
     stock = benchmark_step.make_pipeline("demo", "cpu").transformer
-    ours = benchmark_step.twin(stock)
+    ours = benchmark_step.copy_sharing_weights(stock)
     apply_dype(ours, DyPEConfig("yarn", base_resolution=256))
     pairs = zip(stock.parameters(), ours.parameters(), strict=True)
     assert all(a is b for a, b in pairs)
@@ -98,7 +98,7 @@ def small(monkeypatch) -> None:
 
 @pytest.mark.parametrize("model", ["flux", "z-image"])
 def test_real_size_code(model, monkeypatch, capsys):
-    """Steps and pictures of FLUX.1 and Z-Image with random weights, here with a block each."""
+    """Steps and images of FLUX.1 and Z-Image with random weights, here with a block each."""
     small(monkeypatch)
     words = ["--model", model, "--device", "cpu", "--sizes", "64", "--repeats", "1"]
     assert benchmark.main(["step", *words]) == 0

@@ -16,7 +16,7 @@ from dype.cli import flags
 from dype.cli.settings import resolve
 from dype.pipelines import acceleration, loading, memory
 from dype.pipelines.catalog import MODELS
-from dype.pipelines.memory import decoding, set_tiling
+from dype.pipelines.memory import decode_bytes, set_tiling
 from dype.sampling import records, sample
 from dype.sampling import run as sampling_run
 
@@ -36,7 +36,7 @@ def calls(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = {}
     pipe = quiet(FluxPipeline(**tiny_components()))
-    pipe.dype_apart, pipe.dype_offload, pipe.dype_room = {}, "none", 1
+    pipe.dype_device_overrides, pipe.dype_offload, pipe.dype_decode_budget = {}, "none", 1
 
     def recorded(name, result):
         def call(*args, **kwargs):
@@ -48,14 +48,14 @@ def calls(tmp_path, monkeypatch):
     monkeypatch.setattr(sampling_run, "load_pipeline", recorded("load", pipe))
     monkeypatch.setattr(sampling_run, "set_tiling", recorded("tiling", True))
     monkeypatch.setattr(sampling_run, "apply_dype", recorded("apply", None))
-    monkeypatch.setattr(acceleration, "compile_steps", recorded("compile", None))
-    monkeypatch.setattr(sample, "encode", lambda pipe, text, length: text)
-    monkeypatch.setattr(sample, "draw", recorded("draw", Image.new("RGB", (96, 64))))
+    monkeypatch.setattr(acceleration, "compile_transformer", recorded("compile", None))
+    monkeypatch.setattr(sample, "encode_prompt", lambda pipe, text, length: text)
+    monkeypatch.setattr(sample, "generate", recorded("draw", Image.new("RGB", (96, 64))))
     return seen
 
 
 def test_every_flag_arrives_and_comes_back(calls):
-    """At values that are nobody's default; and `--from` the picture hands on the same."""
+    """At values that are nobody's default; and `--from` the image hands on the same."""
     assert run_dype.main([*FLAGS, "--output", "a.png"]) == 0
     first = dict(calls)
     args, given = first["load"]
@@ -122,21 +122,21 @@ def test_drawing_again_decodes_as_before(calls):
 
 
 def test_two_runs_at_once_overwrite_nothing(calls, monkeypatch):
-    """A name that was taken while the picture was drawn stays; --overwrite takes it."""
+    """A name that was taken while the image was drawn stays; --overwrite takes it."""
     [run] = resolve(vars(flags.parse(FLAGS)))[1]
     name = f"outputs/{run.file_name.removesuffix('.png')}"
-    plain = sample.draw
+    plain = sample.generate
 
     def slow(*args, **kwargs):
         Path(f"{name}.png").write_text("another run's")
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(sample, "draw", slow)
+    monkeypatch.setattr(sample, "generate", slow)
     assert run_dype.main(FLAGS) == 0
     assert Path(f"{name}.png").read_text() == "another run's"
-    assert records.load(f"{name}_2.png")["prompt"] == "x"
+    assert records.read_record(f"{name}_2.png")["prompt"] == "x"
     assert run_dype.main([*FLAGS, "--overwrite"]) == 0
-    assert records.load(f"{name}.png")["prompt"] == "x"
+    assert records.read_record(f"{name}.png")["prompt"] == "x"
 
 
 BROKEN = {
@@ -160,13 +160,13 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_records(name, calls, capsys):
-    """A picture whose settings somebody spoiled: one sentence, and nothing is loaded."""
+    """An image whose settings somebody spoiled: one sentence, and nothing is loaded."""
     assert run_dype.main([*FLAGS, "--output", "a.png"]) == 0
-    record = records.load("a.png")
+    record = records.read_record("a.png")
     changed = BROKEN[name](record)
     record = changed if name in ("nothing", "no list") else record
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(records.KEY, json.dumps(record))
+    info.add_itxt(records.PNG_CHUNK, json.dumps(record))
     Image.new("RGB", (8, 8)).save("spoiled.png", pnginfo=info)
     calls.clear()
     capsys.readouterr()
@@ -183,14 +183,14 @@ def test_the_pipeline_gets_every_argument():
                      num_inference_steps=0, guidance_scale=3.5, true_cfg_scale=1.0,
                      max_sequence_length=512, generator=None, output_type=None):  # fmt: skip
             self.given = locals()
-            return SimpleNamespace(images=["a picture"])
+            return SimpleNamespace(images=["an image"])
 
     pipe = Recorder()
-    drawn = sample.draw(
+    drawn = sample.generate(
         pipe, "x", height=64, width=96, steps=3, guidance=2.5, seed=7, max_sequence_length=12,
         negative_prompt="fog", true_cfg=3.0,
     )  # fmt: skip
-    assert drawn == "a picture"
+    assert drawn == "an image"
     assert pipe.given.pop("generator").initial_seed() == 7
     del pipe.given["self"]
     assert pipe.given == {
@@ -212,7 +212,10 @@ def test_tiling(monkeypatch):
     Where the autoencoder computes counts, not where offloading keeps it meanwhile.
     """
     pipe = quiet(FluxPipeline(**tiny_components()))
-    pipe.dype_apart, pipe.dype_room = {}, decoding(pipe.vae, 512 * 512, "cpu")
+    pipe.dype_device_overrides, pipe.dype_decode_budget = (
+        {},
+        decode_bytes(pipe.vae, 512 * 512, "cpu"),
+    )
     vae = pipe.vae
     assert not set_tiling(pipe, "auto", None, 512 * 512)
     assert not vae.use_tiling
@@ -225,7 +228,7 @@ def test_tiling(monkeypatch):
     assert not set_tiling(pipe, "auto", None, 512 * 512)
     monkeypatch.setattr(memory, "execution_device", lambda pipe: torch.device("cuda"))
     assert set_tiling(pipe, "auto", None, 512 * 512)
-    pipe.vae, pipe.dype_room = qwen_vae(), 0
+    pipe.vae, pipe.dype_decode_budget = qwen_vae(), 0
     assert set_tiling(pipe, "auto", None, 4096 * 4096)
     assert (pipe.vae.tile_sample_min_height, pipe.vae.tile_sample_stride_width) == (1024, 768)
 

@@ -111,8 +111,8 @@ BAD = {
     "guidance ignored": (2, "--model demo --guidance 3"),
     "from missing": (2, "--from none.png"),
     "from without settings": (2, "--from plain.png"),
-    "from no picture": (2, "--from binary.txt"),
-    "output no png": (2, "--output picture.jpg"),
+    "from no image": (2, "--from binary.txt"),
+    "output no png": (2, "--output image.jpg"),
     "output exists": (2, "--output plain.png"),
     "output a folder": (2, "--overwrite --output hollow.png"),
     "output for two prompts": (2, "--output new.png --prompt a b"),
@@ -154,12 +154,12 @@ def test_bad_input(name, capsys, monkeypatch):
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert written() == before
-    if code == 2 and name not in ("unknown flag", "from without settings", "from no picture"):
+    if code == 2 and name not in ("unknown flag", "from without settings", "from no image"):
         assert "expected" in err or "choose from" in err or "cannot be read" in err
 
 
 def test_gated(monkeypatch, capsys):
-    """The licence has to be accepted first."""
+    """The license has to be accepted first."""
     from diffusers import configuration_utils
     from huggingface_hub.errors import GatedRepoError
 
@@ -168,7 +168,7 @@ def test_gated(monkeypatch, capsys):
 
     monkeypatch.setattr(configuration_utils, "hf_hub_download", refuse)
     assert run("--model", "flux-krea", "--device", "cpu") == 1
-    assert "accept its licence" in capsys.readouterr().err
+    assert "accept its license" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["model_index.json", "transformer/config.json"])
@@ -217,7 +217,7 @@ def test_scheduler_of_a_folder(folder, tmp_path, config, code, message, capsys):
 
 @pytest.mark.parametrize("seeds", ["0", "0-1"])
 def test_a_checkpoint_that_dype_cannot_enter(seeds, folder, monkeypatch, capsys):
-    """What only the loaded model tells is the user's mistake, not a failed picture."""
+    """What only the loaded model tells is the user's mistake, not a failed image."""
 
     def refuse(pipe, config):
         raise TypeError("OddTransformer is not supported")
@@ -238,7 +238,7 @@ def test_prompts_file_with_a_byte_order_mark():
 
 
 def test_disk_full(folder, monkeypatch, capsys):
-    """Neither picture nor record is left, whole or half."""
+    """Neither image nor record is left, whole or half."""
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -261,7 +261,7 @@ def test_draw_record_and_draw_again(folder, capsys):
     pixels = [np.asarray(Image.open(path)) for path in (first, second, "third.png")]
     assert (pixels[0] == pixels[1]).all()
     assert (pixels[0] == pixels[2]).all()
-    record = records.load(first)
+    record = records.read_record(first)
     assert record == json.loads(Path(f"outputs/{name}.json").read_text())
     assert record["prompt"] == "a red ring"
     assert record["config"]["dype_scale"] == 1.5
@@ -282,17 +282,17 @@ def test_the_record_is_in_place_before_its_image(monkeypatch):
         return replace(part, target)
 
     monkeypatch.setattr(Path, "replace", noted)
-    records.save(Image.new("RGB", (8, 8)), {"prompt": "x"}, Path("a.png"))
+    records.save_image(Image.new("RGB", (8, 8)), {"prompt": "x"}, Path("a.png"))
     assert targets == [".json", ".png"]
-    assert records.load("a.png") == json.loads(Path("a.json").read_text()) == {"prompt": "x"}
+    assert records.read_record("a.png") == json.loads(Path("a.json").read_text()) == {"prompt": "x"}
 
 
-ONCE = "resolve_model resolve_run sized distributed.check check_run load_pipeline apply_dype "
-ONCE += "set_tiling describe_schedule noise_schedule generate_with_record save"
+ONCE = "resolve_model resolve_run resolve_pass_sizes check_processes check_run load_pipeline "
+ONCE += "apply_dype set_tiling schedule_record noise_schedule generate_with_record save_image"
 
 
 def test_each_thing_is_computed_once(folder):
-    """From the words to the picture: nothing is resolved, applied or described a second time."""
+    """From the words to the image: nothing is resolved, applied or described a second time."""
     calls = Counter()
 
     def count(frame, event, argument):
@@ -317,7 +317,7 @@ def test_several_prompts(folder):
     rows = results.read_rows(Path("outputs/sweep"))
     assert [row["prompt"] for row in rows] == ["a blue disk", "a red cross"]
     for row in rows:
-        assert records.load(Path("outputs/sweep") / row["file"])["prompt"] == row["prompt"]
+        assert records.read_record(Path("outputs/sweep") / row["file"])["prompt"] == row["prompt"]
         assert row["prompt"].replace(" ", "-") in row["file"]
 
 
@@ -332,7 +332,7 @@ def test_parts_on_other_devices_draw_the_same(folder):
 
 
 def test_lora(folder):
-    """A LoRA changes the picture, scale 0 does not, and DyPE follows the noise all the same."""
+    """A LoRA changes the image, scale 0 does not, and DyPE follows the noise all the same."""
     pytest.importorskip("peft")
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -356,7 +356,7 @@ def test_lora(folder):
 
 
 def test_tiled_decoding(folder):
-    """Tiles of 128 px give a picture of the same size, nearly the same."""
+    """Tiles of 128 px give an image of the same size, nearly the same."""
     size = ["--height", "256", "--width", "384", "--steps", "1", "--base_resolution", "32"]
     for mode in ("on", "off"):
         flags = ["--tiled_vae", mode, "--tile_size", "128", "--output", f"{mode}.png"]
@@ -396,7 +396,7 @@ def test_precedence(folder):
 def test_from_an_image_of_the_first_version():
     """It asks for what it was drawn with; what its record does not say is at its default."""
     image = Path(__file__).parents[1] / "golden" / "first_version.png"
-    record = records.load(image)
+    record = records.read_record(image)
     run = settings("--from", str(image))
     assert {**record["flags"], "tiled_vae": "off"}.items() <= run.record["flags"].items()
     assert record["config"].items() <= run.record["config"].items()
@@ -446,7 +446,7 @@ def test_the_last_word_wins():
 
 
 def test_another_method_brings_its_own_scale():
-    own = MODELS["demo"].dype["method"]
+    own = MODELS["demo"].dype_defaults["method"]
     other = "ntk" if own != "ntk" else "yarn"
     assert settings("--model", "demo", "--method", other).config.dype_scale is None
 

@@ -1,4 +1,4 @@
-"""The ground-truth table: its scores, intervals and pairs, and how its pictures are drawn."""
+"""The ground-truth table: its scores, intervals and pairs, and how its images are drawn."""
 
 import json
 from dataclasses import replace
@@ -30,7 +30,7 @@ def blurred(picture):
 
 
 def alike(values):
-    """A set whose pictures have nothing but these numbers, whatever is asked of them."""
+    """A set whose images have nothing but these numbers, whatever is asked of them."""
     return scores.Judged(*[values] * 5)
 
 
@@ -38,7 +38,7 @@ def test_spectrum():
     """White noise is flat, a wave is in its own band, and twice the contrast is ln 4 everywhere."""
     noise = np.random.default_rng(0).normal(128, 20, (128, 128, 1)).repeat(3, 2)
     flat = log_spectrum(noise)
-    assert len(flat) == 16  # 4 octaves, from 4 to 64 cycles per picture
+    assert len(flat) == 16  # 4 octaves, from 4 to 64 cycles per image
     assert np.ptp(flat[4:]) < 0.5
     wave = 128 + 50 * np.cos(2 * np.pi * 17 * np.arange(128) / 128)
     wave = np.broadcast_to(wave[:, None, None], noise.shape)
@@ -69,7 +69,7 @@ def test_patch_distance_is_frechets(monkeypatch):
 
 
 def test_patch_features():
-    """None on one colour; as strong on a dark ground as on a light one; 32 px patches."""
+    """None on one color; as strong on a dark ground as on a light one; 32 px patches."""
     flat = np.full((64, 96, 3), 90, np.uint8)
     assert patch_features(flat).shape == (6, 32)
     assert abs(patch_features(flat)).max() < 1e-5
@@ -120,7 +120,7 @@ def test_bootstrap_covers_the_mean(monkeypatch):
 
 
 def test_differences_are_paired():
-    """0 between equals; a constant gap has no width, however far the pictures differ."""
+    """0 between equals; a constant gap has no width, however far the images differ."""
     some = scenes(4)
     truth = scores.judged([render(scene, 128) for scene in some], some)
     same = scores.difference(truth, truth, truth)
@@ -137,7 +137,7 @@ def test_intervals_of_distances_hold_the_value(monkeypatch):
     """A set drawn with replacement is farther off: percentiles would lie beside a small distance.
 
     Two sets of one law, and sets 0.5 apart: the intervals hold the value always, and the distance
-    that many pictures would have in 85 of 100 and more.
+    that many images would have in 85 of 100 and more.
     """
     monkeypatch.setattr(scores, "DRAWS", 200)
     rng, held = np.random.default_rng(2), 0
@@ -152,7 +152,7 @@ def test_intervals_of_distances_hold_the_value(monkeypatch):
 
 
 def test_shares_of_the_same_pictures(monkeypatch):
-    """The paired interval covers the true gain, also where few pictures differ."""
+    """The paired interval covers the true gain, also where few images differ."""
     rng, covered = np.random.default_rng(3), 0
     for _ in range(400):
         other = rng.random(32) < 0.9
@@ -257,7 +257,7 @@ def test_truth_that_is_not_square():
         square, wide = render(scene, 256), render(scene, 128, 256)
         assert wide.shape == (128, 256, 3)
         assert (render(scene, 256, 256) == square).all()
-        verdict = check(wide, scene.colour, scene.ground)
+        verdict = check(wide, scene.color, scene.ground)
         assert verdict.layout
         assert verdict.shape == scene.shape
         # ground in the corner, the same leaves under another light
@@ -306,7 +306,7 @@ def test_table_of_a_run_that_was_interrupted(tmp_path, monkeypatch, capsys, shor
     words = [*SMALL, "base", "pi", "pi:static", "pi:reversed"]
     assert evaluate.main([*words, "--out", str(tmp_path / "whole")]) == 0
     printed = capsys.readouterr().out
-    write, left = evaluate.records.write, [5]
+    write, left = evaluate.records.write_atomically, [5]
 
     def killed(contents):
         if any(path.suffix == ".png" for path in contents):
@@ -315,7 +315,7 @@ def test_table_of_a_run_that_was_interrupted(tmp_path, monkeypatch, capsys, shor
                 raise KeyboardInterrupt
         write(contents)
 
-    monkeypatch.setattr(evaluate.records, "write", killed)
+    monkeypatch.setattr(evaluate.records, "write_atomically", killed)
     parts = [*words, "--out", str(tmp_path / "parts")]
     assert evaluate.main(parts) == 130
     assert capsys.readouterr().err.endswith("interrupted; the same command draws the rest\n")
@@ -328,7 +328,7 @@ def test_table_of_a_run_that_was_interrupted(tmp_path, monkeypatch, capsys, shor
     assert "not all drawn: pi_2_2 64 px 1, pi_static 64 px 0, pi_2_2_reversed 64 px 0" in out
     assert "| `pi_static` |" not in out
     assert evaluate.main([*parts, "--save", str(tmp_path / "saved.json")]) == 0
-    assert left[0] == -8  # pictures that the second run drew: 12 less the 4 of the first
+    assert left[0] == -8  # images that the second run drew: 12 less the 4 of the first
     assert drawn(tmp_path / "parts") == drawn(tmp_path / "whole")
     assert capsys.readouterr().out == f"{printed}{tmp_path / 'saved.json'}\n"
     found = json.loads((tmp_path / "saved.json").read_text())
@@ -389,7 +389,7 @@ BAD = {
     "base --out bare": "steps is 20, but bare was drawn with None",
     "base --out other": "dtype is ",
     "--sizes 64": "unrecognized arguments",
-    "--drawn --out nowhere": "nowhere has none of these pictures",
+    "--drawn --out nowhere": "nowhere has none of these images",
 }
 
 

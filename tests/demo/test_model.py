@@ -1,4 +1,4 @@
-"""The demo model: its scenes, the check that judges it, and the pictures it draws."""
+"""The demo model: its scenes, the check that judges it, and the images it draws."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from dype.demo import model as demo_model
 from dype.demo import train
 from dype.demo.layout_check import check
 from dype.demo.report import psnr, round_trip
-from dype.demo.scenes import COLOURS, HELD_OUT, SHAPES, TRIPLES, render, sample_scene
+from dype.demo.scenes import COLORS, HELD_OUT, SHAPES, TRIPLES, render, sample_scene
 from dype.errors import UserError
 from dype.noise_schedule import noise_schedule
 from dype.pipelines.catalog import MODELS
@@ -51,17 +51,17 @@ def test_scenes_are_free_of_resolution():
 def test_held_out_triples():
     assert len(set(HELD_OUT)) == 40
     assert not set(HELD_OUT) & set(train.SEEN)
-    assert len(TRIPLES) == len(SHAPES) * len(COLOURS) * (len(COLOURS) - 1)
+    assert len(TRIPLES) == len(SHAPES) * len(COLORS) * (len(COLORS) - 1)
 
 
 def test_wordings():
     scene = scenes(1)[0]
-    colour, shape, ground = scene.colour, scene.shape, scene.ground
+    color, shape, ground = scene.color, scene.shape, scene.ground
     assert [wording.split(",")[0] for wording in train.wordings(scene)] == [
         f"a {shape} on leaves",
         f"a {shape} on {ground} leaves",
-        f"a {colour} {shape} on leaves",
-        f"a {colour} {shape} on {ground} leaves",
+        f"a {color} {shape} on leaves",
+        f"a {color} {shape} on {ground} leaves",
     ]
     assert train.wordings(scene)[3] == scene.caption
 
@@ -70,22 +70,22 @@ def test_wordings():
 def test_check_passes_the_truth(size, count, demo):
     """Rendered scenes through the autoencoder: layout and shape, every one."""
     for scene in scenes(count):
-        verdict = check(round_trip(demo.vae, render(scene, size)), scene.colour, scene.ground)
+        verdict = check(round_trip(demo.vae, render(scene, size)), scene.color, scene.ground)
         assert verdict.layout, (scene, verdict)
         assert verdict.shape == scene.shape, (scene, verdict)
 
 
 def test_check_fails_what_is_wrong():
-    """Another colour, another ground, two objects, an object off centre, no object."""
+    """Another color, another ground, two objects, an object off center, no object."""
     scene = scenes(1)[0]
     picture = render(scene, 256)
-    other = next(c for c in COLOURS if c not in (scene.colour, scene.ground))
+    other = next(c for c in COLORS if c not in (scene.color, scene.ground))
     assert not check(picture, other, scene.ground).layout
-    assert not check(picture, scene.colour, other).layout
+    assert not check(picture, scene.color, other).layout
     small = np.asarray(Image.fromarray(picture).resize((128, 128)))
     wrong = np.tile(small, (2, 2, 1)), np.roll(picture, 70, 0), picture[:64, :64]
-    assert check(picture, scene.colour, scene.ground).layout
-    assert not any(check(image, scene.colour, scene.ground).layout for image in wrong)
+    assert check(picture, scene.color, scene.ground).layout
+    assert not any(check(image, scene.color, scene.ground).layout for image in wrong)
 
 
 def test_autoencoder(demo):
@@ -216,7 +216,7 @@ def test_training_needs_its_device(tmp_path, capsys):
 
 
 def test_dilution(demo, monkeypatch):
-    """The text is attended to as among up to 16 times as many picture tokens, each sample's."""
+    """The text is attended to as among up to 16 times as many image tokens, each sample's."""
     seen, attend, texts = [], F.scaled_dot_product_attention, demo_model.MAX_TOKENS
 
     def spy(query, key, value, attn_mask=None, **more):

@@ -71,7 +71,7 @@ def test_progress_map_at_the_anchors():
 
 def test_progress_at_the_other_anchors():
     power, t = np.array([*ANCHORS])[:, None], np.array([0.25, 0.5, 0.75])
-    gamma = formulas.progress(formulas.mixed(power, t), power, 1.0)
+    gamma = formulas.progress(formulas.noisy_power(power, t), power, 1.0)
     mesh = formulas.progress_panel(panel(), power[:, 0], t, gamma)
     assert np.abs(values(mesh) - np.array([*ANCHORS.values()])).max() < 6e-4
 
@@ -181,8 +181,8 @@ def test_ratios_of_the_printed_yarn():
 )
 def test_cutoffs(t, beta, gamma):
     """Of the kappa form: the last pair where a mask is 1 and the first where it is 0."""
-    one = rope.axes(*formulas.FLUX, [256], None, DyPEConfig())
-    masks = 1 - rope.ramps(one, lambda r: r * t**2)
+    one = rope.build_axes(*formulas.FLUX, [256], None, DyPEConfig())
+    masks = 1 - rope.ramp_weights(one, lambda r: r * t**2)
     for mask, (low, high) in zip(masks, (beta, gamma), strict=True):
         assert (mask == 1).nonzero().max() == low
         assert (mask == 0).nonzero().min() == high
@@ -200,7 +200,7 @@ def test_unclamped_ramp_collapses(axis, last):
 
 
 def test_ratios_show_every_method_and_the_steps(monkeypatch, tmp_path):
-    """For both models; FLUX's panels carry the 28 steps of a picture at mu = 1.15."""
+    """For both models; FLUX's panels carry the 28 steps of an image at mu = 1.15."""
     asked = []
     monkeypatch.setattr(
         formulas,
@@ -262,14 +262,14 @@ def test_sinusoids():
 def test_entropy():
     """1 for uniform attention, 0 for a single key, else as scipy has it."""
     key = torch.randn(1, 2, 50, 8, generator=torch.Generator().manual_seed(0))
-    assert trajectories.normalised_entropy(torch.zeros_like(key), key) == pytest.approx(1)
+    assert trajectories.normalized_entropy(torch.zeros_like(key), key) == pytest.approx(1)
     alone = torch.eye(8)[None, None]
-    assert trajectories.normalised_entropy(1e4 * alone, alone) == pytest.approx(0, abs=1e-6)
+    assert trajectories.normalized_entropy(1e4 * alone, alone) == pytest.approx(0, abs=1e-6)
     p = (key[0] @ key[0].mT / 8**0.5).exp().numpy()
     expected = stats.entropy(p / p.sum(-1, keepdims=True), axis=-1).mean() / math.log(50)
-    assert trajectories.normalised_entropy(key, key) == pytest.approx(expected, rel=1e-5)
+    assert trajectories.normalized_entropy(key, key) == pytest.approx(expected, rel=1e-5)
     many = torch.zeros(1, 1, trajectories.QUERIES + 1, 8)
-    assert trajectories.normalised_entropy(many, many) == pytest.approx(1)
+    assert trajectories.normalized_entropy(many, many) == pytest.approx(1)
 
 
 def test_power_spectrum():
@@ -391,7 +391,7 @@ def test_frontier(tmp_path):
     path = scored(tmp_path / "t.json")
     whole = json.loads(path.read_text())
     template = whole["rows"][-2]
-    chosen = sampled.CHOSEN
+    chosen = sampled.SELECTED
     more = [("cutoff", 0.8, 512), (chosen, 0.9, 512), ("cutoff_cutoff=2", 0.4, 512)]
     for name, layout, size in [*more, ("cutoff", 0.7, "512x256")]:
         row = dict(template, setting=name, method="cutoff", size=size)
@@ -416,7 +416,7 @@ def test_frontier(tmp_path):
 
 
 def swept(folder: Path, methods=("base", "ntk", "dy_ntk", "dy_tasr", "yarn", "dy_yarn"), **more):
-    """A finished sweep: pictures of a colour each, whose columns darken, with their records."""
+    """A finished sweep: images of a color each, whose columns darken, with their records."""
     folder.mkdir(exist_ok=True)
     rows = results.read_rows(folder)
     for prompt in ("a ring", "a cross"):
@@ -426,7 +426,7 @@ def swept(folder: Path, methods=("base", "ntk", "dy_ntk", "dy_tasr", "yarn", "dy
             pixels[..., 1] = np.arange(64) + 64 * (prompt == "a cross")
             config = DyPEConfig(method, dype=dynamic).to_dict()
             path = folder / f"{prompt[2:]}_{name}{''.join(more.values())}.png"
-            records.save(Image.fromarray(pixels), {"config": config}, path)
+            records.save_image(Image.fromarray(pixels), {"config": config}, path)
             row = dict.fromkeys(results.COLUMNS, "") | {"file": path.name, "method": name}
             row |= {"height": "48", "width": "64", "seed": "0", "prompt": prompt, "seconds": "1"}
             rows.append(row | more)
@@ -457,10 +457,10 @@ def test_rows_of_pictures_choose(tmp_path):
     swept(folder, ("dy_yarn",), height="32", width="32", dype_exponent="3")
     rows = results.read_rows(folder)
     with pytest.raises(ValueError, match="dy_yarn with dype_exponent , 1; expected one of them"):
-        image_rows.chosen(image_rows.narrowed(rows, []), ["yarn", "dy_yarn"], 1)
+        image_rows.select_grid(image_rows.filter_rows(rows, []), ["yarn", "dy_yarn"], 1)
     some = [row for row in rows if row["dype_exponent"] or row["method"] == "yarn"]
-    found = image_rows.chosen(
-        image_rows.narrowed(some, ["dype_exponent=1"]), ["yarn", "dy_yarn"], 2
+    found = image_rows.select_grid(
+        image_rows.filter_rows(some, ["dype_exponent=1"]), ["yarn", "dy_yarn"], 2
     )
     assert [[one["dype_exponent"] for one in line] for line in found] == [["", "1"]] * 2
     assert {one["height"] for line in found for one in line} == {"48"}
@@ -474,12 +474,12 @@ BAD = [
     (("fig7", "--crops", "0,0,1"), "--crops is for fig1, fig3"),
     (("fig3",), "expected the FOLDER of a finished sweep"),
     (("fig3", "nowhere"), "nowhere has no finished sweep"),
-    (("fig8", "out", "--methods", "pi"), "out has no picture of pi, which fig8 shows"),
+    (("fig8", "out", "--methods", "pi"), "out has no image of pi, which fig8 shows"),
     ((*SWEPT, "--crops", "0.9,0,0.2"), "--crops is '0.9,0,0.2', expected X,Y,SIZE"),
     ((*SWEPT, "--crops", "a"), "--crops is 'a', expected X,Y,SIZE"),
     ((*SWEPT, "--crops", "nan,0,1"), "--crops is 'nan,0,1', expected X,Y,SIZE"),
     ((*SWEPT, "--where", "seed=7"), "--where is 'seed=7', expected one of 0"),
-    ((*SWEPT, "--where", "colour=7"), "--where is 'colour=7', expected model, height"),
+    ((*SWEPT, "--where", "color=7"), "--where is 'color=7', expected model, height"),
     (("fig1", "broken"), "ring_base.png cannot be shown"),
     (("fig2a", "--trajectories", "none.json"), "there is no none.json"),
     (("fig2a", "--trajectories", "scores.json"), "scores.json is not what"),
@@ -494,7 +494,7 @@ BAD = [
 def test_bad_input(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     swept(Path("out"))
-    (swept(Path("broken")) / "ring_base.png").write_bytes(b"no picture")
+    (swept(Path("broken")) / "ring_base.png").write_bytes(b"no image")
     scored(Path("scores.json"))
     assert figures.main(list(argv)) == 2
     said = capsys.readouterr().err

@@ -26,7 +26,7 @@ def make_truth(wrong: str = "") -> Path:
         if number % 2 and wrong:
             present = getattr(scene, wrong)
             choices = SHAPES if wrong == "shape" else ("red", "yellow", "green")
-            other = next(c for c in choices if c not in (present, scene.colour, scene.ground))
+            other = next(c for c in choices if c not in (present, scene.color, scene.ground))
             caption = caption.replace(present, other, 1)
         method = "wrong" if number % 2 else "right"
         rows.append({"method": method, "prompt": caption, "file": f"{number}.png"} | SMALL)
@@ -36,7 +36,7 @@ def make_truth(wrong: str = "") -> Path:
     return folder
 
 
-@pytest.mark.parametrize("wrong", ["", "shape", "colour", "ground"])
+@pytest.mark.parametrize("wrong", ["", "shape", "color", "ground"])
 def test_truth_and_wrong_captions(wrong):
     """All right for the truth; none of those whose caption asks for something else."""
     assert score(make_truth(wrong), *METRICS) == 0

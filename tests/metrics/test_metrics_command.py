@@ -258,6 +258,6 @@ def test_what_the_machine_lacks(capsys):
 
 def test_one_run_at_a_time(capsys):
     folder = make_sweep({})
-    with results.locked(folder):
+    with results.lock_folder(folder):
         assert score(folder) == 1
     assert "another run is at work in out; wait for it" in capsys.readouterr().err

@@ -48,11 +48,11 @@ PAIRS = [
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", benchmark_embedder.FAMILIES)
 def test_launches(family, method):
-    """At most 40 kernels per call once a picture's first call is over, above the base size."""
+    """At most 40 kernels per call once an image's first call is over, above the base size."""
     _, ours, args = benchmark_embedder.FAMILIES[family](200, DyPEConfig(method))
     ours.set_timestep(0.6)
     ours(*args)
-    assert 0 < benchmark_embedder.launches(lambda: ours(*args), CPU) <= 40
+    assert 0 < benchmark_embedder.count_launches(lambda: ours(*args), CPU) <= 40
 
 
 def test_a_cutoff_costs_what_pi_does():
@@ -61,7 +61,7 @@ def test_a_cutoff_costs_what_pi_does():
     for method in ("pi", "cutoff"):
         _, ours, args = benchmark_embedder.FAMILIES["flux"](200, DyPEConfig(method))
         ours(*args)
-        counts[method] = benchmark_embedder.launches(partial(ours, *args), CPU)
+        counts[method] = benchmark_embedder.count_launches(partial(ours, *args), CPU)
     assert 0 < counts["cutoff"] <= counts["pi"] + 4
 
 
@@ -71,11 +71,11 @@ def test_launches_are_counted():
     cases = {lambda: x.t()[1:]: 0, lambda: torch.empty(3): 0, lambda: x.sin() + 1: 2}
     cases |= {lambda: F.pad(x, (1, 1)): 2, lambda: x.clone(): 1}
     for call, count in cases.items():
-        assert benchmark_embedder.launches(call, CPU) == count
+        assert benchmark_embedder.count_launches(call, CPU) == count
 
 
 def compiled_frames(family: str, how: str, config: DyPEConfig | None) -> int:
-    """How many graphs a picture of two steps, then one of three take; the same as uncompiled."""
+    """How many graphs an image of two steps, then one of three take; the same as uncompiled."""
     build, draw = FAMILIES[family]
     torch._dynamo.reset()
     pipe = build()
@@ -84,7 +84,7 @@ def compiled_frames(family: str, how: str, config: DyPEConfig | None) -> int:
         apply_dype(pipe, config)
     expected = {steps: draw(pipe, 128, 192, steps=steps) for steps in (2, 3)}
     counter = CompileCounter()
-    acceleration.compile_steps(pipe, how, backend=counter)
+    acceleration.compile_transformer(pipe, how, backend=counter)
     for steps, wanted in expected.items():
         found = draw(pipe, 128, 192, steps=steps)
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
@@ -129,10 +129,10 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_step_waits(family, monkeypatch):
-    """DyPE asks the device for no value, but for the ids, once per picture; stock's waits aside."""
+    """DyPE asks the device for no value, but for the ids, once per image; stock's waits aside."""
     build, draw = FAMILIES[family]
-    found, reads, read = [], [], embedders.read_ids
-    monkeypatch.setattr(embedders, "read_ids", lambda *a: reads.append(0) or read(*a))
+    found, reads, read = [], [], embedders.parse_image_ids
+    monkeypatch.setattr(embedders, "parse_image_ids", lambda *a: reads.append(0) or read(*a))
     for config in (None, CONFIG):
         pipe = build()
         if config:
@@ -162,15 +162,15 @@ def test_cache(family, cache, monkeypatch):
     draw(pipe, 128, 192, steps=8)
     whole, spy = len(calls), Spy(pipe.transformer) if family == "flux" else None
     calls.clear()
-    with acceleration.caching(pipe, cache, 8):
+    with acceleration.use_feature_cache(pipe, cache, 8):
         found = draw(pipe, 128, 192, steps=8)
     assert 0 < len(calls) < whole
     assert found.isfinite().all()
     assert not torch.equal(found, expected)
     if spy:
         assert len(set(spy.sigmas)) == 8
-    with acceleration.caching(pipe, cache, 8):
-        assert torch.equal(draw(pipe, 128, 192, steps=8), found)  # nothing of the last picture
+    with acceleration.use_feature_cache(pipe, cache, 8):
+        assert torch.equal(draw(pipe, 128, 192, steps=8), found)  # nothing of the last image
     assert torch.equal(draw(pipe, 128, 192, steps=8), expected)
 
 
@@ -178,20 +178,20 @@ def test_cache(family, cache, monkeypatch):
 def test_no_cache_for(family):
     pipe = FAMILIES[family][0]()
     with pytest.raises(ValueError, match="has none in diffusers, expected off"):
-        acceleration.caching(pipe, "first_block", 4).__enter__()
+        acceleration.use_feature_cache(pipe, "first_block", 4).__enter__()
 
 
 def test_attention_is_put_back(pipe):
-    """Another backend, the same picture; then the process has the one that it had."""
+    """Another backend, the same image; then the process has the one that it had."""
     before = Registry.get_active_backend()[0]
     apply_dype(pipe, CONFIG)
     expected = latents(pipe)
     seen = []
     pipe.transformer.register_forward_hook(lambda *_: seen.append(Registry.get_active_backend()[0]))
-    with acceleration.attending("_native_math"):
+    with acceleration.use_attention("_native_math"):
         torch.testing.assert_close(latents(pipe), expected, atol=1e-4, rtol=1e-4)
     assert {backend.value for backend in seen} == {"_native_math"}
-    with pytest.raises(KeyError), acceleration.attending("_native_math"):
+    with pytest.raises(KeyError), acceleration.use_attention("_native_math"):
         raise KeyError
     assert Registry.get_active_backend()[0] is before
 
@@ -204,20 +204,20 @@ def test_attention_that_is_not_there():
     acceleration.check_attention("_native_flash", "cpu", "float32")
     with pytest.raises(UnavailableError, match="`attn_mask` is not supported"):
         acceleration.check_attention("_native_flash", "cpu", "float32", masked=True)
-    assert {"native", "flash_hub", "sage"} <= set(acceleration.backends())
+    assert {"native", "flash_hub", "sage"} <= set(acceleration.attention_backends())
 
 
 SMALL = ["--model", "demo", "--size", "64", "--steps", "5", "--base_resolution", "32"]
 
 
 def test_cache_of_the_command_line(own_folder, capsys):
-    """Warned of, recorded, with an initial picture too; `--from` does it again to the pixel."""
+    """Warned of, recorded, with an initial image too; `--from` does it again to the pixel."""
     assert run(*SMALL, "--cache", "taylorseer", "--output", "a.png") == 0
     assert "may reuse features that were made under older frequencies" in capsys.readouterr().out
-    assert records.load("a.png")["flags"]["cache"] == "taylorseer"
+    assert records.read_record("a.png")["flags"]["cache"] == "taylorseer"
     assert run("--from", "a.png", "--output", "b.png") == 0
     assert run(*SMALL, "--output", "c.png") == 0
-    a, b, c = (records.open_picture(f"{name}.png").tobytes() for name in "abc")
+    a, b, c = (records.open_image(f"{name}.png").tobytes() for name in "abc")
     assert a == b != c
     words = ["--cache", "magcache", "--init_image", "a.png", "--strength", "0.6"]
     assert run(*SMALL, *words, "--output", "d.png") == 0
@@ -250,13 +250,13 @@ def test_mistakes(flags, own_folder, capsys, monkeypatch):
 
 @pytest.mark.parametrize("seeds", ["0", "0-2"])
 def test_broken_compiler(seeds, own_folder, capsys, monkeypatch):
-    """One sentence, exit code 1, no picture, of a sweep too: what torch.compile says."""
+    """One sentence, exit code 1, no image, of a sweep too: what torch.compile says."""
 
     def broken(graph, inputs):
         raise RuntimeError("No working C++ compiler found")
 
-    compiled = partial(acceleration.compile_steps, backend=broken)
-    monkeypatch.setattr(acceleration, "compile_steps", compiled)
+    compiled = partial(acceleration.compile_transformer, backend=broken)
+    monkeypatch.setattr(acceleration, "compile_transformer", compiled)
     assert run(*SMALL, "--compile", "full", "--seed", seeds) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("run_dype.py: cannot compile: backend='broken' raised")
@@ -267,7 +267,7 @@ def test_broken_compiler(seeds, own_folder, capsys, monkeypatch):
 @GPU
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_sync_on_a_gpu(family):
-    """That CUDA itself sees no wait inside the transformer after the picture's first step."""
+    """That CUDA itself sees no wait inside the transformer after the image's first step."""
     build, draw = FAMILIES[family]
     pipe = build().to("cuda")
     apply_dype(pipe, CONFIG)
@@ -285,12 +285,12 @@ def test_no_sync_on_a_gpu(family):
 
 @GPU
 def test_cuda_graphs():
-    """That `mode="reduce-overhead"` captures a step with DyPE, and draws the same picture."""
+    """That `mode="reduce-overhead"` captures a step with DyPE, and draws the same image."""
     pipe = flux().to("cuda")
     pipe.dype_offload = "none"
     apply_dype(pipe, CONFIG)
     expected = latents(pipe)
-    acceleration.compile_steps(pipe, "full", mode="reduce-overhead")
+    acceleration.compile_transformer(pipe, "full", mode="reduce-overhead")
     for _ in range(3):
         torch.testing.assert_close(latents(pipe), expected, atol=1e-3, rtol=1e-3)
 

@@ -20,7 +20,7 @@ def test_z_image_from_the_command_line(own_folder, capsys):
     assert run_dype.main([*common, "--output", "a.png"]) == 0
     assert run_dype.main([*common, "--output", "b.png", "--negative_prompt", "leaves"]) == 0
     assert run_dype.main([*common, "--output", "c.png", "--method", "base"]) == 0
-    record = records.load("b.png")
+    record = records.read_record("b.png")
     assert record["flags"]["guidance"] == 5.0
     assert record["shift"] == "static"
     assert record["sigmas"][:2] == pytest.approx([1.0, 0.75])
@@ -93,7 +93,7 @@ def test_class_of_a_folder(tmp_path):
     assert resolve_model(str(weights)).base_resolution == 1024
     (weights / "scheduler").mkdir()
     (weights / "scheduler" / "scheduler_config.json").write_text('{"shift": 2.0}')
-    assert resolve_model(str(weights)).schedule == {"shift": 2.0}
+    assert resolve_model(str(weights)).scheduler_config == {"shift": 2.0}
 
 
 def test_a_pipeline_that_needs_a_picture_is_refused(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Several processes: one picture together, a sweep shared out, and how they fail."""
+"""Several processes: one image together, a sweep shared out, and how they fail."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def pixels(path) -> np.ndarray:
 def together(tmp_path_factory):
     """A folder where two processes have worked together, and what they printed.
 
-    A picture and latents (two.png, two.pt), a sweep that one process had begun (out), and a run in
+    An image and latents (two.png, two.pt), a sweep that one process had begun (out), and a run in
     which one of them raised an error.
     """
     if not hasattr(os, "fork"):
@@ -74,12 +74,12 @@ def test_split_latents(together, name):
 
 
 def test_split_picture(together, own_folder):
-    """Through the command line: the picture of one process, to the last bit of its colours."""
+    """Through the command line: the image of one process, to the last bit of its colors."""
     folder, _, done, _ = together
     assert done.stdout.count("two.png") == 1  # from one of them
     assert run(*ONE, "--steps", "2", "--output", "one.png") == 0
     assert abs(pixels("one.png") - pixels(folder / "two.png")).max() <= 1
-    record = records.load(folder / "two.png")
+    record = records.read_record(folder / "two.png")
     assert record["flags"]["ulysses"] == 2
     assert run("--from", folder / "two.png", "--output", "from.png") == 0  # by one again
     assert (pixels("from.png") == pixels("one.png")).all()
@@ -88,7 +88,7 @@ def test_split_picture(together, own_folder):
 
 
 def test_an_error_of_one_ends_the_run(together):
-    """It is not kept, and the other is not left to save half of a picture."""
+    """It is not kept, and the other is not left to save half of an image."""
     folder, _, done, (_, code) = together
     assert code == 1
     assert "KeyError: 'no such thing'" in done.stderr
@@ -112,7 +112,7 @@ def test_shared_sweep(together, monkeypatch):
     """One process begins, two go on, one finds nothing to do: one table, one contact sheet each."""
     folder, before, done, _ = together
     monkeypatch.chdir(folder)
-    assert "pictures 6, there already 2" in done.stdout
+    assert "images 6, there already 2" in done.stdout
     assert "[2/2 of this process]" in done.stdout
     rows = table()
     there, new = ["64 1", "96 1"], ["64 0", "64 2", "96 0", "96 2"]
@@ -137,7 +137,7 @@ def test_a_share_is_what_one_process_draws(together, own_folder):
 MISTAKES = {  # flags, processes -> what is said
     ("--ulysses 2", 1): "there is 1 process, expected torchrun --nproc-per-node=2 run_dype.py",
     ("--ulysses 2", 4): "--ulysses is 2, but there are 4 processes, expected torchrun",
-    ("", 2): "one picture on 2 processes, expected --ulysses 2 or --ring 2",
+    ("", 2): "one image on 2 processes, expected --ulysses 2 or --ring 2",
     ("--ulysses 3", 3): "--ulysses is 3, expected a divisor of the 1024 tokens of 512x512 px",
     ("--ulysses 5 --size 80", 5): "a divisor of the 16 tokens of --max_sequence_length",
     ("--ulysses 8 --size 128 --multipass threepass", 8): "the 4 tokens of 32x32 px",
@@ -182,8 +182,8 @@ def test_no_gpu_for_each(own_folder, capsys, monkeypatch):
 
 def test_what_only_the_model_tells():
     with pytest.raises(ValueError, match="--ulysses is 3, expected a divisor of its 2 heads"):
-        distributed.check_heads(tiny_transformer(), 3)
-    distributed.check_heads(tiny_transformer(), 2)
+        distributed.check_divisible(tiny_transformer(), 3)
+    distributed.check_divisible(tiny_transformer(), 2)
 
 
 @pytest.mark.gpu

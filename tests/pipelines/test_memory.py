@@ -16,7 +16,14 @@ from tiny import qwen_vae
 
 import run_dype
 from dype.pipelines import devices, loading, memory
-from dype.pipelines.memory import GIB, cheaper, choose_offload, decoding, decoding_room, place
+from dype.pipelines.memory import (
+    GIB,
+    choose_offload,
+    decode_budget,
+    decode_bytes,
+    place_components,
+    suggest_cheaper,
+)
 from dype.sampling import sample
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +54,7 @@ def test_offloading_of_flux_on_common_cards():
 def test_what_auto_chose_is_said(monkeypatch, capsys):
     pipe = quiet(FluxPipeline(**tiny_components()))
     monkeypatch.setattr(memory, "choose_offload", lambda *args: ("none", "plenty is free"))
-    place(pipe, "cpu", "auto", {}, 64 * 64)
+    place_components(pipe, "cpu", "auto", {}, 64 * 64)
     assert capsys.readouterr().out == "offload none: plenty is free\n"
     assert pipe.dype_offload == "none"
 
@@ -61,19 +68,19 @@ def flux_vae(**changes) -> SimpleNamespace:
 
 def test_decoding_estimate():
     """FLUX.1 in bfloat16: 2 KiB a pixel as measured, and on a GPU twice the scores of attention."""
-    assert decoding(flux_vae(), 1024**2, "cpu") == 2048 * 1024**2
+    assert decode_bytes(flux_vae(), 1024**2, "cpu") == 2048 * 1024**2
     scores = 2 * (1024**2 // 64) ** 2 * 2
-    assert decoding(flux_vae(), 1024**2, "cuda") == 2048 * 1024**2 + scores
-    assert decoding(flux_vae(mid_block_add_attention=False), 1024**2, "cuda") == 2048 * 1024**2
-    sizes = [decoding(flux_vae(), side**2, "cuda") / GIB for side in (1024, 2048, 4096)]
+    assert decode_bytes(flux_vae(), 1024**2, "cuda") == 2048 * 1024**2 + scores
+    assert decode_bytes(flux_vae(mid_block_add_attention=False), 1024**2, "cuda") == 2048 * 1024**2
+    sizes = [decode_bytes(flux_vae(), side**2, "cuda") / GIB for side in (1024, 2048, 4096)]
     assert sizes == pytest.approx([3, 24, 288])
 
 
 def test_decoding_room():
     parts = {"transformer": 100, "vae": 10}
-    assert decoding_room(200, parts, "none") == 90
-    assert decoding_room(200, parts, "model") == 190
-    assert decoding_room(200, parts, "group") == 190
+    assert decode_budget(200, parts, "none") == 90
+    assert decode_budget(200, parts, "model") == 190
+    assert decode_budget(200, parts, "group") == 190
 
 
 MEASURE = """
@@ -83,25 +90,25 @@ from dype.pipelines import memory
 cpu = torch.device("cpu")
 memory.reset_peak()
 large = bytearray(400_000_000)
-before = memory.peak(cpu)
+before = memory.peak_bytes(cpu)
 del large
 memory.reset_peak()
-print(before - memory.peak(cpu))
+print(before - memory.peak_bytes(cpu))
 vae = AutoencoderKL.from_pretrained("dype/demo/weights/vae", torch_dtype=torch.float32)
 side = 768
 with torch.no_grad():
     vae.decode(torch.zeros(1, 8, 8, 8))
     memory.reset_peak()
-    before = memory.peak(cpu)
+    before = memory.peak_bytes(cpu)
     vae.decode(torch.zeros(1, 8, side // 8, side // 8))
-taken = memory.peak(cpu) - before
-print(taken / memory.decoding(vae, side * side, "cpu"))
+taken = memory.peak_bytes(cpu) - before
+print(taken / memory.decode_bytes(vae, side * side, "cpu"))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts in /proc")
 def test_peaks_in_a_process_of_its_own():
-    """The peak is that of one picture, not of the largest so far; and the estimate of a decode is
+    """The peak is that of one image, not of the largest so far; and the estimate of a decode is
     within a factor of 1.5, for the demo's autoencoder at 768 px."""
     words = [sys.executable, "-c", MEASURE]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -111,25 +118,25 @@ def test_peaks_in_a_process_of_its_own():
 
 
 def test_the_next_cheaper_setting():
-    """Down a ladder that ends at a smaller picture; bfloat16 where the CPU has it."""
+    """Down a ladder that ends at a smaller image; bfloat16 where the CPU has it."""
     run = SimpleNamespace(dtype="bfloat16", text_encoder_device=None, tile_size=None)
-    assert cheaper(run, "none", False, None) == "--tiled_vae on"
-    assert cheaper(run, "none", True, None) == "--text_encoder_device cpu"
+    assert suggest_cheaper(run, "none", False, None) == "--tiled_vae on"
+    assert suggest_cheaper(run, "none", True, None) == "--text_encoder_device cpu"
     run.text_encoder_device = "cpu"
-    assert cheaper(run, "none", True, None) == "--offload model"
-    assert cheaper(run, "model", True, None) == "--offload group"
-    assert cheaper(run, "group", True, None) == "--tile_size 512"
+    assert suggest_cheaper(run, "none", True, None) == "--offload model"
+    assert suggest_cheaper(run, "model", True, None) == "--offload group"
+    assert suggest_cheaper(run, "group", True, None) == "--tile_size 512"
     run.tile_size = 512
-    assert cheaper(run, "group", True, None) == "a smaller --size"
+    assert suggest_cheaper(run, "group", True, None) == "a smaller --size"
     in_full = SimpleNamespace(**{**vars(run), "dtype": "float32"})
-    assert cheaper(in_full, "none", True, "bfloat16") == "--dtype bfloat16"
-    assert cheaper(in_full, "none", True, "float32") == "a smaller --size"
-    assert cheaper(run, "none", True, "bfloat16") == "a smaller --size"
+    assert suggest_cheaper(in_full, "none", True, "bfloat16") == "--dtype bfloat16"
+    assert suggest_cheaper(in_full, "none", True, "float32") == "a smaller --size"
+    assert suggest_cheaper(run, "none", True, "bfloat16") == "a smaller --size"
 
 
 def test_gib():
     sizes = {0: "0.00 GiB", 7e7: "0.07 GiB", GIB: "1.0 GiB", 33.8e9: "31.5 GiB"}
-    assert {size: memory.gib(size) for size in sizes} == sizes
+    assert {size: memory.format_gib(size) for size in sizes} == sizes
 
 
 @pytest.mark.parametrize(
@@ -156,14 +163,16 @@ def test_fast_dtype(cost, expected, monkeypatch):
 def test_encoders_apart_are_used_once_and_go(offload):
     """With other parts offloaded or not: the same pixels, and no encoder left while drawing."""
     plain = quiet(FluxPipeline(**tiny_components()))
-    place(plain, "cpu", "none", {}, 64 * 64)
+    place_components(plain, "cpu", "none", {}, 64 * 64)
     size = {"height": 64, "width": 96, "steps": 2}
-    wanted = sample.draw(plain, "a red ring", **size, **SETTINGS)
+    wanted = sample.generate(plain, "a red ring", **size, **SETTINGS)
     pipe = quiet(FluxPipeline(**tiny_components()))
-    place(pipe, "cpu", offload, dict.fromkeys(("text_encoder", "text_encoder_2"), "cpu"), 64 * 64)
+    place_components(
+        pipe, "cpu", offload, dict.fromkeys(("text_encoder", "text_encoder_2"), "cpu"), 64 * 64
+    )
     calls = []
     pipe.text_encoder_2.register_forward_hook(lambda *args: calls.append(1))
-    drawn = sample.draw(pipe, "a red ring", **size, **SETTINGS)
+    drawn = sample.generate(pipe, "a red ring", **size, **SETTINGS)
     assert (np.asarray(drawn) == np.asarray(wanted)).all()
     settings = {"guidance": 0.0, "negative_prompt": None, "max_sequence_length": 16}
     runs = [SimpleNamespace(prompt=text, **settings) for text in ("a red ring", "b")]
@@ -173,7 +182,7 @@ def test_encoders_apart_are_used_once_and_go(offload):
     assert pipe.text_encoder is None
     assert pipe.text_encoder_2 is None
     for _ in range(2):
-        drawn = sample.draw(pipe, encode("a red ring"), **size, **SETTINGS)
+        drawn = sample.generate(pipe, encode("a red ring"), **size, **SETTINGS)
         assert (np.asarray(drawn) == np.asarray(wanted)).all()
     assert len(calls) == 2
 
@@ -214,12 +223,12 @@ NF4 = [
 
 @pytest.mark.parametrize("quantize", ["int8", "fp8", pytest.param("nf4", marks=NF4)])
 def test_quantized_demo(quantize):
-    """The linear layers shrink, are counted so, and the picture stays near.
+    """The linear layers shrink, are counted so, and the image stays near.
 
     nf4 would show the same of bitsandbytes. torchao is not in requirements-dev.txt: where it is
     installed, diffusers warns of it at every import.
     """
-    pytest.importorskip(loading.BACKENDS[quantize])
+    pytest.importorskip(loading.QUANTIZER_PACKAGES[quantize])
     device = "cuda" if quantize == "nf4" else "cpu"
     plain, less = (
         quiet(loading.load_pipeline("demo", quantize=how, device=device))
@@ -232,16 +241,16 @@ def test_quantized_demo(quantize):
     assert sum(small) < 0.4 * sum(usual)
     settings = {**SETTINGS, "height": 128, "width": 128, "steps": 4}
     near, far = (
-        np.asarray(sample.draw(pipe, text, **settings), float)
+        np.asarray(sample.generate(pipe, text, **settings), float)
         for pipe, text in (
             (less, "a red ring on teal leaves"),
             (plain, "a blue disk on red leaves"),
         )
     )
-    wanted = np.asarray(sample.draw(plain, "a red ring on teal leaves", **settings), float)
+    wanted = np.asarray(sample.generate(plain, "a red ring on teal leaves", **settings), float)
     assert 0 < np.abs(near - wanted).mean() < np.abs(far - wanted).mean() / 2
 
 
 def test_estimates_read_every_family():
-    assert decoding(tiny_vae(), 64 * 64, "cpu") > 0
-    assert decoding(qwen_vae(), 64 * 64, "cuda") > decoding(qwen_vae(), 64 * 64, "cpu") > 0
+    assert decode_bytes(tiny_vae(), 64 * 64, "cpu") > 0
+    assert decode_bytes(qwen_vae(), 64 * 64, "cuda") > decode_bytes(qwen_vae(), 64 * 64, "cpu") > 0

@@ -11,7 +11,7 @@ from tiny import FAMILIES, TEXT, qwen3, seeded
 from dype import DyPEConfig, apply_dype, noise_schedule
 from dype.families import FAMILIES as CLASSES
 from dype.sampling import multipass, sample
-from dype.sampling.latents import encode_picture, noised
+from dype.sampling.latents import add_noise, encode_image
 
 
 def flux() -> FluxPipeline:
@@ -24,7 +24,7 @@ SETTINGS = {"guidance": 0.0, "seed": 7, "max_sequence_length": 16}
 
 
 def prompt_of(pipe):
-    """A prompt where there are encoders, else random embeddings as `sample.encode` gives them."""
+    """A prompt where there are encoders, else random embeddings as `sample.encode_prompt` gives them."""
     if pipe.text_encoder is not None:
         return "a red ring on teal leaves"
     text, mask = seeded((1, TEXT, TEXT), 1), torch.ones(1, TEXT, dtype=torch.bool)
@@ -88,11 +88,11 @@ def test_two_passes(pipe, seen):
 
 
 def test_passes_are_what_one_would_do_by_hand(pipe):
-    """A picture at half the size, then one from it at strength 0.5."""
+    """An image at half the size, then one from it at strength 0.5."""
     prompt = prompt_of(pipe)
     both = multipass.multipass(pipe, prompt, 128, 192, TWO, **SETTINGS)
-    small = sample.draw(pipe, prompt, height=64, width=96, steps=4, **SETTINGS)
-    large = sample.draw(
+    small = sample.generate(pipe, prompt, height=64, width=96, steps=4, **SETTINGS)
+    large = sample.generate(
         pipe, prompt, height=128, width=192, steps=6, image=small, strength=0.5, **SETTINGS
     )
     assert (pixels(large) == pixels(both)).all()
@@ -111,14 +111,14 @@ def test_the_least_that_can_be_said():
 def test_strength_1_starts_from_the_pipelines_own_noise(pipe):
     prompt = prompt_of(pipe)
     size = {"height": 64, "width": 96, "steps": 3}
-    plain = sample.draw(pipe, prompt, **size, **SETTINGS)
+    plain = sample.generate(pipe, prompt, **size, **SETTINGS)
     other = Image.effect_noise((96, 64), 80)
-    started = sample.draw(pipe, prompt, **size, image=other, strength=1.0, **SETTINGS)
+    started = sample.generate(pipe, prompt, **size, image=other, strength=1.0, **SETTINGS)
     assert (pixels(started) == pixels(plain)).all()
 
 
 def test_embeddings_once_are_the_pipelines_own():
-    """FLUX.1 by its prompt, and by what `encode` made of it: the same pixels."""
+    """FLUX.1 by its prompt, and by what `encode_prompt` made of it: the same pixels."""
     pipe = flux()
     size = {"height": 64, "width": 96, "steps": 2}
     guided = {"negative_prompt": "a blue disk", "true_cfg": 3.0, **SETTINGS, "guidance": 3.0}
@@ -127,11 +127,11 @@ def test_embeddings_once_are_the_pipelines_own():
         height=64, width=96, num_inference_steps=2, max_sequence_length=16,
         generator=torch.Generator().manual_seed(7),
     ).images[0]  # fmt: skip
-    assert (pixels(sample.draw(pipe, "a red ring", **size, **guided)) == pixels(by_hand)).all()
-    texts = [sample.encode(pipe, text, 16) for text in ("a red ring", "a blue disk")]
+    assert (pixels(sample.generate(pipe, "a red ring", **size, **guided)) == pixels(by_hand)).all()
+    texts = [sample.encode_prompt(pipe, text, 16) for text in ("a red ring", "a blue disk")]
     pipe.text_encoder = pipe.text_encoder_2 = None
     guided["negative_prompt"] = texts[1]
-    assert (pixels(sample.draw(pipe, texts[0], **size, **guided)) == pixels(by_hand)).all()
+    assert (pixels(sample.generate(pipe, texts[0], **size, **guided)) == pixels(by_hand)).all()
 
 
 def perfect(pipe, clean: torch.Tensor):
@@ -141,7 +141,7 @@ def perfect(pipe, clean: torch.Tensor):
 
     def forward(*args, **kwargs):
         sigma = float(embedder_of(pipe).sigma)
-        if family.time == "t":  # Z-Image: a list of [C, 1, h, w], and the other sign
+        if family.timestep_arg == "t":  # Z-Image: a list of [C, 1, h, w], and the other sign
             return ([-(x - clean[0][:, None]) / sigma for x in kwargs["x"]],)
         x = kwargs["hidden_states"]
         return ((x - clean) / sigma,)
@@ -162,22 +162,22 @@ def test_normalization_is_the_inverse_of_the_pipelines(pipe, monkeypatch):
     tensor = torch.from_numpy(pixels(picture).copy()).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         coded = vae.encode(tensor[:, :, None] if video else tensor).latent_dist.mode()
-        latents = encode_picture(pipe, picture, torch.device("cpu"))
-        clean = noised(pipe, latents, 0.0, 7, torch.float32)
+        latents = encode_image(pipe, picture, torch.device("cpu"))
+        clean = add_noise(pipe, latents, 0.0, 7, torch.float32)
     if hasattr(pipe, "_patchify_latents"):
         clean = pipe._pack_latents(clean)
     decoded = []
     original = vae.decode
     monkeypatch.setattr(vae, "decode", lambda z, **more: decoded.append(z) or original(z, **more))
     monkeypatch.setattr(pipe.transformer, "forward", perfect(pipe, clean))
-    sample.draw(
+    sample.generate(
         pipe, prompt_of(pipe), height=64, width=96, steps=5, image=picture, strength=0.5, **SETTINGS
     )
     torch.testing.assert_close(decoded[0], coded, atol=1e-4, rtol=1e-4)
 
 
 def test_a_low_strength_keeps_the_picture():
-    """On the demo model: its own picture, refined at one step of twenty, hardly changes."""
+    """On the demo model: its own image, refined at one step of twenty, hardly changes."""
     from dype.pipelines.loading import load_pipeline
 
     pipe = quiet(load_pipeline("demo"))
@@ -185,9 +185,11 @@ def test_a_low_strength_keeps_the_picture():
     settings = {**SETTINGS, "negative_prompt": "", "true_cfg": 5.0}
     size = {"height": 256, "width": 256}
     text = "a red ring on teal leaves"
-    picture = sample.draw(pipe, text, **size, steps=8, **{**settings, "seed": 8})
+    picture = sample.generate(pipe, text, **size, steps=8, **{**settings, "seed": 8})
     near, far = (
-        pixels(sample.draw(pipe, text, **size, steps=steps, image=picture, strength=s, **settings))
+        pixels(
+            sample.generate(pipe, text, **size, steps=steps, image=picture, strength=s, **settings)
+        )
         for steps, s in ((20, 0.05), (8, 0.9))
     )
     before = pixels(picture).astype(float)
@@ -231,7 +233,7 @@ def test_bad_passes(name):
 def test_bad_strength():
     pipe = flux()
     with pytest.raises(ValueError, match="strength is 0"):
-        sample.draw(
+        sample.generate(
             pipe, "x", height=64, width=64, steps=2, image=Image.new("RGB", (64, 64)),
             strength=0, **SETTINGS,
         )  # fmt: skip
@@ -240,10 +242,10 @@ def test_bad_strength():
 def test_an_unknown_pipeline_or_autoencoder():
     pipe = flux()
     with pytest.raises(TypeError, match="expected one of FluxPipeline"):
-        sample.encode(object(), "x")
+        sample.encode_prompt(object(), "x")
     pipe.vae = torch.nn.Identity()
     with pytest.raises(TypeError, match="Identity is not supported"):
-        encode_picture(pipe, Image.new("RGB", (64, 64)), torch.device("cpu"))
+        encode_image(pipe, Image.new("RGB", (64, 64)), torch.device("cpu"))
 
 
 INNER = {  # where each pipeline asks its encoder, and what it gets for 16 tokens
@@ -281,9 +283,9 @@ def test_a_prompt_means_what_it_means_to_the_pipeline(name, monkeypatch):
     plain = made(prompt="a red ring", generator=generator, **call).images[0]
     settings = {**SETTINGS, "guidance": 0.0 if scale else 3.0}
     settings |= {"true_cfg": 3.0, "negative_prompt": " "} if scale else {}
-    drawn = sample.draw(made, "a red ring", height=64, width=64, steps=2, **settings)
+    drawn = sample.generate(made, "a red ring", height=64, width=64, steps=2, **settings)
     assert (pixels(drawn) == pixels(plain)).all()
-    without = sample.draw(
+    without = sample.generate(
         made, "a red ring", height=64, width=64, steps=2,
         **settings | {"true_cfg": 1.0, "guidance": 0.0, "negative_prompt": None},
     )  # fmt: skip

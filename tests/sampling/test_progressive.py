@@ -9,35 +9,42 @@ from test_multipass import BUILDS, SETTINGS, pipe, pixels, prompt_of, seen  # no
 
 from dype import families, noise_schedule
 from dype.sampling import latents, multipass, records, sample
-from dype.sampling.latents import missing, noised, power_law, power_spectrum, settled, shaped
+from dype.sampling.latents import (
+    add_noise,
+    color_noise,
+    fit_power_law,
+    missing_power,
+    power_spectrum,
+    switch_sigma,
+)
 
 
 def white(*shape, seed=0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def coloured(side_or_sides, c: float, omega: float, cut: float = 9.0, seed=0) -> torch.Tensor:
+def colored(side_or_sides, c: float, omega: float, cut: float = 9.0, seed=0) -> torch.Tensor:
     """A channel whose power is C / f^omega up to f = cut, and nothing beyond, float64 [1, h, w]."""
     height, width = side_or_sides
-    f = latents.frequencies(height, width)
+    f = latents.radial_frequency(height, width)
     amplitude = (c / f.clamp(min=1e-3) ** omega).sqrt() * (f <= cut) * (f > 0)
     return torch.fft.ifft2(torch.fft.fft2(white(1, height, width, seed=seed)) * amplitude).real
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 96)])
 def test_spectrum_and_its_law(size):
-    """White noise has power 1 at every ring; C and omega of a coloured picture are found again."""
+    """White noise has power 1 at every ring; C and omega of a colored image are found again."""
     assert (power_spectrum(white(16, *size)).mean(0) - 1).abs()[4:].max() < 0.15
-    power = power_spectrum(torch.cat([coloured(size, 0.2, 1.6, seed=seed) for seed in range(64)]))
-    c, omega = power_law(power.mean(0))
+    power = power_spectrum(torch.cat([colored(size, 0.2, 1.6, seed=seed) for seed in range(64)]))
+    c, omega = fit_power_law(power.mean(0))
     assert c == pytest.approx(0.2, rel=0.1)
     assert omega == pytest.approx(1.6, abs=0.1)
     exact = 0.3 / (torch.arange(1, 33, dtype=torch.float64) / 32) ** 1.25
-    assert [float(part) for part in power_law(exact)] == pytest.approx([0.3, 1.25])
+    assert [float(part) for part in fit_power_law(exact)] == pytest.approx([0.3, 1.25])
 
 
 def test_a_wave_is_in_its_ring():
-    """Cycles per token count, so that both axes of a wide picture mean the same."""
+    """Cycles per token count, so that both axes of a wide image mean the same."""
     x = torch.zeros(1, 32, 64, dtype=torch.float64)
     x[0] = torch.cos(2 * math.pi * 8 * torch.arange(64) / 64)  # 8 of 32 to Nyquist
     assert power_spectrum(x)[0].argmax() + 1 == 4  # of 16 rings
@@ -48,18 +55,18 @@ def test_a_wave_is_in_its_ring():
 def test_switch_level():
     """There Eq. 11 has OPEN times the noise's power at 1/s; the larger the jump, the earlier."""
     for c, omega, s in ((0.2, 1.6, 4.0), (0.05, 2.0, 2.0)):
-        t = settled(c, omega, s)
+        t = switch_sigma(c, omega, s)
         picture = (1 - t) ** 2 * c / (1 / s) ** omega
-        assert picture == pytest.approx(latents.OPEN * t**2)
-    assert settled(0.2, 1.6, 2.0) < settled(0.2, 1.6, 4.0) < 1
+        assert picture == pytest.approx(latents.VISIBLE_POWER_RATIO * t**2)
+    assert switch_sigma(0.2, 1.6, 2.0) < switch_sigma(0.2, 1.6, 4.0) < 1
 
 
 def test_what_is_missing():
-    """Below the small picture's Nyquist nothing; beyond it what its law has and the large lacks."""
-    small, s = coloured((32, 32), 0.2, 1.6).repeat(2, 1, 1), 4
-    large = torch.cat([coloured((128, 128), 0.2, 1.6, cut=1 / s), coloured((128, 128), 0.2, 1.6)])
-    c, omega, short = missing(large, small)
-    f = latents.frequencies(128, 128)
+    """Below the small image's Nyquist nothing; beyond it what its law has and the large lacks."""
+    small, s = colored((32, 32), 0.2, 1.6).repeat(2, 1, 1), 4
+    large = torch.cat([colored((128, 128), 0.2, 1.6, cut=1 / s), colored((128, 128), 0.2, 1.6)])
+    c, omega, short = missing_power(large, small)
+    f = latents.radial_frequency(128, 128)
     assert (short >= 0).all()
     assert not short[:, f <= 1 / s].any()
     law = c / f.clamp(min=1 / s) ** omega
@@ -70,9 +77,9 @@ def test_what_is_missing():
 
 def test_shaped_noise():
     """Its power is 1 plus what was asked for; none asked for, it is the same noise."""
-    noise, more = white(32, 64, 64), latents.frequencies(64, 64).clamp(max=1) * 3
-    assert torch.allclose(shaped(noise, torch.zeros(64, 64)), noise)
-    rise = power_spectrum(shaped(noise, more)) / power_spectrum(noise)
+    noise, more = white(32, 64, 64), latents.radial_frequency(64, 64).clamp(max=1) * 3
+    assert torch.allclose(color_noise(noise, torch.zeros(64, 64)), noise)
+    rise = power_spectrum(color_noise(noise, more)) / power_spectrum(noise)
     expected = 1 + 3 * torch.arange(1, 33) / 32
     assert (rise.mean(0) / expected - 1).abs().max() < 0.1
 
@@ -81,7 +88,7 @@ def test_noised_has_what_eq_11_says():
     """(1 - t)^2 (power of x + what it is to have more) + t^2, at every ring."""
     z_image, t = BUILDS["z-image"](), 0.6  # which keeps rows and columns
     x, more = torch.zeros(1, 16, 64, 64), torch.full((16, 64, 64), 2.0)
-    found = power_spectrum(noised(z_image, x, t, 7, torch.float32, more)[0]).mean(0)
+    found = power_spectrum(add_noise(z_image, x, t, 7, torch.float32, more)[0]).mean(0)
     assert found[4:].mean() == pytest.approx((1 - t) ** 2 * 2 + t**2, rel=0.05)
 
 
@@ -91,12 +98,12 @@ def test_passes_in_a_pipeline(pipe, seen, monkeypatch):  # noqa: F811
     family = families.family_of_pipeline(pipe, family)
     _, sigmas = noise_schedule.noise_schedule(pipe.scheduler, 128, 192, 6, family)
     level = (sigmas[2] + sigmas[3]) / 2
-    monkeypatch.setattr(sample, "settled", lambda *law: laws.append(law) or level)
-    passes = multipass.progressive(128, 192, 64, steps=6)
+    monkeypatch.setattr(sample, "switch_sigma", lambda *law: laws.append(law) or level)
+    passes = multipass.progressive_passes(128, 192, 64, steps=6)
     image = multipass.multipass(pipe, prompt_of(pipe), 128, 192, passes, **SETTINGS)
     assert image.size == (192, 128)
     scale = 64 / math.sqrt(128 * 192)
-    small = tuple(multipass.resized(side, scale) // 16 for side in (128, 192))
+    small = tuple(multipass.scaled_side(side, scale) // 16 for side in (128, 192))
     assert [grid for _, grid in seen] == [small] * 6 + [(8, 12)] * 3
     assert [sigma for sigma, _ in seen[6:]] == pytest.approx(sigmas[3:6], abs=1e-5)
     [(c, _, s)] = laws
@@ -106,9 +113,9 @@ def test_passes_in_a_pipeline(pipe, seen, monkeypatch):  # noqa: F811
 
 def test_at_the_base_resolution_there_is_nothing_to_save():
     with pytest.raises(ValueError, match="progressive passes begin at 256x256 px, expected a larg"):
-        multipass.progressive(256, 256, 256, 20)
-    [small, large] = multipass.progressive(512, 1024, 256, 20)
-    sized = multipass.sized([small, large], 512, 1024)
+        multipass.progressive_passes(256, 256, 256, 20)
+    [small, large] = multipass.progressive_passes(512, 1024, 256, 20)
+    sized = multipass.resolve_pass_sizes([small, large], 512, 1024)
     assert (sized[0]["height"], sized[0]["width"]) == (176, 368)  # the area, to a token
     assert (sized[1]["height"], sized[1]["width"]) == (512, 1024)
 
@@ -118,18 +125,18 @@ SMALL = ["--model", "demo", "--size", "128", "--steps", "4", "--base_resolution"
 
 def test_command_line(own_folder, capsys, monkeypatch):
     """Named, recorded with the steps that were run, and drawn again to the pixel."""
-    monkeypatch.setattr(sample, "settled", lambda *law: 0.7)
+    monkeypatch.setattr(sample, "switch_sigma", lambda *law: 0.7)
     assert run(*SMALL, "--progressive") == 0
     [name] = [line.split()[0] for line in capsys.readouterr().out.splitlines() if ".png" in line]
     assert "_multipass_progressive" in name
-    record = records.load(name)
+    record = records.read_record(name)
     first, second = record["passes"]
     assert (first["height"], len(first["sigmas"])) == (64, 5)
     assert (second["height"], second["strength"]) == (128, None)
     assert second["sigmas"] == pytest.approx([s for s in record["sigmas"] if s <= 0.7], abs=1e-6)
     assert run("--from", name, "--output", "again.png") == 0
-    again = records.open_picture("again.png")
-    assert (pixels(again) == pixels(records.open_picture(name))).all()
+    again = records.open_image("again.png")
+    assert (pixels(again) == pixels(records.open_image(name))).all()
 
 
 def test_in_a_sweep(own_folder):
@@ -139,7 +146,7 @@ def test_in_a_sweep(own_folder):
 
 
 MISTAKES = {
-    "--progressive --size 64": "progressive passes begin at 64x64 px, expected a larger picture",
+    "--progressive --size 64": "progressive passes begin at 64x64 px, expected a larger image",
     "--progressive --init_image a.png": "--multipass is progressive, but --init_image is the first",
     "--progressive --pass2_strength 0.5": "--pass2_strength is for a --multipass of 2 passes",
 }

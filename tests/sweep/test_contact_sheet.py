@@ -14,29 +14,29 @@ from dype.sweep import contact_sheet, results
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
-COLOURS = {"a": (250, 0, 0), "b": (0, 250, 0), "c": (0, 0, 250), "s": (200, 200, 0)}
+COLORS = {"a": (250, 0, 0), "b": (0, 250, 0), "c": (0, 0, 250), "s": (200, 200, 0)}
 
 
 def rows_of(*given: dict) -> list[dict]:
-    """Rows of results.csv, and plain pictures of a colour each for them."""
+    """Rows of results.csv, and plain images of a color each for them."""
     os.makedirs("out", exist_ok=True)
     empty = dict.fromkeys(results.COLUMNS, "")
     usual = {"height": "64", "width": "96", "method": "dy_yarn", "seed": "0", "prompt": "a ring"}
     usual |= {"seconds": "2.0", "peak_memory": str(memory.GIB)}
     rows = []
     for one in given:
-        name = one.pop("colour")
-        Image.new("RGB", (96, 64), COLOURS[name]).save(f"out/{name}.png")
+        name = one.pop("color")
+        Image.new("RGB", (96, 64), COLORS[name]).save(f"out/{name}.png")
         rows.append(empty | usual | {"file": f"{name}.png"} | one)
     return rows
 
 
-def colours(sheet: Image.Image) -> list[list[str]]:
-    """The pictures on a sheet, row by row, by their colours; '?' is a grey box."""
+def colors(sheet: Image.Image) -> list[list[str]]:
+    """The images on a sheet, row by row, by their colors; '?' is a gray box."""
     found = np.asarray(sheet).astype(int)
     width = 320
     height = round(320 * 64 / 96)
-    names = {value: name for name, value in COLOURS.items()} | {(211, 211, 211): "?"}
+    names = {value: name for name, value in COLORS.items()} | {(211, 211, 211): "?"}
     grid = []
     for y in range(found.shape[0] - height + 1):
         row = []
@@ -54,18 +54,18 @@ def colours(sheet: Image.Image) -> list[list[str]]:
 
 
 def test_contact_sheet():
-    """Scales down, exponents across; the static picture, which has neither, in every column."""
+    """Scales down, exponents across; the static image, which has neither, in every column."""
     rows = rows_of(
-        {"colour": "s", "method": "yarn"},
-        {"colour": "a", "dype_scale": "1", "dype_exponent": "1"},
-        {"colour": "b", "dype_scale": "1", "dype_exponent": "2"},
-        {"colour": "c", "dype_scale": "2", "dype_exponent": "1"},
-        {"colour": "a", "dype_scale": "2", "dype_exponent": "2", "error": "out of memory"},
+        {"color": "s", "method": "yarn"},
+        {"color": "a", "dype_scale": "1", "dype_exponent": "1"},
+        {"color": "b", "dype_scale": "1", "dype_exponent": "2"},
+        {"color": "c", "dype_scale": "2", "dype_exponent": "1"},
+        {"color": "a", "dype_scale": "2", "dype_exponent": "2", "error": "out of memory"},
     )
 
     def shown(columns):
         sheets = contact_sheet.contact_sheets(rows, Path("out"), (64, 96), columns)
-        return [colours(sheet) for sheet in sheets]
+        return [colors(sheet) for sheet in sheets]
 
     assert shown(None) == [[["s", "s"], ["a", "b"], ["c", "?"]]]
     assert shown("dype_scale") == [[["s", "s"], ["a", "c"], ["b", "?"]]]
@@ -85,15 +85,15 @@ def test_labels_name_what_varies(monkeypatch):
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
     rows = rows_of(
-        {"colour": "a", "method": "dy_yarn", "dype_scale": "1"},
-        {"colour": "b", "method": "dy_ntk", "dype_scale": "2"},
-        {"colour": "c", "method": "dy_ntk", "dype_scale": "2", "seed": "1"},
+        {"color": "a", "method": "dy_yarn", "dype_scale": "1"},
+        {"color": "b", "method": "dy_ntk", "dype_scale": "2"},
+        {"color": "c", "method": "dy_ntk", "dype_scale": "2", "seed": "1"},
     )
     contact_sheet.contact_sheets(rows, Path("out"), (64, 96), None)
     assert sorted(set(written)) == ["dy_ntk", "dy_yarn", "seed 0", "seed 1"]
     written.clear()
     lit = [f"a yellow cross on teal leaves, lit from {side}" for side in ("above", "below")]
-    rows = rows_of(*({"colour": "a", "prompt": one, "seed": seed} for one in lit for seed in "01"))
+    rows = rows_of(*({"color": "a", "prompt": one, "seed": seed} for one in lit for seed in "01"))
     contact_sheet.contact_sheets(rows, Path("out"), (96, 96), None)
     heads = {label.replace("\n", " ") for label in written if "seed" in label}
     assert heads == {f"seed {seed}, {one}" for one in lit for seed in "01"}
@@ -102,24 +102,24 @@ def test_labels_name_what_varies(monkeypatch):
 def test_summary():
     """Mean and deviation over seeds, per setting; failures are counted, not averaged."""
     rows = rows_of(
-        {"colour": "a", "seed": "0", "seconds": "1.0"},
-        {"colour": "b", "seed": "1", "seconds": "3.0"},
-        {"colour": "c", "seed": "2", "error": "out of memory", "seconds": "", "peak_memory": ""},
-        {"colour": "s", "method": "base"},
+        {"color": "a", "seed": "0", "seconds": "1.0"},
+        {"color": "b", "seed": "1", "seconds": "3.0"},
+        {"color": "c", "seed": "2", "error": "out of memory", "seconds": "", "peak_memory": ""},
+        {"color": "s", "method": "base"},
     )
-    lines = contact_sheet.summary(rows).splitlines()
+    lines = contact_sheet.summarize_rows(rows).splitlines()
     assert " ".join(lines[1].split()) == "2 1 2.0 (1.4) 1.00 (0.00) 64x96, dy_yarn"
     assert " ".join(lines[2].split()) == "1 0 2.0 1.00 64x96, base"
 
 
 def test_the_summary_has_the_metrics():
     """Those of metrics.csv, which results.csv is joined with; an image without one is left out."""
-    rows = rows_of(*({"colour": "a", "seed": seed, "file": f"{seed}.png"} for seed in "012"))
+    rows = rows_of(*({"color": "a", "seed": seed, "file": f"{seed}.png"} for seed in "012"))
     results.write_table(Path("out/results.csv"), results.COLUMNS, rows)
     entry = {"metric": "glcm", "protocol": "so"}
     values = [entry | {"file": f"{seed}.png", "value": str(seed)} for seed in (0, 2)]
     results.write_table(Path("out/metrics.csv"), results.METRIC_COLUMNS, values)
-    head, line, *_ = contact_sheet.summary(results.read_rows(Path("out"))).splitlines()
+    head, line, *_ = contact_sheet.summarize_rows(results.read_rows(Path("out"))).splitlines()
     assert "glcm" in head
     assert " ".join(line.split()).endswith("1.000 (1.414) 64x96, dy_yarn")
 
@@ -144,7 +144,7 @@ def test_grid_from_a_finished_folder(capsys):
 
 def test_narrow_pictures_and_long_prompts():
     """Labels are shortened to what there is room for."""
-    rows = rows_of({"colour": "a", "prompt": "a ring " * 100}, {"colour": "b", "seed": "1"})
+    rows = rows_of({"color": "a", "prompt": "a ring " * 100}, {"color": "b", "seed": "1"})
     for size, columns in (((1024, 64), None), ((64, 96), "seed")):
         [sheet] = contact_sheet.contact_sheets(rows, Path("out"), size, columns)
         assert max(sheet.size) < 1400

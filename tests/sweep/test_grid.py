@@ -76,7 +76,7 @@ BAD = {
     "strength alone": "--strength 0.4",
     "strength 0": "--init_image square.png --strength 0",
     "strength above 1": "--init_image square.png --strength 1.1",
-    "init image no picture": "--init_image text.txt",
+    "init image no image": "--init_image text.txt",
     "init image cut off": "--init_image cut.png",
     "init image missing": "--init_image none.png",
     "init image a folder": "--init_image .",
@@ -157,7 +157,7 @@ def test_settings_that_a_method_does_not_feel():
 
 
 def test_the_path_of_an_attention_scale_that_is_not_felt():
-    """The same picture as with a constant one: where there is no a, no method, no noise level."""
+    """The same image as with a constant one: where there is no a, no method, no noise level."""
 
     def same(*settings, **more):
         flags = planned()[0].record
@@ -203,7 +203,7 @@ COUNTS = {
 @pytest.mark.parametrize("model", ["flux-krea", "demo", "qwen-image"])
 @pytest.mark.parametrize("line", COUNTS)
 def test_named_sweeps_are_presets_of_the_list_flags(line, model, capsys):
-    """As many pictures as said; the flags that are printed make the same ones."""
+    """As many images as said; the flags that are printed make the same ones."""
     model = ["--model", model]
     found = planned(*line.split(), *model)
     assert len(found) == COUNTS[line]

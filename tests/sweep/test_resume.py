@@ -74,11 +74,11 @@ def test_the_same_pixels(folders):
 
 
 def test_the_same_records(folders):
-    """In the pictures and beside them, but for seconds and memory."""
+    """In the images and beside them, but for seconds and memory."""
     for path in folders[1].glob("seed_*.png"):
         found = []
         for folder in folders:
-            record = records.load(folder / path.name)
+            record = records.read_record(folder / path.name)
             beside = (folder / path.name).with_suffix(".json")
             assert record == json.loads(beside.read_text())
             found.append({k: v for k, v in record.items() if k not in UNEQUAL})

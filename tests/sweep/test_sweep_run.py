@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def test_a_sweep_from_one_command(capsys, monkeypatch):
-    """Pictures, records, table, sheets and summary; a second time nothing is drawn or loaded."""
+    """Images, records, table, sheets and summary; a second time nothing is drawn or loaded."""
     loads, load = [], sampling_run.load_pipeline
 
     def counted(*args, **kwargs):
@@ -37,10 +37,10 @@ def test_a_sweep_from_one_command(capsys, monkeypatch):
     assert {row["method"] for row in rows} == {"dy_yarn", "base"}
     assert {(row["height"], row["width"]) for row in rows} == {("64", "64"), ("96", "64")}
     for row in rows:
-        record = records.load(Path("out") / row["file"])
+        record = records.read_record(Path("out") / row["file"])
         assert record["flags"]["seed"] == int(row["seed"])
         assert record["seconds"] == float(row["seconds"])
-        picture = records.open_picture(Path("out") / row["file"])
+        picture = records.open_image(Path("out") / row["file"])
         assert picture.size == (int(row["width"]), int(row["height"]))
     assert (Path("out") / "comparison_96x64.png").exists()
     text = Path("out/summary.txt").read_text()
@@ -48,7 +48,7 @@ def test_a_sweep_from_one_command(capsys, monkeypatch):
     before = {path.name: path.stat().st_mtime_ns for path in Path("out").glob("seed_*")}
     capsys.readouterr()
     assert run(*line) == 0
-    assert "out: pictures 8, there already 8" in capsys.readouterr().out
+    assert "out: images 8, there already 8" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in Path("out").glob("seed_*")} == before
     assert table() == rows
     assert [call["pixels"] for call in loads] == [64 * 96]
@@ -60,8 +60,10 @@ def test_more_of_the_same_is_added(monkeypatch):
     assert run(*line, "--seed", "0-1") == 0
     first = table()
     draws = []
-    draw = sample.draw
-    monkeypatch.setattr(sample, "draw", lambda *a, **k: draws.append(k["seed"]) or draw(*a, **k))
+    draw = sample.generate
+    monkeypatch.setattr(
+        sample, "generate", lambda *a, **k: draws.append(k["seed"]) or draw(*a, **k)
+    )
     assert run(*line, "--seed", "0-3") == 0
     assert run(*line, "--seed", "0-1", "--dype_scale", "1,2") == 0
     assert run(*line, "--seed", "0", "--true_cfg", "2,5", "--base_resolution", "48") == 0
@@ -142,7 +144,7 @@ def test_somebody_elses_picture_stays(name, capsys):
     if record is None:
         Image.new("RGB", (8, 8)).save(path)
     else:
-        records.save(Image.new("RGB", (8, 8)), record, path)
+        records.save_image(Image.new("RGB", (8, 8)), record, path)
     before = path.read_bytes()
     capsys.readouterr()
     assert run(*line) == 2
@@ -151,7 +153,7 @@ def test_somebody_elses_picture_stays(name, capsys):
     assert reason in error
     assert path.read_bytes() == before
     assert run(*line, "--overwrite") == 0
-    assert records.load(path)["flags"]["seed"] == 0
+    assert records.read_record(path)["flags"]["seed"] == 0
 
 
 def test_a_metric_named_like_a_column():
@@ -180,7 +182,7 @@ def test_a_deleted_picture_is_drawn_again_under_its_name():
 
 
 def test_a_record_of_before_an_overwrite_is_mended():
-    """As a kill between picture and record leaves it."""
+    """As a kill between image and record leaves it."""
     line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
     assert run(*line) == 0
     beside = next(Path("out").glob("seed_0*.json"))
@@ -213,7 +215,7 @@ def test_an_image_of_other_settings_in_the_way(capsys):
     assert path.read_bytes() == other.read_bytes()
     assert run(*line, "--overwrite") == 0
     assert "there already 1" in capsys.readouterr().out
-    assert records.load(path)["flags"]["seed"] == 0
+    assert records.read_record(path)["flags"]["seed"] == 0
 
 
 FAILURES = [
@@ -229,23 +231,23 @@ FAILURES = [
 
 def test_cells_that_fail_are_written_down_and_the_rest_go_on(monkeypatch, capsys):
     line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-6"]
-    draw = sample.draw
+    draw = sample.generate
 
     def fails(*args, **kwargs):
         if error := FAILURES[kwargs["seed"]]:
             raise error
         return draw(*args, **kwargs)
 
-    monkeypatch.setattr(sample, "draw", fails)
+    monkeypatch.setattr(sample, "generate", fails)
     assert run(*line) == 1
-    assert "5 of 7 pictures failed" in capsys.readouterr().err
+    assert "5 of 7 images failed" in capsys.readouterr().err
     for row, error in zip(table(), FAILURES, strict=True):
         assert bool(row["error"]) == bool(error)
         wanted = "no such thing" if "such" in str(error) else "out of memory at a peak of"
         assert error is None or wanted in row["error"]
         assert (Path("out") / row["file"]).exists() == (error is None)
     assert Path("out/summary.txt").read_text().splitlines()[1].split()[:2] == ["2", "5"]
-    monkeypatch.setattr(sample, "draw", draw)
+    monkeypatch.setattr(sample, "generate", draw)
     assert run(*line) == 0
     assert [(row["seed"], row["error"]) for row in table()] == [(n, "") for n in "0123456"]
 
@@ -254,24 +256,24 @@ def test_out_of_memory_alone_says_what_is_cheaper(monkeypatch, capsys):
     def fails(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(sample, "draw", fails)
+    monkeypatch.setattr(sample, "generate", fails)
     assert run(*TINY, "--size", "64") == 1
     err = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(r"run_dype.py: out of memory at a peak of .* GiB; try --tiled_vae on", err)
 
 
 def test_dry_run_prints_the_plan(capsys):
-    """The number of pictures and an estimate; with a picture there, hours; nothing is written."""
+    """The number of images and an estimate; with an image there, hours; nothing is written."""
     line = [*TINY, "--size", "64,128", "--output_dir", "out", "--seed", "0-1"]
     assert run(*line, "--dry_run") == 0
     out = capsys.readouterr().out
-    assert "pictures 4, there already 0; how long" in out
+    assert "images 4, there already 0; how long" in out
     assert not Path("out").exists()
     assert run(*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 0
     capsys.readouterr()
     assert run(*line, "--dry_run") == 0
     out = capsys.readouterr().out
-    assert "pictures 4, there already 2" in out
+    assert "images 4, there already 2" in out
     assert "at the pace of those" in out
 
 
@@ -291,7 +293,7 @@ def test_two_sweeps_in_one_folder(capsys):
 
 
 def test_multipass_and_init_image_by_the_command_line():
-    """Two passes are a small picture and one from it; the record says what each pass ran."""
+    """Two passes are a small image and one from it; the record says what each pass ran."""
     line = [*TINY[:2], "--base_resolution", "32", "--steps", "4"]
     assert (
         run(*line, "--size", "192x128", "--dype_multipass", "twopass", "--output", "two.png") == 0
@@ -301,12 +303,12 @@ def test_multipass_and_init_image_by_the_command_line():
     assert run(*line, "--size", "192x128", *from_small, "--output", "one.png") == 0
     two, one = (np.asarray(Image.open(name)) for name in ("two.png", "one.png"))
     assert (two == one).all()
-    passes = records.load("two.png")["passes"]
+    passes = records.read_record("two.png")["passes"]
     assert [(p["height"], p["width"], len(p["sigmas"])) for p in passes] == [
         (64, 96, 5),
         (128, 192, 3),
     ]
-    assert records.load("one.png")["passes"][0]["sigmas"] == passes[1]["sigmas"]
+    assert records.read_record("one.png")["passes"][0]["sigmas"] == passes[1]["sigmas"]
     assert run("--from", "two.png", "--output", "again.png") == 0
     assert (np.asarray(Image.open("again.png")) == two).all()
     Image.new("RGB", (96, 64)).save("small.png")
@@ -316,6 +318,6 @@ def test_multipass_and_init_image_by_the_command_line():
     assert run(*line, "--size", "96x64", "--output", "small.png", "--overwrite") == 0
     weaker = ["--strength", "0.25", "--output", "weaker.png"]
     assert run("--from", "one.png", *weaker) == 0
-    assert len(records.load("weaker.png")["passes"][0]["sigmas"]) == 2
+    assert len(records.read_record("weaker.png")["passes"][0]["sigmas"]) == 2
     assert run("--from", "one.png", "--output", "again2.png") == 0
     assert (np.asarray(Image.open("again2.png")) == two).all()
