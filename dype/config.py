@@ -1,4 +1,4 @@
-"""The settings of DyPE: one frozen dataclass, the only home of their defaults."""
+"""Settings of DyPE: one frozen dataclass, the only home of their defaults and ranges."""
 
 import math
 from collections.abc import Callable, Collection
@@ -6,8 +6,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, get_args
 
-# method -> lambda_s when `dype_scale` is None (paper section 4 and App. D; the two power forms as
-# their authors' code has them); None where kappa has no use: `tasr` follows t itself.
+# method -> lambda_s when `dype_scale` is None (paper section 4 and App. D; for the two power forms
+# as in the code of their authors); None: the method has no kappa (`tasr` follows t itself)
 DEFAULT_LAMBDA_S = {
     "base": None,
     "pi": 2.0,
@@ -23,38 +23,39 @@ DEFAULT_LAMBDA_S = {
     "cutoff": None,
 }
 LAMBDA_S_HELP = ", ".join(f"{name} {scale:g}" for name, scale in DEFAULT_LAMBDA_S.items() if scale)
+DYNAMIC_NAMES = [f"dy_{name}" for name in DEFAULT_LAMBDA_S if name != "base"]
 SHIFTS = ("cap", "model")
-ATTENTION_PATHS = ("constant", "falling", "rising")  # of the attention scale, as the noise falls
+ATTENTION_PATHS = ("constant", "falling", "rising")  # of a in m = 1 + a ln s, from t = 1 to 0
 PRESETS = ("off", "auto", "4k")
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A setting and its flag on the command line: every use of either is a loop over these."""
+    """Describe a setting and its command-line flag; every use of either is a loop over these."""
 
-    help: str  # with its default where no single value says it
-    metavar: str = ""  # "": by its type
-    low: float | None = None  # of numbers: the least, the most, of what a multiple
+    help: str  # names the default only where no single value can
+    metavar: str = ""  # "": follows from the type
+    low: float | None = None  # range and divisor of a number
     high: float = math.inf
     multiple: int | None = None
-    exclusive: bool = False  # the least is out of range itself
+    exclusive: bool = False  # `low` itself is out of range
     choices: Collection[str] = ()
-    label: str | None = None  # a value on contact sheets, "scale {}"; None: takes no list of values
-    changes_image: bool = True  # False: says where or how fast alone
-    has_effect: Callable[[dict], bool] = lambda settings: True  # in an image of these settings
-    group: str = ""  # title in --help, of the flags that follow too
+    label: str | None = None  # of a value on contact sheets, "scale {}"; None: accepts no list
+    changes_image: bool = True  # False: decides only where or how fast the image is generated
+    has_effect: Callable[[dict], bool] = lambda settings: True  # on an image with these settings
+    group: str = ""  # heading in --help, for this flag and the next ones without a heading
     aliases: tuple[str, ...] = ()
     switches: tuple[tuple[str, Any, str], ...] = ()  # further flags: (name, value, help)
-    parser_options: dict[str, Any] | None = None  # of argparse's `add_argument`
-    # of the field that it is written at; default ...: there is none, or it is the model's
+    parser_options: dict[str, Any] | None = None  # for the parser's `add_argument`
+    # `flags_of` fills in the rest from the field
     name: str = ""
-    option: str = ""  # its name on the command line
+    option: str = ""  # name on the command line, without the dashes
     type: type = str
-    optional: bool = False
-    default: Any = ...
+    optional: bool = False  # accepts None
+    default: Any = ...  # ...: none, or the model's
 
     def parse(self, text: str):
-        """The value that a text stands for. Raises ValueError, naming the flag."""
+        """Convert text to a checked value. Raise ValueError that names the flag."""
         value = text
         if self.type is bool:
             check_choice(f"--{self.option}", text, ("on", "off"))
@@ -69,22 +70,15 @@ class Flag:
         return value
 
     def check(self, value, prefix: str = "") -> None:
-        """Raise ValueError unless a value is of the flag's type and in its range."""
+        """Raise ValueError unless `value` has the flag's type and is in its range."""
         name = prefix + self.option
         if value is None and self.optional:
             return
         if self.choices:
             check_choice(name, value, self.choices)
         elif self.type in (int, float):
-            integer, limits = self.type is int, (self.low, self.high)
-            check_number(
-                name,
-                value,
-                *limits,
-                exclusive=self.exclusive,
-                integer=integer,
-                multiple=self.multiple,
-            )
+            limits = {"exclusive": self.exclusive, "integer": self.type is int}
+            check_number(name, value, self.low, self.high, multiple=self.multiple, **limits)
         elif not isinstance(value, self.type):
             kind = "True or False" if self.type is bool else "text"
             raise ValueError(f"{name} is {value!r}, expected {kind}")
@@ -96,34 +90,62 @@ class Flag:
 
 
 def flag(help: str, default=..., **row):
-    """A field of a dataclass of settings, with all that is said of it in a `Flag`."""
-    known = {} if default is ... else {"default": default}
-    return field(metadata={"flag": Flag(help, **row)}, **known)
+    """Return a dataclass field that carries its `Flag`."""
+    defaults = {} if default is ... else {"default": default}
+    return field(metadata={"flag": Flag(help, **row)}, **defaults)
 
 
 def flags_of(settings: type) -> list[Flag]:
-    """The flags of a dataclass, those of a dataclass within it in its place."""
+    """Return the flags of a dataclass; those of a nested DyPEConfig stand in its place."""
     flags, group = [], ""
     for part in fields(settings):
-        kinds = get_args(part.type) or (part.type,)
         if part.type is DyPEConfig:
             flags += flags_of(DyPEConfig)
         elif "flag" in part.metadata:
             row = part.metadata["flag"]
             group = row.group or group
+            types = get_args(part.type) or (part.type,)
+            row = replace(row, name=part.name, option=part.name.rstrip("_"), group=group)
             default = ... if part.default is MISSING else part.default
-            known = {"name": part.name, "option": part.name.rstrip("_"), "type": kinds[0]}
-            known |= {"optional": NoneType in kinds, "default": default, "group": group}
-            flags.append(replace(row, **known))
+            flags.append(replace(row, type=types[0], optional=NoneType in types, default=default))
     return flags
 
 
 @dataclass(frozen=True)
 class DyPEConfig:
-    """Settings of one encoding. Raises ValueError on a value out of range; nothing is clamped.
+    """Settings of one position encoding and of the noise schedule.
 
-    lambda_s: `dype_scale`, or the method's own. name: `yarn`, or `dy_yarn` where it follows the
-    noise level; never `dy_base`.
+    Attributes:
+        method: "yarn" by default. A key of `rope.METHODS`; "dy_yarn" is yarn with `dype=True`.
+        dype: True. The encoding follows sigma; False is the static method. No effect on "base".
+        dype_scale: None, the method's own (1 or 2). lambda_s of kappa(t) = lambda_s t^lambda_t, in
+            [0, 8]. A larger value stretches more at high sigma; the paper's Table 6 tries 1 to 2.5.
+        dype_exponent: 2.0. lambda_t, in [0, 1000]. A larger value returns to the model's own
+            encoding earlier: less time for the layout, more for detail. Try 1 below 3x.
+        dype_start_sigma: 1.0. t_start, in (0, 1]. The encoding stays as at t = 1 above it, then
+            u = t / t_start replaces t.
+        alpha, beta: 1.0 and 32.0. Ends of the ramp of `yarn_paper`, in turns over the trained
+            length; 0 < alpha < beta. Other methods ignore them.
+        cutoff: 1.0. c of the method `cutoff`, in (0, 1000]: the wavelength of its cut at t = 1/2,
+            in units of the trained length.
+        cutoff_width, spectrum_exponent: 0.5 and 2.0. delta and omega of the method `cutoff`, in
+            (0, 1000]. Keep them unless you study the method.
+        attention_scale: None, the method's own m. a of m = 1 + a ln s, in [0, 2], for any method
+            but "base"; 0.1 is YaRN's.
+        attention_path: "constant". How a follows sigma: "falling" is a u, "rising" a (1 - u). Needs
+            `attention_scale`; no effect on a static method.
+        base_resolution: None, that of the loaded model, else its family's. Side in px that the
+            model was trained at, a multiple of 16; a demo pipeline loaded by hand needs 256.
+        anisotropic: True. Each axis is stretched by its own scale; False: every axis by the
+            largest. Try False where shapes look stretched in wide or tall images.
+        shift: None, the model's default. "cap" keeps mu = max_shift at every size, as the authors
+            do; "model" leaves the scheduler's own rule.
+        base_shift, max_shift: None, the scheduler's. The two numbers of that rule, in [-10, 20].
+        lambda_s: Derived: `dype_scale`, or the method's own.
+        name: Derived: "dy_yarn" with DyPE, "yarn" static, always "base".
+
+    Raises:
+        ValueError: A value is out of range; nothing is clamped.
     """
 
     # fmt: off
@@ -146,7 +168,8 @@ class DyPEConfig:
     )
     dype_start_sigma: float = flag(
         "t_start, above 0 to 1: above it the encoding stays as at t = 1", 1.0, metavar="T",
-        low=0, high=1, exclusive=True, label="start {}", has_effect=lambda settings: settings["dype"],
+        low=0, high=1, exclusive=True, label="start {}",
+        has_effect=lambda settings: settings["dype"],
     )
     alpha: float = 1.0  # yarn_paper alone: the ramp's ends, turns over the trained length
     beta: float = 32.0
@@ -185,6 +208,11 @@ class DyPEConfig:
     # fmt: on
 
     def __post_init__(self):
+        if isinstance(self.method, str) and self.method.startswith("dy_"):
+            check_choice("method", self.method, DYNAMIC_NAMES)
+            if self.dype is not True:
+                raise ValueError(f"dype is {self.dype!r}, expected True with {self.method!r}")
+            object.__setattr__(self, "method", self.method.removeprefix("dy_"))
         for row in CONFIG_FLAGS:
             row.check(getattr(self, row.name))
         check_number("alpha", self.alpha, 0, math.inf, exclusive=True)
@@ -198,51 +226,79 @@ class DyPEConfig:
         default = DEFAULT_LAMBDA_S[self.method] or 0.0
         lambda_s = default if self.dype_scale is None else self.dype_scale
         dynamic = self.dype and self.method != "base"
-        # what follows from the fields is none itself
+        # not fields, so that `to_dict` holds settings alone
         object.__setattr__(self, "lambda_s", lambda_s)
         object.__setattr__(self, "name", f"dy_{self.method}" if dynamic else self.method)
 
     def to_dict(self) -> dict:
+        """Return all fields by name; `from_dict` takes them back."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, settings: dict) -> "DyPEConfig":
-        known = [field.name for field in fields(cls)]
+        """Return a config of these fields. Raise ValueError for an unknown name."""
+        names = [part.name for part in fields(cls)]
         for name in settings:
-            if name not in known:
-                raise ValueError(f"unknown setting {name!r}, expected one of {', '.join(known)}")
+            if name not in names:
+                raise ValueError(f"unknown setting {name!r}, expected one of {', '.join(names)}")
         return cls(**settings)
 
 
 CONFIG_FLAGS = flags_of(DyPEConfig)
 
 
-def check_choice(name: str, value, accepted) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(accepted)}")
+def check_choice(name: str, value, choices: Collection[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
 
 
 def check_number(
-    name, value, low, high, *, optional=False, exclusive=False, integer=False, multiple=None
+    name: str,
+    value,
+    low: float,
+    high: float,
+    *,
+    optional: bool = False,
+    exclusive: bool = False,
+    integer: bool = False,
+    multiple: int | None = None,
 ) -> None:
-    """Raise ValueError unless `value` is a number in [low, high], or (low, high] if `exclusive`."""
+    """Raise ValueError unless `value` is a number in [low, high].
+
+    Args:
+        name: Begins the sentence.
+        value: Anything.
+        low: Least value.
+        high: Largest value; infinity itself is refused.
+        optional: Accept None.
+        exclusive: Refuse `low` itself.
+        integer: Accept whole numbers alone.
+        multiple: Accept multiples of this number alone.
+    """
     if value is None and optional:
         return
-    wanted = f"{'above' if exclusive else 'at least'} {low:g}"
-    wanted += f" and at most {high:g}" if math.isfinite(high) else ""
+    limits = f"{'above' if exclusive else 'at least'} {low:g}"
+    limits += f" and at most {high:g}" if math.isfinite(high) else ""
     kind = f"multiple of {multiple}," if multiple else "whole number" if integer else "number"
-    good = isinstance(value, int if integer else int | float) and not isinstance(value, bool)
-    good = good and low <= value <= high and not (exclusive and value == low)  # no NaN passes this
-    if not good or value == math.inf or (multiple and value % multiple):
-        shown = repr(value) if len(repr(value)) < 40 else repr(value)[:40] + "..."
-        raise ValueError(f"{name} is {shown}, expected a {kind} {wanted}")
+    valid = isinstance(value, int if integer else int | float) and not isinstance(value, bool)
+    valid = valid and low <= value <= high and not (exclusive and value == low)  # refuses NaN too
+    if not valid or value == math.inf or (multiple and value % multiple):
+        text = repr(value) if len(repr(value)) < 40 else repr(value)[:40] + "..."
+        raise ValueError(f"{name} is {text}, expected a {kind} {limits}")
 
 
 def preset_settings(name: str, height: int, width: int, base_resolution: int) -> dict:
-    """The settings that a preset stands for at one size (px); {} where it changes none.
+    """Return the settings of a preset at one size, by field of `DyPEConfig`.
 
-    `auto` leaves sizes up to 1.5x the base resolution alone, since the encoding is stock there or
-    nearly; its exponents by scale are those that users of the ComfyUI and llm-dit ports settled on.
+    "auto" is off up to 1.5x the base resolution, where stretching changes little. Its exponents by
+    scale are those that users of the ComfyUI and llm-dit ports recommend.
+
+    Args:
+        name: One of `PRESETS`.
+        height: px.
+        width: px.
+        base_resolution: px.
     """
     check_choice("preset", name, PRESETS)
     scale = max(height, width) / base_resolution

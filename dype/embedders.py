@@ -1,8 +1,8 @@
-"""Rotary embedders that follow the noise level, for the transformers with real tables.
+"""Rotary embedders that follow sigma, for transformers whose tables are real numbers.
 
-Each has `set_timestep` and `set_grid`, and `prepare_call`, which the transformer's forward pre-hook calls
-with the arguments of every denoiser call to read both from them. The complex formats are in
-`embedders_complex`.
+The transformer's forward pre-hook calls `prepare_call` with the arguments of each denoiser call; it
+writes sigma and the token grid to the embedder, and `forward` reads them. A hand-written loop may
+call `set_timestep` and `set_grid` itself. The complex formats are in `embedders_complex`.
 """
 
 from functools import partial
@@ -15,15 +15,19 @@ import torch.nn.functional as F
 from dype import rope
 from dype.config import DyPEConfig
 
-CACHE_SIZE = 16  # an embedder remembers so many constants: those of a few sizes
+MAX_CONSTANTS = 16  # of an embedder: those of a few sizes
 
 
 class DyPEEmbedder:
-    """What every format shares: the noise level, the grid, and the mathematics of its two axes.
+    """Base class: stores sigma and the token grid, and computes the frequencies of both axes.
 
-    stock: the embedder that is replaced, kept untouched; trained_tokens: L, the same for rows and
-    columns. No parameters, no buffers. Under a compiler one graph serves every noise level, since
-    sigma is a 0-dim tensor; another grid is another graph.
+    It has no parameters and no buffers. Under a compiler one graph serves every sigma, since sigma
+    is a 0-dim tensor; another grid is another graph.
+
+    Args:
+        stock: The embedder to replace, kept untouched.
+        config: Settings of the encoding.
+        trained_tokens: L, for rows and columns alike.
     """
 
     def __init__(self, stock, config: DyPEConfig, trained_tokens: float):
@@ -34,11 +38,11 @@ class DyPEEmbedder:
         self.axes_dim = tuple(getattr(stock, "axes_dim", None) or stock.axes_dims)
         self.trained_tokens = trained_tokens
         self.sigma = make_sigma()
-        self.cache = {}
+        self.constants = {}
         self.set_grid(1, 1)
 
     def set_timestep(self, sigma: float | torch.Tensor) -> None:
-        """Set the noise level: in [0, 1], 1 is pure noise; a float or a 0-dim tensor."""
+        """Set sigma in [0, 1], 1 is pure noise: a float or a 0-dim tensor."""
         if not isinstance(sigma, torch.Tensor):
             self.sigma.fill_(sigma)
             return
@@ -48,170 +52,182 @@ class DyPEEmbedder:
         self.sigma.copy_(sigma)
 
     def set_grid(self, height_tokens: int, width_tokens: int) -> None:
-        """Set the size of the image being drawn, in tokens."""
+        """Set the size of the generated image, in tokens."""
         self.grid = (int(height_tokens), int(width_tokens))
 
     def is_extrapolating(self, grid: tuple[int, int]) -> bool:
-        """Whether an image of this size is encoded other than by the stock embedder."""
+        """Return whether the encoding of a token grid (height, width) is not the stock one."""
         return self.config.method != "base" and max(grid) > self.trained_tokens
 
     def frequencies(self, grid, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows' and columns' frequencies, float64 [2, n], and their attention scales [2]."""
+        """Return the frequencies of rows and columns, float64 [2, n], and their scales m [2]."""
         device = float64_device(device)
-        of_axis = self.axes_dim[1], self.theta, self.trained_tokens, grid, device, self.config
-        axis = self.cached("axis", grid, device, make=lambda: rope.build_axes(*of_axis))
+        settings = self.axes_dim[1], self.theta, self.trained_tokens, grid, device, self.config
+        axis = self.get_constant("axis", grid, device, make=lambda: rope.build_axes(*settings))
         return rope.batched_frequencies(axis, self.sigma.to(device), self.config)
 
     def positions(self, start: int, end: int, device) -> torch.Tensor:
-        """Positions from start to end - 1, float64."""
+        """Return the positions from start to end - 1, float64."""
         make = partial(torch.arange, start, end, dtype=torch.float64, device=device)
-        return self.cached("steps", start, end, device, make=make)
+        return self.get_constant("positions", start, end, device, make=make)
 
-    def cached(self, *key, make):
-        """What `make` returns: made once per key, as no noise level changes it.
+    def get_constant(self, *key, make):
+        """Return `make()`, a tensor that does not depend on sigma; made once per key.
 
-        A compiler sees it made anew, and folds it away.
+        Under a compiler it is made each time; the compiler folds the constant.
         """
         if torch.compiler.is_compiling():
             return make()
-        if key not in self.cache:
-            if len(self.cache) >= CACHE_SIZE:
-                self.cache.clear()
+        if key not in self.constants:
+            if len(self.constants) >= MAX_CONSTANTS:
+                self.constants.clear()
             with torch.inference_mode(False):
-                self.cache[key] = make()
-        return self.cache[key]
+                self.constants[key] = make()
+        return self.constants[key]
 
 
 def sigma_from_timestep(time: torch.Tensor) -> torch.Tensor:
+    """Return sigma from a timestep in [0, 1]."""
     return time
 
 
 def sigma_from_thousandths(time: torch.Tensor) -> torch.Tensor:
+    """Return sigma from a timestep in [0, 1000]."""
     return time.double() / 1000
 
 
 def sigma_from_complement(time: torch.Tensor) -> torch.Tensor:
+    """Return sigma from 1 - sigma."""
     return 1 - time.double()
 
 
 class TextTokens(NamedTuple):
-    """Where a family's text tokens are, in numbers of them."""
+    """Number of text tokens, by the place where a family has them."""
 
-    prefix: int = 0  # in front of the image's, in what the embedder is called with
-    in_image_ids: int = 0  # of those, how many are in the call's own ids
-    separate_call: int = -1  # in a call of the embedder by themselves
+    prefix: int = 0  # before the image tokens of an embedder call
+    in_image_ids: int = 0  # of the prefix, those inside the ids argument of the denoiser call
+    separate_call: int = -1  # in an embedder call without image tokens
 
 
 def flux1_text_tokens(module, call: dict) -> TextTokens:
-    """FLUX.1: the transformer puts `txt_ids` in front of `img_ids`."""
+    """Count the text tokens of FLUX.1, which puts `txt_ids` in front of `img_ids`."""
     mode_token = bool(getattr(module, "union", False))  # a union controlnet adds one
     return TextTokens(prefix=call["txt_ids"].shape[-2] + mode_token)
 
 
 def flux2_text_tokens(module, call: dict) -> TextTokens:
-    """FLUX.2: one call for the images, one for the text."""
+    """Count the text tokens of FLUX.2, which embeds images and text in two calls."""
     return TextTokens(separate_call=call["txt_ids"].shape[-2])
 
 
 def krea2_text_tokens(module, call: dict) -> TextTokens:
-    """Krea 2: one tensor of ids for all."""
-    text = call["encoder_hidden_states"].shape[1]
-    return TextTokens(prefix=text, in_image_ids=text)
+    """Count the text tokens of Krea 2, whose ids argument holds text and image."""
+    count = call["encoder_hidden_states"].shape[1]
+    return TextTokens(prefix=count, in_image_ids=count)
 
 
 class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
     """FLUX's format: (cos, sin), float32 [S, D], each value repeated for its pair.
 
-    Stands in for diffusers' `FluxPosEmbed` and its copies, called with ids [S, A] = (kind, row,
-    column, ...). Tokens of kind 0 are the text's, all at the origin, and the image's; other kinds
-    are reference images and get the stock encoding, as every further axis does.
+    Replaces diffusers' `FluxPosEmbed` and its copies, called with ids [S, A] = (kind, row, column,
+    ...). Kind 0 marks text tokens (at the origin) and image tokens; other values mark reference
+    images, which keep the stock encoding. Axes beyond height and width are always stock.
     """
 
-    _last_ids = (None, 0)  # the ids that were read last, their version, what was read
+    _last_ids = (
+        None,
+        0,
+    )  # ids of the last call, their version, and what `parse_image_ids` returned
 
     def set_grid(self, height_tokens: int, width_tokens: int) -> None:
+        """Set the size of the generated image, in tokens."""
         super().set_grid(height_tokens, width_tokens)
         self.token_layout = None
 
     def set_token_layout(self, num_text: int, num_reference: int) -> None:
-        """The ids to come are `num_text` of text (kind 0), the grid row by row, and `num_reference` of
-        references.
+        """Declare the token order of the next calls.
 
-        Rows and columns are then written by one broadcast, and the grid's ids are not looked at.
+        It is `num_text` text tokens, the grid in row-major order, `num_reference` reference tokens.
+        The table is then written by broadcasting one row and one column; the ids of the grid are
+        not read.
         """
         self.token_layout = (num_text, num_reference)
 
     def prepare_call(self, module: torch.nn.Module, call: dict) -> dict:
-        """Read noise level and grid from a denoiser call and return it with exact ids.
+        """Read sigma and grid from a denoiser call, and return the call with exact ids.
 
-        The ids are copied to the host once per image, since the pipelines hand the same tensor to
-        every step (but FLUX.2's with reference images, which make a new one each time). All
-        samples of a batch share the noise level and the ids.
+        All samples of a batch share sigma and ids. The ids are copied to the host once per image:
+        pipelines pass the same tensor at every step, except FLUX.2 with reference images.
         """
         family = self.family
         self.set_timestep(family.to_sigma(call[family.timestep_arg].flatten()[0]))
-        ids, texts = call[family.ids_arg], family.text_tokens(module, call)
+        ids, text = call[family.ids_arg], family.text_tokens(module, call)
         version = 0 if ids.is_inference() else ids._version
         if self._last_ids[0] is not ids or self._last_ids[1] != version:
-            self._last_ids = (ids, version, *parse_image_ids(ids, texts.in_image_ids))
-        _, _, exact, grid, after = self._last_ids
+            self._last_ids = (ids, version, *parse_image_ids(ids, text.in_image_ids))
+        _, _, exact_ids, grid, num_reference = self._last_ids
         self.set_grid(*grid)
-        # a separate call for as many text tokens as the image has could not be told from its own,
-        # nor a shard of them where tokens are split between processes
-        split = getattr(module, "_parallel_config", None) is not None
-        if after is not None and not split and texts.separate_call != grid[0] * grid[1] + after:
-            self.set_token_layout(texts.prefix, after)
-        return call | {family.ids_arg: exact}
+        # A separate call with as many text tokens as the image has could not be told from the
+        # image's own call, nor could a shard of them under context parallelism.
+        sharded = getattr(module, "_parallel_config", None) is not None
+        is_known = num_reference is not None and not sharded
+        if is_known and text.separate_call != grid[0] * grid[1] + num_reference:
+            self.set_token_layout(text.prefix, num_reference)
+        return call | {family.ids_arg: exact_ids}
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin of ids [S, A], float32 [S, D] each."""
         size = self.grid[0] * self.grid[1]
         if self.token_layout is None or len(ids) != size + sum(self.token_layout):
-            table = self.table_from_ids(ids)  # a shard under context parallelism, or odd ids
+            table = self.table_from_ids(ids)  # a shard under context parallelism, or irregular ids
         else:
             table = self.table_by_broadcast(ids, *self.token_layout)
         return table[0], table[1]
 
     def table_from_ids(self, ids: torch.Tensor, references: bool = True) -> torch.Tensor:
-        """Scaled cos and sin of any ids, each twice, token by token: float32 [2, S, D].
+        """Return m cos and m sin of each token's ids, float32 [2, S, D], each value twice.
 
-        references: whether there may be tokens of a kind other than 0.
+        references: whether some tokens may have a kind other than 0.
         """
         inv_freq, m = self.frequencies(self.grid, ids.device)
         pairs = [dim // 2 for dim in self.axes_dim]
-        stock, one, axis_of = self.cached(
-            "stock", m.device, make=lambda: self.stock_frequencies_per_pair(m.device)
-        )
+        make = partial(self.stock_frequencies_per_pair, m.device)
+        stock, unit_scale, axis_of_pair = self.get_constant("stock", m.device, make=make)
         f = torch.cat([stock[: pairs[0]], inv_freq.flatten(), stock[sum(pairs[:3]) :]])
-        of_axes = [scale.expand(count) for scale, count in zip(m, pairs[1:3], strict=True)]
-        scale = torch.cat([one[: pairs[0]], *of_axes, one[sum(pairs[:3]) :]])
-        at = ids.to(m.device, torch.float64)
+        scales = [scale.expand(count) for scale, count in zip(m, pairs[1:3], strict=True)]
+        scale = torch.cat([unit_scale[: pairs[0]], *scales, unit_scale[sum(pairs[:3]) :]])
+        positions = ids.to(m.device, torch.float64)
         if references:
-            drawn = at[:, :1] == 0
-            f, scale = torch.where(drawn, f, stock), torch.where(drawn, scale, one)
-        angle = at[:, axis_of] * f
+            is_target = positions[:, :1] == 0
+            f = torch.where(is_target, f, stock)
+            scale = torch.where(is_target, scale, unit_scale)
+        angle = positions[:, axis_of_pair] * f
         table = torch.stack([angle.cos(), angle.sin()]) * scale
         return table.float().repeat_interleave(2, dim=-1).to(ids.device)
 
     def stock_frequencies_per_pair(self, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of every pair of all axes, [D / 2]: the stock frequency, the scale 1, and its axis."""
+        """Return the stock frequency of every pair of all axes, a scale of 1, and its axis [D / 2].
+
+        The axis says which entry of a token's ids the pair rotates by.
+        """
         stock = [rope.stock_frequencies(dim, self.theta, device) for dim in self.axes_dim]
-        axes = [torch.full(part.shape, axis, device=device) for axis, part in enumerate(stock)]
+        axes = [torch.full(f.shape, axis, device=device) for axis, f in enumerate(stock)]
         stock = torch.cat(stock)
         return stock, torch.ones_like(stock), torch.cat(axes)
 
     def table_by_broadcast(
         self, ids: torch.Tensor, num_text: int, num_reference: int
     ) -> torch.Tensor:
-        """Return what `table_from_ids` does, with trigonometry for one row and one column alone."""
+        """Return the table of `table_from_ids`, with trigonometry for one row and one column."""
         (height, width), device = self.grid, ids.device
         make = partial(self.first_row_and_column_ids, device)
-        lines, of_rows, of_columns = self.cached("lines", self.grid, device, make=make)
+        lines, row_mask, column_mask = self.get_constant("lines", self.grid, device, make=make)
         end = num_text + height * width
-        few = torch.cat([ids[:num_text], lines, ids[end:]])
+        few_ids = torch.cat([ids[:num_text], lines, ids[end:]])
         counts = num_text, height, width, num_reference
-        parts = self.table_from_ids(few, num_reference > 0).split(counts, dim=1)
-        text, rows, columns, references = parts
-        rows, columns = (rows * of_rows)[:, :, None], (columns * of_columns)[:, None]
+        tables = self.table_from_ids(few_ids, num_reference > 0).split(counts, dim=1)
+        text, rows, columns, references = tables
+        rows, columns = (rows * row_mask)[:, :, None], (columns * column_mask)[:, None]
         table = rows.new_empty(2, len(ids), rows.shape[-1])
         add_by_broadcast(rows, columns, table[:, num_text:end].view(2, height, width, -1))
         table[:, :num_text] = text
@@ -220,79 +236,87 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
         return table
 
     def first_row_and_column_ids(self, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids of the first column's rows and the first row's columns [H + W, A]; which of a
-        token's entries come from its row (1, else 0), and which from its column: [D]."""
+        """Return the ids of the first column and of the first row, [H + W, A], and two masks [D].
+
+        The masks are 1 where an entry of a token's table comes from its row, or from its column.
+        """
         height, width = self.grid
-        more, first = len(self.axes_dim) - 3, self.axes_dim[0]
+        further_axes, first = len(self.axes_dim) - 3, self.axes_dim[0]
         ids = torch.cat([make_grid_ids(0, height, 1, device), make_grid_ids(0, 1, width, device)])
-        of_rows = torch.zeros(sum(self.axes_dim), device=device)
-        of_rows[first : first + self.axes_dim[1]] = 1
-        return F.pad(ids, (0, more)), of_rows, 1 - of_rows
+        row_mask = torch.zeros(sum(self.axes_dim), device=device)
+        row_mask[first : first + self.axes_dim[1]] = 1
+        return F.pad(ids, (0, further_axes)), row_mask, 1 - row_mask
 
 
 class DyPEEmbedND(DyPEFluxPosEmbed):
     """The format of Black Forest Labs' own `EmbedND`: float32 [B, 1, S, D / 2, 2, 2].
 
-    Called with ids [B, S, A]. Each pair is the rotation matrix ((cos, -sin), (sin, cos)). All
-    samples share the first's ids.
+    Called with ids [B, S, A]; all samples share those of the first. Each pair is the rotation
+    matrix ((cos, -sin), (sin, cos)).
     """
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        cos, sin = (part[:, ::2] for part in super().forward(ids[0]))
-        turns = torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
-        return turns.expand(len(ids), 1, *turns.shape)
+        """Return the rotation matrices of ids [B, S, A]."""
+        cos, sin = (values[:, ::2] for values in super().forward(ids[0]))
+        matrices = torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
+        return matrices.expand(len(ids), 1, *matrices.shape)
 
 
 def make_sigma(device=None) -> torch.Tensor:
-    """A 0-dim float64 tensor that may be written to in and out of inference mode."""
+    """Return a 0-dim float64 tensor that can be written in and out of inference mode."""
     with torch.inference_mode(False):
         return torch.ones((), dtype=torch.float64, device=device)
 
 
-def parse_image_ids(ids: torch.Tensor, texts: int = 0) -> tuple[torch.Tensor, tuple, int | None]:
-    """What FLUX's img_ids [S, A] say: exact float32 ids, the image's grid, tokens after it.
+def parse_image_ids(
+    ids: torch.Tensor, num_text: int = 0
+) -> tuple[torch.Tensor, tuple[int, int], int | None]:
+    """Return exact ids, the token grid of the generated image, and the number of tokens after it.
 
-    texts: how many of them, at the beginning, are the text's; those are left out of it all.
+    In bfloat16 rows beyond 256 collide, but the length of the first row is still right; the grid of
+    each kind is counted again from it. Ids that are no grid are returned as they are, with None as
+    the number of tokens after the image.
 
-    In bfloat16 rows beyond 256 collide, but the length of the first row, until the row changes, is
-    still right; each kind's grid is counted again from that. Where the ids are not a grid they are
-    taken as they stand, and the tokens after the image are None.
+    Args:
+        ids: `img_ids` of a FLUX transformer, [S, A] or [B, S, A].
+        num_text: Text tokens at the beginning, which are not parsed.
     """
-    given = ids if ids.ndim == 2 else ids[0]  # [B, S, 3] is deprecated in diffusers
-    host = given[texts:].float().cpu()
+    ids_2d = ids if ids.ndim == 2 else ids[0]  # [B, S, 3] is deprecated in diffusers
+    host = ids_2d[num_text:].float().cpu()
     kinds = host[:, 0]
     starts = [0, *((kinds[1:] != kinds[:-1]).nonzero().flatten() + 1).tolist(), len(host)]
-    exact, grid, after = [], None, None
+    exact, grid, num_after = [], None, None
     for start, end in pairwise(starts):
-        part, kind = host[start:end], int(kinds[start])
-        changes = (part[:, 1] != part[0, 1]).nonzero()
-        width = int(changes[0]) if len(changes) else len(part)
-        counted = make_grid_ids(kind, len(part) // width, width)
-        counted = F.pad(counted, (0, part.shape[1] - 3))
-        regular = counted.shape == part.shape and torch.equal(counted.to(ids.dtype).float(), part)
-        exact.append(counted if regular else part)
+        block, kind = host[start:end], int(kinds[start])
+        row_changes = (block[:, 1] != block[0, 1]).nonzero()
+        width = int(row_changes[0]) if len(row_changes) else len(block)
+        counted = make_grid_ids(kind, len(block) // width, width)
+        counted = F.pad(counted, (0, block.shape[1] - 3))
+        is_grid = counted.shape == block.shape
+        is_grid = is_grid and torch.equal(counted.to(ids.dtype).float(), block)
+        exact.append(counted if is_grid else block)
         if kind == 0 and grid is None:
-            grid = (len(part) // width, width)
-            after = len(host) - end if regular and start == 0 else None
-    exact = torch.cat([given[:texts].float(), torch.cat(exact).to(ids.device)])
-    return exact.expand(ids.shape), grid or (1, 1), after
+            grid = (len(block) // width, width)
+            num_after = len(host) - end if is_grid and start == 0 else None
+    exact = torch.cat([ids_2d[:num_text].float(), torch.cat(exact).to(ids.device)])
+    return exact.expand(ids.shape), grid or (1, 1), num_after
 
 
 def make_grid_ids(kind: int, height: int, width: int, device=None) -> torch.Tensor:
-    """Positions (kind, row, column) row by row, float32 [height * width, 3]."""
-    steps = [torch.arange(side, device=device) for side in (height, width)]
-    axes = torch.meshgrid(*steps, indexing="ij")
+    """Return ids (kind, row, column) in row-major order, float32 [height * width, 3]."""
+    sides = [torch.arange(side, device=device) for side in (height, width)]
+    axes = torch.meshgrid(*sides, indexing="ij")
     return torch.stack([torch.full_like(axes[0], kind), *axes], -1).flatten(0, 1).float()
 
 
 def add_by_broadcast(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
-    """out = rows + columns by broadcast, in one pass; exact, as one of them is 0."""
-    if torch.compiler.is_compiling():  # which does without `out`
+    """Write rows + columns to `out` in one pass; exact, since one of the two is always 0."""
+    if torch.compiler.is_compiling():  # a compiler has no `out`
         out.copy_(rows + columns)
     else:
         torch.add(rows, columns, out=out)
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where tables for `device` are computed: there, or on the CPU where it has no float64."""
+    """Return where to compute tables for `device`: there, or on the CPU if it lacks float64."""
     return torch.device("cpu") if device.type in ("mps", "npu") else device

@@ -101,7 +101,7 @@ def test_z_image_broadcast_equals_look_up(sizes, base, monkeypatch):
     embedder.set_timestep(0.6)
     embedder.set_grid(sizes, captions=captions)
     slow = embedder(ids)
-    embedder.regular = True
+    embedder.is_row_major = True
     calls, original = [], DyPEZImageRopeEmbedder.table_by_broadcast
     monkeypatch.setattr(
         DyPEZImageRopeEmbedder,
