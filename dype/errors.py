@@ -1,4 +1,4 @@
-"""What goes wrong in a command: its exceptions, its one sentence on stderr, its exit code."""
+"""Errors of a command: exceptions, one sentence on stderr, exit codes."""
 
 import argparse
 import sys
@@ -11,18 +11,18 @@ import torch
 
 
 class UserError(ValueError):
-    """A mistake in what the user asked for, as one sentence: exit code 2."""
+    """Report a mistake of the user in one sentence; exit code 2."""
 
 
 class UnavailableError(Exception):
-    """What the machine or the network lacks, as one sentence with the next thing to try: 1."""
+    """Report what the machine or the network lacks, and what to try; exit code 1."""
 
 
 WideHelp = partial(argparse.HelpFormatter, max_help_position=30, width=98)
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse prints its usage and exits; flags are not abbreviated."""
+    """Raise UserError where argparse prints its usage and exits; accept no abbreviations."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"formatter_class": WideHelp, "allow_abbrev": False} | kwargs)
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def raise_user_errors():
-    """Within, a ValueError is the user's mistake."""
+    """Turn a ValueError within the `with` block into a UserError."""
     try:
         yield
     except ValueError as error:
@@ -50,17 +50,15 @@ def run_command(
 ) -> int:
     """Run a command and return its exit code; an expected error is one sentence on stderr.
 
-    0 is success, 2 a user's mistake, 1 what the machine or the network lacks, 130 Ctrl-C.
+    Exit codes: 0 success, 2 a mistake of the user, 1 a lack of the machine or the network, 130
+    Ctrl-C. Any other exception is a bug and passes through.
 
     Args:
-        program: begins the sentence.
-        command: the work; returns an exit code, or None for 0.
-        out_of_memory: what to try then.
-        interrupted: what Ctrl-C leaves to do.
-        rank: of this process; the first one alone tells of what all of them see.
-
-    Raises:
-        Whatever is none of these: a bug.
+        program: Begins the sentence.
+        command: Does the work; returns an exit code, or None for 0.
+        out_of_memory: What to try when memory is short.
+        interrupted: What to do after Ctrl-C.
+        rank: Of this process; rank 0 alone reports errors that all processes see.
     """
     try:
         return command() or 0
@@ -80,22 +78,23 @@ def run_command(
 
 
 def fail(program: str, error, code: int = 1) -> int:
-    """Print one sentence on stderr; returns the exit code."""
+    """Print one sentence on stderr and return the exit code."""
     print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is gone, whichever allocator says it."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or any(w in str(error) for w in ("out of memory", "allocate memory"))
+    """Return whether an error reports a lack of memory, by any allocator."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in ("out of memory", "allocate memory"))
 
 
 def is_compiler_error(error: BaseException) -> bool:
-    """Whether torch.compile says that it cannot."""
+    """Return whether an error comes from torch.compile."""
     return any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__)
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, at most 200 characters of it."""
+    """Return the first line of an error, at most 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(". ")

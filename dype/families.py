@@ -1,4 +1,4 @@
-"""Transformer class -> how DyPE enters it: embedder, arguments, trained size, or why not."""
+"""Families of transformers: class name -> embedder, arguments, trained size; or a refusal."""
 
 import inspect
 from collections.abc import Callable
@@ -19,35 +19,35 @@ from dype.embedders import (
 )
 from dype.embedders_complex import DyPEQwenEmbedRope, DyPEZImageRopeEmbedder
 
-PIXELS_PER_TOKEN = 16  # px per token: the VAE's factor 8 times the 2 x 2 packing
+PIXELS_PER_TOKEN = 16  # the factor 8 of the autoencoder times the 2 x 2 packing
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
 
 
 class Family(NamedTuple):
-    """How DyPE enters a class of transformers."""
+    """Describe how DyPE enters a class of transformers."""
 
-    attribute: str  # where the rotary embedder sits
-    embedder: type  # what takes its place
+    attribute: str  # that holds the rotary embedder
+    embedder: type  # its replacement
     base_resolution: int = 1024  # px
-    shift: str = "model"  # the schedule to draw with, of DyPEConfig
-    timestep_arg: str = "timestep"  # the argument that holds the noise level ...
-    to_sigma: Callable = sigma_from_timestep  # ... and how: sigma in [0, 1] from it
-    ids_arg: str = "img_ids"  # the argument with the images' ids, where there are any
-    text_tokens: Callable = flux1_text_tokens
+    shift: str = "model"  # default of `DyPEConfig.shift`
+    timestep_arg: str = "timestep"  # argument of `forward` that carries sigma ...
+    to_sigma: Callable = sigma_from_timestep  # ... and its conversion to sigma in [0, 1]
+    ids_arg: str = "img_ids"  # argument with the positions of the image tokens, if there is one
+    text_tokens: Callable = flux1_text_tokens  # (module, arguments) -> TextTokens
     own_mu_rule: Callable | None = (
-        None  # mu(tokens, steps), where the pipeline has a rule of its own
+        None  # (tokens, steps) -> mu, if the pipeline ignores the scheduler's rule
     )
 
 
 def flux2_mu(tokens: int, steps: int) -> float:
-    """FLUX.2's rule, which reads nothing from the scheduler."""
+    """Return mu by FLUX.2's rule, which reads nothing from the scheduler."""
     from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
     return compute_empirical_mu(tokens, steps)
 
 
 def krea2_turbo_mu(tokens: int, steps: int) -> float:
-    """The distilled pipeline's, whatever the size."""
+    """Return mu of the distilled Krea 2, the same at every size."""
     return 1.15
 
 
@@ -79,38 +79,42 @@ FAMILIES = {
     "ZImageControlNetModel": ZIMAGE,
 }
 TEXT_ON_THE_GRID = (
-    "its text counts on along the image's rows and columns, and where it belongs once those are "
-    "stretched is an open question"
+    "its text positions continue the image's rows and columns, and where they belong after a "
+    "stretch is an open question"
 )
 UNSUPPORTED = {
-    "HiDreamImageTransformer2DModel": "its pipeline forces every image to 1024x1024 pixels",
+    "HiDreamImageTransformer2DModel": "its pipeline generates 1024x1024 px alone",
     "ErnieImageTransformer2DModel": "its embedder returns angles, so there is no attention scale",
     "OvisImageTransformer2DModel": TEXT_ON_THE_GRID,
     "LongCatImageTransformer2DModel": TEXT_ON_THE_GRID,
     "BriaFibo2Transformer2DModel": "its image and references share one call of the embedder",
-    "Flux3Transformer2DModel": "diffusers draws with it in modular pipelines alone, never tried",
+    "Flux3Transformer2DModel": "diffusers has it in modular pipelines alone, never tried",
     "HunyuanImageTransformer2DModel": "its embedder is called with the latent, not with positions",
     "Lumina2Transformer2DModel": "its embedder cuts the image into tokens too",
     "PRXTransformer2DModel": "it embeds rows and columns alone, in a format of its own",
     "QwenImage21Transformer2DModel": "its text, images and cached keys share one table",
 }
-# entries of a supported class's configuration, with which it is another model
+# configuration entries that make another model of a supported class
 UNSUPPORTED_IF = {
-    "siglip_feat_dim": "Z-Image-Omni's reference images share the drawn one's rows and columns",
+    "siglip_feat_dim": "Z-Image-Omni's references share rows and columns with the generated image",
     "use_layer3d_rope": "Qwen-Image-Layered has an embedder of its own",
 }
 
 
 def family_of_pipeline(pipe, family: Family) -> Family:
-    """The family by whose rules a pipeline makes its schedule; `family` is its transformer's."""
+    """Return the family whose rules make the pipeline's schedule.
+
+    family: of the pipeline's transformer.
+    """
     distilled = getattr(pipe, "config", {}).get("is_distilled")
     return KREA2_TURBO if family is KREA2 and distilled else family
 
 
 def family_of(module) -> Family:
-    """The family of a transformer or controlnet, by its class.
+    """Return the family of a transformer or controlnet, by its class.
 
-    Raises TypeError if the class is not supported, with the reason where it is known.
+    Raises:
+        TypeError: The class is not supported; with the reason if we know it.
     """
     names = [cls.__name__ for cls in type(module).__mro__]
     for name in names:
@@ -121,7 +125,7 @@ def family_of(module) -> Family:
 
 
 def check_supported(module: torch.nn.Module) -> Family:
-    """The family of a module that DyPE can enter. Raises TypeError, ValueError."""
+    """Return the family of a module. Raise TypeError or ValueError if DyPE cannot enter it."""
     family, config = family_of(module), getattr(module, "config", {})
     reasons = [reason for entry, reason in UNSUPPORTED_IF.items() if config.get(entry)]
     if family.timestep_arg not in inspect.signature(type(module).forward).parameters:
@@ -134,12 +138,9 @@ def check_supported(module: torch.nn.Module) -> Family:
 
 
 def base_resolution(module: torch.nn.Module) -> int:
-    """Trained size in px of what was loaded: the demo's 256, else that of its family."""
-    loaded = getattr(module, "config", {}).get("_name_or_path")
-    if (
-        loaded
-        and Path(loaded).exists()
-        and Path(loaded).resolve().is_relative_to(DEMO_WEIGHTS.resolve())
-    ):
+    """Return the trained size in px: 256 of the demo, else that of the family."""
+    name = getattr(module, "config", {}).get("_name_or_path")
+    path = Path(name).resolve() if name else None
+    if path and path.exists() and path.is_relative_to(DEMO_WEIGHTS.resolve()):
         return 256
     return family_of(module).base_resolution

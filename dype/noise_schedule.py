@@ -1,4 +1,4 @@
-"""The noise schedule: mu and sigmas, and the shift that DyPE sets."""
+"""Noise schedule: mu and sigmas, and the shift that DyPE sets."""
 
 import copy
 import math
@@ -6,22 +6,31 @@ import math
 from dype.config import DyPEConfig
 from dype.families import FLUX, PIXELS_PER_TOKEN, Family
 
-FLUX2_CAP_STEPS = (
-    50  # at which FLUX.2's own rule is taken for the cap, its documented number of steps
-)
+FLUX2_CAP_STEPS = 50  # FLUX.2's rule depends on the steps: the cap takes the documented number
 
 
 def noise_schedule(
     scheduler, height: int, width: int, steps: int, family: Family = FLUX
 ) -> tuple[float | None, list]:
-    """The mu (None: a static shift) and the sigmas, ending in 0, that a pipeline will use."""
+    """Return the mu and the sigmas that a pipeline will use.
+
+    Args:
+        scheduler: Of the pipeline, with the shift that DyPE set.
+        height: px.
+        width: px.
+        steps: Denoiser steps.
+        family: Of the pipeline.
+
+    Returns:
+        mu, or None for a static shift; and steps + 1 sigmas, the last is 0.
+    """
     import numpy as np
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     config, scheduler = scheduler.config, copy.deepcopy(scheduler)
     mu = None
     if family.own_mu_rule and hasattr(scheduler, "dype_shift"):
-        mu = math.log(config.shift)  # the cap, which stands in the configuration as a static shift
+        mu = math.log(config.shift)  # `shift_settings` wrote the cap as a static shift
     if config.get("use_dynamic_shifting"):
         tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
@@ -31,28 +40,30 @@ def noise_schedule(
             if family.own_mu_rule
             else calculate_shift(tokens, *numbers)
         )
-    # what every pipeline hands to its scheduler, which shifts it
+    # every pipeline passes these sigmas to its scheduler, which shifts them
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return mu, scheduler.sigmas.tolist()
 
 
 def shift_settings(scheduler, config: DyPEConfig, family: Family) -> dict:
-    """What to change in the scheduler's configuration.
+    """Return the entries to change in the scheduler's configuration; none for a static schedule.
 
-    "cap" makes mu = max_shift at every size, as the authors' pipeline does (the paper does not say
-    so); FLUX.2 has a rule without a max_shift, and is capped at what it gives at the base
-    resolution. "model" leaves the rule, with its two numbers replaced where the config gives them.
-    A static schedule has nothing to change.
+    "cap" makes mu = max_shift at every size, as the authors' pipeline does (the paper does not
+    mention it). FLUX.2's rule has no max_shift; its cap is the mu of the base resolution. "model"
+    keeps the rule and replaces its two numbers where the config sets them.
+
+    Args:
+        scheduler: Any scheduler with a `config`.
+        config: Settings of the encoding.
+        family: Of the pipeline.
     """
     if not scheduler.config.get("use_dynamic_shifting", False):
         return {}
     if (config.shift or family.shift) == "model":
-        wanted = {"base_shift": config.base_shift, "max_shift": config.max_shift}
-        return {name: value for name, value in wanted.items() if value is not None}
+        numbers = {"base_shift": config.base_shift, "max_shift": config.max_shift}
+        return {name: value for name, value in numbers.items() if value is not None}
     cap = config.max_shift
-    if (
-        family.own_mu_rule
-    ):  # the pipeline reads no mu from the configuration: a static shift is the curve
+    if family.own_mu_rule:  # the pipeline ignores the numbers; a static shift has the same curve
         tokens = ((config.base_resolution or family.base_resolution) // PIXELS_PER_TOKEN) ** 2
         cap = family.own_mu_rule(tokens, FLUX2_CAP_STEPS) if cap is None else cap
         return {"use_dynamic_shifting": False, "shift": math.exp(cap)}
@@ -61,44 +72,51 @@ def shift_settings(scheduler, config: DyPEConfig, family: Family) -> dict:
 
 
 def check_shift(schedule: dict, config: DyPEConfig, family: Family) -> None:
-    """Raise ValueError if the config sets a shift that this schedule would ignore."""
-    asked = [name for name in ("base_shift", "max_shift") if getattr(config, name) is not None]
+    """Raise ValueError if the config sets a shift that this schedule ignores.
+
+    Args:
+        schedule: Configuration of the scheduler.
+        config: Settings of the encoding.
+        family: Of the pipeline.
+    """
+    numbers = [name for name in ("base_shift", "max_shift") if getattr(config, name) is not None]
     shift = config.shift or family.shift
     if not schedule.get("use_dynamic_shifting", False):
         reason = "this model's schedule is static, expected none"
     elif family.own_mu_rule and shift == "model":
-        reason = "this model's pipeline has a rule of its own for mu, expected none or shift cap"
-    elif "base_shift" in asked and shift == "cap":
+        reason = "this model's pipeline has its own rule for mu, expected none or shift cap"
+    elif "base_shift" in numbers and shift == "cap":
         reason = (
             "the schedule is capped: mu is max_shift at every size; expected shift model with it"
         )
     else:
         return
-    if asked:
-        raise ValueError(f"{asked[0]} is {getattr(config, asked[0])}, but {reason}")
+    if numbers:
+        raise ValueError(f"{numbers[0]} is {getattr(config, numbers[0])}, but {reason}")
 
 
-def set_shift(scheduler, wanted: dict) -> None:
-    """Change the scheduler's configuration and note on it what was there and what is ours."""
-    scheduler.dype_shift = {name: (scheduler.config.get(name), wanted[name]) for name in wanted}
-    scheduler.register_to_config(**wanted)
-    if "shift" in wanted:
-        scheduler.set_shift(wanted["shift"])  # the scheduler keeps a copy of this one
+def set_shift(scheduler, settings: dict) -> None:
+    """Change the scheduler's configuration, and store on it the earlier values beside ours."""
+    earlier = {name: scheduler.config.get(name) for name in settings}
+    scheduler.dype_shift = {name: (earlier[name], settings[name]) for name in settings}
+    scheduler.register_to_config(**settings)
+    if "shift" in settings:
+        scheduler.set_shift(settings["shift"])  # the scheduler keeps a copy of this entry
 
 
 def scheduler_config_without_dype(scheduler) -> dict:
-    """The scheduler's configuration as it would be without us; what others changed since stays."""
+    """Return the scheduler's configuration without our shift; later changes by a user stay."""
     config = dict(scheduler.config)
-    for name, (before, ours) in getattr(scheduler, "dype_shift", {}).items():
+    for name, (earlier, ours) in getattr(scheduler, "dype_shift", {}).items():
         if config.get(name) == ours:
-            config[name] = before
-            if before is None:
+            config[name] = earlier
+            if earlier is None:
                 del config[name]
     return config
 
 
 def restore_shift(scheduler) -> None:
-    """Undo `set_shift`, if it was called, except for values that somebody else has changed."""
+    """Undo `set_shift` where its values are still in place; do nothing if it was not called."""
     if not hasattr(scheduler, "dype_shift"):
         return
     scheduler._internal_dict = type(scheduler.config)(scheduler_config_without_dype(scheduler))

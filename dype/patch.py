@@ -1,4 +1,4 @@
-"""Put DyPE into a stock diffusers pipeline, and take it out again."""
+"""Apply DyPE to a stock diffusers pipeline, and remove it again."""
 
 import inspect
 from contextlib import contextmanager
@@ -24,22 +24,26 @@ from dype.noise_schedule import (
 
 
 def apply_dype(target, config: DyPEConfig | None = None) -> None:
-    """Give a pipeline, or a bare transformer or controlnet, position encodings that follow sigma.
+    """Replace the rotary embedders of a pipeline by DyPE's, which follow sigma.
 
-    The rotary embedder of the transformer (and of the pipeline's controlnets) is replaced, and a
-    forward pre-hook hands it the noise level and the grid at every denoiser call. Weights,
-    state_dict keys and `forward` stay as they are; any resolution may be drawn afterwards. A second
-    call replaces the first. Works before or after offloading, LoRA and `torch.compile`; apply it
-    before `enable_parallelism`.
+    A forward pre-hook passes sigma and the token grid to the embedder at every denoiser call.
+    Weights, state_dict keys and `forward` do not change. Any resolution can be generated
+    afterwards. A second call replaces the first. It works before or after offloading, LoRA and
+    `torch.compile`; call it before `enable_parallelism`.
 
-    Given a pipeline, the schedule shift is set in the configuration of its scheduler too (see
-    `shift_settings`). A scheduler or transformer that several pipelines share is changed for all
-    of them. A scheduler that is put in later has the shift of its own configuration; one made with
-    `from_config(pipe.scheduler.config)`, or saved, carries ours along for good.
+    With a pipeline, the schedule shift is set in the scheduler's configuration too (see
+    `shift_settings`). Pipelines that share a scheduler or a transformer share the change. A
+    scheduler assigned later has the shift of its own configuration. A scheduler made with
+    `from_config(pipe.scheduler.config)`, or saved, keeps our shift for good.
 
-    Raises TypeError if the transformer's class is not supported or `config` is no DyPEConfig,
-    ValueError if its configuration is not supported or a shift is asked for that would have no
-    effect.
+    Args:
+        target: A pipeline (its transformer and controlnets), or a bare transformer or controlnet.
+        config: Settings; None: `DyPEConfig()`.
+
+    Raises:
+        TypeError: The transformer's class is not supported, or `config` is no DyPEConfig.
+        ValueError: The transformer's configuration is not supported, or a shift of `config` has no
+            effect on this schedule.
     """
     config = config or DyPEConfig()
     if not isinstance(config, DyPEConfig):
@@ -48,32 +52,32 @@ def apply_dype(target, config: DyPEConfig | None = None) -> None:
     families = [check_supported(module) for module in modules]
     scheduler = getattr(target, "scheduler", None)
     if scheduler is not None:
-        drawing = family_of_pipeline(target, families[0])
-        check_shift(scheduler_config_without_dype(scheduler), config, drawing)
-        static = "shift" in shift_settings(scheduler, config, drawing)
-        if static and not hasattr(scheduler, "set_shift"):
+        family = family_of_pipeline(target, families[0])
+        check_shift(scheduler_config_without_dype(scheduler), config, family)
+        is_static = "shift" in shift_settings(scheduler, config, family)
+        if is_static and not hasattr(scheduler, "set_shift"):
             raise ValueError(
                 f"the shift of a {type(scheduler).__name__} cannot be set, expected "
                 "FlowMatchEulerDiscreteScheduler or shift model"
             )
     remove_dype(target)
-    trained = (config.base_resolution or base_resolution(modules[0])) / PIXELS_PER_TOKEN
-    for module, family in zip(modules, families, strict=True):
-        stock = getattr(module, family.attribute)
-        embedder = family.embedder(stock, config, trained)
-        setattr(module, family.attribute, embedder)
-        embedder.family = family
+    trained_tokens = (config.base_resolution or base_resolution(modules[0])) / PIXELS_PER_TOKEN
+    for module, module_family in zip(modules, families, strict=True):
+        stock = getattr(module, module_family.attribute)
+        embedder = module_family.embedder(stock, config, trained_tokens)
+        setattr(module, module_family.attribute, embedder)
+        embedder.family = module_family
         names = list(inspect.signature(type(module).forward).parameters)[1:]
-        hook = partial(dype_pre_hook, family.attribute, names)
+        hook = partial(dype_pre_hook, module_family.attribute, names)
         embedder.hook = module.register_forward_pre_hook(hook, with_kwargs=True)
     if scheduler is not None:
-        set_shift(scheduler, shift_settings(scheduler, config, drawing))
+        set_shift(scheduler, shift_settings(scheduler, config, family))
 
 
 def remove_dype(target) -> None:
-    """Put back the embedders that `apply_dype` replaced, and the schedule shift if still ours.
+    """Restore the embedders that `apply_dype` replaced, and the schedule shift if still ours.
 
-    Does nothing where DyPE is not applied. Raises TypeError as `apply_dype` does.
+    Without DyPE it does nothing. Raises TypeError as `apply_dype` does.
     """
     for module in transformer_and_controlnets(target):
         attribute = family_of(module).attribute
@@ -88,9 +92,16 @@ def remove_dype(target) -> None:
 def dype_pre_hook(
     attribute: str, names: list[str], module: torch.nn.Module, args: tuple, kwargs: dict
 ) -> tuple[tuple, dict]:
-    """The pre-hook. Looks its embedder up on the module, so that a deep copy drives its own.
+    """Pass sigma and grid of a denoiser call to the embedder; return the call with exact ids.
 
-    attribute: where that sits. names: of the arguments of the module's `forward`.
+    The embedder is looked up on the module, so that a deep copy uses its own.
+
+    Args:
+        attribute: Of the module, holds the embedder.
+        names: Argument names of the module's `forward`.
+        module: The denoiser.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
     """
     call = dict(zip(names, args, strict=False)) | kwargs
     return (), getattr(module, attribute).prepare_call(module, call)
@@ -98,7 +109,7 @@ def dype_pre_hook(
 
 @contextmanager
 def dype_applied(target, config: DyPEConfig | None = None):
-    """`apply_dype` for a while: on leaving, by an exception too, the stock embedders are back."""
+    """Apply DyPE within a `with` block; restore the stock embedders after it, also on an error."""
     apply_dype(target, config)
     try:
         yield target
@@ -107,13 +118,13 @@ def dype_applied(target, config: DyPEConfig | None = None):
 
 
 def transformer_and_controlnets(target) -> list[torch.nn.Module]:
-    """The transformer and the controlnets of a pipeline, or the one module given, uncompiled."""
+    """Return the transformer and controlnets of a pipeline, or the bare module; uncompiled."""
     if isinstance(target, torch.nn.Module):
-        found = [target]
+        modules = [target]
     else:
         controlnet = getattr(target, "controlnet", None)
         nets = getattr(controlnet, "nets", [] if controlnet is None else [controlnet])
-        found = [getattr(target, "transformer", None), *nets]
-    if found[0] is None:
+        modules = [getattr(target, "transformer", None), *nets]
+    if modules[0] is None:
         raise TypeError(f"{type(target).__name__} has no transformer; expected a pipeline with one")
-    return list(dict.fromkeys(getattr(module, "_orig_mod", module) for module in found))
+    return list(dict.fromkeys(getattr(module, "_orig_mod", module) for module in modules))

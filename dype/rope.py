@@ -1,11 +1,13 @@
-"""The mathematics of DyPE (arXiv 2510.20766): rotary frequencies as functions of the noise level.
+"""The mathematics of DyPE (arXiv 2510.20766): rotary frequencies as functions of sigma.
 
 One axis of RoPE has D dimensions, n = D / 2 pairs and the frequencies theta_i = theta^(-2i/D),
 i = 0..n-1 (radians per token). L is the trained and L' the wanted length in tokens,
-s = max(1, L'/L) the scale, t = sigma in [0, 1] the noise level (1 is noise). Every method maps
-(axis, kappa, u, config) to the frequencies f_i and the attention scale m, which multiplies cos
-and sin. All of it is float64, without branches on values, so that a device never waits. What no
-noise level changes is kept on the axis: a step of an image launches few kernels.
+s = max(1, L'/L) the scale, t = sigma in [0, 1] (1 is noise).
+
+Every method maps (axis, kappa, u, config) to the frequencies f_i, float64 [A, n], and the attention
+scale m, [A, 1], which multiplies cos and sin. `kappa_schedule` gives kappa and u. Nothing branches
+on values, so that a device never waits for the host. Tensors that do not depend on sigma are kept
+on the axis, so that a denoiser call launches few kernels.
 """
 
 import math
@@ -15,87 +17,84 @@ import torch
 
 from dype.config import DyPEConfig
 
-# The authors' code, in turns over the trained length: (r_hi, r_lo) of YaRN's two ramps.
+# (r_hi, r_lo) of YaRN's two ramps, in turns over the trained length (from the authors' code)
 BETA = (1.25, 0.75)  # PI below, NTK above
 GAMMA = (16.0, 2.0)  # interpolated below, untouched above
-NTK_SCALE = 2.0  # lambda_s of the NTK term beside thresholds with lambda_s = 1 (Table 7)
+NTK_SCALE = 2.0  # lambda_s of the NTK term where the thresholds have lambda_s = 1 (Table 7)
 
 
 class RopeAxis(NamedTuple):
-    """One axis, or several of equal D and theta in a batch [A], and what follows from s alone.
+    """A axes of equal D and theta in a batch, with the tensors that follow from their scales.
 
-    All float64, on one device; `build_axes` makes them.
+    All tensors are float64 on one device; `build_axes` makes them.
     """
 
     dim: int  # D
-    theta: float  # theta
-    trained_tokens: float  # L, tokens
-    s_max: float  # the largest scale over the image's axes
+    theta: float
+    trained_tokens: float  # L
+    s_max: float  # the largest scale over the axes of the image
     inv_freq: torch.Tensor  # theta_i [n]
     pair_index: torch.Tensor  # i = 0..n-1 [n]
     s: torch.Tensor  # [A, 1], >= 1
-    ntk_exponent: (
-        torch.Tensor
-    )  # 2i / (D - 2), NTK's power of s: 0 at the first pair, 1 at the last [n]
+    ntk_exponent: torch.Tensor  # 2i / (D - 2): 0 at the first pair, 1 at the last [n]
     pi: torch.Tensor  # theta_i / s (Eq. 5) [A, n]
     ntk: torch.Tensor  # theta_i / s^(2i/(D-2)) (Eq. 6) [A, n]
-    ntk_max: torch.Tensor  # the same by s_max
-    unit_scale: torch.Tensor  # 1, the attention scale of methods without one [A, 1]
+    ntk_max: torch.Tensor  # theta_i / s_max^(2i/(D-2)) [A, n]
+    unit_scale: torch.Tensor  # m = 1 [A, 1]
     log_s: torch.Tensor  # [A, 1]
-    cutoff_offset: (
-        torch.Tensor
-    )  # ln(lambda_i / c L) / delta + 1/2, lambda_i = 2 pi / theta_i tokens [n]
-    tau: torch.Tensor  # 0.1 ln s + 1 (Eq. 9), on cos and sin, as in the code: logits get m^2 [A, 1]
+    cutoff_offset: torch.Tensor  # ln(lambda_i / c L) / delta + 1/2, lambda_i = 2 pi / theta_i [n]
+    tau: torch.Tensor  # 0.1 ln s + 1 (Eq. 9), on cos and sin as in the code: logits get m^2 [A, 1]
     ramp_turns: torch.Tensor  # (r_hi, r_lo) of YaRN's two bands [2, 2]
 
 
 def stock_frequencies(dim: int, theta: float, device=None) -> torch.Tensor:
-    """theta_i = theta^(-2i/D), float64 [n]; by diffusers' own operations, for equal bits."""
+    """Return theta_i = theta^(-2i/D), float64 [n], by diffusers' operations for equal bits."""
     steps = torch.arange(0, dim, 2, dtype=torch.float64, device=device)
     return 1.0 / (theta ** (steps / dim))
 
 
 def kappa_schedule(sigma: torch.Tensor, config: DyPEConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """kappa(t) = lambda_s u^lambda_t (Eq. 13) and u = t / t_start, at most 1; static: 1 and 1.
+    """Return kappa(t) = lambda_s u^lambda_t (Eq. 13) and u = t / t_start in [0, 1]; static: 1, 1.
 
-    The paper has t_start = 1 and prints kappa(0) = 1, a slip: it is 0.
+    The paper has t_start = 1 and prints kappa(0) = 1, a slip: it is 0. Rounding may put sigma a
+    little outside [0, 1]; u stays inside.
     """
     if not config.dype:
         return torch.ones_like(sigma), torch.ones_like(sigma)
-    start, u = config.dype_start_sigma, sigma
-    if start < 1:
-        u = torch.where(sigma > start, 1.0, sigma / start)
+    start = config.dype_start_sigma
+    u = (sigma / start if start < 1 else sigma).clamp(0, 1)
     return config.lambda_s * u**config.dype_exponent, u
 
 
 def base(axis: RopeAxis, kappa, u, config):
-    """The model's own encoding: f = theta_i (Eq. 2), m = 1."""
+    """Keep the model's own encoding: f = theta_i (Eq. 2), m = 1."""
     return axis.inv_freq.expand(axis.s.shape[0], -1), axis.unit_scale
 
 
 def pi(axis: RopeAxis, kappa, u, config):
-    """Position interpolation: f = theta_i / s (Eq. 5), dynamic f = theta_i / s^kappa (Eq. 14)."""
+    """Interpolate positions: f = theta_i / s (Eq. 5), dynamic f = theta_i / s^kappa (Eq. 14)."""
     return axis.inv_freq / axis.s**kappa, axis.unit_scale
 
 
 def ntk(axis: RopeAxis, kappa, u, config):
-    """NTK-aware: f = theta_i / s^(2i/(D-2)) (Eq. 6), dynamic: the exponent times kappa (Eq. 15)."""
+    """Scale by NTK: f = theta_i / s^(2i/(D-2)) (Eq. 6), dynamic: exponent times kappa (Eq. 15)."""
     return axis.inv_freq / axis.s ** (kappa * axis.ntk_exponent), axis.unit_scale
 
 
 def ntk_mult(axis: RopeAxis, kappa, u, config):
-    """The other dynamic NTK of App. D: f = theta_i / (s kappa)^(2i/(D-2)) (Eq. 19).
+    """Scale by NTK with kappa on s: f = theta_i / (s kappa)^(2i/(D-2)) (Eq. 19, App. D).
 
-    s kappa is at least 1 here; as printed it compresses below and divides by zero at t = 0.
+    s kappa is at least 1 here; as printed it compresses below 1 and divides by zero at t = 0.
     """
     return axis.inv_freq / (axis.s * kappa).clamp(min=1) ** axis.ntk_exponent, axis.unit_scale
 
 
 def tasr(axis: RopeAxis, kappa, u, config):
-    """Time-aware scaled RoPE: f = max(theta_i s^(-2i/d), theta_i / s), d = (D - 1)(1 - u) + 1.
+    """Scale by TASR: f = max(theta_i s^(-2i/d), theta_i / s), d = (D - 1)(1 - u) + 1.
 
-    PI at u = 1, but for the first pair, and NTK-aware (base theta s) at u = 0. The paper's baseline
-    (Lumina-Next), second-hand: after a note whose formula had to be mended; Lumina ships another.
+    Time-aware scaled RoPE, a baseline of the paper (Lumina-Next). It is PI at u = 1 except for the
+    first pair, and NTK with the base theta s at u = 0. The formula is second-hand and was repaired;
+    Lumina's own code has another one.
     """
     d = (axis.dim - 1) * (1 - u) + 1
     f = axis.inv_freq * torch.maximum(axis.s ** (-2 * axis.pair_index / d), 1 / axis.s)
@@ -103,20 +102,21 @@ def tasr(axis: RopeAxis, kappa, u, config):
 
 
 def yarn(axis: RopeAxis, kappa, u, config):
-    """YaRN as the authors' code has it since February 2026: every threshold r becomes r kappa.
+    """Blend by the authors' YaRN since February 2026: every threshold r becomes r kappa.
 
-    Eq. 16, 17 in form. The paper prints one ramp (`yarn_paper`); the code has two, after FiT.
+    It has the form of Eq. 16, 17. The paper prints one ramp (`yarn_paper`); the code has two, as
+    FiT has.
     """
     return blend_two_ramps(axis, lambda r: r * kappa), axis.tau
 
 
 def yarn_ntk_only(axis: RopeAxis, kappa, u, config):
-    """`yarn` whose NTK term alone is dynamic, its exponent times kappa (Table 7)."""
+    """Blend by `yarn` with a dynamic NTK term alone: its exponent times kappa (Table 7)."""
     return blend_two_ramps(axis, lambda r: r, ntk(axis, kappa, u, config)[0]), axis.tau
 
 
 def yarn_both(axis: RopeAxis, kappa, u, config):
-    """`yarn` with both: thresholds r become r kappa, the NTK exponent times 2 kappa (Table 7).
+    """Blend by `yarn` with both: thresholds r kappa, NTK exponent times 2 kappa (Table 7).
 
     The paper has lambda_s = 1 for the thresholds and 2 for the NTK term.
     """
@@ -125,15 +125,15 @@ def yarn_both(axis: RopeAxis, kappa, u, config):
 
 
 def yarn_power(axis: RopeAxis, kappa, u, config):
-    """YaRN as the authors' code had it before: every threshold r becomes r^kappa."""
+    """Blend by the authors' YaRN before February 2026: every threshold r becomes r^kappa."""
     return blend_two_ramps(axis, lambda r: r**kappa), axis.tau
 
 
 def yarn_paper(axis: RopeAxis, kappa, u, config):
-    """YaRN as printed: one ramp over r_i = L theta_i / 2 pi (Eq. 7, 8), dynamic by Eq. 16.
+    """Blend by YaRN as printed: one ramp over r_i = L theta_i / 2 pi (Eq. 7, 8), dynamic by Eq. 16.
 
     gamma = clip((r - alpha kappa) / (beta kappa - alpha kappa), 0, 1), and 1 at kappa = 0.
-    L is in tokens; the appendix prints "L = 1024" (pixels), with which no ramp would be left.
+    L is in tokens. The appendix prints "L = 1024" (pixels), which leaves no ramp.
     """
     r = axis.trained_tokens * axis.inv_freq / (2 * math.pi)
     gamma = ((r - config.alpha * kappa) / ((config.beta - config.alpha) * kappa)).clamp(0, 1)
@@ -142,27 +142,25 @@ def yarn_paper(axis: RopeAxis, kappa, u, config):
 
 
 def vision_yarn(axis: RopeAxis, kappa, u, config):
-    """`yarn_power` with NTK by the largest scale of all axes, and m that fades with the noise.
+    """Blend by `yarn_power` with NTK by s_max, and m = 1 + 0.1 ln(s_max) u^lambda_t.
 
-    m = 1 + 0.1 ln(s_max) u^lambda_t. From the ComfyUI port; not in the paper.
+    It comes from the ComfyUI port, not from the paper. There t_start moves m alone; here kappa too.
     """
     f = blend_two_ramps(axis, lambda r: r**kappa, axis.ntk_max)
     return f, 1 + 0.1 * math.log(axis.s_max) * axis.unit_scale * u**config.dype_exponent
 
 
 def cutoff(axis: RopeAxis, kappa, u, config):
-    """PI for wavelengths above a cut Lambda, the model's own below; it rises as the noise falls.
+    """Interpolate wavelengths above a cut Lambda, which rises as sigma falls; keep the others.
 
     f = theta_i / s^w_i, w_i = clip(ln(lambda_i / Lambda) / delta + 1/2, 0, 1); m as YaRN's.
-    Lambda = c L ((1 - u) / u)^(2/omega): proportional to the f*(t) of Eq. 11, up to which the
-    image stands above the noise; 0 at u = 1, infinite at 0. Static: as at u = 1/2. Ours, not
-    the paper's: docs/cutoff.md.
+    Lambda = c L ((1 - u) / u)^(2/omega): 0 at u = 1, infinite at u = 0, proportional to the f*(t)
+    of Eq. 11 at which image and noise have equal power. Static: as at u = 1/2. Ours, not the
+    paper's; docs/method.md has the derivation.
     """
     u = u if config.dype else torch.full_like(u, 0.5)
     slope = 2 / config.spectrum_exponent / config.cutoff_width
-    w = axis.cutoff_offset + slope * torch.logit(
-        u, eps=0.0
-    )  # eps: u may be an ulp outside of [0, 1]
+    w = axis.cutoff_offset + slope * torch.logit(u)
     return axis.inv_freq / axis.s ** w.clamp(0, 1), axis.tau
 
 
@@ -173,70 +171,80 @@ METHODS = {method.__name__: method for method in (
 
 
 def blend_two_ramps(axis: RopeAxis, scale_turns, ntk: torch.Tensor | None = None) -> torch.Tensor:
-    """PI -> NTK over the band BETA, then -> theta_i over the band GAMMA; `scale_turns(r)` moves thresholds.
+    """Blend PI -> NTK over the band BETA, then -> theta_i over the band GAMMA.
 
-    f = theta/s (1 - mask_beta) + ntk mask_beta        ntk: theta/s^(2i/(D-2)) by default
+    f = theta/s (1 - mask_beta) + ntk mask_beta
     f = f (1 - mask_gamma) + theta mask_gamma
+
+    Args:
+        axis: The axes.
+        scale_turns: Maps the thresholds r [2, 2] to those of this sigma.
+        ntk: The NTK term [A, n]; None: theta/s^(2i/(D-2)).
     """
-    past_beta, past_gamma = ramp_weights(axis, scale_turns)  # 1 - mask
-    f = torch.lerp(axis.ntk if ntk is None else ntk, axis.pi, past_beta)
-    return torch.lerp(axis.inv_freq.expand_as(f), f, past_gamma)
+    beta, gamma = ramp_weights(axis, scale_turns)  # 1 - mask
+    f = torch.lerp(axis.ntk if ntk is None else ntk, axis.pi, beta)
+    return torch.lerp(axis.inv_freq.expand_as(f), f, gamma)
 
 
 def ramp_weights(axis: RopeAxis, scale_turns) -> torch.Tensor:
-    """1 - mask_i = clip((i - low) / (high - low), 0, 1) of both bands, float64 [2, n].
+    """Return 1 - mask_i = clip((i - low) / (high - low), 0, 1) of both bands, float64 [2, n].
 
     The edges are floor(c(r_hi)) and ceil(c(r_lo)), both clamped to [0, n]. The authors' code clamps
-    each at one end only, so that at small t its ramp turns round and everything becomes PI.
+    each at one end only. At small t its ramps turn round: BETA's first (FLUX: t <= 0.0242), then
+    GAMMA's (0.0068), below which every pair is PI. docs/method.md has the other models.
     """
     edges = pair_index_of_turns(axis, scale_turns(axis.ramp_turns)).clamp(0, axis.dim // 2)
     low, high = edges[:, :1].floor(), edges[:, 1:].ceil()
-    width = (high - low).clamp(min=0.001)  # which only tells where they are equal
+    width = (high - low).clamp(min=0.001)  # takes effect where they are equal
     return ((axis.pair_index - low) / width).clamp(0, 1)
 
 
 def pair_index_of_turns(axis: RopeAxis, r: torch.Tensor) -> torch.Tensor:
-    """c(r) = D ln(L / (2 pi r)) / (2 ln theta): the pair that makes r turns over L tokens."""
+    """Return c(r) = D ln(L / (2 pi r)) / (2 ln theta), the pair that makes r turns over L."""
     pairs_per_e = axis.dim / (2 * math.log(axis.theta))
     return pairs_per_e * torch.log(axis.trained_tokens / (2 * math.pi) / r)
 
 
 def scale(trained_tokens: float, tokens: float) -> float:
-    """s = max(1, L'/L) (Eq. 3)."""
+    """Return s = max(1, L'/L) (Eq. 3)."""
     return max(1.0, tokens / trained_tokens)
 
 
 def tensor_on_device(values, device) -> torch.Tensor:
-    """float64 [len(values)], written on the device: a copy from the host would wait for it."""
+    """Return float64 [len(values)], written on the device; a copy from the host would wait."""
     return torch.cat([torch.full((1,), x, dtype=torch.float64, device=device) for x in values])
 
 
-def build_axes(dim, theta, trained_tokens, tokens, device, config, max_scale=None) -> RopeAxis:
-    """Axes of equal `dim` and `theta` in one batch; tokens: [A] numbers."""
+def build_axes(
+    dim: int, theta: float, trained_tokens: float, tokens, device, config, max_scale=None
+) -> RopeAxis:
+    """Return a batch of axes of equal D and theta; arguments as of `axis_frequencies`.
+
+    tokens: one length per axis [A].
+    """
     scales = [scale(trained_tokens, count) for count in tokens]
     s_max = max(scales) if max_scale is None else max_scale
     if not config.anisotropic:
         scales = [s_max] * len(scales)
-    stock, s = stock_frequencies(dim, theta, device), tensor_on_device(scales, device)[:, None]
+    inv_freq, s = stock_frequencies(dim, theta, device), tensor_on_device(scales, device)[:, None]
     pair_index = torch.arange(dim // 2, dtype=torch.float64, device=device)
-    exponent = 2 * pair_index / (dim - 2)
+    ntk_exponent = 2 * pair_index / (dim - 2)
+    wavelength = 2 * math.pi / config.cutoff / trained_tokens / inv_freq  # in units of c L
     return RopeAxis(
         dim=dim,
         theta=theta,
         trained_tokens=trained_tokens,
         s_max=s_max,
-        inv_freq=stock,
+        inv_freq=inv_freq,
         pair_index=pair_index,
         s=s,
-        ntk_exponent=exponent,
-        pi=stock / s,
-        ntk=stock / s**exponent,
-        ntk_max=stock / torch.full_like(s, s_max) ** exponent,
+        ntk_exponent=ntk_exponent,
+        pi=inv_freq / s,
+        ntk=inv_freq / s**ntk_exponent,
+        ntk_max=inv_freq / torch.full_like(s, s_max) ** ntk_exponent,
         unit_scale=torch.ones_like(s),
         log_s=torch.log(s),
-        cutoff_offset=torch.log(2 * math.pi / config.cutoff / trained_tokens / stock)
-        / config.cutoff_width
-        + 0.5,
+        cutoff_offset=torch.log(wavelength) / config.cutoff_width + 0.5,
         tau=0.1 * torch.log(s) + 1,
         ramp_turns=tensor_on_device(BETA + GAMMA, device).view(2, 2),
     )
@@ -245,9 +253,12 @@ def build_axes(dim, theta, trained_tokens, tokens, device, config, max_scale=Non
 def batched_frequencies(
     axis: RopeAxis, sigma: torch.Tensor, config
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`axis_frequencies` of several axes: float64 [A, dim // 2] and [A].
+    """Return the frequencies of several axes, float64 [A, dim // 2], and their scales m [A].
 
-    sigma: a 0-dim float64 tensor on the device of `axis`.
+    Args:
+        axis: The axes.
+        sigma: 0-dim float64 tensor on their device.
+        config: Settings of the encoding.
     """
     name = config.method if axis.s_max > 1 else "base"
     kappa, u = kappa_schedule(sigma, config)
@@ -258,7 +269,7 @@ def batched_frequencies(
 
 
 def attention_coefficient(u: torch.Tensor, config: DyPEConfig) -> float | torch.Tensor:
-    """a of m = 1 + a ln s: constant, or falling with the noise, or rising as it falls."""
+    """Return a of m = 1 + a ln s: constant, falling (a u) or rising (a (1 - u)) with sigma."""
     if config.attention_path == "constant" or not config.dype:
         return config.attention_scale
     return config.attention_scale * (u if config.attention_path == "falling" else 1 - u)
@@ -273,11 +284,19 @@ def axis_frequencies(
     config: DyPEConfig,
     max_scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frequencies and attention scale of one axis at noise level sigma.
+    """Return the frequencies and the attention scale of one axis at one sigma.
 
-    dim: D, even; theta: the RoPE base; trained_tokens: L; tokens: L'; sigma: t in [0, 1], a float
-    or a 0-dim tensor; max_scale: the largest s over the image's axes (default: this axis's own).
-    Returns inv_freq, float64 [dim // 2] in radians per token, and m, a 0-dim float64 tensor.
+    Args:
+        dim: D, even.
+        theta: Base of RoPE.
+        trained_tokens: L.
+        tokens: L'.
+        sigma: t in [0, 1], a float or a 0-dim tensor.
+        config: Settings of the encoding.
+        max_scale: Largest s over the axes of the image; None: that of this axis.
+
+    Returns:
+        f, float64 [dim // 2] in radians per token; and m, a 0-dim float64 tensor.
     """
     sigma = torch.as_tensor(sigma, dtype=torch.float64)
     axis = build_axes(dim, theta, trained_tokens, [tokens], sigma.device, config, max_scale)

@@ -170,6 +170,21 @@ def test_one_graph_serves_every_noise_level(method):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_sigma_a_little_outside(method):
+    """As roundings may leave it: t > 1 is t = 1 and t < 0 is t = 0, bit for bit, at any start."""
+    for start, exponent in ((1.0, 2.0), (1.0, 0.5), (0.8, 0.5)):
+        plain = DyPEConfig(method, dype_start_sigma=start, dype_exponent=exponent)
+        rising = replace(plain, attention_scale=0.4, attention_path="rising")
+        for config in (plain, rising):
+            for outside, end in ((1.0000001, 1.0), (1.002, 1.0), (-1e-9, 0.0)):
+                sigma = torch.tensor(outside, dtype=torch.float64)
+                f, m = axis_frequencies(*FLUX, 256, sigma, config)
+                f_end, m_end = axis_frequencies(*FLUX, 256, end, config)
+                assert torch.equal(f, f_end), (config, outside)
+                assert torch.equal(m, m_end), (config, outside)
+
+
 def test_at_the_end_of_sampling():
     """t = 0: stock bits where kappa ends it all, YaRNs keep m; power forms stop at 1 turn."""
     theta = stock_frequencies(56, 10000.0)
