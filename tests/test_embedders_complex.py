@@ -175,7 +175,7 @@ def test_nucleus_has_qwen_images_format(tables):
 
 @pytest.mark.parametrize("steps", [50, 100])
 def test_z_image_is_continuous_down_to_the_last_sigma(steps):
-    """No frequency jumps between steps, as the authors' formula does at t <= 0.044."""
+    """No frequency jumps between steps, as the authors' formula does at t = 0.159 and 0.044."""
     sigmas = FlowMatchEulerDiscreteScheduler(shift=3.0)
     sigmas.set_timesteps(steps)
     config = DyPEConfig("yarn")

@@ -190,7 +190,10 @@ def test_cutoffs(t, beta, gamma):
 
 @pytest.mark.parametrize(("axis", "last"), [(formulas.FLUX, 0.0068), (formulas.Z_IMAGE, 0.044)])
 def test_unclamped_ramp_collapses(axis, last):
-    """To PI at every pair from a small t on; far above it is `yarn`, which tends to 1 instead."""
+    """Every pair becomes PI where GAMMA's edges cross; far above, all is as in `yarn`.
+
+    BETA's edges cross earlier: tests/test_method_page.py.
+    """
     for t in (1e-3, last / 2, last - 5e-4):
         assert np.abs(ratios(axis, "yarn, unclamped", t) - QUARTER).max() < 1e-12
     assert np.abs(ratios(axis, "yarn", 1e-3) - 1).max() < 1e-12
