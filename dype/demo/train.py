@@ -2,7 +2,7 @@
 
 Three stages: the autoencoder on rendered scenes; the transformer and the text encoders on its
 latents; then these again with the text weighted as if among more image tokens, as it is in
-larger images (docs/log.md). Each stage writes checkpoints under `--work` and goes on from the
+larger images (docs/log). Each stage writes checkpoints under `--work` and goes on from the
 last one when started again; another setting needs another `--work`. At the end the pipeline is
 saved under `--out` in the diffusers folder format.
 """
@@ -103,7 +103,7 @@ def well_conditioned(vae: torch.nn.Module) -> torch.nn.Module:
     """Orthogonal convolutions, and residual branches that start at zero.
 
     The default initialization shrinks the signal at every level: its loss after 250 steps is twice
-    this one's (docs/log.md).
+    this one's (docs/log/2026-11-20-autoencoder-initialization.md).
     """
     for name, weight in vae.named_parameters():
         if weight.ndim == 4:

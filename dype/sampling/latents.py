@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 VISIBLE_POWER_RATIO = (
-    0.15  # of the noise's power: so little of the image's is not seen in it (docs/log.md)
+    0.15  # of the noise's power: so little of the image's is not seen in it (docs/log)
 )
 
 

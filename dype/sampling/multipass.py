@@ -68,7 +68,7 @@ def run_passes(pipe, prompt, passes: list[dict], image=None, **settings):
 
     The image of each pass is enlarged and noised to the level that the next one's schedule has
     there, which depends on the size where the shift does. Hand-over is in pixels: no family's
-    autoencoder commutes with enlarging (docs/log.md).
+    autoencoder commutes with enlarging (docs/log/2026-11-21-latent-hand-over.md).
     """
     for one in passes:
         image = sample.generate(pipe, prompt, image=image, **settings | one)
