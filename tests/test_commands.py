@@ -19,7 +19,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "dype" / "demo" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "docs" / "example.toml",
 ]
 PARSERS = {
@@ -35,6 +35,7 @@ PARSERS = {
 
 def commands(text: str) -> list[str]:
     """`python run_dype.py ...` and `python -m dype...`: in spans of code, and on lines of it."""
+    text = text.replace("\\\n", " ")
     spans = re.findall(r"`+([^`]+)`+", text)
     lines = [line for line in text.splitlines() if line.startswith("    ")]
     code = [" ".join(span.split()) for span in spans] + lines

@@ -67,7 +67,7 @@ def test_a_class_is_skipped_below_its_first_release(monkeypatch):
 
 def test_links_lead_somewhere():
     """Relative links and images of every page."""
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "dype" / "demo" / "README.md"]
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "dype" / "demo" / "README.md"]
     for page in pages:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), (page, target)
