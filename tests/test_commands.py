@@ -67,12 +67,12 @@ def test_command_parses(command, monkeypatch):
 
 def test_the_documents_have_commands():
     assert len(FOUND) > 20
-    assert {"README.md", "guide.md", "CONTRIBUTING.md"} <= {p.id.rpartition("-")[0] for p in FOUND}
+    assert {"README.md", "usage.md", "CONTRIBUTING.md"} <= {p.id.rpartition("-")[0] for p in FOUND}
 
 
 RUN = {
     "README.md": '--prompt "a red ring on teal leaves" --height 512',
-    "guide.md": "--multipass single,twopass",
+    "usage.md": "--multipass single,twopass",
     "README.md ": "--method base,yarn,yarn_paper",
 }
 
