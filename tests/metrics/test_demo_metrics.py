@@ -38,7 +38,10 @@ def make_truth(wrong: str = "") -> Path:
 
 @pytest.mark.parametrize("wrong", ["", "shape", "color", "ground"])
 def test_truth_and_wrong_captions(wrong):
-    """All right for the truth; none of those whose caption asks for something else."""
+    """Against rendered truth: every scene is right, none whose caption asks for something else.
+
+    The interval of the share is Wilson's.
+    """
     assert score(make_truth(wrong), *METRICS) == 0
     layout, overlap = values("demo_layout"), values("demo_overlap")
     wrong_files = {f"{n}.png" for n in range(8) if n % 2} if wrong else set()

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def test_glcm():
-    """Against plain loops over pixels, for an image with edges that fill no patch."""
+    """Against plain loops over pixels, within 1e-6; the image's edges fill no patch."""
     image = noise(0, 70, 140)
     gray = np.asarray(image.convert("L")).astype(int) // 4
     scores = []
@@ -41,6 +41,7 @@ def test_glcm():
 
 
 def test_compression():
+    """Against the size of the JPEG that Pillow writes to the disk, exactly."""
     image = noise(0)
     image.save("x.jpg", quality=95, subsampling=2)
     ratio = image_metrics.measure_compression(image)
@@ -98,7 +99,7 @@ def embeddings(folder: Path, image: Image.Image, prompt: str) -> tuple:
 
 
 def test_clip_metrics(weights):
-    """Values against CLIP's towers by hand, cosine by cosine."""
+    """Against CLIP's two towers and its resizing by hand, cosine by cosine, within 1e-3."""
     folder = make_sweep({}, {"prompt": "a blue disk on red leaves"})
     paths = [f"{name}={weights['clip']}" for name in ("clip_score", "pick_score")]
     assert score(folder, "--metrics", "clip_score,pick_score", "--weights", *paths) == 0
@@ -126,7 +127,7 @@ def test_long_prompts_keep_their_end_token(weights, capsys):
 
 @torch.no_grad()
 def test_aesthetic(weights):
-    """Against the two linear maps by hand."""
+    """Against the two linear maps by hand, within 1e-3."""
     from transformers import CLIPVisionModelWithProjection
 
     folder, path = make_sweep({}), weights["aesthetic"]
@@ -209,7 +210,10 @@ class Reward:
 
 
 def test_image_reward(monkeypatch, capsys):
-    """Prompt and image of every row, as the package takes them; no package, one sentence."""
+    """Against a stand-in for the package, within 1e-6: it gets the prompt and image of every row.
+
+    Without the package, one sentence.
+    """
     folder = make_sweep({}, {"prompt": 'a "disk", red'})
     monkeypatch.setitem(sys.modules, "ImageReward", None)
     assert score(folder, "--metrics", "image_reward") == 1

@@ -6,7 +6,10 @@ from dype.metrics import intervals
 
 
 def test_intervals_of_means_cover():
-    """95 of 100 intervals hold the true mean; the harmonic one that of its own statistic."""
+    """0.90 to 0.97 of the intervals hold the true mean of fresh images.
+
+    The interval of a harmonic mean holds that mean.
+    """
     rng = np.random.default_rng(3)
     edges = [intervals.mean_interval(rng.exponential(size=60)) for _ in range(400)]
     assert 0.90 < np.mean([low < 1 < high for low, high in edges]) < 0.97

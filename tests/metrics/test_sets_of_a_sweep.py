@@ -31,7 +31,10 @@ def inception(monkeypatch) -> list[int]:
 
 
 def test_set_metrics(inception, capsys):
-    """Of whole images and of patches, per setting, against scipy on the same features."""
+    """FID against scipy's `sqrtm`, within 1e-3, and KID pair by pair, within 1e-6: of patches.
+
+    Through a sweep's folder, from the same features; per setting.
+    """
     folder, real = make_sweep(*[{}] * 5, *[{"method": "base"}] * 4), make_reals(6)
     argv = ["--metrics", "fid", "patch_fid", "patch_kid", "--patch", 40, "--patches", 3]
     assert score(folder, *argv, "--real", real) == 0
