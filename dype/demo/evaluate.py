@@ -1,11 +1,12 @@
 """The ground-truth table: `python -m dype.demo.evaluate`, in under two hours on two CPU cores.
 
-Draws seeded prompts with the demo model under many settings, and scores layout, texture and both
-against rendered scenes of the same size. An image that is there is not drawn again. A setting is
-METHOD, METHOD:static or METHOD:SCALE:EXPONENT, then `:NAME=VALUE` of DyPEConfig's other numbers,
-then `:reversed` (time runs the wrong way: a control), `:model` (the model's own noise schedule
-instead of the capped one) or `:progressive` (as `run_dype.py --progressive`). Prompts of seed 0 are
-there to report, those of another seed to choose by. Needs requirements-dev.txt.
+Generates seeded prompts with the demo model under many settings, and scores layout, texture and
+both against rendered scenes of the same size. An image that is there is not generated again. A
+setting is `base`, or a method without DyPE (`yarn`) or with it (`dy_yarn`); `dy_yarn:1:2` says
+lambda_s and lambda_t, and `:NAME=VALUE` DyPEConfig's other numbers. Then comes a control:
+`:reversed` (time runs the wrong way), `:model` (the model's own noise schedule instead of the
+capped one) or `:progressive` (as `run_dype.py --progressive`). Prompts of seed 0 are there to
+report, those of another seed to choose by. Needs requirements-dev.txt.
 """
 
 import hashlib
@@ -121,11 +122,11 @@ def draw_all(jobs: list[tuple], processes: int) -> Iterator[None]:
 def parser() -> Parser:
     made = Parser(prog="python -m dype.demo.evaluate", description=__doc__)
     flag = made.add_argument
-    flag("settings", nargs="*", metavar="METHOD[:...]", help="instead of the table's")
+    flag("settings", nargs="*", metavar="SETTING", help="instead of the table's")
     flag("--quick", action="store_true", help="a table in under 5 minutes")
     flag("--full", action="store_true", help="everything, at sizes up to 6x: half a day")
-    flag("--cutoff", action="store_true", help="that of docs/cutoff.md: as the default, the "
-         "cutoffs held against their rivals, also at 2:1")  # fmt: skip
+    flag("--cutoff", action="store_true", help="as the default, with the cutoffs held against "
+         "their rivals, also at 2:1")  # fmt: skip
     flag("--drawn", action="store_true", help="score what is there, draw nothing")
     flag("--size", default="512", metavar="WxH", help="of the settings, width x height in px, or "
          "one number for both (default: 512)")  # fmt: skip
@@ -145,7 +146,8 @@ def parser() -> Parser:
          help="of another training's pipeline (default: the demo's)")  # fmt: skip
     flag("--processes", type=int, default=PROCESSES, metavar="N",
          help=f"that draw at once (default: {PROCESSES}, one per core up to 8)")  # fmt: skip
-    flag("--save", type=Path, metavar="FILE", help="the numbers as JSON, for dype.figures")
+    flag("--save", type=Path, metavar="FILE.json", help="the numbers, for dype.figures; also as "
+         "FILE.csv and the paired differences as FILE_pairs.csv")  # fmt: skip
     flag("--strip", type=Path, metavar="FILE", help="PNG or JPEG of six images per setting")
     return made
 
@@ -206,6 +208,8 @@ def asked(args) -> list[Cell]:
         raise ValueError(f"--out is {args.out}, expected a folder")
     if args.strip and args.strip.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ValueError(f"--strip is {args.strip}, expected a name in .png or .jpg")
+    if args.save and args.save.suffix != ".json":
+        raise ValueError(f"--save is {args.save}, expected a name in .json")
     size = parse_size(args.size)
     for side in size:
         check_number("--size", side, 64, 4096, multiple=16)
@@ -260,14 +264,14 @@ def run(args) -> None:
             bar.update()
     held = couples(args.settings, args.against, args.cutoff)
     found = report.table(vae, cells, scenes, folder, held)
-    print(report.printed(found["rows"], ("size", "setting", "n"), signed=False))
+    print(report.printed(found["rows"], report.ROW[:3], signed=False))
     if found["pairs"]:
         print()
-        print(report.printed(found["pairs"], ("size", "setting", "against", "n"), signed=True))
+        print(report.printed(found["pairs"], report.PAIR, signed=True))
     files = {}
     if args.save:
         protocol |= {"seed": args.seed, "held_out": args.held_out}
-        files[args.save] = by_rows(json.dumps(protocol), **found)
+        files = files_to_save(args.save, protocol, found)
     if args.strip:
         files[args.strip] = report.strips(cells, folder, args.strip)
     for path in files:
@@ -275,6 +279,15 @@ def run(args) -> None:
     records.write_atomically(files)
     for path in files:
         print(path)
+
+
+def files_to_save(path: Path, protocol: dict, tables: dict) -> dict[Path, bytes]:
+    """Format the JSON of --save, and its rows and its pairs as CSV files beside it."""
+    return {
+        path: by_rows(json.dumps(protocol), **tables),
+        path.with_suffix(".csv"): report.to_csv(tables["rows"], report.ROW),
+        path.with_name(f"{path.stem}_pairs.csv"): report.to_csv(tables["pairs"], report.PAIR),
+    }
 
 
 def by_rows(protocol: str, **tables: list[dict]) -> bytes:

@@ -4,34 +4,45 @@ from itertools import product, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from dype.config import DEFAULT_LAMBDA_S, DyPEConfig
+from dype.config import CONFIG_FLAGS, DEFAULT_LAMBDA_S, DyPEConfig
 from dype.pipelines.catalog import MODELS
 from dype.rope import METHODS
 
 BASE = MODELS["demo"].base_resolution
 NAMED = {"cutoff", "cutoff_width", "spectrum_exponent", "attention_scale", "attention_path"}
 NAMED |= {"alpha", "beta", "dype_start_sigma", "base_resolution"}
+DYNAMIC = {"attention_path", "dype_start_sigma"}  # with DyPE alone
 # method -> the first one with the same static frequencies and m
 STATIC = {method: method for method in METHODS} | {"ntk_mult": "ntk"}
 STATIC |= dict.fromkeys(("yarn_ntk_only", "yarn_both", "yarn_power", "vision_yarn"), "yarn")
 CONTROLS = ("reversed", "model", "progressive")
-CONTROLLED = ["yarn_paper:reversed", "pi:1:1:reversed"]
-UNCAPPED = ["base:model", "yarn_paper:static:model", "yarn_paper:model"]
-BEST = ("yarn_paper", "pi:1:1", "yarn")  # by the joint score on prompts of seed 1 (docs/log.md)
-SHARP = ":attention_scale=1.2:attention_path=rising"  # chosen likewise, in docs/cutoff.md
-RIVALS = ["cutoff", f"cutoff{SHARP}", "yarn_paper:static", "yarn_paper", f"yarn_paper:1:2{SHARP}"]
-SCALING = ["base", "yarn_paper:static", "yarn_paper"]  # of fig5, with 1x, 2x and 4x; of fig18
+CONTROLLED = ["dy_yarn_paper:reversed", "dy_pi:1:1:reversed"]
+UNCAPPED = ["base:model", "yarn_paper:model", "dy_yarn_paper:model"]
+BEST = ("dy_yarn_paper", "dy_pi:1:1", "dy_yarn")  # by the joint score on prompts of seed 1
+SHARP = ":attention_scale=1.2:attention_path=rising"  # chosen likewise
+RIVALS = ["dy_cutoff", f"dy_cutoff{SHARP}", "yarn_paper", "dy_yarn_paper", f"dy_yarn_paper{SHARP}"]
+SCALING = ["base", "yarn_paper", "dy_yarn_paper"]  # of fig5, with 1x, 2x and 4x; of fig18
 OURS = [f"{one}:model" for one in RIVALS[:2]]  # uncapped
+GRAMMAR = "base or [dy_]METHOD[:LAMBDA_S[:LAMBDA_T]][:NAME=VALUE...][:CONTROL]"
 
 
 class Setting(NamedTuple):
     """What is judged: an encoding, and what a control changes about it."""
 
-    name: str
+    name: str  # `setting` reads it again
     config: DyPEConfig
     control: str = ""
-    text: str = ""  # as it was asked for
     more: tuple[str, ...] = ()  # NAME=VALUE of what is not by default
+
+    @property
+    def folder(self) -> str:
+        """Return METHOD_static or METHOD_SCALE_EXPONENT: the older name, so that images stay."""
+        method, config = self.config.method, self.config
+        parts = [method] if method == "base" or config.dype else [method, "static"]
+        if uses_lambdas(config):
+            parts += [f"{config.lambda_s:g}", f"{config.dype_exponent:g}"]
+        parts += [*self.more, self.control] if self.control else self.more
+        return "_".join(parts)
 
 
 class Cell(NamedTuple):
@@ -50,57 +61,74 @@ def shown_size(size: tuple[int, int]) -> int | str:
 
 def paths_of(cell: Cell, folder: Path) -> list[Path]:
     """Where a cell's images are, in the folder of a seed."""
-    place = folder / str(shown_size(cell.size)) / cell.setting.name
+    place = folder / str(shown_size(cell.size)) / cell.setting.folder
     return [place / f"{i:03}.png" for i in range(cell.count)]
 
 
-def setting(text: str) -> Setting:
-    """METHOD[:static | :SCALE[:EXPONENT]][:NAME=VALUE...][:CONTROL]. Raises ValueError.
+def uses_lambdas(config: DyPEConfig) -> bool:
+    """Say whether lambda_s and lambda_t have an effect."""
+    return config.dype and DEFAULT_LAMBDA_S[config.method] is not None
 
-    NAME is of NAMED, CONTROL of CONTROLS. The setting's own name has the numbers that have an
-    effect: METHOD_SCALE_EXPONENT, METHOD_static, `base`, then those with a name.
+
+def setting(text: str) -> Setting:
+    """Parse GRAMMAR: `dy_yarn` is with DyPE, `yarn` static. Raises ValueError.
+
+    NAME is of NAMED, CONTROL of CONTROLS. The setting's own name is its shortest text.
     """
-    method, *words = text.split(":")
+    name, *words = text.split(":")
+    method = name.removeprefix("dy_")
+    dype = name != method
+    if "static" in words:
+        static = ":".join([method, *(word for word in words if word != "static")])
+        raise ValueError(f"setting {text!r} is an old spelling, expected {static!r}")
     control = words.pop() if words and words[-1] in CONTROLS else ""
     plain = list(takewhile(lambda word: "=" not in word, words))
-    config = {"method": method, "base_resolution": BASE, "dype": plain != ["static"]}
-    config |= {"shift": "model"} if control == "model" else {}
-    wrong = False
+    wrong = method == "base" and bool(dype or words or control == "reversed")
     try:
-        numbers = [float(word) for word in plain] if config["dype"] else []
+        numbers = [float(word) for word in plain]
         named = dict(word.split("=", 1) for word in words[len(plain) :])
-        named = {n: v if n == "attention_path" else float(v) for n, v in named.items()}
+        for name, value in named.items():
+            if name != "attention_path":
+                named[name] = int(value) if value.isdecimal() else float(value)
     except ValueError:
         wrong, numbers, named = True, [], {}
+    config = {"method": method, "base_resolution": BASE, "dype": dype}
+    config |= {"shift": "model"} if control == "model" else {}
     config |= dict(zip(("dype_scale", "dype_exponent"), numbers, strict=False))
     made = DyPEConfig.from_dict(config | named)
-    still = method == "base" or not made.dype
-    wrong |= len(numbers) > 2 * (DEFAULT_LAMBDA_S[method] is not None)
-    wrong |= not named.keys() <= (NAMED if method != "base" else set())
-    if wrong or (still and control == "reversed"):
+    wrong |= len(numbers) > 2 * (DEFAULT_LAMBDA_S[method] is not None) or not named.keys() <= NAMED
+    if wrong:
         raise ValueError(
-            f"setting {text!r}, expected METHOD[:static|:SCALE[:EXPONENT]][:NAME=VALUE...], NAME "
-            f"of {', '.join(sorted(NAMED))}, then at most one of {', '.join(CONTROLS)}; and no "
-            "numbers or reversal where they change nothing"
+            f"setting {text!r}, expected {GRAMMAR}, NAME of {', '.join(sorted(NAMED))}, CONTROL of "
+            f"{', '.join(CONTROLS)}; dy_ is with DyPE"
         )
-    parts = [method] if method == "base" or made.dype else [method, "static"]
-    if made.dype and DEFAULT_LAMBDA_S[method] is not None:
-        parts += [f"{made.lambda_s:g}", f"{made.dype_exponent:g}"]
+    if not dype and (numbers or control == "reversed" or named.keys() & DYNAMIC):
+        dynamic = f"dy_{text}"
+        raise ValueError(f"setting {text!r} is static and ignores a part, expected {dynamic!r}")
+    for row in CONFIG_FLAGS:
+        if row.name in named and not row.has_effect(made.to_dict()):
+            raise ValueError(f"setting {text!r}, expected no {row.name}: it has no effect there")
+    usual = DyPEConfig(method)
     more = tuple(
-        f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}"
+        f"{name}={value}" if isinstance(value, str) else f"{name}={value:.12g}"
         for name, value in named.items()
-        if value != getattr(DyPEConfig(method), name)
+        if value != getattr(usual, name)
     )
+    parts = [made.name]
+    if uses_lambdas(made):
+        values = [made.lambda_s, made.dype_exponent]
+        shown = 2 if values[1] != usual.dype_exponent else int(values[0] != usual.lambda_s)
+        parts += [f"{value:.12g}" for value in values[:shown]]
     parts += [*more, control] if control else more
-    return Setting("_".join(parts), made, control, text, more)
+    return Setting(":".join(parts), made, control, more)
 
 
 def plan(name: str) -> list[Cell]:
-    """The cells of the quick, the default and the full table, and of that of docs/cutoff.md."""
-    dynamic = [name for name in METHODS if name != "base"]
-    statics = dict.fromkeys(f"{STATIC[method]}:static" for method in dynamic)
-    everything = ["base", *statics, *dynamic, "pi:1:1"]
-    finalists = ["base", *(f"{one.split(':')[0]}:static" for one in BEST), *BEST]
+    """The cells of the quick, the default and the full table, and of that of the cutoffs."""
+    methods = [name for name in METHODS if name != "base"]
+    statics = dict.fromkeys(STATIC[method] for method in methods)
+    everything = ["base", *statics, *(f"dy_{method}" for method in methods), "dy_pi:1:1"]
+    finalists = ["base", *(one.split(":")[0].removeprefix("dy_") for one in BEST), *BEST]
     lines = {
         "quick": [(256, ["base"], 8), (512, finalists, 8)],
         "default": [(256, ["base"], 64), (512, everything, 64), (1024, finalists, 16)],
@@ -139,8 +167,8 @@ def compared(some: dict[str, Cell]) -> list[tuple[str, str]]:
     found = []
     for name, cell in some.items():
         config, control = cell.setting.config, cell.setting.control
-        static = "_".join([STATIC[config.method], "static", *cell.setting.more])
-        static += "_model" * (control == "model")
-        others = [name.removesuffix(f"_{control}"), static if config.dype else "base", "base"]
+        static = ":".join([STATIC[config.method], *cell.setting.more])
+        static += ":model" * (control == "model")
+        others = [name.removesuffix(f":{control}"), static if config.dype else "base", "base"]
         found += [(name, other) for other in dict.fromkeys(others) if other in some.keys() - {name}]
     return found

@@ -1,5 +1,6 @@
 """The ground-truth table: how images are scored, and how that is shown."""
 
+import csv
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from dype.config import DEFAULT_LAMBDA_S
 from dype.demo import scores
-from dype.demo.experiments import Cell, Setting, compared, paths_of, shown_size
+from dype.demo.experiments import Cell, Setting, compared, paths_of, shown_size, uses_lambdas
 from dype.demo.scenes import Scene, render
 from dype.sampling import records
+
+# columns before the scores
+ROW = ("size", "setting", "n", "method", "dype", "lambda_s", "lambda_t", "control")
+PAIR = ("size", "setting", "against", "n")
 
 
 def table(vae, cells: list[Cell], scenes: list[Scene], folder: Path, couples=()) -> dict:
@@ -80,8 +84,7 @@ def cell_row(size, name: str, of: Setting | None, found, truth) -> dict:
     if of is not None:
         config = of.config
         row |= {"control": of.control, "method": config.method, "dype": config.dype}
-        row["text"] = of.text
-        if config.dype and DEFAULT_LAMBDA_S[config.method] is not None:
+        if uses_lambdas(config):
             row |= {"lambda_s": config.lambda_s, "lambda_t": config.dype_exponent}
     return row | scores.score(found, scores.taken(truth, np.arange(n)))
 
@@ -96,6 +99,22 @@ def printed(rows: list[dict], columns: tuple[str, ...], signed: bool) -> str:
         parts += [scores.shown(row[name], signed) for name in scores.SCORES]
         lines.append(f"| {' | '.join(parts)} |")
     return "\n".join(lines)
+
+
+def to_csv(rows: list[dict], columns: tuple[str, ...]) -> bytes:
+    """Format rows as CSV: the columns, then every score and the ends of its interval.
+
+    A score `layout` has the columns `layout`, `layout_low` and `layout_high`.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    ends = ("", "_low", "_high")
+    writer.writerow([*columns, *(score + end for score in scores.SCORES for end in ends)])
+    for row in rows:
+        results = [row[score] for score in scores.SCORES]
+        numbers = [x for result in results for x in (result["mean"], *result["interval"])]
+        writer.writerow([*(row[name] for name in columns), *(f"{x:.6g}" for x in numbers)])
+    return text.getvalue().encode()
 
 
 @torch.no_grad()

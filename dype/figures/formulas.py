@@ -170,7 +170,7 @@ def ratios() -> Figure:
             mesh = ratio_panel(axes, axis, name, edges)
         for axes in grid[len(names) :]:
             axes.set_visible(False)
-        part.supxlabel("noise level t (root scale)")
+        part.supxlabel("t = sigma (root scale)")
         part.supylabel("pair index i")
         bar = part.colorbar(mesh, ax=grid, label="frequency / RoPE's", extend="min", **style.BAR)
         bar.set_ticks([1, 1 / 2, 1 / 4, 1 / 8, 1 / 16], labels=["1", "1/2", "1/4", "1/8", "1/16"])
@@ -196,5 +196,5 @@ def ratio_panel(axes, axis: tuple, name: str, edges: np.ndarray):
     ticks = (1, 0.5, 0.1, 0.01)
     axes.set_xticks(np.sqrt(ticks), labels=[f"{t:g}" for t in ticks])
     axes.set(xlim=(1, 0), ylim=(n - 0.5, -0.5), yticks=(0, n // 2, n - 1))
-    axes.set_title(name, pad=2)
+    axes.set_title(name if name == "base" else f"dy_{name}", pad=2)
     return mesh

@@ -1,8 +1,8 @@
 """Figures of saved numbers: of the demo's sampling and of its ground-truth tables.
 
 `python -m dype.demo.trajectories` wrote the first, `python -m dype.demo.evaluate --save` the
-second, whose rows are settings at one size: `base`, METHOD_static, METHOD_LAMBDAS_LAMBDAT, with the
-name of its control behind where it is one, and rendered truth: `truth`, `truth_vae`, `vae`.
+second, whose rows are settings at one size, by the names that it takes (`base`, `yarn`, `dy_yarn`,
+`dy_pi:1:1:reversed`), and rendered truth: `truth`, `truth_vae`, `vae`.
 """
 
 import json
@@ -22,10 +22,10 @@ from dype.figures import formulas, style
 COMMAND = "python -m dype.demo.trajectories"
 TRAJECTORIES = Path("docs/data/trajectories.json")
 UNGUIDED = Path("docs/data/trajectories_cfg1.json")  # the same without guidance
-FORMS = {  # of fig18, and of fig5 by default
-    "base": ("base", style.BLACK),
-    "yarn_paper_static": ("static yarn_paper", style.ORANGE),
-    "yarn_paper_1_2": ("dynamic yarn_paper", style.BLUE),
+FORMS = {  # setting -> color: of fig18, and the settings of fig5 by default
+    "base": style.BLACK,
+    "yarn_paper": style.ORANGE,
+    "dy_yarn_paper": style.BLUE,
 }
 
 
@@ -87,7 +87,7 @@ def fig2a(trajectories: Path = TRAJECTORIES) -> Figure:
     grid[0].legend(loc="upper right", borderpad=0)
     grid[1].legend(handles=grid[1].lines[-1:], loc="upper right", borderpad=0)
     colors = ScalarMappable(Normalize(0, 1), "viridis_r")
-    made.colorbar(colors, ax=grid, label="noise level t", **style.BAR).ax.invert_yaxis()
+    made.colorbar(colors, ax=grid, label="t = sigma", **style.BAR).ax.invert_yaxis()
     return made
 
 
@@ -140,12 +140,12 @@ def fig18(trajectories: Path = TRAJECTORIES) -> Figure:
     made, [grid] = style.subplots(width, 2.6, 1, len(sizes), sharey=True, squeeze=False)
     for axes, size in zip(grid, sizes, strict=True):
         axes.axhline(0, color=style.GRAY, linewidth=0.6)
-        for name, (label, color) in FORMS.items():
+        for name, color in FORMS.items():
             found = finished_images(trajectories, size, name)
             each = [np.subtract(x["entropy"], own[x["prompt"], x["seed"]]) for x in found]
             t, mean = found[0]["sigmas"][:-1], np.mean(each, axis=0)
             axes.plot(t, np.transpose(each), color=color, linewidth=0.5, alpha=0.4)
-            axes.plot(t, mean, color=color, label=f"{label}: {abs(mean).mean():.4f}")
+            axes.plot(t, mean, color=color, label=f"{name}: {abs(mean).mean():.4f}")
         axes.set_title(f"{size} px ({size / BASE:g}x), {len(found)} prompts")
         style.noise_axis(axes)
         axes.legend(loc="upper right", title="mean absolute deviation", title_fontsize=7)
@@ -167,7 +167,7 @@ TRUTH = {"truth_vae": "truth, by the VAE"}  # as near as the model could come
 CUTOFF = Path("docs/data/cutoff.json")
 WITH_INTERVALS = [setting(one).name for one in RIVALS[:4]]  # with their intervals
 SELECTED = WITH_INTERVALS[1]  # on other prompts
-ATTENTION_SUFFIX = re.compile("_attention_[a-z]+=[^_]+")
+ATTENTION_SUFFIX = re.compile(":attention_[a-z]+=[^:]+")
 PLAIN = {"color": style.BLACK, "marker": "x"}
 COLORS = (style.ORANGE, style.BLUE, style.GREEN, style.VERMILLION, style.PURPLE, style.SKY)
 MARKERS = "soD^vP"
@@ -217,7 +217,7 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
     top right.
 
     A point per setting; those that differ by their attention scale alone are joined, and a dotted
-    line leads from a static form to its dynamic ones. MARKED ones have their intervals, the chosen
+    line leads from a static form to its dynamic ones. WITH_INTERVALS ones have their intervals, the chosen
     one a ring.
     """
     check_choice("--score", score, ("spectrum", "patches"))
@@ -226,7 +226,7 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
     methods = dict.fromkeys(row["method"] for row in rows if row["method"] not in (None, "base"))
     looks = dict(zip(methods, LOOKS, strict=False))
     looks |= {"base": PLAIN, "cutoff": {"color": style.BLACK, "marker": "D"}}
-    made, _ = style.subplots(style.SINGLE, 0.8 + 2.3 * len(sizes), len(sizes))
+    made, _ = style.subplots(style.SINGLE, 1.1 + 2.3 * len(sizes), len(sizes))
     found = {}
     for axes, size in zip(made.axes, sizes, strict=True):
         here = [one for one in rows if one["size"] == size]
@@ -235,7 +235,8 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
         axes.invert_yaxis()
         found |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     made.axes[-1].set_xlabel(SCORES["overlap"])
-    made.legend(found.values(), found, loc="outside lower center", ncols=3, title="open: static")
+    title = "filled: as named; open: without dy_, static"
+    made.legend(found.values(), found, loc="outside lower center", ncols=2, title=title)
     return made
 
 
@@ -264,7 +265,7 @@ def frontier_panel(axes, rows: list[dict], looks: dict, score: str) -> None:
             ends = zip(point(static[method]), at, strict=True)
             axes.plot(*ends, ":", color=look["color"], lw=0.8, zorder=1)
         if row["dype"] or method == "base":
-            axes.plot(*at, **look, ms=4, ls="", label=method)
+            axes.plot(*at, **look, ms=4, ls="", label=f"dy_{method}" if row["dype"] else method)
         else:
             axes.plot(*at, **look, ms=4, ls="", mfc="white")
         if name in WITH_INTERVALS:

@@ -31,7 +31,7 @@ def subplots(width: float, height: float, rows: int = 1, columns: int = 1, **mor
 
 def noise_axis(axes) -> None:
     """t runs from noise to image, as sampling does."""
-    axes.set(xlim=(1, 0), xlabel="noise level t (1: noise)")
+    axes.set(xlim=(1, 0), xlabel="t = sigma (1: noise)")
 
 
 def frequency_axis(axis, lowest: float) -> None:

@@ -109,7 +109,7 @@ MODELS = {
         str(DEMO_WEIGHTS), parameters_billion=0.007, base_resolution=256, height=512, width=512, dtype="float32",
         steps=20, guidance=0.0, true_cfg=5.0, negative_prompt="", max_sequence_length=16,
         prompt="a red ring on teal leaves",
-        # the nearest texture of those that keep the layout at 512 px (docs/reproduce.md)
+        # the nearest texture of those that keep the layout at 512 px (docs/demo.md)
         dype_defaults={"method": "yarn_paper"},
         scheduler_config=DYNAMIC | {"base_image_seq_len": 16, "max_image_seq_len": 256},
     ),

@@ -1,5 +1,6 @@
 """The ground-truth table: its scores, intervals and pairs, and how its images are drawn."""
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -170,23 +171,65 @@ def test_wilson():
     assert scores.shown(found) == "0.90 [0.83, 0.94]"
 
 
-def test_settings():
-    assert setting("pi:1:0.5").config.dype_exponent == 0.5
-    assert setting("pi:1:0.5").name == "pi_1_0.5"
-    assert setting("yarn:static").config.dype is False
-    assert setting("ntk").name == "ntk_2_2"
-    assert setting("yarn:static:model").config.shift == "model"
-    assert setting("pi:1:1:reversed").name == "pi_1_1_reversed"
-    assert setting("pi:1:1:reversed").control == "reversed"
-    text = "cutoff:cutoff=0.5:attention_scale=0.3:attention_path=rising:model"
+NAMES = {  # what is asked for -> its name, None: the same
+    "base": None,
+    "base:model": None,
+    "yarn": None,
+    "dy_yarn": None,
+    "dy_yarn:1:2": "dy_yarn",
+    "dy_ntk:2": "dy_ntk",
+    "dy_ntk:1": None,
+    "dy_pi:2:0.5": None,
+    "dy_pi:0:1:base_resolution=128": None,
+    "dy_pi:1:1:reversed": None,
+    "dy_tasr": None,
+    "yarn:model": None,
+    "yarn_paper:alpha=2.0": "yarn_paper:alpha=2",
+    "dy_cutoff:cutoff=1": "dy_cutoff",
+    "dy_cutoff:cutoff=0.5:attention_scale=0.3:attention_path=rising:model": None,
+    "dy_yarn:dype_start_sigma=0.123456789:progressive": None,
+}
+
+
+@pytest.mark.parametrize("text", NAMES)
+def test_settings(text):
+    """A name is read again as what it names, and begins with the config's own name."""
     found = setting(text)
-    assert found.name == text.replace(":", "_")
-    assert (found.text, found.control, found.config.shift) == (text, "model", "model")
-    assert (found.config.cutoff, found.config.attention_scale) == (0.5, 0.3)
-    assert found.config.attention_path == "rising"
-    found = setting("yarn_paper:static:alpha=2.0")
-    assert (found.name, found.config.alpha) == ("yarn_paper_static_alpha=2", 2)
-    assert setting("cutoff:cutoff=1").name == "cutoff"
+    assert found.name == (NAMES[text] or text)
+    again = setting(found.name)
+    assert (again.name, again.control, again.more) == (found.name, found.control, found.more)
+    same = [replace(one.config, dype_scale=one.config.lambda_s) for one in (again, found)]
+    assert same[0] == same[1]
+    assert found.name.split(":")[0] == found.config.name
+    assert found.config.dype == text.startswith("dy_")
+    assert found.config.shift == ("model" if text.endswith(":model") else None)
+
+
+def test_numbers_of_settings():
+    config = setting("dy_pi:1:0.5").config
+    assert (config.lambda_s, config.dype_exponent) == (1, 0.5)
+    config = setting("dy_cutoff:cutoff=0.5:attention_scale=0.3:attention_path=rising").config
+    assert (config.cutoff, config.attention_scale, config.attention_path) == (0.5, 0.3, "rising")
+    assert setting("yarn_paper:alpha=2.0").config.alpha == 2
+
+
+FOLDERS = {
+    "base:model": "base_model",
+    "yarn_paper": "yarn_paper_static",
+    "dy_yarn_paper": "yarn_paper_1_2",
+    "dy_pi:1:1:reversed": "pi_1_1_reversed",
+    "dy_tasr": "tasr",
+    "dy_cutoff:attention_scale=1.2:attention_path=rising": (
+        "cutoff_attention_scale=1.2_attention_path=rising"
+    ),
+}
+
+
+def test_images_of_before_are_found():
+    """Folders have the settings' older names, of which none is another setting's."""
+    assert {text: setting(text).folder for text in FOLDERS} == FOLDERS
+    settings = {cell.setting.name: cell.setting.folder for cell in experiments.plan("cutoff")}
+    assert len({*settings.values()}) == len(settings)
 
 
 def test_static_forms():
@@ -207,16 +250,16 @@ def test_the_table_holds_every_method():
     at = {s: [cell for cell in cells if cell.size == (s, s)] for s in (256, 512, 1024)}
     assert [cell.setting.name for cell in at[256]] == ["base"]
     twice = {(cell.setting.config.method, cell.setting.config.dype) for cell in at[512]}
-    assert {method for method, dynamic in twice if dynamic} == set(METHODS)
+    assert {method for method, dynamic in twice if dynamic} == METHODS.keys() - {"base"}
     static = experiments.STATIC
     assert {(static[method], False) for method in METHODS if method != "base"} <= twice
     assert {cell.count for cell in at[512]} == {64}
     assert len(at[1024]) == 1 + 3 * 2
     names = {cell.setting.name: cell for cell in at[512]}
     pairs = experiments.compared(names)
-    assert ("yarn_power_2_2", "yarn_static") in pairs
-    assert ("tasr", "tasr_static") in pairs
-    assert ("pi_static", "base") in pairs
+    assert ("dy_yarn_power", "yarn") in pairs
+    assert ("dy_tasr", "tasr") in pairs
+    assert ("pi", "base") in pairs
     assert {name for name, _ in pairs} == names.keys() - {"base"}
 
 
@@ -233,14 +276,14 @@ def test_the_table_of_the_cutoffs():
     assert {cell.setting.config.method for cell in cells if cell.size == (512, 512)} == {*METHODS}
     held, named = experiments.couples([], [], cutoff=True), {cell.setting.name for cell in cells}
     assert {name for pair in held for name in pair} <= named
-    assert ("cutoff_model", "cutoff") in held
-    assert ("cutoff_model", "yarn_paper_1_2_model") in held
-    assert ("cutoff", "yarn_paper_1_2") in held
+    assert ("dy_cutoff:model", "dy_cutoff") in held
+    assert ("dy_cutoff:model", "dy_yarn_paper:model") in held
+    assert ("dy_cutoff", "dy_yarn_paper") in held
 
 
 def test_a_size_that_is_not_square(tmp_path, short):
     """Width first, in the flag, the folder and the table; all others are held against one."""
-    words = "pi:static base --against base --size 128x64 --steps 1 --count 1 --processes 1"
+    words = "pi base --against base --size 128x64 --steps 1 --count 1 --processes 1"
     out = ["--out", str(tmp_path), "--save", str(tmp_path / "saved.json")]
     assert evaluate.main([*words.split(), *out]) == 0
     with Image.open(tmp_path / "seed_0" / "128x64" / "pi_static" / "000.png") as picture:
@@ -248,7 +291,7 @@ def test_a_size_that_is_not_square(tmp_path, short):
     found = json.loads((tmp_path / "saved.json").read_text())
     assert {row["size"] for row in found["rows"]} == {"128x64"}
     [pair] = found["pairs"]
-    assert (pair["setting"], pair["against"]) == ("pi_static", "base")
+    assert (pair["setting"], pair["against"]) == ("pi", "base")
 
 
 def test_truth_that_is_not_square():
@@ -268,17 +311,17 @@ def test_truth_that_is_not_square():
 
 
 def test_controls_are_held_against_what_they_control():
-    some = ["yarn", "yarn:reversed", "yarn:static", "yarn:model", "yarn:static:model", "base"]
-    some += ["yarn:attention_scale=0.3", "yarn:static:attention_scale=0.3"]
+    some = ["dy_yarn", "dy_yarn:reversed", "yarn", "dy_yarn:model", "yarn:model", "base"]
+    some += ["dy_yarn:attention_scale=0.3", "yarn:attention_scale=0.3"]
     names = {setting(text).name: Cell((64, 64), setting(text), 1) for text in some}
     pairs = experiments.compared(names)
-    assert ("yarn_1_2_reversed", "yarn_1_2") in pairs
-    assert ("yarn_1_2_reversed", "yarn_static") in pairs
-    assert ("yarn_1_2_model", "yarn_1_2") in pairs
-    assert ("yarn_1_2_model", "yarn_static_model") in pairs
-    assert ("yarn_1_2_model", "yarn_static") not in pairs
-    assert ("yarn_1_2_attention_scale=0.3", "yarn_static_attention_scale=0.3") in pairs
-    assert ("yarn_1_2_attention_scale=0.3", "yarn_static") not in pairs
+    assert ("dy_yarn:reversed", "dy_yarn") in pairs
+    assert ("dy_yarn:reversed", "yarn") in pairs
+    assert ("dy_yarn:model", "dy_yarn") in pairs
+    assert ("dy_yarn:model", "yarn:model") in pairs
+    assert ("dy_yarn:model", "yarn") not in pairs
+    assert ("dy_yarn:attention_scale=0.3", "yarn:attention_scale=0.3") in pairs
+    assert ("dy_yarn:attention_scale=0.3", "yarn") not in pairs
 
 
 SMALL = ["--size", "64", "--steps", "2", "--count", "3", "--processes", "1"]
@@ -303,7 +346,7 @@ def drawn(folder):
 
 def test_table_of_a_run_that_was_interrupted(tmp_path, monkeypatch, capsys, short):
     """What is there stays, what is missing is drawn, and both are as in one go."""
-    words = [*SMALL, "base", "pi", "pi:static", "pi:reversed"]
+    words = [*SMALL, "base", "dy_pi", "pi", "dy_pi:reversed"]
     assert evaluate.main([*words, "--out", str(tmp_path / "whole")]) == 0
     printed = capsys.readouterr().out
     write, left = evaluate.records.write_atomically, [5]
@@ -324,17 +367,26 @@ def test_table_of_a_run_that_was_interrupted(tmp_path, monkeypatch, capsys, shor
     assert evaluate.main([*parts, "--drawn"]) == 0
     out = capsys.readouterr().out
     assert "| 64 | `base` | 3 |" in out
-    assert "| 64 | `pi_2_2` | 1 |" in out
-    assert "not all drawn: pi_2_2 64 px 1, pi_static 64 px 0, pi_2_2_reversed 64 px 0" in out
-    assert "| `pi_static` |" not in out
+    assert "| 64 | `dy_pi` | 1 |" in out
+    assert "not all drawn: dy_pi 64 px 1, pi 64 px 0, dy_pi:reversed 64 px 0" in out
+    assert "| `pi` |" not in out
     assert evaluate.main([*parts, "--save", str(tmp_path / "saved.json")]) == 0
     assert left[0] == -8  # images that the second run drew: 12 less the 4 of the first
     assert drawn(tmp_path / "parts") == drawn(tmp_path / "whole")
-    assert capsys.readouterr().out == f"{printed}{tmp_path / 'saved.json'}\n"
+    files = [tmp_path / name for name in ("saved.json", "saved.csv", "saved_pairs.csv")]
+    assert capsys.readouterr().out == printed + "".join(f"{path}\n" for path in files)
     found = json.loads((tmp_path / "saved.json").read_text())
     names = [row["setting"] for row in found["rows"]]
-    assert names == ["truth", "truth_vae", "vae", "base", "pi_2_2", "pi_static",
-                     "pi_2_2_reversed"]  # fmt: skip
+    assert names == ["truth", "truth_vae", "vae", "base", "dy_pi", "pi", "dy_pi:reversed"]
+    rows = list(csv.DictReader(files[1].read_text().splitlines()))
+    assert [row["setting"] for row in rows] == names
+    assert rows[4]["lambda_s"] == "2.0"
+    spans = zip(found["rows"][4]["overlap"]["interval"], ("low", "high"), strict=True)
+    for value, end in spans:
+        assert float(rows[4][f"overlap_{end}"]) == pytest.approx(value, rel=1e-5)
+    pairs = list(csv.DictReader(files[2].read_text().splitlines()))
+    held = [[(row["setting"], row["against"]) for row in some] for some in (pairs, found["pairs"])]
+    assert held[0] == held[1]
     assert found["rows"][1]["layout"]["mean"] == 1
     assert found["rows"][1]["spectrum"]["mean"] > 0.01  # other leaves, not the same
     assert found["protocol"]["steps"] == 2
@@ -343,7 +395,7 @@ def test_table_of_a_run_that_was_interrupted(tmp_path, monkeypatch, capsys, shor
 
 
 def test_two_processes_draw_what_one_does(tmp_path):
-    words = ["base", "pi", "--size", "64", "--steps", "1", "--count", "2", "--out"]
+    words = ["base", "dy_pi", "--size", "64", "--steps", "1", "--count", "2", "--out"]
     assert evaluate.main([*words, str(tmp_path / "one"), "--processes", "1"]) == 0
     assert evaluate.main([*words, str(tmp_path / "two"), "--processes", "2"]) == 0
     assert len(drawn(tmp_path / "two")) == 4
@@ -355,26 +407,36 @@ def test_two_processes_draw_what_one_does(tmp_path):
 
 BAD = {
     "yarm": "method is 'yarm', expected one of base",
-    "yarn:1:2:3": "'yarn:1:2:3', expected METHOD",
-    "yarn:one": "'yarn:one', expected METHOD",
-    "yarn:": "'yarn:', expected METHOD",
-    "yarn:cutoff=1:2": "'yarn:cutoff=1:2', expected METHOD",
-    "yarn:cutoff=one": "'yarn:cutoff=one', expected METHOD",
-    "yarn:cutof=1": "unknown setting 'cutof'",
-    "yarn:1:2:dype_scale=3": "'yarn:1:2:dype_scale=3', expected METHOD",
-    "base:cutoff=2": "'base:cutoff=2', expected METHOD",
-    "yarn:attention_path=up": "attention_path is 'up', expected one of",
-    "yarn:attention_path=rising": "attention_path is 'rising', expected an attention_scale",
+    "dy_base": "'dy_base', expected base or",
+    "dy_yarn:1:2:3": "'dy_yarn:1:2:3', expected base or",
+    "dy_yarn:one": "'dy_yarn:one', expected base or",
+    "dy_yarn:": "'dy_yarn:', expected base or",
+    "dy_yarn:cutoff=1:2": "'dy_yarn:cutoff=1:2', expected base or",
+    "dy_yarn:cutoff=one": "'dy_yarn:cutoff=one', expected base or",
+    "dy_yarn:cutof=1": "unknown setting 'cutof'",
+    "dy_yarn:1:2:dype_scale=3": "'dy_yarn:1:2:dype_scale=3', expected base or",
+    "base:cutoff=2": "'base:cutoff=2', expected base or",
+    "dy_yarn:cutoff=2": "'dy_yarn:cutoff=2', expected no cutoff: it has no effect there",
+    "dy_yarn:attention_path=up": "attention_path is 'up', expected one of",
+    "dy_yarn:attention_path=rising": "attention_path is 'rising', expected an attention_scale",
+    # as they were spelled before
+    "yarn_paper:static": "'yarn_paper:static' is an old spelling, expected 'yarn_paper'",
+    "yarn:static:model": "'yarn:static:model' is an old spelling, expected 'yarn:model'",
+    "pi:1:1": "'pi:1:1' is static and ignores a part, expected 'dy_pi:1:1'",
+    "yarn:reversed": "is static and ignores a part, expected 'dy_yarn:reversed'",
+    "cutoff:attention_scale=1.2:attention_path=rising": (
+        "expected 'dy_cutoff:attention_scale=1.2:attention_path=rising'"
+    ),
     "--quick --size 64x": "--size is '64x', expected WIDTHxHEIGHT",
     "base --size 64x": "--size is '64x', expected WIDTHxHEIGHT",
     "base --weights there": "--weights is there, expected the folder of a trained pipeline",
-    "base --against yarn": "--against is 'yarn_1_2', expected one of base",
+    "base --against dy_yarn:1:2": "--against is 'dy_yarn', expected one of base",
     "--cutoff base": "expected at most one",
     "--quick --against base": "--against, expected SETTINGS with it",
-    "yarn:9": "dype_scale is 9.0",
-    "base:1": "'base:1', expected METHOD",
-    "tasr:1:2": "'tasr:1:2', expected METHOD",
-    "yarn:static:reversed": "'yarn:static:reversed', expected METHOD",
+    "dy_yarn:9": "dype_scale is 9.0",
+    "base:1": "'base:1', expected base or",
+    "base:reversed": "'base:reversed', expected base or",
+    "dy_tasr:1:2": "'dy_tasr:1:2', expected base or",
     "--quick --full": "expected at most one",
     "--quick base": "expected at most one",
     "base --size 100": "--size is 100, expected a multiple of 16",
@@ -384,6 +446,7 @@ BAD = {
     "base --seed -1": "--seed is -1, expected a whole number at least 0",
     "base --out there/protocol.json": "--out is there/protocol.json, expected a folder",
     "base --strip a.xyz": "--strip is a.xyz, expected",
+    "base --save a.csv": "--save is a.csv, expected a name in .json",
     "base --size 64 --steps 3 --out there": "steps is 3, but there was drawn with 20",
     "base --out odd": "odd/protocol.json is not of this program",
     "base --out bare": "steps is 20, but bare was drawn with None",
@@ -457,7 +520,7 @@ def test_reversed_time(control, tmp_path, short):
         sigma = float(kwargs["timestep"][0])
         seen.append((1 - sigma if control else sigma, float(transformer.pos_embed.sigma)))
 
-    cell = Cell((64, 64), setting("pi" + control), 1)
+    cell = Cell((64, 64), setting("dy_pi" + control), 1)
     pipe.transformer.register_forward_hook(lambda m, a, k, out: note(m, a, k), with_kwargs=True)
     evaluate.draw(cell, 0, tmp_path / "0.png", evaluate.sampled(args)[0].caption, args)
     assert len(seen) == 2 * 2  # steps, with and without the prompt

@@ -345,7 +345,7 @@ def test_entropy_deviation(tmp_path):
     path.write_text(json.dumps({"protocol": {}, "pictures": rows}))
     axes = sampled.fig18(path).axes[0]
     assert axes.get_title() == "512 px (2x), 2 prompts"
-    for i, (label, _) in enumerate(sampled.FORMS.values()):
+    for i, label in enumerate(sampled.FORMS):
         name = next(name for name in lines(axes) if name.startswith(f"{label}: "))
         t, mean = lines(axes)[name]
         assert list(t) == [1.0, 0.5]
@@ -361,13 +361,13 @@ def scored(path: Path) -> Path:
         values["overlap"] = 0.9 * layout
         cells = {n: {"mean": v, "interval": [v - 0.1, v + 0.2]} for n, v in values.items()}
         one = {"size": size, "setting": setting, "method": method, "n": 2, "control": control}
-        return one | {"dype": method and not setting.endswith("static")} | cells
+        return one | {"dype": setting.startswith("dy_")} | cells
 
     rows = [row(256, "base", "base", 0.9, 0.8), row(512, "base", "base", 0.1, 0.7)]
     rows += [row(512, "truth_vae", None, 1.0, 0.0), row(512, "vae", None, 1.0, 0.1)]
-    rows += [row(512, "yarn_paper_static", "yarn_paper", 0.8, 0.3)]
-    rows += [row(512, "yarn_paper_1_2", "yarn_paper", 0.9, 0.5)]
-    rows += [row(512, "yarn_paper_1_2_reversed", "yarn_paper", 0.0, 0.0, "reversed")]
+    rows += [row(512, "yarn_paper", "yarn_paper", 0.8, 0.3)]
+    rows += [row(512, "dy_yarn_paper", "yarn_paper", 0.9, 0.5)]
+    rows += [row(512, "dy_yarn_paper:reversed", "yarn_paper", 0.0, 0.0, "reversed")]
     path.write_text(json.dumps({"protocol": {}, "rows": rows, "pairs": []}))
     return path
 
@@ -379,8 +379,8 @@ def test_scaling_curve(tmp_path):
     assert found == {
         "truth, by the VAE": ([2], [0.0]),
         "base": ([1, 2], [0.8, 0.7]),
-        "yarn_paper_static": ([1, 2], [0.8, 0.3]),  # at 1x it is base
-        "yarn_paper_1_2": ([1, 2], [0.8, 0.5]),
+        "yarn_paper": ([1, 2], [0.8, 0.3]),  # at 1x it is base
+        "dy_yarn_paper": ([1, 2], [0.8, 0.5]),
     }
     bars = [np.array(bar.get_segments()) for bar in axes.collections]
     assert np.allclose(bars[1], [[[1, 0.7], [1, 1.0]], [[2, 0.6], [2, 0.9]]])
@@ -395,8 +395,8 @@ def test_frontier(tmp_path):
     whole = json.loads(path.read_text())
     template = whole["rows"][-2]
     chosen = sampled.SELECTED
-    more = [("cutoff", 0.8, 512), (chosen, 0.9, 512), ("cutoff_cutoff=2", 0.4, 512)]
-    for name, layout, size in [*more, ("cutoff", 0.7, "512x256")]:
+    more = [("dy_cutoff", 0.8, 512), (chosen, 0.9, 512), ("dy_cutoff:cutoff=2", 0.4, 512)]
+    for name, layout, size in [*more, ("dy_cutoff", 0.7, "512x256")]:
         row = dict(template, setting=name, method="cutoff", size=size)
         row["overlap"] = {"mean": layout, "interval": [layout - 0.2, layout + 0.1]}
         whole["rows"].append(row)
