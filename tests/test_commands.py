@@ -11,6 +11,7 @@ from dype.benchmark import __main__ as benchmark
 from dype.cli import flags
 from dype.cli.settings import resolve
 from dype.demo import evaluate, train, trajectories
+from dype.demo.experiments import setting
 from dype.figures import __main__ as figures
 from dype.metrics import __main__ as metrics
 
@@ -34,8 +35,9 @@ PARSERS = {
 
 
 def commands(text: str) -> list[str]:
-    """`python run_dype.py ...` and `python -m dype...`: in spans of code, and on lines of it."""
-    text = text.replace("\\\n", " ")
+    """`python run_dype.py ...` and `python -m dype...`: in spans of code, and on lines of it, which
+    a backslash continues."""
+    text = re.sub(r"\s*\\\n\s*", " ", text)
     spans = re.findall(r"`+([^`]+)`+", text)
     lines = [line for line in text.splitlines() if line.startswith("    ")]
     code = [" ".join(span.split()) for span in spans] + lines
@@ -68,6 +70,24 @@ def test_command_parses(command, monkeypatch):
 def test_the_documents_have_commands():
     assert len(FOUND) > 20
     assert {"README.md", "usage.md", "CONTRIBUTING.md"} <= {p.id.rpartition("-")[0] for p in FOUND}
+
+
+def test_commands_over_several_lines():
+    text = "    python run_dype.py --size 64 \\\n        --seed 0\n    python -m dype.figures fig6"
+    assert commands(text) == [
+        "python run_dype.py --size 64 --seed 0",
+        "python -m dype.figures fig6",
+    ]
+
+
+@pytest.mark.parametrize("page", ["demo.md", "reproduce.md"])
+def test_settings_of_the_benchmark(page):
+    """That evaluate's own parser takes as any text."""
+    for command in commands((ROOT / "docs" / page).read_text()):
+        _, _, program, *words = shlex.split(command)
+        if program == "dype.demo.evaluate":
+            for text in evaluate.parser().parse_args(words).settings:
+                assert setting(text).name == text
 
 
 RUN = {

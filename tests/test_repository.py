@@ -1,8 +1,10 @@
 """What the repository as a whole promises: README, pins, CI, benchmark."""
 
 import ast
+import csv
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import diffusers
@@ -12,6 +14,8 @@ from packaging.version import Version
 from tiny import FAMILIES
 
 from dype.benchmark import __main__ as benchmark
+from dype.config import METHOD_SCALES
+from dype.demo import evaluate, scores
 from dype.families import FAMILIES as CLASSES
 from dype.pipelines.catalog import MODELS
 
@@ -96,6 +100,62 @@ def test_readme_draws_the_demo_as_the_command_line_does():
         "negative_prompt": model.negative_prompt,
         "max_sequence_length": model.max_sequence_length,
     }
+
+
+def test_numbers_of_the_paper():
+    """paper_tables.csv: so many of each table, methods as we spell them."""
+    with (ROOT / "docs" / "data" / "paper_tables.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = "table,model,set,size_wxh,method,lambda_s,lambda_t,metric,value"
+    assert [*rows[0]] == columns.split(",")
+    counts = {"1": 168, "3": 8, "6": 42, "7": 15, "8": 12, "10": 6, "fig18": 3, "sega": 12}
+    assert Counter(row["table"] for row in rows) == counts
+    assert len({tuple(row.values())[:-1] for row in rows}) == len(rows)
+    for row in rows:
+        assert re.fullmatch(r"-?\d+\.\d+", row["value"])
+        assert row["method"] != "dy_base"
+        assert row["method"].removeprefix("dy_") in METHOD_SCALES
+        assert re.fullmatch(r"\d+x\d+", row["size_wxh"]) or row["table"] == "8"
+        assert bool(row["lambda_s"]) == bool(row["lambda_t"])
+
+    def printed(some):
+        return ", ".join(row["value"] for row in some)
+
+    page = (ROOT / "docs" / "reproduce.md").read_text()
+    shown = re.findall(r"^\| `(\w+)` \| (-?\d.*) \| (-?\d.*) \|$", page, re.MULTILINE)
+    assert len(shown) == 6
+    for method, *cells in shown:
+        place = {"table": "1", "size_wxh": "4096x4096", "method": method}.items()
+        sets = ("drawbench", "aesthetic-4k")
+        some = [[row for row in rows if row.items() >= place and row["set"] == s] for s in sets]
+        assert cells == [*map(printed, some)]
+
+
+@pytest.mark.parametrize("name", ["ground_truth", "cutoff", "cutoff_second"])
+def test_tables_of_the_benchmark(name):
+    """The CSV files are what --save writes beside the JSON."""
+    path = ROOT / "docs" / "data" / f"{name}.json"
+    saved = json.loads(path.read_text())
+    protocol = saved.pop("protocol")
+    for file, content in evaluate.files_to_save(path, protocol, saved).items():
+        assert file.read_bytes() == content, file
+
+
+def test_numbers_of_the_demo():
+    """demo.md: its rows are those of the JSON, and every interval in its text is one of a row's or
+    a pair's."""
+    page = (ROOT / "docs" / "demo.md").read_text()
+    saved = json.loads((ROOT / "docs" / "data" / "ground_truth.json").read_text())
+    rows = re.findall(r"^\| (\d+) \| `(\S+)` \| (.+) \|$", page, re.MULTILINE)
+    assert 8 <= len(rows) <= 10
+    for size, name, cells in rows:
+        [row] = [r for r in saved["rows"] if (str(r["size"]), r["setting"]) == (size, name)]
+        numbers = [f"{row[score]['mean']:.2f}" for score in ("spectrum", "joint")]
+        assert cells.split(" | ") == [str(row["n"]), scores.shown(row["layout"]), *numbers]
+    known = {scores.shown(pair[score], True) for pair in saved["pairs"] for score in scores.SCORES}
+    found = re.findall(r"[+-]\d\.\d\d \[[^]]+\]", page)
+    assert len(found) > 10
+    assert {*found} <= known
 
 
 def test_benchmark(capsys):

@@ -217,8 +217,8 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
     top right.
 
     A point per setting; those that differ by their attention scale alone are joined, and a dotted
-    line leads from a static form to its dynamic ones. WITH_INTERVALS ones have their intervals, the chosen
-    one a ring.
+    line leads from a static form to its dynamic ones. WITH_INTERVALS ones have their intervals,
+    the chosen one a ring.
     """
     check_choice("--score", score, ("spectrum", "patches"))
     rows = read_square_rows(ground_truth, f"python -m dype.demo.evaluate --cutoff --save {CUTOFF}")
