@@ -14,7 +14,7 @@ from packaging.version import Version
 from tiny import FAMILIES
 
 from dype.benchmark import __main__ as benchmark
-from dype.config import METHOD_SCALES
+from dype.config import DEFAULT_LAMBDA_S
 from dype.demo import evaluate, scores
 from dype.families import FAMILIES as CLASSES
 from dype.pipelines.catalog import MODELS
@@ -114,7 +114,7 @@ def test_numbers_of_the_paper():
     for row in rows:
         assert re.fullmatch(r"-?\d+\.\d+", row["value"])
         assert row["method"] != "dy_base"
-        assert row["method"].removeprefix("dy_") in METHOD_SCALES
+        assert row["method"].removeprefix("dy_") in DEFAULT_LAMBDA_S
         assert re.fullmatch(r"\d+x\d+", row["size_wxh"]) or row["table"] == "8"
         assert bool(row["lambda_s"]) == bool(row["lambda_t"])
 
