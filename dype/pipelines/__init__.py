@@ -1,1 +1,1 @@
-"""Get a pipeline ready: what it is, where it fits, what makes its steps cheaper."""
+"""Load a pipeline, place it in memory, and accelerate its steps."""

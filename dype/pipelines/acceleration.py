@@ -1,4 +1,4 @@
-"""Cheaper steps by what the ecosystem has: compilers, attention kernels, caches of features."""
+"""Faster steps by PyTorch and diffusers: torch.compile, attention backends, feature caches."""
 
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -9,9 +9,10 @@ from dype.errors import UnavailableError, UserError, first_line
 from dype.pipelines.devices import DTYPES
 
 COMPILES = ("off", "blocks", "full")
-# --cache -> the pipelines where diffusers supports it: its blocks are known there, and every
-# denoiser call names itself. On FLUX.2 its first-block cache stumbles over the second kind of
-# block (diffusers 0.42.1); MagCache's ratios were measured on FLUX.1-dev alone.
+# --cache -> the pipeline classes for which diffusers supports it: diffusers must know the
+# transformer's blocks, and the pipeline must name the cache context of each denoiser call.
+# On FLUX.2 the first-block cache fails at the second kind of block (diffusers 0.42.1).
+# MagCache has ratios for FLUX.1-dev alone.
 CACHES = {
     "off": (),
     "first_block": ("FluxPipeline", "QwenImagePipeline"),
@@ -19,36 +20,45 @@ CACHES = {
     "magcache": ("FluxPipeline",),
 }
 CACHE_WARNING = (
-    "--cache {}: steps may reuse features that were made under older frequencies; not for "
-    "results that are to be compared"
+    "--cache {}: steps may reuse features that were made under older frequencies; do not compare "
+    "the results with others"
 )
-USES_ATTENTION_MASK = (
-    "ChromaPipeline",
-    "Krea2Pipeline",
-)  # whose attention always has a mask of text tokens
+# pipeline classes whose attention always masks text tokens, which some backends do not support
+USES_ATTENTION_MASK = ("ChromaPipeline", "Krea2Pipeline")
 
 
 def attention_backends() -> list[str]:
-    """The attention backends that diffusers knows, installed or not."""
+    """Return the names of diffusers' attention backends, both installed and missing."""
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     return [backend.value for backend in AttentionBackendName]
 
 
 def use_attention(name: str | None):
-    """A context with attention by one of `backends()`; None changes nothing.
+    """Return a context that computes attention with a backend; None changes nothing.
 
-    diffusers has one backend per process where a model has none of its own, and that one is put
-    back on leaving. Raises RuntimeError, or whatever the backend does, if it cannot be used.
+    diffusers has one backend per process for models without a backend of their own. The context
+    restores it at the end. The context raises the backend's error, often RuntimeError, if the
+    backend cannot be used.
     """
     from diffusers.models.attention_dispatch import attention_backend
 
     return nullcontext() if name is None else attention_backend(name)
 
 
-def check_attention(name: str | None, device: str, dtype: str, masked: bool = False) -> None:
-    """Try a backend on a few tokens. Raises `UnavailableError` if it is not installed, or not for
-    this device, number format or, if `masked`, a mask of tokens."""
+def check_attention(name: str | None, device: str, dtype: str, has_mask: bool = False) -> None:
+    """Run an attention backend on 16 tokens to check that it works.
+
+    Args:
+        name: one of `attention_backends()`; None needs no check.
+        device: the device to run on.
+        dtype: a key of `DTYPES`.
+        has_mask: the model's attention has a mask of tokens.
+
+    Raises:
+        UnavailableError: the backend is not installed, or does not support the device, the dtype
+            or the mask.
+    """
     if name is None:
         return
     from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -56,52 +66,67 @@ def check_attention(name: str | None, device: str, dtype: str, masked: bool = Fa
     try:
         with use_attention(name):
             token = torch.zeros(1, 16, 2, 128, device=device, dtype=DTYPES[dtype])  # [B, S, H, D]
-            mask = torch.ones(1, 1, 16, 16, device=device, dtype=torch.bool) if masked else None
+            mask = torch.ones(1, 1, 16, 16, device=device, dtype=torch.bool) if has_mask else None
             dispatch_attention_fn(token, token, token, attn_mask=mask)
-    except Exception as error:  # whatever somebody's kernel says
+    except Exception as error:  # because third-party kernels raise errors of any class
         raise UnavailableError(
             f"--attention {name} cannot be used here: {first_line(error)}; try --attention native"
         ) from error
 
 
-def check_offload(how: str, offload: str) -> None:
-    """Raise UserError if weights are moved within what is compiled."""
-    moving = {"blocks": ("group", "sequential"), "full": ("model", "group", "sequential")}
-    if offload in moving.get(how, ()):
+def check_offload(mode: str, offload: str) -> None:
+    """Raise UserError if a --compile mode and an --offload mode exclude each other."""
+    conflicts = {"blocks": ("group", "sequential"), "full": ("model", "group", "sequential")}
+    if offload in conflicts.get(mode, ()):
         raise UserError(
-            f"--compile is {how!r}, but --offload {offload} moves weights within it, expected one "
+            f"--compile is {mode!r}, but --offload {offload} moves weights within it, expected one "
             "of them off"
         )
 
 
-def compile_transformer(pipe, how: str, **more) -> None:
-    """Compile the transformer in place: "blocks" each kind of block once, "full" the whole.
+def compile_transformer(pipe, mode: str, **compile_options) -> None:
+    """Compile the pipeline's transformer in place.
 
-    One graph serves all steps of a size and method. more: of `torch.compile`. Raises UserError
-    where weights are moved within what is compiled.
+    One graph serves all steps of a size and method.
+
+    Args:
+        pipe: a pipeline after `place_components`.
+        mode: one of `COMPILES`; "blocks" compiles each kind of block once, "full" the whole
+            transformer.
+        compile_options: arguments of `torch.compile`.
+
+    Raises:
+        UserError: the pipeline's offloading moves weights within a compiled module.
     """
-    if how == "off":
+    if mode == "off":
         return
-    check_offload(how, pipe.dype_offload)
-    torch._dynamo.config.recompile_limit = 256  # settings and sizes of one sweep, each anew
-    if how == "blocks":
-        pipe.transformer.compile_repeated_blocks(fullgraph=True, **more)
+    check_offload(mode, pipe.dype_offload)
+    # because each setting and size of a sweep needs its own graph
+    torch._dynamo.config.recompile_limit = 256
+    if mode == "blocks":
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, **compile_options)
     else:
-        pipe.transformer.compile(fullgraph=True, **more)
+        pipe.transformer.compile(fullgraph=True, **compile_options)
 
 
 @contextmanager
 def use_feature_cache(pipe, name: str, steps: int):
-    """Let denoiser calls reuse features of earlier ones for a while: a key of CACHES but "off".
+    """Let denoiser calls within the context reuse features of earlier calls.
 
-    steps: that the drawing takes. Raises ValueError where diffusers has no support for it.
+    Args:
+        pipe: the pipeline.
+        name: a key of `CACHES`, except "off".
+        steps: number of steps that the image takes.
+
+    Raises:
+        ValueError: diffusers does not support this cache for the pipeline's class.
     """
     from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
     from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 
-    kind = type(pipe).__name__
-    if kind not in CACHES[name]:
-        raise ValueError(f"--cache is {name!r}, but {describe_caches(kind)}")
+    pipeline_class = type(pipe).__name__
+    if pipeline_class not in CACHES[name]:
+        raise ValueError(f"--cache is {name!r}, but {describe_caches(pipeline_class)}")
     configs = {
         "first_block": FirstBlockCacheConfig,
         "taylorseer": TaylorSeerCacheConfig,
@@ -114,8 +139,8 @@ def use_feature_cache(pipe, name: str, steps: int):
         pipe.transformer.disable_cache()
 
 
-def describe_caches(kind: str) -> str:
-    """Which caches a class of pipelines has, as the end of a sentence."""
-    known = [name for name, kinds in CACHES.items() if kind in kinds]
-    has = ", ".join(known) or "none in diffusers"
-    return f"a {kind} has {has}, expected {', '.join([*known, 'off'])}"
+def describe_caches(pipeline_class: str) -> str:
+    """Return the end of a sentence that lists the caches of a pipeline class."""
+    names = [name for name, classes in CACHES.items() if pipeline_class in classes]
+    available = ", ".join(names) or "none in diffusers"
+    return f"a {pipeline_class} has {available}, expected {', '.join([*names, 'off'])}"

@@ -1,4 +1,4 @@
-"""The models that --model knows by name: repository, steps, guidance, prompt."""
+"""The models that --model accepts by name: repository, steps, guidance, prompt."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -8,7 +8,7 @@ from huggingface_hub import hf_hub_download
 
 from dype.families import DEMO_WEIGHTS, FLUX, FLUX2, KREA2, KREA2_TURBO, QWEN, ZIMAGE, Family
 
-# The authors' defaults (their run_dype.py and run_dype_qwen.py), word for word.
+# The authors' default prompts, word for word (their run_dype.py and run_dype_qwen.py).
 DARK_FANTASY = (
     "A mysterious woman stands confidently in elaborate, dark armor adorned with intricate designs,"
     " holding a staff, against a backdrop of smoke and an ominous red sky, with shadowy, gothic"
@@ -30,31 +30,29 @@ DYNAMIC = {
 
 @dataclass(frozen=True)
 class Model:
-    """Defaults that a model brings along; an explicit flag wins over each."""
+    """The defaults of a model; an explicit flag overrides each."""
 
     repo: str  # hub id or folder
     pipeline: str = "FluxPipeline"
     family: Family = FLUX
-    parameters_billion: float = 12  # of the transformer's parameters
+    parameters_billion: float = 12  # of the transformer
     steps: int = 28
-    guidance: float = 3.5  # the pipeline's guidance_scale; 0: it takes none
-    cfg_flag: str = (
-        "true_cfg"  # the flag that makes a negative prompt count, above `cfg_disabled_at`
-    )
-    cfg_disabled_at: float = 1.0
+    guidance: float = 3.5  # the pipeline's guidance_scale; 0: the model takes none
+    cfg_flag: str = "true_cfg"  # the scale that a negative prompt needs; "": it has no effect
+    cfg_disabled_at: float = 1.0  # a negative prompt needs a scale above this
     true_cfg: float = 1.0
     negative_prompt: str | None = None
-    max_sequence_length: int = 512
-    max_text_tokens: int = 512  # that the pipeline takes, tokens
-    base_resolution: int = 1024
+    max_sequence_length: int = 512  # text tokens
+    max_text_tokens: int = 512  # the pipeline's limit of max_sequence_length
+    base_resolution: int = 1024  # px
     dtype: str = "bfloat16"
-    height: int = 4096
-    width: int = 4096
+    height: int = 4096  # px
+    width: int = 4096  # px
     prompt: str = DARK_FANTASY
-    magic_suffix: str = ""  # what --magic_suffix puts behind a prompt
-    dype_defaults: dict = field(default_factory=lambda: {"method": "yarn"})  # of DyPEConfig
-    scheduler_config: dict = field(default_factory=lambda: DYNAMIC)  # the scheduler's configuration
-    is_guess: bool = False  # nothing could be read of it, all this is FLUX.1-dev's
+    magic_suffix: str = ""  # the text that --magic_suffix appends to the prompt
+    dype_defaults: dict = field(default_factory=lambda: {"method": "yarn"})  # DyPEConfig's fields
+    scheduler_config: dict = field(default_factory=lambda: DYNAMIC)
+    is_guess: bool = False  # no file of the model could be read; these are FLUX.1-dev's defaults
 
 
 # fmt: off
@@ -73,7 +71,8 @@ Z_IMAGE = Model(
     scheduler_config={"use_dynamic_shifting": False, "shift": 3.0},
 )
 KREA_2 = Model(
-    "krea/Krea-2-Raw", "Krea2Pipeline", KREA2, guidance=4.5, cfg_flag="guidance", cfg_disabled_at=0.0,
+    "krea/Krea-2-Raw", "Krea2Pipeline", KREA2,
+    guidance=4.5, cfg_flag="guidance", cfg_disabled_at=0.0,
     scheduler_config=DYNAMIC | {"max_image_seq_len": 6400},
 )
 KREA_2_TURBO = replace(KREA_2, repo="krea/Krea-2-Turbo", family=KREA2_TURBO, steps=8, guidance=0.0)
@@ -97,7 +96,8 @@ MODELS = {
         "Qwen/Qwen-Image", "QwenImagePipeline", QWEN, parameters_billion=20, base_resolution=1328,
         steps=40, guidance=0.0, true_cfg=4.0, negative_prompt=" ", max_text_tokens=1024,
         prompt=BEAR, magic_suffix=", Ultra HD, 4K, cinematic composition.",
-        scheduler_config=DYNAMIC | {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02},
+        scheduler_config=DYNAMIC
+        | {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02},
     ),
     "chroma": Model(
         "lodestones/Chroma1-HD", "ChromaPipeline", parameters_billion=9,
@@ -106,17 +106,20 @@ MODELS = {
     "krea-2": KREA_2,
     "krea-2-turbo": KREA_2_TURBO,
     "demo": Model(
-        str(DEMO_WEIGHTS), parameters_billion=0.007, base_resolution=256, height=512, width=512, dtype="float32",
+        str(DEMO_WEIGHTS), parameters_billion=0.007, base_resolution=256,
+        height=512, width=512, dtype="float32",
         steps=20, guidance=0.0, true_cfg=5.0, negative_prompt="", max_sequence_length=16,
         prompt="a red ring on teal leaves",
-        # the nearest texture of those that keep the layout at 512 px (docs/demo.md)
+        # because its texture is the best of all methods that keep the layout at 512 px
+        # (docs/demo.md)
         dype_defaults={"method": "yarn_paper"},
         scheduler_config=DYNAMIC | {"base_image_seq_len": 16, "max_image_seq_len": 256},
     ),
 }
 # fmt: on
 DEFAULT_MODEL = "flux-krea"
-# Defaults of any other folder or repository: by the class of its pipeline, and if it is distilled.
+# A folder or repository outside the table gets the defaults of its pipeline class's representative;
+# a distilled model gets those of DISTILLED.
 REPRESENTATIVES = (
     "flux-dev",
     "flux2-dev",
@@ -131,12 +134,19 @@ DISTILLED = {MODELS[name].pipeline: MODELS[name] for name in ("flux2-klein", "kr
 
 
 def resolve_model(name: str, revision: str | None = None) -> Model:
-    """A model of the table by its name, repository or folder; else its pipeline class's defaults.
+    """Return the table's entry for a model, or else its pipeline class's defaults.
 
-    A folder named like a repository of the table, and of its class, counts as that. Of a hub id
-    the index and the scheduler's configuration are fetched; without a network FLUX.1-dev's
-    defaults are taken. Raises ValueError for a name that is none of these, and for the class of a
-    pipeline that needs more than a prompt, or is not supported.
+    A folder with the name and the pipeline class of a repository in the table gets its entry.
+    For a hub id, the function downloads the index and the scheduler's configuration. Without a
+    network it returns FLUX.1-dev's defaults.
+
+    Args:
+        name: a name of the table, a repository or a folder.
+        revision: branch, tag or commit of a repository; None: the newest.
+
+    Raises:
+        ValueError: the name is none of these, or its pipeline class is not supported (for example,
+            because it needs more than a prompt).
     """
     if name in MODELS:
         return MODELS[name]
@@ -146,9 +156,9 @@ def resolve_model(name: str, revision: str | None = None) -> Model:
             "hub id"
         )
     folder = Path(name).resolve()
-    known = {Path(model.repo).resolve(): model for model in MODELS.values()}
-    if folder in known:
-        return known[folder]
+    model_by_path = {Path(model.repo).resolve(): model for model in MODELS.values()}
+    if folder in model_by_path:
+        return model_by_path[folder]
     index = load_hub_json(name, "model_index.json", revision)
     pipeline = index.get("_class_name", FLUX_DEV.pipeline)
     if pipeline not in PIPELINES:
@@ -156,23 +166,23 @@ def resolve_model(name: str, revision: str | None = None) -> Model:
             f"{name} is a {pipeline}, expected {', '.join(PIPELINES)}; others may work from "
             "Python, with apply_dype"
         )
-    usual = DISTILLED if index.get("is_distilled") and pipeline in DISTILLED else PIPELINES
-    model = usual[pipeline]
-    for other in MODELS.values():
-        if folder.name == Path(other.repo).name and other.pipeline == pipeline and folder.is_dir():
-            model = model if Path(other.repo).is_dir() else other
+    defaults = DISTILLED if index.get("is_distilled") and pipeline in DISTILLED else PIPELINES
+    model = defaults[pipeline]
+    for entry in MODELS.values():
+        if folder.name == Path(entry.repo).name and entry.pipeline == pipeline and folder.is_dir():
+            model = model if Path(entry.repo).is_dir() else entry
     if not index:
         return replace(model, repo=name, is_guess=True)
-    schedule = load_hub_json(name, "scheduler/scheduler_config.json", revision)
-    return replace(model, repo=name, scheduler_config=schedule or model.scheduler_config)
+    scheduler_config = load_hub_json(name, "scheduler/scheduler_config.json", revision)
+    return replace(model, repo=name, scheduler_config=scheduler_config or model.scheduler_config)
 
 
 def load_hub_json(repo: str, file: str, revision: str | None = None) -> dict:
-    """A JSON file of a folder or a hub id, empty if it can't be had."""
+    """Return the content of a JSON file in a folder or a repository; {} if it cannot be read."""
     try:
-        here = Path(repo).is_dir()
-        path = Path(repo, file) if here else hf_hub_download(repo, file, revision=revision)
+        is_folder = Path(repo).is_dir()
+        path = Path(repo, file) if is_folder else hf_hub_download(repo, file, revision=revision)
         content = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError):  # the hub's errors are OSErrors
+    except (OSError, ValueError):  # OSError, because the hub's errors derive from it
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""Number formats and devices."""
+"""Dtypes and devices."""
 
 import timeit
 from functools import cache
@@ -11,17 +11,18 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 
 def default_device() -> str:
-    """The accelerator, where there is one."""
+    """Return the type of the accelerator ("cuda", "mps", ...), or "cpu" if there is none."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if accelerator is None else accelerator.type
 
 
 @cache
 def fast_dtype(device: str) -> str:
-    """bfloat16, or float32 on a CPU that multiplies bfloat16 slower than float32.
+    """Return "bfloat16", or "float32" if the device is a CPU with slow bfloat16.
 
-    Processors without AVX-512's or AMX's instructions for it are many times slower; asked of a
-    product on one thread, since the processor, the libraries and their settings all have a say.
+    A CPU without AVX-512's or AMX's bfloat16 instructions multiplies bfloat16 many times slower.
+    A product on one thread measures it, since the CPU, the libraries and their settings matter.
+    A bfloat16 product that takes at least twice as long as a float32 product counts as slow.
     """
     if torch.device(device).type != "cpu":
         return "bfloat16"
@@ -36,14 +37,14 @@ def fast_dtype(device: str) -> str:
 
 
 def autocast(device, dtype: str):
-    """A context in which matrix products are in bfloat16, if that is the `dtype`."""
+    """Return a context that computes matrix products in bfloat16 if `dtype` is "bfloat16"."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def check_device(device: str, offload: str) -> None:
-    """Raise `UnavailableError` if this machine has no such device, or none to offload from."""
+    """Raise UnavailableError if the device does not work, or has nothing to offload from."""
     try:
-        torch.empty(1, device=device).cpu()  # which "meta" cannot
+        torch.empty(1, device=device).cpu()  # .cpu(), because "meta" fails only there
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UnavailableError(f"this machine has no device {device}; try cpu") from error
     if torch.device(device).type == "cpu" and offload in ("model", "group", "sequential"):

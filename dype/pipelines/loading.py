@@ -1,4 +1,4 @@
-"""Model name or folder -> a ready diffusers pipeline."""
+"""Load a pipeline by model name, folder or hub id: quantization, LoRAs, error sentences."""
 
 import importlib.util
 import inspect
@@ -14,16 +14,12 @@ from dype.pipelines import memory
 from dype.pipelines.catalog import Model, resolve_model
 from dype.pipelines.devices import DTYPES, check_device, default_device
 
-# what libraries raise over a broken checkpoint or connection (the hub's errors are OSErrors)
+# the errors that libraries raise for a broken checkpoint or connection; the hub's are OSErrors
 LOAD_ERRORS = (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError)
 LOAD_ERRORS += (SafetensorError,)
 OFFLOADS = ("auto", *memory.OFFLOADS)
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # the larger one last
-QUANTIZER_PACKAGES = {
-    "int8": "torchao",
-    "fp8": "torchao",
-    "nf4": "bitsandbytes",
-}  # packages that quantize
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # the larger encoder last
+QUANTIZER_PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 QUANTIZE_CHOICES = ("none", *QUANTIZER_PACKAGES)
 
 
@@ -41,14 +37,29 @@ def load_pipeline(
     pixels: int = 4096 * 4096,
     entry: Model | None = None,
 ):
-    """Load a pipeline with stock diffusers and put it where it fits.
+    """Load a diffusers pipeline, and place it on its devices.
 
-    name: of `catalog.MODELS`, a diffusers folder or a hub id. dtype: one of `DTYPES`; None: the
-    model's own. offload: one of `OFFLOADS`; "auto" takes the fastest that fits the device's memory.
-    quantize: the transformer, and its text encoder unless that has a device of its own, to one of
-    `QUANTIZE_CHOICES`. loras: (path or hub id, scale) pairs. pixels: of the largest image to be
-    drawn, for "auto". entry: what `resolve_model` says of the name, if that was asked before.
-    Raises `UnavailableError` with the reason and what to try, ValueError for an unknown word.
+    Args:
+        name: a name of `catalog.MODELS`, a diffusers folder or a hub id.
+        revision: branch, tag or commit on the hub; None: the newest.
+        dtype: one of `DTYPES`; None: the model's default.
+        device: torch device; None: the accelerator, or else the CPU.
+        text_encoder_device: torch device of the text encoders; None: as `device`.
+        vae_device: torch device of the autoencoder; None: as `device`.
+        offload: one of `OFFLOADS`; "auto" takes the fastest that fits the device's memory.
+        quantize: one of `QUANTIZE_CHOICES`, for the transformer. It also applies to the larger text
+            encoder, unless `text_encoder_device` is set.
+        loras: (path or hub id, scale) pairs.
+        pixels: pixels of the largest image to generate, for `offload="auto"`.
+        entry: the result of `resolve_model` for the name and revision, if it exists already.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        UnavailableError: a device, package, file or the network is missing. The message says what
+            to try.
+        ValueError: a value is not among its choices, or the model is unknown.
     """
     check_choice("offload", offload, OFFLOADS)
     model = entry or resolve_model(name, revision)
@@ -57,11 +68,11 @@ def load_pipeline(
     check_choice("quantize", quantize, QUANTIZE_CHOICES)
     if device is None:
         device = default_device()
-        # billions of parameters on a processor: an hour per step at 4096 x 4096, if they fit
+        # because a step at 4096 x 4096 takes about an hour on a CPU, if the weights fit at all
         if device == "cpu" and model.parameters_billion >= 1 and not Path(model.repo).is_dir():
             raise UnavailableError(
-                f"{name} has {model.parameters_billion:g} billion parameters and no GPU was found; use a "
-                "machine with one, try --model demo, or insist with --device cpu"
+                f"{name} has {model.parameters_billion:g} billion parameters and no GPU was found; "
+                "use a machine with a GPU, try --model demo, or force the CPU with --device cpu"
             )
     package = QUANTIZER_PACKAGES.get(quantize)
     if package and importlib.util.find_spec(package) is None:
@@ -71,42 +82,57 @@ def load_pipeline(
     if quantize == "nf4" and torch.device(device).type == "cpu":
         raise UnavailableError("--quantize nf4 needs a GPU to quantize on; try --quantize int8")
     check_device(device, offload)
-    for elsewhere in (text_encoder_device, vae_device):
-        check_device(elsewhere or device, "none")
+    for override in (text_encoder_device, vae_device):
+        check_device(override or device, "none")
     check_files(model.repo, loras)
-    pipe = from_pretrained(name, model.repo, revision, dtype, quantize, bool(text_encoder_device))
+    quantize_encoder = not text_encoder_device
+    pipe = from_pretrained(name, model.repo, revision, dtype, quantize, quantize_encoder)
     load_loras(pipe, loras)
-    encoders = [part for part in TEXT_ENCODERS if getattr(pipe, part, None) is not None]
-    apart = dict.fromkeys(encoders, text_encoder_device) | {"vae": vae_device}
-    memory.place_components(
-        pipe, device, offload, {name: d for name, d in apart.items() if d}, pixels
-    )
+    encoders = [encoder for encoder in TEXT_ENCODERS if getattr(pipe, encoder, None) is not None]
+    overrides = dict.fromkeys(encoders, text_encoder_device) | {"vae": vae_device}
+    overrides = {component: override for component, override in overrides.items() if override}
+    memory.place_components(pipe, device, offload, overrides, pixels)
     return pipe
 
 
 def from_pretrained(
-    name: str, repo: str, revision: str | None, dtype: str, quantize: str, apart: bool
+    name: str, repo: str, revision: str | None, dtype: str, quantize: str, quantize_encoder: bool
 ):
-    """The pipeline as diffusers loads it, quantized on the way; apart: its encoders are not.
+    """Load and quantize a pipeline with diffusers.
 
-    Raises `UnavailableError`, also for weights that were not in the files or another scheduler.
+    Args:
+        name: the value of --model, for errors.
+        repo: hub id or folder.
+        revision: branch, tag or commit on the hub; None: the newest.
+        dtype: a key of `DTYPES`.
+        quantize: one of `QUANTIZE_CHOICES`.
+        quantize_encoder: quantize the larger text encoder too.
+
+    Raises:
+        UnavailableError: the pipeline cannot be loaded, its files lack weights, or its scheduler
+            does not accept sigmas and mu.
     """
     silence_known_warnings()
     from diffusers import DiffusionPipeline
 
-    place_of = {"revision": revision, "local_files_only": Path(repo).is_dir()}
+    source = {"revision": revision, "local_files_only": Path(repo).is_dir()}
     try:
-        index = DiffusionPipeline.load_config(repo, **place_of)
-        large = [part for part in TEXT_ENCODERS if index.get(part, [None])[0]][-1:]
-        less = quantization_config(quantize, dtype, [] if apart else large)
-        pipe = DiffusionPipeline.from_pretrained(repo, dtype=DTYPES[dtype], **place_of, **less)
-        for part, module in pipe.components.items():
+        index = DiffusionPipeline.load_config(repo, **source)
+        encoders = [encoder for encoder in TEXT_ENCODERS if index.get(encoder, [None])[0]]
+        quantized_encoders = encoders[-1:] if quantize_encoder else []
+        quantization = quantization_config(quantize, dtype, quantized_encoders)
+        pipe = DiffusionPipeline.from_pretrained(
+            repo, dtype=DTYPES[dtype], **source, **quantization
+        )
+        for component, module in pipe.components.items():
             tensors = module.parameters() if isinstance(module, torch.nn.Module) else ()
             if any(tensor.is_meta for tensor in tensors):
-                raise ValueError(f"weights of its {part} are missing")
+                raise ValueError(f"weights of its {component} are missing")
         if not {"sigmas", "mu"} <= set(inspect.signature(pipe.scheduler.set_timesteps).parameters):
-            kind = type(pipe.scheduler).__name__
-            raise ValueError(f"its scheduler is a {kind}, expected FlowMatchEulerDiscreteScheduler")
+            scheduler = type(pipe.scheduler).__name__
+            raise ValueError(
+                f"its scheduler is a {scheduler}, expected FlowMatchEulerDiscreteScheduler"
+            )
     except torch.OutOfMemoryError:
         raise
     except LOAD_ERRORS as error:
@@ -115,9 +141,15 @@ def from_pretrained(
 
 
 def quantization_config(quantize: str, dtype: str, encoders: list[str]) -> dict:
-    """What `from_pretrained` is to be told: diffusers' configuration per part, linear layers only.
+    """Return the quantization arguments of diffusers' `from_pretrained`; {} for "none".
 
-    int8 and fp8: weights alone, by torchao; nf4: 4 bits with double quantization, by bitsandbytes.
+    Only linear layers are quantized. int8 and fp8 quantize weights alone, by torchao. nf4 stores 4
+    bits with double quantization, by bitsandbytes.
+
+    Args:
+        quantize: one of `QUANTIZE_CHOICES`.
+        dtype: a key of `DTYPES`; nf4 computes in it.
+        encoders: names of the text encoders to quantize beside the transformer.
     """
     if quantize == "none":
         return {}
@@ -135,15 +167,15 @@ def quantization_config(quantize: str, dtype: str, encoders: list[str]) -> dict:
     else:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
-        kind = Int8WeightOnlyConfig if quantize == "int8" else Float8WeightOnlyConfig
-        name, settings = "TorchAoConfig", {"quant_type": kind()}
+        config = Int8WeightOnlyConfig if quantize == "int8" else Float8WeightOnlyConfig
+        name, settings = "TorchAoConfig", {"quant_type": config()}
     mapping = {"transformer": getattr(diffusers, name)(**settings)}
-    mapping |= {part: getattr(transformers, name)(**settings) for part in encoders}
+    mapping |= {encoder: getattr(transformers, name)(**settings) for encoder in encoders}
     return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
 
 
 def check_files(repo: str, loras: list[tuple[str, float]]) -> None:
-    """Raise `UnavailableError` for files plainly missing or broken, before anything loads."""
+    """Raise UnavailableError if the model's folder or a LoRA file is missing or broken."""
     folder = Path(repo).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -163,9 +195,9 @@ def check_files(repo: str, loras: list[tuple[str, float]]) -> None:
 
 
 def silence_known_warnings() -> None:
-    """Silence, one message at a time, what libraries say that a user of FLUX can't act on."""
+    """Silence library messages about which a user can do nothing."""
     notices = {
-        "transformers.utils.import_utils": "requires torchvision",  # FLUX uses no image processor
+        "transformers.utils.import_utils": "requires torchvision",  # FLUX needs no image processor
         "diffusers.pipelines.pipeline_utils": "connect to the Hub",  # our own error follows
         "diffusers.models.modeling_utils": "enable_parallelism` is an experimental",
     }
@@ -173,28 +205,34 @@ def silence_known_warnings() -> None:
         logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # diffusers shows one for the whole pipeline
+    disable_progress_bar()  # because diffusers shows a bar for the whole pipeline
 
 
 def explain_load_error(name: str, repo: str, error: Exception) -> str:
-    """One sentence for a checkpoint that could not be loaded."""
-    kinds, cause = set(), error
-    while cause is not None:  # diffusers hides the hub's error behind one of its own
-        kinds |= {kind.__name__ for kind in type(cause).__mro__}
+    """Return a sentence that says why a pipeline cannot be loaded, and what to do.
+
+    Args:
+        name: the value of --model.
+        repo: hub id or folder.
+        error: the error of diffusers or another library.
+    """
+    classes, cause = set(), error
+    while cause is not None:  # because diffusers wraps the hub's error in its own
+        classes |= {error_class.__name__ for error_class in type(cause).__mro__}
         cause = cause.__cause__ or cause.__context__
     reason = " ".join(str(error).split())[:200]
     if Path(repo).is_dir():
         return f"cannot load the pipeline in {repo}: {reason}"
-    if "GatedRepoError" in kinds or "gated" in reason.lower():
+    if "GatedRepoError" in classes or "gated" in reason.lower():
         return (
             f"{repo} is gated: accept its license at https://huggingface.co/{repo}, then run "
             "`hf auth login`"
         )
-    if "RepositoryNotFoundError" in kinds:
+    if "RepositoryNotFoundError" in classes:
         return f"{repo} is not on the hub, nor a folder here, or is private: check --model {name}"
-    if "RevisionNotFoundError" in kinds:
+    if "RevisionNotFoundError" in classes:
         return f"{repo} has no such revision: check --revision"
-    if kinds & {"ConnectError", "ConnectionError", "OfflineModeIsEnabled", "TimeoutException"}:
+    if classes & {"ConnectError", "ConnectionError", "OfflineModeIsEnabled", "TimeoutException"}:
         reason = "the hub cannot be reached"
     return (
         f"cannot load {repo} ({reason}); check the network, or give a downloaded folder with "
@@ -203,7 +241,10 @@ def explain_load_error(name: str, repo: str, error: Exception) -> str:
 
 
 def load_loras(pipe, loras: list[tuple[str, float]]) -> None:
-    """Load adapters and set their scales. Raises `UnavailableError`."""
+    """Load LoRAs into a pipeline and set their scales.
+
+    Raises UnavailableError if a LoRA cannot be loaded, or has no weights for the transformer.
+    """
     names = [f"lora_{i}" for i in range(len(loras))]
     for name, (path, _) in zip(names, loras, strict=True):
         try:

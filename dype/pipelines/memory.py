@@ -1,6 +1,7 @@
-"""What fits on a device, where the parts of a pipeline go, and how its autoencoder decodes.
+"""Memory of a pipeline: estimates in bytes, placement of its components, tiled decoding.
 
-Bytes throughout. Two constants are not measured here: see ACTIVATIONS and `decode_bytes`.
+Two estimates were not measured here: ACTIVATION_BYTES_PER_PIXEL, and the attention scores in
+`decode_bytes`.
 """
 
 import sys
@@ -10,22 +11,22 @@ from pathlib import Path
 import psutil
 import torch
 
-# per pixel of the image: 16 GiB at 4096 x 4096, what FLUX.1 was reported to take
+# per pixel of the image; 16 GiB at 4096 x 4096, which FLUX.1 was reported to take
 ACTIVATION_BYTES_PER_PIXEL = 1024
 GIB = 2**30
 QWEN_TILE = 1024  # px
-OFFLOADS = ("none", "model", "group", "sequential")  # from the fastest to the smallest
+OFFLOADS = ("none", "model", "group", "sequential")  # from the fastest to the least memory
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """What a tensor takes, a quantized one (a wrapper around others) included."""
+    """Return the bytes of a tensor; a quantized tensor counts the tensors that it wraps."""
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()
 
 
 def available_bytes(device: str | torch.device) -> int:
-    """What can still be had on a device; on one that is not asked, what the machine has left."""
+    """Return free bytes on a CUDA device (unused allocator cache included), else of the system."""
     device = torch.device(device)
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -33,31 +34,44 @@ def available_bytes(device: str | torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def choose_offload(device: str, free: int, parts: dict[str, int], pixels: int) -> tuple[str, str]:
-    """The fastest way that fits, and why: everything resident, one model at a time, or by layer.
+def choose_offload(device: str, free: int, sizes: dict[str, int], pixels: int) -> tuple[str, str]:
+    """Choose the fastest --offload mode that fits a device.
 
-    parts: the size of each model. pixels: of the largest image to be drawn.
+    Args:
+        device: torch device.
+        free: free bytes on it, before any model is there.
+        sizes: bytes of each model.
+        pixels: pixels of the largest image to generate.
+
+    Returns:
+        The mode and the reason. "none" keeps all models on the device, "model" moves one at a time,
+        "group" moves layer by layer. The reason is "" on devices without offloading.
     """
     if torch.device(device).type != "cuda":
-        return "none", ""  # nothing to offload from
-    drawing = ACTIVATION_BYTES_PER_PIXEL * pixels
-    together, largest = sum(parts.values()), max(parts.values())
-    room = free - drawing
-    how = "none" if together < room else "model" if largest < room else "group"
-    why = (
-        f"the models take {format_gib(together)}, the largest {format_gib(largest)}, drawing about "
-        f"{format_gib(drawing)} more, and {format_gib(free)} are free"
+        return "none", ""
+    activations = ACTIVATION_BYTES_PER_PIXEL * pixels
+    total, largest = sum(sizes.values()), max(sizes.values())
+    budget = free - activations
+    mode = "none" if total < budget else "model" if largest < budget else "group"
+    reason = (
+        f"the models take {format_gib(total)}, the largest {format_gib(largest)}, activations "
+        f"about {format_gib(activations)} more, and {format_gib(free)} are free"
     )
-    return how, why
+    return mode, reason
 
 
 def decode_bytes(vae, pixels: int, device: str | torch.device) -> int:
-    """What an untiled decode takes beside the weights, estimated from the autoencoder's widths.
+    """Estimate the bytes of an untiled decode, without the weights, from the autoencoder's widths.
 
-    The decoder holds about four maps as wide as its last upsampling, Qwen-Image's video decoder 21
-    as wide as its first (measured on a CPU, docs/models.md). On accelerators the attention of the
-    middle block is counted with its scores in full, twice: its one head is too wide for some of
-    the kernels that do without them (not measured).
+    The decoder holds about four maps as wide as its last upsampling. Qwen-Image's video decoder
+    holds 21 maps as wide as its first (measured on a CPU, docs/models.md). On accelerators the
+    attention scores of the middle block count twice, because its one head is too wide for some
+    fused kernels (not measured).
+
+    Args:
+        vae: autoencoder.
+        pixels: pixels of the image.
+        device: device of the decode.
     """
     config, item = vae.config, next(vae.parameters()).element_size()
     widths = config.get("block_out_channels")
@@ -69,21 +83,33 @@ def decode_bytes(vae, pixels: int, device: str | torch.device) -> int:
     return (maps * pixels + scores) * item
 
 
-def decode_budget(free: int, parts: dict[str, int], offload: str) -> int:
-    """What is left for decoding once the weights are where they belong; `free`: before that."""
-    return free - (sum(parts.values()) if offload == "none" else parts.get("vae", 0))
+def decode_budget(free: int, sizes: dict[str, int], offload: str) -> int:
+    """Return the bytes that are left for decoding after the weights are placed.
+
+    Args:
+        free: free bytes before the weights are placed.
+        sizes: bytes of each model.
+        offload: one of `OFFLOADS`.
+    """
+    return free - (sum(sizes.values()) if offload == "none" else sizes.get("vae", 0))
 
 
 def suggest_cheaper(run, offload: str, tiled: bool, cpu_dtype: str | None) -> str:
-    """The next setting that needs less memory, as flags. Layer by layer no weights are left.
+    """Return the next setting that needs less memory, as a flag.
 
-    run: a `RunSettings`. cpu_dtype: the `fast_dtype` of the CPU, where that is what computes.
+    Under "group" offloading no weights stay on the device, so smaller tiles come next.
+
+    Args:
+        run: a `RunSettings`.
+        offload: one of `OFFLOADS`.
+        tiled: the image is decoded in tiles.
+        cpu_dtype: `fast_dtype` of the CPU if the CPU computes, else None.
     """
     if not tiled:
         return "--tiled_vae on"
     if cpu_dtype is not None:
-        halved = run.dtype == "float32" and cpu_dtype == "bfloat16"
-        return "--dtype bfloat16" if halved else "a smaller --size"
+        can_halve = run.dtype == "float32" and cpu_dtype == "bfloat16"
+        return "--dtype bfloat16" if can_halve else "a smaller --size"
     if offload == "none" and run.text_encoder_device is None:
         return "--text_encoder_device cpu"
     if offload in ("none", "model"):
@@ -92,15 +118,18 @@ def suggest_cheaper(run, offload: str, tiled: bool, cpu_dtype: str | None) -> st
 
 
 def reset_peak() -> None:
-    """Forget the peak so far, where that can be done: on CUDA, and on Linux for the process."""
+    """Reset the peaks of all CUDA devices and, on Linux, of the process."""
     for index in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(index)
-    with suppress(OSError):  # not Linux, or not allowed: the peak stays that of the process so far
+    with suppress(OSError):  # the peak stays if this is not Linux, or is not allowed
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most that was taken since `reset_peak`: on CUDA what tensors took, else the process."""
+    """Return the peak bytes since `reset_peak`: of CUDA tensors, or else of the process.
+
+    Returns None on Windows. Without /proc the peak counts from the start of the process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError, KeyError):
@@ -116,81 +145,110 @@ def peak_bytes(device: torch.device) -> int | None:
 
 
 def format_gib(count: float) -> str:
-    """16.0 GiB, 0.07 GiB."""
+    """Format bytes as GiB: "16.0 GiB", "0.07 GiB"."""
     return f"{count / GIB:.{1 if count >= GIB else 2}f} GiB"
 
 
-def place_components(pipe, device: str, offload: str, apart: dict[str, str], pixels: int) -> None:
-    """Put the pipeline on its device, whole or in turns; `apart` names parts with a place of
-    their own. Prints what "auto" chose, and why."""
-    for name, elsewhere in apart.items():
-        getattr(pipe, name).to(elsewhere)
-    pipe.dype_device_overrides = apart
+def place_components(
+    pipe, device: str, offload: str, device_overrides: dict[str, str], pixels: int
+) -> None:
+    """Move a pipeline to its devices, or set up offloading.
+
+    Sets `pipe.dype_device_overrides`, `pipe.dype_offload` and `pipe.dype_decode_budget` (bytes).
+    For "auto" it prints the chosen mode and the reason.
+
+    Args:
+        pipe: the pipeline.
+        device: torch device of the transformer.
+        offload: one of `OFFLOADS`, or "auto".
+        device_overrides: component -> torch device, for components that belong elsewhere.
+        pixels: pixels of the largest image to generate.
+    """
+    for name, override in device_overrides.items():
+        getattr(pipe, name).to(override)
+    pipe.dype_device_overrides = device_overrides
     with hide_components(pipe):
-        parts = {
-            n: part for n, part in pipe.components.items() if isinstance(part, torch.nn.Module)
+        modules = {
+            name: module
+            for name, module in pipe.components.items()
+            if isinstance(module, torch.nn.Module)
         }
-        sizes = {name: sum(map(tensor_bytes, part.parameters())) for name, part in parts.items()}
-        kind = torch.device(device).type
-        there = [sizes[name] for name, part in parts.items() if part.device.type == kind]
-        free = available_bytes(device) + sum(there)  # bitsandbytes' are, say
+        sizes = {
+            name: sum(map(tensor_bytes, module.parameters())) for name, module in modules.items()
+        }
+        device_type = torch.device(device).type
+        # because bitsandbytes, for example, has moved its models to the device already
+        placed = sum(
+            sizes[name] for name, module in modules.items() if module.device.type == device_type
+        )
+        free = available_bytes(device) + placed
         if offload == "auto":
-            offload, why = choose_offload(device, free, sizes, pixels)
-            if why:
-                print(f"offload {offload}: {why}")
+            offload, reason = choose_offload(device, free, sizes, pixels)
+            if reason:
+                print(f"offload {offload}: {reason}")
         pipe.dype_offload = offload
         if offload == "model":
             pipe.enable_model_cpu_offload(device=device)
         elif offload == "group":
             pipe.enable_group_offload(
-                torch.device(device), offload_type="leaf_level", use_stream=kind == "cuda"
+                torch.device(device), offload_type="leaf_level", use_stream=device_type == "cuda"
             )
         elif offload == "sequential":
             pipe.enable_sequential_cpu_offload(device=device)
         else:
-            for part in parts.values():
-                part.to(device)
-        where = apart.get("vae", device)
-        on_card = kind == "cuda" and where == device
+            for module in modules.values():
+                module.to(device)
+        vae_device = device_overrides.get("vae", device)
+        shares_gpu = device_type == "cuda" and vae_device == device
         pipe.dype_decode_budget = (
-            decode_budget(free, sizes, offload) if on_card else available_bytes(where)
+            decode_budget(free, sizes, offload) if shares_gpu else available_bytes(vae_device)
         )
 
 
 @contextmanager
 def hide_components(pipe):
-    """Parts with a place of their own, out of the pipeline's sight: it takes its device from its
-    parts, and moves those that it sees."""
-    parts = {name: getattr(pipe, name) for name in getattr(pipe, "dype_device_overrides", {})}
+    """Set components with a device override to None within the context.
+
+    Otherwise diffusers would move them, or take the pipeline's device from them.
+    """
+    components = {name: getattr(pipe, name) for name in getattr(pipe, "dype_device_overrides", {})}
     try:
-        for name in parts:
+        for name in components:
             setattr(pipe, name, None)
         yield
     finally:
-        for name, part in parts.items():
-            setattr(pipe, name, part)
+        for name, component in components.items():
+            setattr(pipe, name, component)
 
 
 def execution_device(pipe) -> torch.device:
-    """Where the transformer computes, wherever the other parts are and rest in between."""
+    """Return the transformer's device while it computes, wherever offloading keeps its weights."""
     with hide_components(pipe):
         return pipe._execution_device
 
 
 def set_tiling(pipe, mode: str, tile_size: int | None, pixels: int) -> bool:
-    """Decode in tiles: always, never, or ("auto") where an untiled decode would not fit.
+    """Enable or disable tiled decoding.
 
-    pipe: as `place_components` left it. tile_size: px of a tile's side; None: the autoencoder's own. Returns
-    whether.
+    Args:
+        pipe: a pipeline after `place_components`.
+        mode: "on", "off", or "auto": on if an untiled decode does not fit.
+        tile_size: side of a tile in px; None: the autoencoder's default, or 1024 for Qwen-Image.
+        pixels: pixels of the image.
+
+    Returns:
+        True if tiling is enabled.
     """
-    vae, room = pipe.vae, pipe.dype_decode_budget
-    needed = decode_bytes(
-        vae, pixels, pipe.dype_device_overrides.get("vae") or execution_device(pipe)
-    )
-    tiled = needed > room if mode == "auto" else mode == "on"
+    vae, budget = pipe.vae, pipe.dype_decode_budget
+    vae_device = pipe.dype_device_overrides.get("vae") or execution_device(pipe)
+    needed = decode_bytes(vae, pixels, vae_device)
+    tiled = needed > budget if mode == "auto" else mode == "on"
     if tiled and mode == "auto" and not vae.use_tiling:
-        print(f"tiled decoding: untiled it takes {format_gib(needed)}, {format_gib(room)} are free")
-    if tiled and hasattr(vae, "tile_sample_min_height"):  # Qwen-Image's: 484 tiles by its own 256
+        print(
+            f"tiled decoding: untiled it takes {format_gib(needed)}, {format_gib(budget)} are free"
+        )
+    # on Qwen-Image, because the autoencoder's default of 256 px needs 484 tiles at 4096 x 4096
+    if tiled and hasattr(vae, "tile_sample_min_height"):
         side = tile_size or QWEN_TILE
         vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
     elif tiled:
