@@ -1,4 +1,4 @@
-"""Models and families from the command line."""
+"""Models by name and by folder, from the command line."""
 
 import numpy as np
 import pytest
@@ -12,11 +12,11 @@ from dype.sampling import records
 
 
 def test_z_image_from_the_command_line(own_folder, capsys):
-    """A folder's class brings its own defaults; --guidance makes a negative prompt count."""
+    """A folder gets its class's defaults; with --guidance a negative prompt has an effect."""
     FAMILIES["z-image"][0](**qwen3()).save_pretrained("tiny")
     size = ["--height", "128", "--width", "64", "--steps", "2", "--base_resolution", "64"]
-    more = ["--dtype", "float32", "--prompt", "a red ring", "--max_sequence_length", "16"]
-    common = ["--model", "tiny", *size, *more]
+    text = ["--dtype", "float32", "--prompt", "a red ring", "--max_sequence_length", "16"]
+    common = ["--model", "tiny", *size, *text]
     assert run_dype.main([*common, "--output", "a.png"]) == 0
     assert run_dype.main([*common, "--output", "b.png", "--negative_prompt", "leaves"]) == 0
     assert run_dype.main([*common, "--output", "c.png", "--method", "base"]) == 0
@@ -25,11 +25,11 @@ def test_z_image_from_the_command_line(own_folder, capsys):
     assert record["shift"] == "static"
     assert record["sigmas"][:2] == pytest.approx([1.0, 0.75])
     assert run_dype.main(["--from", "b.png", "--output", "again.png"]) == 0
-    pictures = {name: np.asarray(Image.open(f"{name}.png")) for name in ("a", "b", "c", "again")}
-    assert pictures["a"].shape == (128, 64, 3)
-    assert (pictures["b"] == pictures["again"]).all()
-    assert (pictures["a"] != pictures["b"]).any()
-    assert (pictures["a"] != pictures["c"]).any()
+    images = {name: np.asarray(Image.open(f"{name}.png")) for name in ("a", "b", "c", "again")}
+    assert images["a"].shape == (128, 64, 3)
+    assert (images["b"] == images["again"]).all()
+    assert (images["a"] != images["b"]).any()
+    assert (images["a"] != images["c"]).any()
     assert run_dype.main([*common, "--true_cfg", "3"]) == 2
     assert "the guidance of" in capsys.readouterr().err
 
@@ -69,25 +69,25 @@ def test_magic_suffix_is_off_by_default(capsys):
 
 
 def test_class_of_a_folder(tmp_path):
-    """The index says whose defaults count, and whether those of the distilled model."""
+    """The index decides the defaults, and whether they are the distilled model's."""
 
-    def resolved(index: str):
+    def resolve(index: str):
         (tmp_path / "model_index.json").write_text(index)
         return resolve_model(str(tmp_path))
 
-    assert resolved('{"_class_name": "QwenImagePipeline"}').base_resolution == 1328
-    assert resolved('{"_class_name": "Krea2Pipeline"}').steps == 28
-    assert resolved('{"_class_name": "Krea2Pipeline", "is_distilled": true}').steps == 8
-    assert resolved("spoiled").family is CLASSES["FluxTransformer2DModel"]
+    assert resolve('{"_class_name": "QwenImagePipeline"}').base_resolution == 1328
+    assert resolve('{"_class_name": "Krea2Pipeline"}').steps == 28
+    assert resolve('{"_class_name": "Krea2Pipeline", "is_distilled": true}').steps == 8
+    assert resolve("spoiled").family is CLASSES["FluxTransformer2DModel"]
     with pytest.raises(ValueError, match="is a FluxFillPipeline, expected FluxPipeline"):
-        resolved('{"_class_name": "FluxFillPipeline"}')
+        resolve('{"_class_name": "FluxFillPipeline"}')
     local = tmp_path / "Z-Image-Turbo"
     local.mkdir()
     (local / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
     assert resolve_model(str(local)).steps == 9
     (local / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     assert resolve_model(str(local)).steps == 28
-    weights = tmp_path / "weights"  # as the demo's own folder is called
+    weights = tmp_path / "weights"  # because the demo's folder has this name
     weights.mkdir()
     (weights / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     assert resolve_model(str(weights)).base_resolution == 1024
@@ -96,8 +96,8 @@ def test_class_of_a_folder(tmp_path):
     assert resolve_model(str(weights)).scheduler_config == {"shift": 2.0}
 
 
-def test_a_pipeline_that_needs_a_picture_is_refused(tmp_path, capsys):
+def test_a_pipeline_that_needs_an_image_is_refused(tmp_path, capsys):
     (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImageEditPipeline"}')
-    for more in ([], ["--dry_run"]):
-        assert run_dype.main(["--model", str(tmp_path), *more]) == 2
+    for flags in ([], ["--dry_run"]):
+        assert run_dype.main(["--model", str(tmp_path), *flags]) == 2
         assert "is a QwenImageEditPipeline, expected" in capsys.readouterr().err
