@@ -49,7 +49,7 @@ def drawn(ulysses: int) -> dict[str, torch.Tensor]:
         for size in SIZES:
             apply_dype(pipe, CONFIG)
             with distributed.context_parallel(
-                pipe.transformer, ulysses, evenly=name != "qwen-image"
+                pipe.transformer, ulysses, equal_shards=name != "qwen-image"
             ):
                 pictures.append(draw(pipe, *size).flatten())
         found[name] = pictures

@@ -141,7 +141,7 @@ def check_divisible(transformer: torch.nn.Module, ulysses: int) -> None:
 
 @contextmanager
 def context_parallel(
-    transformer: torch.nn.Module, ulysses: int = 1, ring: int = 1, evenly: bool = True
+    transformer: torch.nn.Module, ulysses: int = 1, ring: int = 1, equal_shards: bool = True
 ):
     """Split the tokens of each denoiser call within the context between the processes.
 
@@ -151,14 +151,14 @@ def context_parallel(
         transformer: of a pipeline in `CONTEXT_PARALLEL_PIPELINES`.
         ulysses: number of processes that exchange heads.
         ring: number of processes that pass keys and values round.
-        evenly: all processes get shards of equal size; otherwise the sizes may differ.
+        equal_shards: all processes get shards of equal size; otherwise the sizes may differ.
     """
     from diffusers import ContextParallelConfig
     from diffusers.hooks.context_parallel import remove_context_parallel
 
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     mesh = device_mesh(device.type, (ring, ulysses), mesh_dim_names=("ring", "ulysses"))
-    uneven = {"ulysses_anything": ulysses > 1, "ring_anything": ring > 1} if not evenly else {}
+    uneven = {} if equal_shards else {"ulysses_anything": ulysses > 1, "ring_anything": ring > 1}
     config = ContextParallelConfig(ulysses_degree=ulysses, ring_degree=ring, mesh=mesh, **uneven)
     transformer.enable_parallelism(config=config)
     try:
