@@ -38,8 +38,8 @@ def pixels(path) -> np.ndarray:
 def two_processes(tmp_path_factory):
     """Run two processes in a folder: an image, a sweep that one process began, and an error.
 
-    Returns the folder (two.png, latents in two.pt, the sweep in out), the images of the one
-    process, the result of the two, and their exit codes after the error.
+    Returns the folder, the images of the one process, the result of the two, and their exit codes
+    after the error. The folder has two.png, latents in two.pt, and the sweep in out.
     """
     if not hasattr(os, "fork"):
         pytest.skip("forks its processes")
