@@ -111,7 +111,7 @@ MODELS = {
         steps=20, guidance=0.0, true_cfg=5.0, negative_prompt="", max_sequence_length=16,
         prompt="a red ring on teal leaves",
         # because its texture is nearest to the ground truth, among the methods that keep the
-        # layout at 512 px (docs/reproduce.md)
+        # layout at 512 px (docs/demo.md)
         dype_defaults={"method": "yarn_paper"},
         scheduler_config=DYNAMIC | {"base_image_seq_len": 16, "max_image_seq_len": 256},
     ),
