@@ -1,4 +1,4 @@
-"""Draw images beyond the training resolution with DyPE: `python run_dype.py --prompt "..."`."""
+"""Generate images beyond the training resolution with DyPE: `python run_dype.py --prompt "..."`."""
 
 import io
 import os
@@ -7,7 +7,8 @@ from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, as dype/__init__.py
+# Before torch is imported; dype/__init__.py has the reason.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from dype.cli.dry_run import dry_run, summary_line
 from dype.cli.flags import RunOptions, parse
@@ -37,20 +38,20 @@ PROGRAM = "run_dype.py"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
+    """Run the command line; return 0, or 2 for a mistake of the user, or 1 for other failures."""
     rank, _ = distributed.rank_and_world_size()
-    with redirect_stdout(io.StringIO()) if rank else nullcontext():  # of several one speaks
+    with redirect_stdout(io.StringIO()) if rank else nullcontext():  # only one process prints
         return run_command(
             PROGRAM,
             partial(command, sys.argv[1:] if argv is None else argv, rank),
             out_of_memory="try --offload group or --quantize int8",
-            interrupted="of a sweep the same command draws the rest",
+            interrupted="the same command generates the remaining images of a sweep",
             rank=rank,
         )
 
 
 def command(argv: list[str], rank: int) -> int:
-    """Parse and resolve the words, then generate one image, or the images of a sweep."""
+    """Parse and resolve the arguments, then generate one image or a sweep."""
     words = vars(parse(argv))
     if "grid_from" in words:
         return 0 if rank else draw_sheets(Path(words["grid_from"]), words.get("cols"))
@@ -59,7 +60,7 @@ def command(argv: list[str], rank: int) -> int:
 
 
 def generate_one(options: RunOptions, run: RunSettings) -> int:
-    """Load a pipeline, generate one image, save it with its record."""
+    """Load a pipeline, generate one image and save it with its record."""
     if options.dry_run:
         return dry_run(run)
     distributed.check_start(run, single_image=True)
@@ -76,17 +77,17 @@ def generate_one(options: RunOptions, run: RunSettings) -> int:
             raise
         raise UnavailableError(explain_out_of_memory(pipe, run)) from error
     if state.is_main_process:
-        path = (
-            path if options.overwrite else records.next_free_path(path)
-        )  # taken meanwhile, perhaps
+        if not options.overwrite:  # another run may have taken the name in the meantime
+            path = records.next_free_path(path)
         records.save_image(image, record, path)
     print(f"{path}  {record['seconds']:.1f} s")
-    state.destroy_process_group()  # not after an error: the others may not be there any more
+    # Not in a `finally`, because after an error the other processes may have ended.
+    state.destroy_process_group()
     return 0
 
 
 def generate_sweep(options: RunOptions, runs: list[RunSettings]) -> int:
-    """Generate every image that is not there yet, then the contact sheets and the summary."""
+    """Generate the unfinished images of a sweep, then write the contact sheets and the summary."""
     folder = Path(options.output_dir or f"outputs/{options.sweep}")
     if options.output is not None:
         raise UserError("--output names one file, expected one image or --output_dir")
@@ -96,7 +97,7 @@ def generate_sweep(options: RunOptions, runs: list[RunSettings]) -> int:
             print(sweep.describe_plan(runs, folder, options.overwrite))
             return 0
         failures = sweep.run_sweep(runs, folder, options.overwrite)
-    if failures is None:  # of several processes one draws the sheets
+    if failures is None:  # only the main process writes the sheets
         return 0
     draw_sheets(folder, options.cols)
     if not failures:
@@ -107,7 +108,7 @@ def generate_sweep(options: RunOptions, runs: list[RunSettings]) -> int:
 
 
 def draw_sheets(folder: Path, columns: str | None) -> int:
-    """Contact sheets and summary of a finished sweep. Raises UserError, OSError."""
+    """Draw the contact sheets and the summary of a finished sweep. Raises UserError, OSError."""
     with raise_user_errors():
         rows = results.read_rows(folder)
         if not rows:
@@ -118,7 +119,10 @@ def draw_sheets(folder: Path, columns: str | None) -> int:
 
 
 def output_path(options: RunOptions, run: RunSettings) -> Path:
-    """Where the image goes, checked before anything is loaded. Raises UserError, OSError."""
+    """Return the path of the image, checked before the pipeline is loaded.
+
+    Raises UserError or OSError if it cannot be written.
+    """
     if options.output is None:
         path = Path(options.output_dir or "outputs") / run.file_name
         path = path if options.overwrite else records.next_free_path(path)
@@ -126,9 +130,9 @@ def output_path(options: RunOptions, run: RunSettings) -> Path:
         path = Path(options.output)
         if path.suffix.lower() != ".png":
             raise UserError(f"--output is {options.output!r}, expected a name ending in .png")
-        for taken in (path, path.with_suffix(".json")):
-            if taken.is_dir() or (taken.exists() and not options.overwrite):
-                raise UserError(f"--output: {taken} exists, expected --overwrite or another name")
+        for target in (path, path.with_suffix(".json")):
+            if target.is_dir() or (target.exists() and not options.overwrite):
+                raise UserError(f"--output: {target} exists, expected --overwrite or another name")
     records.check_writable(path.parent)
     return path
 

@@ -13,24 +13,25 @@ if TYPE_CHECKING:
 __all__ = ["DyPEConfig", "apply_dype", "load_pipeline", "remove_dype"]
 __version__ = "0.1.0"
 
-HOMES = {"DyPEConfig": "config", "apply_dype": "patch", "remove_dype": "patch"}
-HOMES["load_pipeline"] = "pipelines.loading"  # which alone needs diffusers
+# public name -> its module; imported on access, because load_pipeline needs diffusers
+EXPORTS = {"DyPEConfig": "config", "apply_dype": "patch", "remove_dype": "patch"}
+EXPORTS["load_pipeline"] = "pipelines.loading"
 CORE = ("config", "embedders", "embedders_complex", "errors", "families", "noise_schedule", "patch")
 CORE += ("rope",)
 
-if sys.argv[:1] == ["-m"]:  # `python -m dype...`: a program is about to import torch
-    # threads that spin while they wait make it many times slower beside other work
+if sys.argv[:1] == ["-m"]:  # a program starts as `python -m dype...` and will import torch
+    # Threads that spin while they wait make it many times slower beside other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def __getattr__(name: str):
-    """Import a public name, or a module of the core, when it is asked for."""
+    """Import a public name, or a module of the core, on first access."""
     if name in CORE:
         return import_module(f"{__name__}.{name}")
-    if name not in HOMES:
+    if name not in EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{EXPORTS[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *HOMES, *CORE])
+    return sorted([*globals(), *EXPORTS, *CORE])

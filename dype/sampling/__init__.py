@@ -1,1 +1,1 @@
-"""Generate images with a pipeline that is loaded."""
+"""Generate images with a loaded pipeline."""

@@ -1,4 +1,4 @@
-"""What a run writes: a PNG that carries its own settings, and the same settings as JSON."""
+"""Save an image with its record: a PNG that contains the settings, and the same record as JSON."""
 
 import io
 import json
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, PngImagePlugin
 
-PNG_CHUNK = "dype"  # the PNG's text chunk
+PNG_CHUNK = "dype"  # name of the PNG's text chunk
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder and write to it, or raise OSError in plain words."""
+    """Create a folder and write to it; raise an OSError that names --output_dir if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -22,7 +22,7 @@ def check_writable(folder: Path) -> None:
 
 
 def next_free_path(path: Path) -> Path:
-    """`path`, or where it is taken the same name with _2, _3, ... before the suffix."""
+    """Return `path`, or the first of PATH_2, PATH_3, ... that has neither an image nor a record."""
     count, free = 1, path
     while free.exists() or free.with_suffix(".json").exists():
         count += 1
@@ -31,48 +31,52 @@ def next_free_path(path: Path) -> Path:
 
 
 def save_image(image: Image.Image, record: dict, path: Path) -> None:
-    """Write PATH.json, then PATH.png: an image is never without its record. Raises OSError."""
+    """Write PATH.json, then PATH.png, so that an image always has its record. Raises OSError."""
     text = to_json(record)
     info = PngImagePlugin.PngInfo()
     info.add_itxt(PNG_CHUNK, text.decode())
-    picture = io.BytesIO()
-    image.save(picture, "png", pnginfo=info)
-    write_atomically({path.with_suffix(".json"): text, path: picture.getvalue()})
+    png = io.BytesIO()
+    image.save(png, "png", pnginfo=info)
+    write_atomically({path.with_suffix(".json"): text, path: png.getvalue()})
 
 
 def to_json(record: dict) -> bytes:
-    """A record as JSON."""
+    """Encode a record as JSON."""
     return json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def write_atomically(contents: dict[Path, bytes]) -> None:
-    """Write files of one folder, each whole or not at all. Raises OSError, leaving no new one."""
-    parts = {to: to.parent / f".{to.name}.{os.getpid()}.part" for to in contents}
-    fresh = [target for target in contents if not target.exists()]
+    """Write files of one folder, each completely or not at all.
+
+    Raises OSError after deleting those files of `contents` that did not exist before.
+    """
+    temporary = {path: path.parent / f".{path.name}.{os.getpid()}.part" for path in contents}
+    new = [target for target in contents if not target.exists()]
     try:
-        for target, part in parts.items():
+        for target, part in temporary.items():
             with part.open("wb") as file:
                 file.write(contents[target])
                 file.flush()
                 os.fsync(file.fileno())
-        for target, part in parts.items():
+        for target, part in temporary.items():
             part.replace(target)
     except OSError as error:
-        for target in fresh:
+        for target in new:
             target.unlink(missing_ok=True)
         raise OSError(
             f"cannot write {target}: {error.strerror}; free some space, or use another folder"
         ) from error
     finally:
-        for part in parts.values():
+        for part in temporary.values():
             part.unlink(missing_ok=True)
 
 
 def read_record(path: str | Path) -> dict:
-    """The record in a PNG. Raises ValueError if it has none, OSError if it cannot be read."""
+    """Read the record in a PNG. Raises ValueError if it has none, OSError if it cannot be read."""
     try:
+        # Image.open refuses large images, so the PNG is opened by its class.
         with Path(path).open("rb") as file, PngImagePlugin.PngImageFile(file) as image:
-            text = image.info.get(PNG_CHUNK)  # not by Image.open, which refuses large images
+            text = image.info.get(PNG_CHUNK)
     except SyntaxError as error:
         raise ValueError("it is not a PNG image") from error
     if text is None:
@@ -84,16 +88,17 @@ def read_record(path: str | Path) -> dict:
 
 
 def read_png(path: Path) -> Image.Image:
-    """An image of this program, however large, in RGB. Raises OSError."""
+    """Read an image of this program in RGB, whatever its size. Raises OSError."""
     try:
+        # Image.open refuses large images, so the PNG is opened by its class.
         with path.open("rb") as file, PngImagePlugin.PngImageFile(file) as image:
-            return image.convert("RGB")  # not by Image.open, which refuses large images
+            return image.convert("RGB")
     except (ValueError, SyntaxError) as error:
         raise OSError(str(error)) from error
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Any image that Pillow reads, upright, in RGB. Raises OSError."""
+    """Read an image of any format in RGB, rotated upright by its EXIF data. Raises OSError."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")

@@ -1,4 +1,4 @@
-"""Settings -> a pipeline, an image and its record."""
+"""Turn the settings of a run into a pipeline, an image and its record."""
 
 import platform
 import re
@@ -22,24 +22,26 @@ from dype.pipelines.memory import execution_device, set_tiling
 from dype.sampling import multipass, records, sample
 from dype.sampling.settings import RunSettings
 
+# settings that `load_pipeline` takes
 LOADING_SETTINGS = ("revision", "dtype", "text_encoder_device", "vae_device", "offload", "quantize")
-SAMPLING_SETTINGS = (
-    "guidance",
-    "seed",
-    "max_sequence_length",
-    "true_cfg",
-    "cache",
-)  # of `sample.generate`
+# settings that `sample.generate` takes for every pass
+SAMPLING_SETTINGS = ("guidance", "seed", "max_sequence_length", "true_cfg", "cache")
 
 
 def load_for_run(run: RunSettings, pixels: int, state: PartialState):
-    """The pipeline of a run, compiled where it asks for that.
+    """Load the pipeline of a run, and compile its transformer if the settings say so.
 
-    pixels: of the largest image. state: of `distributed.init_processes`; each of several processes has a card
-    of its own. Raises UserError, UnavailableError.
+    Args:
+        run: settings of the run.
+        pixels: number of pixels of the largest image.
+        state: from `distributed.init_processes`; with several processes each has its own device.
+
+    Raises:
+        UserError: the settings do not fit the checkpoint.
+        UnavailableError: the machine lacks a package or a device.
     """
-    own_card = state.num_processes > 1 and state.device.type != "cpu"
-    device = str(state.device) if own_card else run.device
+    use_local_device = state.num_processes > 1 and state.device.type != "cpu"
+    device = str(state.device) if use_local_device else run.device
     if run.attention is not None:
         check_device(device or default_device(), "none")
         masked = run.entry.pipeline in acceleration.USES_ATTENTION_MASK
@@ -62,13 +64,13 @@ def load_for_run(run: RunSettings, pixels: int, state: PartialState):
 
 
 def prepare_pipeline(pipe, run: RunSettings) -> dict:
-    """Set the encoding, the schedule and the tiling of a run; return what its record says of them.
+    """Set the position encoding, noise schedule and tiling of a run; return their record entries.
 
-    Raises UserError if this checkpoint cannot have them.
+    Raises UserError if the checkpoint does not support the settings.
     """
     try:
         apply_dype(pipe, run.config)
-    except (TypeError, ValueError) as error:  # what only the loaded checkpoint can tell
+    except (TypeError, ValueError) as error:  # because some checks need the loaded checkpoint
         raise UserError(f"{run.model}: {error}") from error
     tiled = set_tiling(pipe, run.tiled_vae, run.tile_size, run.height * run.width)
     memory.reset_peak()
@@ -78,38 +80,45 @@ def prepare_pipeline(pipe, run: RunSettings) -> dict:
 def generate_with_record(
     pipe, run: RunSettings, prepared: dict, encode: Callable
 ) -> tuple[Image.Image, dict]:
-    """Generate an image; its record's seconds are those after the text encoders.
+    """Generate an image and its record, whose seconds do not include the text encoders.
 
-    prepared: what `prepare_pipeline` returned. encode: a text -> its embeddings, as `sample.encode_prompt`.
+    Args:
+        pipe: pipeline that `prepare_pipeline` has set up.
+        run: settings of the image.
+        prepared: record entries that `prepare_pipeline` returned.
+        encode: function from a text to its embeddings, as `sample.prompt_encoder` returns.
     """
     negative = sample.negative_prompt_for(pipe, run)
     call = {name: getattr(run, name) for name in SAMPLING_SETTINGS}
     call["negative_prompt"] = None if negative is None else encode(negative)
     call["image"] = records.open_image(run.init_image) if run.init_image else None
-    text = encode(run.prompt)
+    prompt = encode(run.prompt)
     start = time.perf_counter()
     split = nullcontext()
     if run.processes > 1:
         evenly = distributed.CONTEXT_PARALLEL_PIPELINES[run.entry.pipeline]
         split = distributed.context_parallel(pipe.transformer, run.ulysses, run.ring, evenly)
     with acceleration.use_attention(run.attention), split:
-        image = multipass.run_passes(pipe, text, run.passes, **call)
+        image = multipass.run_passes(pipe, prompt, run.passes, **call)
     seconds = time.perf_counter() - start
-    if run.multipass == "progressive":  # which the image itself has settled
+    if run.multipass == "progressive":  # because only the first image decides where pass 2 starts
         sigmas = prepared["passes"][1]["sigmas"] = pipe.scheduler.sigmas.tolist()
         print(f"full size: {len(sigmas) - 1} of {run.steps} steps, from sigma {sigmas[0]:.2f}")
     return image, run.record | prepared | runtime_info(pipe, seconds)
 
 
 def schedule_record(scheduler, run: RunSettings) -> dict:
-    """mu, the sigmas and kappas of the schedule for the whole size, and what each pass runs of its
-    own; the scheduler has the shift set already."""
+    """Return mu, sigmas and kappas at the final size, and the sigmas that each pass runs.
+
+    The shift of `scheduler` must be set already.
+    """
     family, config, passes = run.entry.family, run.config, []
-    for part in run.passes:  # the last of the whole size
-        height, width, steps = part["height"], part["width"], part["steps"]
+    for settings in run.passes:  # the last pass has the final size
+        height, width, steps = settings["height"], settings["width"], settings["steps"]
         mu, sigmas = noise_schedule(scheduler, height, width, steps, family)
-        first = sample.num_skipped_steps(steps, part["strength"]) if part.get("strength") else 0
-        passes.append(part | {"sigmas": sigmas[first:]})
+        strength = settings.get("strength")
+        first = sample.num_skipped_steps(steps, strength) if strength else 0
+        passes.append(settings | {"sigmas": sigmas[first:]})
     kappa, _ = rope.kappa_schedule(torch.tensor(sigmas[:-1], dtype=torch.float64), config)
     return {
         "shift": "static" if mu is None else config.shift or family.shift,
@@ -122,21 +131,21 @@ def schedule_record(scheduler, run: RunSettings) -> dict:
 
 
 def explain_out_of_memory(pipe, run: RunSettings) -> str:
-    """One sentence with the peak and the next cheaper setting."""
+    """Return a sentence with the peak of the memory and the next cheaper setting."""
     device = execution_device(pipe)
     peak, tiled = memory.peak_bytes(device) or 0, getattr(pipe.vae, "use_tiling", False)
     cpu_dtype = fast_dtype("cpu") if device.type == "cpu" else None
-    less = memory.suggest_cheaper(run, pipe.dype_offload, tiled, cpu_dtype)
-    return f"out of memory at a peak of {memory.format_gib(peak)}; try {less}"
+    suggestion = memory.suggest_cheaper(run, pipe.dype_offload, tiled, cpu_dtype)
+    return f"out of memory at a peak of {memory.format_gib(peak)}; try {suggestion}"
 
 
 def runtime_info(pipe, seconds: float) -> dict:
-    """What drew the image, how long it took and how much memory that needed, in bytes."""
+    """Return the record entries on machine, versions, seconds and peak memory in bytes."""
     device = execution_device(pipe)
     packages = ("torch", "diffusers", "transformers", "accelerate")
     on_cuda = device.type == "cuda"
     path = pipe.transformer.config.get("_name_or_path") or ""
-    snapshot = re.search(r"snapshots/([0-9a-f]{40})", path)  # in the hub's cache: its commit
+    snapshot = re.search(r"snapshots/([0-9a-f]{40})", path)  # the hub's cache names the commit
     return {
         "seconds": round(seconds, 3),
         "peak_memory": memory.peak_bytes(device),

@@ -1,4 +1,4 @@
-"""Generate one image with a pipeline that is loaded and has DyPE applied."""
+"""Generate one image in one pass with a loaded pipeline."""
 
 import gc
 import inspect
@@ -20,7 +20,7 @@ from dype.pipelines import acceleration
 from dype.pipelines.memory import execution_device, hide_components
 from dype.sampling.latents import add_noise, encode_image, missing_power, switch_sigma, unpatchify
 
-# What `encode_prompt` of each pipeline returns, as its call takes it; None: not needed there.
+# pipeline -> the argument of its call for each result of its `encode_prompt`; None: not an argument
 PROMPT_EMBEDDING_ARGUMENTS = {
     "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds"),
     "Flux2Pipeline": ("prompt_embeds",),
@@ -34,56 +34,68 @@ PROMPT_EMBEDDING_ARGUMENTS = {
 
 @torch.no_grad()
 def encode_prompt(pipe, text: str, max_sequence_length: int = 512) -> dict:
-    """A prompt as the pipeline's own text encoders see it, on the CPU: what `generate` takes for it.
+    """Encode a prompt with the pipeline's text encoders, which can be dropped afterwards.
 
-    Once it is made the encoders can go. Raises TypeError for a pipeline that is not of
-    `catalog.PIPELINES`.
+    Args:
+        pipe: text-to-image pipeline of `catalog.PIPELINES`.
+        text: prompt or negative prompt.
+        max_sequence_length: maximum number of text tokens.
+
+    Returns:
+        Embeddings and masks on the CPU by argument name, the form that `generate` takes.
+
+    Raises:
+        TypeError: the pipeline is not a key of `PROMPT_EMBEDDING_ARGUMENTS`.
     """
     kind = type(pipe).__name__
     if kind not in PROMPT_EMBEDDING_ARGUMENTS:
         raise TypeError(
             f"{kind} is not supported, expected one of {', '.join(PROMPT_EMBEDDING_ARGUMENTS)}"
         )
-    elsewhere = getattr(pipe, "dype_device_overrides", {}).get("text_encoder")
+    device_override = getattr(pipe, "dype_device_overrides", {}).get("text_encoder")
     call = {
         "prompt": text,
         "prompt_2": None,
-        "device": torch.device(elsewhere or execution_device(pipe)),
+        "device": torch.device(device_override or execution_device(pipe)),
         "do_classifier_free_guidance": False,
         "max_sequence_length": max_sequence_length,
     }
-    known = inspect.signature(pipe.encode_prompt).parameters
-    found = pipe.encode_prompt(**{name: call[name] for name in known if name in call})
-    named = zip(PROMPT_EMBEDDING_ARGUMENTS[kind], found, strict=False)
-    embeddings = send_to_device({name: part for name, part in named if name}, "cpu")
-    for name, part in embeddings.items():
-        if part is None:  # Qwen-Image's, where all tokens count; its call wants to see that
+    parameters = inspect.signature(pipe.encode_prompt).parameters
+    results = pipe.encode_prompt(**{name: call[name] for name in parameters if name in call})
+    pairs = zip(PROMPT_EMBEDDING_ARGUMENTS[kind], results, strict=False)
+    embeddings = send_to_device({name: value for name, value in pairs if name}, "cpu")
+    for name, value in embeddings.items():
+        if value is None:  # Qwen-Image returns no mask if all tokens count, but its call needs one
             shape = embeddings["prompt_embeds"].shape[:2]
             embeddings[name] = torch.ones(shape, dtype=torch.long)
     return embeddings
 
 
 def prompt_encoder(pipe, runs: list) -> Callable:
-    """A text -> its embeddings. Encoders with a device of their own encode all, and go.
+    """Return a cached function from a text to its embeddings.
 
-    runs: `RunSettings`, of the images to be generated.
+    Text encoders with a device override encode the prompts of all runs now and are then dropped.
+
+    Args:
+        pipe: text-to-image pipeline.
+        runs: `RunSettings` of all images to generate.
     """
 
-    apart = [name for name in pipe.dype_device_overrides if name.startswith("text_encoder")]
-    kept = lru_cache(maxsize=None if apart else 8)
-    encode_text = kept(lambda text: encode_prompt(pipe, text, runs[0].max_sequence_length))
-    if apart:
+    overrides = [name for name in pipe.dype_device_overrides if name.startswith("text_encoder")]
+    cache = lru_cache(maxsize=None if overrides else 8)
+    encode_text = cache(lambda text: encode_prompt(pipe, text, runs[0].max_sequence_length))
+    if overrides:
         texts = {run.prompt for run in runs} | {negative_prompt_for(pipe, run) for run in runs}
         for text in texts - {None}:
             encode_text(text)
-        for name in apart:
+        for name in overrides:
             setattr(pipe, name, None)
         gc.collect()
     return encode_text
 
 
 def negative_prompt_for(pipe, run) -> str | None:
-    """A run's negative prompt, or the one that a pipeline with guidance implies; None: none."""
+    """Return a run's negative prompt, or the one that the pipeline's guidance implies, or None."""
     return (
         implied_negative_prompt(pipe, run.guidance)
         if run.negative_prompt is None
@@ -108,19 +120,32 @@ def generate(
     strength: float | None = 1.0,
     cache: str = "off",
 ) -> Image.Image:
-    """One image of `height` x `width` px, by a text-to-image pipeline of `catalog.PIPELINES`.
+    """Generate one image of `height` x `width` px in one pass.
 
-    prompt, negative_prompt: text, or what `encode_prompt` made of it. guidance: None is the pipeline's own
-    default. image: start from this image, enlarged to the size and noised, instead of from noise;
-    strength in (0, 1] is the share of the steps that are then run, the last ones of the schedule
-    for this size, as in diffusers' image-to-image pipelines; None: those in which what the image
-    lacks is to be seen, begun with that much of it as noise (`latents.switch_sigma`, `missing_power`). cache:
-    a key of `acceleration.CACHES`. The noise is drawn on the CPU: a seed means the same start on
-    every device, and at strength 1 the same as without an image.
+    The noise is sampled on the CPU, so a seed gives the same initial noise on every device. With
+    `image` and strength 1 the initial noise is the same as without an image.
+
+    Args:
+        pipe: text-to-image pipeline of `catalog.PIPELINES`.
+        prompt: text, or the embeddings that `encode_prompt` returns.
+        height: px.
+        width: px.
+        steps: number of steps of the schedule.
+        guidance: the pipeline's guidance_scale; None is the pipeline's default.
+        seed: seed of the noise.
+        max_sequence_length: maximum number of text tokens.
+        negative_prompt: text or embeddings; None is the prompt that the guidance implies.
+        true_cfg: scale of classifier-free guidance with two denoiser calls a step; 1 is off.
+        image: image to upscale to the size and to refine; None starts from noise.
+        strength: fraction of the steps that refine `image`, in (0, 1]. They are the last ones of
+            the schedule, as in diffusers' image-to-image pipelines. None chooses the steps in
+            which the details that `image` lacks are visible (`latents.switch_sigma`). It also adds
+            the power of those details to the initial noise (`latents.missing_power`).
+        cache: key of `acceleration.CACHES`.
     """
-    known, device = inspect.signature(pipe.__call__).parameters, execution_device(pipe)
+    parameters, device = inspect.signature(pipe.__call__).parameters, execution_device(pipe)
     if guidance is None:
-        guidance = known["guidance_scale"].default or 0.0
+        guidance = parameters["guidance_scale"].default or 0.0
     if negative_prompt is None:
         negative_prompt = implied_negative_prompt(pipe, guidance)
     call = {
@@ -133,65 +158,83 @@ def generate(
         "generator": torch.Generator("cpu").manual_seed(seed),
     }
     for prefix, text in {"": prompt, "negative_": negative_prompt}.items():
-        parts = text or {}
+        arguments = text or {}
         if isinstance(text, str):
-            embeds = f"{prefix}prompt_embeds" in known
-            parts = encode_prompt(pipe, text, max_sequence_length) if embeds else {"prompt": text}
-        call |= {f"{prefix}{name}": part for name, part in parts.items()}
-    call = send_to_device({name: value for name, value in call.items() if name in known}, device)
-    if guidance == 0 and known["guidance_scale"].default is None:
-        del call["guidance_scale"]  # Qwen-Image warns of any number
+            arguments = {"prompt": text}
+            if f"{prefix}prompt_embeds" in parameters:
+                arguments = encode_prompt(pipe, text, max_sequence_length)
+        call |= {f"{prefix}{name}": value for name, value in arguments.items()}
+    call = {name: value for name, value in call.items() if name in parameters}
+    call = send_to_device(call, device)
+    if guidance == 0 and parameters["guidance_scale"].default is None:
+        del call["guidance_scale"]  # because Qwen-Image warns of any number
     if image is not None:
         call |= img2img_arguments(pipe, image, strength, call)
-    apart = "vae" in getattr(pipe, "dype_device_overrides", {})
+    vae_override = "vae" in getattr(pipe, "dype_device_overrides", {})
     count = len(call.get("sigmas", range(steps)))
     reuse = nullcontext() if cache == "off" else acceleration.use_feature_cache(pipe, cache, count)
     with hide_components(pipe), reuse:
-        drawn = pipe(**call, output_type="latent" if apart else "pil").images
-    return decode_latents(pipe, drawn, height, width) if apart else drawn[0]
+        images = pipe(**call, output_type="latent" if vae_override else "pil").images
+    return decode_latents(pipe, images, height, width) if vae_override else images[0]
 
 
 def implied_negative_prompt(pipe, guidance: float) -> str | None:
-    """The negative prompt that a pipeline with guidance of its own takes where none is given."""
-    known = inspect.signature(pipe.__call__).parameters
-    own = "negative_prompt_embeds" in known and "true_cfg_scale" not in known
-    return "" if own and guidance > 0 else None
+    """Return "" if the pipeline's guidance_scale is classifier-free guidance and on, else None."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    uses_cfg = "negative_prompt_embeds" in parameters and "true_cfg_scale" not in parameters
+    return "" if uses_cfg and guidance > 0 else None
 
 
 def img2img_arguments(pipe, image: Image.Image, strength: float | None, call: dict) -> dict:
-    """The `latents` and `sigmas` with which a text-to-image pipeline refines an image."""
+    """Return the `latents` and `sigmas` with which a text-to-image pipeline refines an image.
+
+    Args:
+        pipe: text-to-image pipeline.
+        image: image to upscale to the size of `call`.
+        strength: fraction of the steps to run, or None, as in `generate`.
+        call: further arguments of the pipeline's call.
+    """
     check_number("strength", strength, 0, 1, exclusive=True, optional=True)
-    device, more = execution_device(pipe), None
+    device, extra_power = execution_device(pipe), None
     with hide_components(pipe):
-        pipe.maybe_free_model_hooks()  # a text encoder may still be on the card
+        pipe.maybe_free_model_hooks()  # because a text encoder may still be on the GPU
     height, width, steps = (call[name] for name in ("height", "width", "num_inference_steps"))
     family = family_of_pipeline(pipe, family_of(transformer_and_controlnets(pipe)[0]))
     _, sigmas = noise_schedule(pipe.scheduler, height, width, steps, family)
-    where = torch.device(getattr(pipe, "dype_device_overrides", {}).get("vae", device))
-    larger = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    latents = encode_image(pipe, larger, where).to(device)
+    vae_device = torch.device(getattr(pipe, "dype_device_overrides", {}).get("vae", device))
+    upscaled = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    latents = encode_image(pipe, upscaled, vae_device).to(device)
     if strength is None:
-        small = encode_image(pipe, image, where)
-        c, omega, more = missing_power(unpatchify(pipe, latents)[0], unpatchify(pipe, small)[0])
-        level = switch_sigma(c, omega, math.sqrt(latents.numel() / small.numel()))
-        first = min(sum(sigma > level for sigma in sigmas[:-1]), steps - 1)
+        small = encode_image(pipe, image, vae_device)
+        c, omega, extra_power = missing_power(
+            unpatchify(pipe, latents)[0], unpatchify(pipe, small)[0]
+        )
+        threshold = switch_sigma(c, omega, math.sqrt(latents.numel() / small.numel()))
+        first = min(sum(sigma > threshold for sigma in sigmas[:-1]), steps - 1)
     else:
         first = num_skipped_steps(steps, strength)
-    dtype = call["prompt_embeds"][0].dtype  # of the first of a list, or of a batch
+    dtype = call["prompt_embeds"][0].dtype  # the first of a list or of a batch
     seed = call["generator"].initial_seed()
     return {
-        "latents": add_noise(pipe, latents, sigmas[first], seed, dtype, more),
+        "latents": add_noise(pipe, latents, sigmas[first], seed, dtype, extra_power),
         "sigmas": np.linspace(1.0, 1 / steps, steps)[first:],  # the scheduler shifts them
     }
 
 
 def num_skipped_steps(steps: int, strength: float) -> int:
-    """How many of the first steps are left out, as in diffusers' image-to-image pipelines."""
+    """Return the number of first steps to skip, as in diffusers' image-to-image pipelines."""
     return min(int(steps - steps * strength), steps - 1)
 
 
 def decode_latents(pipe, packed: torch.Tensor, height: int, width: int) -> Image.Image:
-    """FLUX.1's packed latents to an image, where the autoencoder has a device of its own."""
+    """Decode FLUX.1's packed latents on the device of the autoencoder.
+
+    Args:
+        pipe: FLUX.1 pipeline whose autoencoder has a device override.
+        packed: latents as the pipeline returns them, [1, tokens, channels].
+        height: px.
+        width: px.
+    """
     latents = pipe._unpack_latents(packed, height, width, pipe.vae_scale_factor)
     latents = latents.to(pipe.vae.device) / pipe.vae.config.scaling_factor
     latents = latents + pipe.vae.config.shift_factor

@@ -1,4 +1,4 @@
-"""The settings of one image: their flags, which of them decide what is in it, and its name."""
+"""Define the settings of one image with their flags, its identity and its file name."""
 
 import hashlib
 import re
@@ -14,141 +14,157 @@ from dype.pipelines.loading import OFFLOADS, QUANTIZE_CHOICES
 from dype.sampling.multipass import PASS_SCALES
 
 SIDE_LIMITS = {"metavar": "PX", "low": 64, "high": 16384, "multiple": 16}
-STRENGTH_LIMITS = {
-    "low": 0,
-    "high": 1,
-    "exclusive": True,
-}  # the share of the steps that a pass runs
-MACHINE_ONLY = {"changes_image": False}  # where and how fast, which is no part of what is asked for
+STRENGTH_LIMITS = {"low": 0, "high": 1, "exclusive": True}
+# flags that say where or how fast to compute, which does not decide what is in the image
+MACHINE_ONLY = {"changes_image": False}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Everything that one image needs, resolved (`dype.cli.settings.resolve`)."""
+    """Settings of one image, as `dype.cli.settings.resolve` returns them."""
 
     # fmt: off
     prompt: str = flag(
-        "one or several (default: the authors' dark-fantasy scene; demo: "
-        f"{MODELS['demo'].prompt})", metavar="TEXT", group="what to draw",
+        "one or more prompts (default: the authors' dark-fantasy scene; demo: "
+        f"{MODELS['demo'].prompt})", metavar="TEXT", group="image",
         parser_options={"nargs": "+", "action": "extend"},
     )
     negative_prompt: str | None = flag(
-        "needs --true_cfg, or --guidance where that is one (default: none; qwen-image \" \", demo "
-        "\"\")", metavar="TEXT",
+        "negative prompt; needs classifier-free guidance, by --true_cfg or by a model's --guidance "
+        "(default: none; qwen-image \" \", demo \"\")", metavar="TEXT",
     )
-    height: int = flag("", **SIDE_LIMITS)
-    width: int = flag("", **SIDE_LIMITS)
-    seed: int = flag("", 42, low=0, high=2**63 - 1, label="seed {}")
-    steps: int = flag("", low=1, high=1000, label="{} steps")
+    height: int = flag("image height in px; 64 to 16384, multiple of 16", **SIDE_LIMITS)
+    width: int = flag("image width in px; 64 to 16384, multiple of 16", **SIDE_LIMITS)
+    seed: int = flag(
+        "seed of the noise; 0 to 2^63 - 1", 42, low=0, high=2**63 - 1, label="seed {}"
+    )
+    steps: int = flag("number of steps; 1 to 1000", low=1, high=1000, label="{} steps")
     guidance: float = flag(
-        "the pipeline's guidance_scale; 0: it takes none", low=0, high=100, label="guidance {}"
+        "guidance_scale of the pipeline; 0 to 100, 0 for models without guidance", low=0, high=100,
+        label="guidance {}",
     )
     true_cfg: float = flag(
-        "classifier-free guidance by two denoiser calls a step; 1 is off", low=1, high=100,
-        label="true CFG {}",
+        "scale of classifier-free guidance, two denoiser calls a step; 1 (off) to 100", low=1,
+        high=100, label="true CFG {}",
     )
-    max_sequence_length: int = flag("text tokens", low=1, high=1024)
+    max_sequence_length: int = flag(
+        "maximum number of text tokens; 1 to the model's limit", low=1, high=1024
+    )
     init_image: str | None = flag(
-        "enlarge this image to the size and refine it (default: start from noise)", None,
+        "image to upscale to the size and refine (default: none, start from noise)", None,
         metavar="FILE",
     )
     strength: float = flag(
-        "with --init_image: the share of the steps, above 0 up to 1", 0.5, **STRENGTH_LIMITS,
+        "fraction of the steps that refine --init_image; 0 < X <= 1", 0.5, **STRENGTH_LIMITS,
         has_effect=lambda settings: settings["init_image"] is not None,
     )
     multipass: str = flag(
-        "single; twopass: at half the size, then enlarged and refined; threepass: at a quarter, at "
-        "half, in full; progressive", "single", choices=tuple(PASS_SCALES), label="{}",
-        group="several passes", aliases=("--dype_multipass",), switches=(
+        "passes; single, twopass (half the size, then upscale and refine), threepass (a quarter, "
+        "half, full), progressive", "single", choices=tuple(PASS_SCALES), label="{}",
+        group="multi-pass", aliases=("--dype_multipass",), switches=(
             ("--progressive", "progressive", "as --multipass progressive: the base resolution "
-             "first, then at full size only the steps in which more is to be seen"),
+             "first, then only the full-size steps that add visible detail"),
         ),
     )
     pass2_strength: float = flag(
-        "the share of the steps that the second pass runs", 0.5, label="strength {}", **STRENGTH_LIMITS,
+        "fraction of the steps that pass 2 runs; 0 < X <= 1", 0.5, label="pass 2 strength {}",
+        **STRENGTH_LIMITS,
         has_effect=lambda settings: len(PASS_SCALES[settings["multipass"]]) > 1,
     )
     pass3_strength: float = flag(
-        "", 0.4, label="third {}", **STRENGTH_LIMITS,
+        "fraction of the steps that pass 3 runs; 0 < X <= 1", 0.4, label="pass 3 strength {}",
+        **STRENGTH_LIMITS,
         has_effect=lambda settings: len(PASS_SCALES[settings["multipass"]]) > 2,
     )
     model: str = flag(
-        f"{', '.join(MODELS)}, or a diffusers folder or hub id of one of their kinds",
+        f"model; {', '.join(MODELS)}, or a diffusers folder or hub id of a supported pipeline",
         DEFAULT_MODEL, group="model",
     )
     revision: str | None = flag(
         "branch, tag or commit on the hub (default: the newest)", None, metavar="REV"
     )
     lora: list[str] = flag(
-        "adapter file, folder or hub id; repeatable (default: none)", metavar="PATH[:SCALE]",
+        "LoRA adapter; file, folder or hub id, repeatable (default: none)", metavar="PATH[:SCALE]",
         parser_options={"action": "append"},
     )
     config: DyPEConfig
-    dtype: str = flag(", ".join(DTYPES), choices=DTYPES, group="machine")
+    dtype: str = flag(
+        f"number format of the weights; {', '.join(DTYPES)}", choices=DTYPES, group="machine"
+    )
     device: str | None = flag(
-        "cpu, cuda, cuda:1, mps, ... (default: the accelerator, if any)", None, **MACHINE_ONLY
-    )
-    text_encoder_device: str | None = flag(
-        "encode there once, then drop the encoders (default: as --device)", None, **MACHINE_ONLY
-    )
-    vae_device: str | None = flag("(default: as --device)", None, **MACHINE_ONLY)
-    offload: str = flag(
-        f"{', '.join(OFFLOADS)} (default: auto, the fastest that fits)", "auto", metavar="HOW",
-        choices=OFFLOADS, **MACHINE_ONLY,
-    )
-    quantize: str = flag(
-        "none, int8, fp8 (needs torchao), nf4 (needs bitsandbytes)", "none", metavar="HOW",
-        choices=QUANTIZE_CHOICES,
-    )
-    tiled_vae: str = flag(
-        "auto, on, off (default: auto, on where it would not fit untiled)", "auto", metavar="HOW",
-        choices=("auto", "on", "off"), **MACHINE_ONLY,
-    )
-    tile_size: int | None = flag(
-        "(default: the autoencoder's)", None, metavar="PX", low=128, high=4096, multiple=64,
+        "device; cpu, cuda, cuda:1, mps, ... (default: the accelerator, if any)", None,
         **MACHINE_ONLY,
     )
+    text_encoder_device: str | None = flag(
+        "device of the text encoders; they encode all prompts first and are then dropped (default: "
+        "as --device)", None, **MACHINE_ONLY,
+    )
+    vae_device: str | None = flag(
+        "device of the autoencoder; FLUX.1 pipelines only (default: as --device)", None,
+        **MACHINE_ONLY,
+    )
+    offload: str = flag(
+        f"offloading of weights to the CPU; {', '.join(OFFLOADS)} (default: auto, the fastest that "
+        "fits)", "auto", metavar="HOW", choices=OFFLOADS, **MACHINE_ONLY,
+    )
+    quantize: str = flag(
+        "number format of quantized weights; none, int8, fp8 (both need torchao), nf4 (needs "
+        "bitsandbytes)", "none", metavar="HOW", choices=QUANTIZE_CHOICES,
+    )
+    tiled_vae: str = flag(
+        "decoding in tiles; auto, on, off (default: auto, on if an untiled decode does not fit)",
+        "auto", metavar="HOW", choices=("auto", "on", "off"), **MACHINE_ONLY,
+    )
+    tile_size: int | None = flag(
+        "side of a tile in px; 128 to 4096, multiple of 64 (default: per autoencoder)", None,
+        metavar="PX", low=128, high=4096, multiple=64, **MACHINE_ONLY,
+    )
     compile: str = flag(
-        "off; blocks: each kind of transformer block once; full: the whole transformer", "off",
-        metavar="HOW", choices=COMPILES, group="speed (docs/performance.md)", **MACHINE_ONLY,
+        "torch.compile; off, blocks (each kind of transformer block once), full (the whole "
+        "transformer)", "off", metavar="HOW", choices=COMPILES,
+        group="speed (docs/performance.md)", **MACHINE_ONLY,
     )
     attention: str | None = flag(
-        "diffusers' attention backend, as native, _native_cudnn, flash_hub, _flash_3_hub, "
+        "attention backend of diffusers; native, _native_cudnn, flash_hub, _flash_3_hub, "
         "sage_hub, ... (default: diffusers' own)", None,
     )
     cache: str = flag(
-        "off; first_block, taylorseer, magcache: skip work by reusing features of earlier steps, "
-        "made under older frequencies", "off", choices=tuple(CACHES),
+        "reuse of features from earlier steps, which had other frequencies; off, first_block, "
+        "taylorseer, magcache", "off", choices=tuple(CACHES),
     )
     ulysses: int = flag(
-        "under torchrun: split each image's tokens between N GPUs, heads exchanged", 1,
-        low=1, high=64, **MACHINE_ONLY,
+        "number of GPUs that, under torchrun, share each image's tokens and exchange heads; 1 to 64",
+        1, low=1, high=64, **MACHINE_ONLY,
     )
     ring: int = flag(
-        "the same, keys and values passed round; needs another --attention than native", 1,
-        low=1, high=64, **MACHINE_ONLY,
+        "number of GPUs that, under torchrun, share each image's tokens and pass on keys and "
+        "values; 1 to 64, needs another --attention than native", 1, low=1, high=64,
+        **MACHINE_ONLY,
     )
     # fmt: on
-    init_sha256: str | None = None  # of the pixels of init_image
-    entry: Model  # of the catalog
-    passes: list[dict] = field(compare=False)  # height, width, steps, and strength where it refines
-    processes: int  # that generate the image together
+    init_sha256: str | None = None  # SHA-256 of the pixels of init_image
+    entry: Model  # from the catalog
+    passes: list[dict] = field(compare=False)  # height, width, steps; strength if it refines
+    processes: int  # number of processes that share one image
 
     @cached_property
     def record(self) -> dict:
-        """What the image's record says of its settings."""
+        """Return the record entries for the settings."""
         flags = {row.name: getattr(self, row.name) for row in RUN_FLAGS}
         flags["init_sha256"] = self.init_sha256
         return {"prompt": self.prompt, "flags": flags, "config": asdict(self.config)}
 
     @cached_property
     def identity(self) -> dict:
-        """All that decides what is in the image, as `image_settings` says it of a record."""
+        """Return all values that decide what is in the image; see `image_settings`."""
         return image_settings(self.record)
 
     @cached_property
-    def changed(self) -> dict:
-        """What decides the image and is not at its default, but for what every name says."""
+    def non_defaults(self) -> dict:
+        """Return the values of `identity` that differ from the model's defaults.
+
+        The settings that every file name contains are left out.
+        """
         defaults = CONFIG_DEFAULTS | self.entry.dype_defaults
         defaults |= {"dype_scale": DEFAULT_LAMBDA_S[self.config.method]}
         defaults |= {row.name: getattr(self.entry, row.name, row.default) for row in RUN_FLAGS}
@@ -161,10 +177,11 @@ class RunSettings:
 
     @cached_property
     def file_name(self) -> str:
-        """The authors' scheme, height first; then every setting that is not at its default."""
+        """Return the name of the PNG: the authors' scheme, height first, then `non_defaults`."""
         name = f"seed_{self.seed}_method_{self.config.name}"
         name += f"_res_{self.height}x{self.width}"
-        name += "".join(f"_{key}_{format_name_part(value)}" for key, value in self.changed.items())
+        items = self.non_defaults.items()
+        name += "".join(f"_{key}_{format_name_part(value)}" for key, value in items)
         if len(name) > MAX_NAME_LENGTH:
             name = f"{name[:MAX_NAME_LENGTH]}-{short_hash(name)}"
         return f"{name}.png"
@@ -174,13 +191,13 @@ FLAGS = flags_of(RunSettings)
 RUN_FLAGS = [row for row in FLAGS if row not in CONFIG_FLAGS and row.name != "prompt"]
 CONFIG_DEFAULTS = DyPEConfig().to_dict()
 ALWAYS_NAMED = {"seed", "method", "dype", "height", "width"}
-MAX_NAME_LENGTH = 160  # letters of a name, without the digest of one that is longer
+MAX_NAME_LENGTH = 160  # letters of a name; a longer name is cut and gets a hash
 
 
 def image_settings(record: dict) -> dict:
-    """Return all that decides what is in an image, by name; None where it has no effect.
+    """Return all values that decide what is in an image, by name; None if a value has no effect.
 
-    record: of an image, of an earlier version too; or `RunSettings.record`.
+    record: record of an image, also of an earlier version, or `RunSettings.record`.
     """
     flags, config = record["flags"], CONFIG_DEFAULTS | record["config"]
     rows = [row for row in RUN_FLAGS if row.changes_image]
@@ -189,27 +206,28 @@ def image_settings(record: dict) -> dict:
     settings["dype"] = config["dype"] and config["method"] != "base"
     if settings["dype_scale"] is None:
         settings["dype_scale"] = DEFAULT_LAMBDA_S[config["method"]]
-    if settings["init_image"] is not None:  # wherever it is
+    if settings["init_image"] is not None:  # the hash, because the file may have moved
         sha256 = flags.get("init_sha256") or "unknown"
         settings["init_image"] = f"{Path(settings['init_image']).stem}-{sha256[:12]}"
-    without = [row.name for row in FLAGS if not row.has_effect(settings)]
-    return settings | dict.fromkeys(without)
+    without_effect = [row.name for row in FLAGS if not row.has_effect(settings)]
+    return settings | dict.fromkeys(without_effect)
 
 
 def format_value(value) -> str:
-    """1.5 -> 1.5, 2.0 -> 2, True -> on: in full, so that two values never look the same."""
+    """Return a value as text, unambiguously: 1.5 -> 1.5, 2.0 -> 2, True -> on."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def format_name_part(value) -> str:
-    """Return a value for a file name: small letters, digits, dots; a digest where it is more."""
+    """Return a value for a file name: lowercase letters, digits, dots; else with a hash added."""
     text = "+".join(value) if isinstance(value, list) else format_value(value)
-    short = text if " " in text else text.rpartition("/")[2]  # of a path its end
+    short = text if " " in text else text.rpartition("/")[2]  # the last part of a path
     words = re.sub(r"[^a-z0-9.]+", "-", short.lower()).strip("-.")[:40]
     return words if words == text else f"{words}-{short_hash(text)}".strip("-")
 
 
 def short_hash(text: str) -> str:
+    """Return the first 12 hex digits of the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]

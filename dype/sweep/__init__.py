@@ -1,1 +1,1 @@
-"""Many images: lists of settings, what is there already, tables and contact sheets."""
+"""Generate many images: lists of values, finished images, tables and contact sheets."""

@@ -1,4 +1,4 @@
-"""Contact sheets and the summary of a finished sweep, from its tables alone."""
+"""Draw contact sheets and write the summary of a sweep from its tables, without a model."""
 
 import io
 import re
@@ -24,32 +24,39 @@ GAP, FONT = 8, 16  # px
 
 
 def write_contact_sheets(rows: list[dict], folder: Path, columns: str | None = None) -> list[Path]:
-    """Write `comparison_HxW.png` for every size and `summary.txt`; returns their paths.
+    """Write `comparison_HxW.png` for every size and `summary.txt`; return their paths.
 
-    rows: of results.csv. columns: the most columns of a sheet (more go to `comparison_HxW_2.png`,
-    ...), or the setting that goes across; by default seeds and prompts, where there are several,
-    else the last setting that varies. Raises ValueError for a setting that there is none of,
-    OSError.
+    Args:
+        rows: rows of results.csv.
+        folder: folder of the sweep.
+        columns: maximum number of columns of a sheet, or the setting whose values are the columns.
+            Further columns go to `comparison_HxW_2.png`, ... None puts seeds and prompts in the
+            columns if they vary, else the last setting that varies.
+
+    Raises:
+        ValueError: `columns` is neither a number nor a setting.
+        OSError: a file cannot be written.
     """
     check_columns(columns)
     contents = {}
     for size in dict.fromkeys((int(row["height"]), int(row["width"])) for row in rows):
-        of_size = [row for row in rows if (int(row["height"]), int(row["width"])) == size]
-        for number, sheet in enumerate(contact_sheets(of_size, folder, size, columns), 1):
-            picture = io.BytesIO()
-            sheet.save(picture, "png", optimize=True)
-            more = f"_{number}" if number > 1 else ""
-            contents[folder / f"comparison_{size[0]}x{size[1]}{more}.png"] = picture.getvalue()
+        same_size = [row for row in rows if (int(row["height"]), int(row["width"])) == size]
+        for number, sheet in enumerate(contact_sheets(same_size, folder, size, columns), 1):
+            png = io.BytesIO()
+            sheet.save(png, "png", optimize=True)
+            suffix = f"_{number}" if number > 1 else ""
+            contents[folder / f"comparison_{size[0]}x{size[1]}{suffix}.png"] = png.getvalue()
     contents[folder / "summary.txt"] = summarize_rows(rows).encode()
     records.write_atomically(contents)
-    for path in {*folder.glob("comparison_*.png")} - contents.keys():  # of more columns before
+    # An earlier call with fewer columns a sheet has left sheets with higher numbers.
+    for path in {*folder.glob("comparison_*.png")} - contents.keys():
         if re.fullmatch(r"comparison_\d+x\d+_\d+\.png", path.name):
             path.unlink()
     return list(contents)
 
 
 def check_columns(columns: str | None) -> None:
-    """Raise ValueError for --cols that is neither a number nor a setting."""
+    """Raise ValueError if --cols is neither a positive number nor a setting."""
     if columns not in (None, *LABELS) and not (columns.isdecimal() and int(columns) > 0):
         raise ValueError(
             f"--cols is {columns!r}, expected a number above 0 or one of {', '.join(LABELS)}"
@@ -57,73 +64,96 @@ def check_columns(columns: str | None) -> None:
 
 
 def arrange_grid(rows: list[dict], columns: str | None) -> tuple[list[str], list[str], list]:
-    """A label for every line and column, and down each column the rows of results.csv.
+    """Arrange rows of results.csv in a grid, by the settings that vary.
 
-    A setting without effect on an image, as lambda_t has none on a static method, is empty in its
-    row, and the image stands under every value of it.
+    Some settings have no effect on some images, as lambda_t on a static method. Their cells in
+    results.csv are empty, and the image appears in every column of such a setting.
+
+    Returns:
+        A label for each line and for each column of the grid, and for each column the list of its
+        rows of results.csv, None where there is no image.
     """
-    varied = [name for name in LABELS if takes_several_values(rows, name)]
-    across = [name for name in varied if name in REPLICATES] or varied[-1:]
+    varying = [name for name in LABELS if takes_several_values(rows, name)]
+    column_settings = [name for name in varying if name in REPLICATES] or varying[-1:]
     if columns in LABELS:
-        across = [columns]
-    down = [name for name in varied if name not in across]
-    heads = list(dict.fromkeys(tuple(row[name] for name in across) for row in rows))
-    heads = [head for head in heads if all(head)] or heads
-    sides = list(dict.fromkeys(tuple(row[name] for name in down) for row in rows))
-    stacks = []
-    for head in heads:
-        wanted = [*zip(across, head, strict=True)]
-        under = [row for row in rows if all(row[name] in ("", value) for name, value in wanted)]
-        beside = {tuple(row[name] for name in down): row for row in under}
-        stacks.append([beside.get(side) for side in sides])
-    names = [", ".join(setting_labels(down, side)) for side in sides]
-    return names, [", ".join(setting_labels(across, head)) for head in heads], stacks
+        column_settings = [columns]
+    line_settings = [name for name in varying if name not in column_settings]
+    column_keys = list(dict.fromkeys(tuple(row[name] for name in column_settings) for row in rows))
+    column_keys = [key for key in column_keys if all(key)] or column_keys
+    line_keys = list(dict.fromkeys(tuple(row[name] for name in line_settings) for row in rows))
+    grid = []
+    for key in column_keys:
+        values = [*zip(column_settings, key, strict=True)]
+        matches = [row for row in rows if all(row[name] in ("", value) for name, value in values)]
+        by_line = {tuple(row[name] for name in line_settings): row for row in matches}
+        grid.append([by_line.get(line_key) for line_key in line_keys])
+    line_labels = [", ".join(setting_labels(line_settings, key)) for key in line_keys]
+    column_labels = [", ".join(setting_labels(column_settings, key)) for key in column_keys]
+    return line_labels, column_labels, grid
 
 
 def contact_sheets(rows: list[dict], folder: Path, size: tuple, columns: str | None) -> list:
-    """All images of one size (height, width): settings down, seeds and prompts across."""
-    sides, heads, stacks = arrange_grid(rows, columns)
-    most = int(columns) if columns and columns.isdecimal() else MAX_COLUMNS
-    parts = [slice(first, first + most) for first in range(0, len(heads), most)]
-    return [draw_sheet(sides, heads[part], stacks[part], folder, size) for part in parts]
+    """Draw the contact sheets of all images of one size.
+
+    Args:
+        rows: rows of results.csv, all of that size.
+        folder: folder of the sweep.
+        size: height and width in px.
+        columns: as in `write_contact_sheets`.
+    """
+    line_labels, column_labels, grid = arrange_grid(rows, columns)
+    step = int(columns) if columns and columns.isdecimal() else MAX_COLUMNS
+    slices = [slice(first, first + step) for first in range(0, len(column_labels), step)]
+    return [draw_sheet(line_labels, column_labels[s], grid[s], folder, size) for s in slices]
 
 
-def draw_sheet(sides: list, heads: list, stacks: list, folder: Path, size: tuple) -> Image.Image:
-    """One sheet, up to three lines of text for a label; the failed as boxes that say why."""
-    side = max(64, min(320, int((40e6 / len(sides) / len(heads)) ** 0.5)))  # px, the longer one
-    height, width = (max(1, round(side * one / max(size))) for one in size)
-    font, sides = ImageFont.load_default(FONT), [wrap_label(label, 60, 1) for label in sides]
-    heads = [wrap_label(label, width // 9, 3) for label in heads]
-    left = GAP + max(round(font.getlength(label)) + GAP for label in sides)
-    top = GAP + (FONT + GAP // 2) * max(label.count("\n") + 1 for label in heads)
-    shape = left + len(heads) * (width + GAP), top + len(sides) * (height + GAP)
+def draw_sheet(
+    line_labels: list, column_labels: list, grid: list, folder: Path, size: tuple
+) -> Image.Image:
+    """Draw one sheet; a failed image is a box with the reason.
+
+    Args:
+        line_labels: label of each line, cut to one line of text.
+        column_labels: label of each column, cut to three lines of text.
+        grid: for each column its rows of results.csv, or None.
+        folder: folder of the sweep.
+        size: height and width of the images in px.
+    """
+    count = len(line_labels) * len(column_labels)
+    side = max(64, min(320, int((40e6 / count) ** 0.5)))  # px of the longer side
+    height, width = (max(1, round(side * length / max(size))) for length in size)
+    font = ImageFont.load_default(FONT)
+    line_labels = [wrap_label(label, 60, 1) for label in line_labels]
+    column_labels = [wrap_label(label, width // 9, 3) for label in column_labels]
+    left = GAP + max(round(font.getlength(label)) + GAP for label in line_labels)
+    top = GAP + (FONT + GAP // 2) * max(label.count("\n") + 1 for label in column_labels)
+    shape = left + len(column_labels) * (width + GAP), top + len(line_labels) * (height + GAP)
     sheet = Image.new("RGB", shape, "white")
     pen = ImageDraw.Draw(sheet)
     xs, ys = range(left, sheet.width, width + GAP), range(top, sheet.height, height + GAP)
-    for x, label, stack in zip(xs, heads, stacks, strict=True):
+    for x, label, column in zip(xs, column_labels, grid, strict=True):
         pen.text((x, GAP // 2), label, "black", font)
-        for y, row in zip(ys, stack, strict=True):
+        for y, row in zip(ys, column, strict=True):
             if row is not None:
                 sheet.paste(thumbnail(row, folder, (width, height)), (x, y))
-    for y, label in zip(ys, sides, strict=True):
+    for y, label in zip(ys, line_labels, strict=True):
         pen.text((GAP, y), label, "black", font)
     return sheet
 
 
-def wrap_label(label: str, letters: int, most: int) -> str:
-    """The label in at most so many lines of so many letters."""
-    return textwrap.fill(label, max(8, letters), max_lines=most, placeholder="...")
+def wrap_label(label: str, letters: int, max_lines: int) -> str:
+    """Wrap a label to lines of at most `letters` letters, and cut it after `max_lines` lines."""
+    return textwrap.fill(label, max(8, letters), max_lines=max_lines, placeholder="...")
 
 
-def thumbnail(one: dict, folder: Path, size: tuple[int, int]) -> Image.Image:
-    """An image at the size of the sheet, or a box that says why there is none."""
-    reason = one["error"]
+def thumbnail(row: dict, folder: Path, size: tuple[int, int]) -> Image.Image:
+    """Return a row's image at a size (width, height), or a box with the reason of its absence."""
+    reason = row["error"]
     if not reason:
         try:
-            picture = records.read_png(folder / one["file"])
-            return picture.resize(size, Image.Resampling.LANCZOS)
+            return records.read_png(folder / row["file"]).resize(size, Image.Resampling.LANCZOS)
         except OSError:
-            reason = f"{one['file']} is missing"
+            reason = f"{row['file']} is missing"
     box = Image.new("RGB", size, "lightgray")
     text = "\n".join(textwrap.wrap(reason, max(8, size[0] // 9))[:10])
     ImageDraw.Draw(box).multiline_text((4, 4), text, "black", ImageFont.load_default(FONT - 2))
@@ -131,18 +161,18 @@ def thumbnail(one: dict, folder: Path, size: tuple[int, int]) -> Image.Image:
 
 
 def summarize_rows(rows: list[dict]) -> str:
-    """Per setting: images, failures, mean and standard deviation of seconds, memory, metrics."""
+    """Summarize each setting: images, failures, mean and deviation of seconds, memory, metrics."""
     metrics = sorted({name for row in rows for name in row} - {*COLUMNS})
-    heads = [f"{'pictures':>8}", f"{'failed':>6}", f"{'seconds':>16}", f"{'peak GiB':>14}"]
+    heads = [f"{'images':>8}", f"{'failed':>6}", f"{'seconds':>16}", f"{'peak GiB':>14}"]
     lines = ["  ".join([*heads, *(f"{name:>16}" for name in metrics), "height x width, setting"])]
     for setting, group in group_by_setting(rows).items():
-        good = [row for row in group if not row["error"]]
-        seconds = format_mean_std([float(row["seconds"]) for row in good], 1)
-        peaks = [float(row["peak_memory"]) / memory.GIB for row in good if row["peak_memory"]]
-        cells = [f"{len(good):8}", f"{len(group) - len(good):6}", f"{seconds:>16}"]
+        finished = [row for row in group if not row["error"]]
+        seconds = format_mean_std([float(row["seconds"]) for row in finished], 1)
+        peaks = [float(row["peak_memory"]) / memory.GIB for row in finished if row["peak_memory"]]
+        cells = [f"{len(finished):8}", f"{len(group) - len(finished):6}", f"{seconds:>16}"]
         cells.append(f"{format_mean_std(peaks, 2):>14}")
         for name in metrics:
-            values = [float(row[name]) for row in good if row.get(name)]
+            values = [float(row[name]) for row in finished if row.get(name)]
             cells.append(f"{format_mean_std(values, 3):>16}")
         lines.append("  ".join([*cells, setting]))
     return "\n".join([*lines, "", "Mean and standard deviation over the images of a setting.", ""])

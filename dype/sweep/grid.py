@@ -1,4 +1,4 @@
-"""Lists of values: what `0-3`, `1:3:0.5`, `2048x3072` stand for; prompts files; named sweeps."""
+"""Parse lists of values (`0-3`, `1:3:0.5`, `2048x3072`) and prompts files; define named sweeps."""
 
 import re
 from decimal import Decimal, InvalidOperation
@@ -10,21 +10,21 @@ from dype.errors import UserError
 from dype.sampling.multipass import scaled_side
 from dype.sampling.settings import SIDE_LIMITS
 
-MAX_IMAGES = 10_000  # images without --yes
+MAX_IMAGES = 10_000  # without --yes
 RANGE = re.compile(r"(\d+)-(\d+)")
 
 TABLE1_SIZES = "2x:3x,3x:2x,3x,4x"
 
 
 class Sweep(NamedTuple):
-    """A sweep with a name: lines of flags.
+    """A named sweep: lines of flags, each of which adds its images.
 
-    A size of 1.5x is that many times the base resolution, of 2x:3x that many in width and height.
+    The size 1.5x is 1.5 times the base resolution; 2x:3x is 2 times in width, 3 times in height.
     """
 
     lines: tuple[str, ...]
-    quick: tuple[str, ...] = ()  # with --quick
-    note: str = ""  # what to know of the paper's table
+    quick: tuple[str, ...] = ()  # the lines with --quick
+    note: str = ""  # printed with the flags
 
 
 # fmt: off
@@ -45,7 +45,7 @@ SWEEPS = {
     )),
     "paper-table3": Sweep(
         ("--size 2x,4x --method yarn --dype on",),
-        note="left out: every other row of the table, none of which is a position encoding",
+        note="left out: the other rows of the table, which are not position encodings",
     ),
     "paper-table6": Sweep((
         "--size 3x --method base",
@@ -60,14 +60,24 @@ SWEEPS = {
     )),
     "paper-table8": Sweep(
         ("--size 4096 --method base", "--size 4096 --method yarn --dype off,on"),
-        note="the paper's table is of Qwen-Image: --model qwen-image",
+        note="the paper's table uses Qwen-Image: add --model qwen-image",
     ),
 }
 # fmt: on
 
 
 def expand_named_sweep(name: str, base: int, quick: bool, multipass_only: bool) -> list[str]:
-    """The lines of a sweep, with sizes for a base resolution in px. Raises ValueError."""
+    """Return the lines of a named sweep with its sizes in px.
+
+    Args:
+        name: key of `SWEEPS`.
+        base: base resolution in px.
+        quick: return the lines of --quick.
+        multipass_only: return only the lines with --multipass.
+
+    Raises:
+        ValueError: the sweep has no such lines.
+    """
     sweep = SWEEPS[name]
     if quick and not sweep.quick:
         raise ValueError(f"--quick is for --sweep methods and params, expected none with {name}")
@@ -77,34 +87,40 @@ def expand_named_sweep(name: str, base: int, quick: bool, multipass_only: bool) 
         if not lines:
             raise ValueError("--multipass_only is for --sweep methods, expected no --quick with it")
     return [
-        re.sub(r"(?<=--size )\S+", lambda match: resolve_relative_sizes(match[0], base), x)
-        for x in lines
+        re.sub(r"(?<=--size )\S+", lambda match: resolve_relative_sizes(match[0], base), line)
+        for line in lines
     ]
 
 
 def resolve_relative_sizes(sizes: str, base: int) -> str:
-    """`1x,2x:3x,4096` -> the sides in px, those with an x to the nearest token."""
-    sides = re.sub(r"([\d.]+)x", lambda times: str(scaled_side(base, float(times[1]))), sizes)
+    """Replace factors as in `1x,2x:3x,4096` by sides in px, rounded to the nearest token."""
+    sides = re.sub(r"([\d.]+)x", lambda match: str(scaled_side(base, float(match[1]))), sizes)
     return sides.replace(":", "x")
 
 
 def parse_list(name: str, text: str, numbers: bool) -> list[str]:
-    """The values of a list: `a,b`, of numbers also `0-3` and `1:3:0.5`, ends included.
+    """Split a list of values, and expand its ranges.
 
-    Raises ValueError for an empty one or a range that goes backwards.
+    Args:
+        name: name of the flag.
+        text: values as in `a,b`; numbers also as in `0-3` and `1:3:0.5`, ends included.
+        numbers: the values are numbers, so ranges are allowed.
+
+    Raises:
+        ValueError: a value is empty, or a range goes backwards.
     """
     texts = []
     for item in text.split(","):
         item = item.strip()
         if not item:
             raise ValueError(f"--{name} is {text!r}, expected values between the commas")
-        spans = numbers and (":" in item or RANGE.fullmatch(item))
-        texts += parse_range(name, item) if spans else [item]
+        is_range = numbers and (":" in item or RANGE.fullmatch(item))
+        texts += parse_range(name, item) if is_range else [item]
     return list(dict.fromkeys(texts))
 
 
 def parse_range(name: str, item: str) -> list[str]:
-    """`1:3:0.5` -> 1, 1.5, 2, 2.5, 3; the step is 1 where none is given."""
+    """Expand a range: `1:3:0.5` -> 1, 1.5, 2, 2.5, 3; the default step is 1. Raises ValueError."""
     text = item.replace("-", ":") if RANGE.fullmatch(item) else item
     try:
         first, last, step = map(Decimal, (text + ":1" if text.count(":") == 1 else text).split(":"))
@@ -120,7 +136,7 @@ def parse_range(name: str, item: str) -> list[str]:
 
 
 def parse_size(size: str) -> tuple[int, int]:
-    """`2048x3072`, width first, -> (3072, 2048): height, width. Raises ValueError."""
+    """Parse a size, width first: `2048x3072` -> (3072, 2048), height first. Raises ValueError."""
     match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", size)
     if not match:
         raise ValueError(f"--size is {size!r}, expected WIDTHxHEIGHT or one number, in px")
@@ -137,7 +153,7 @@ def parse_size(size: str) -> tuple[int, int]:
 
 
 def read_prompts(path: Path, name: str = "--prompts_file") -> list[str]:
-    """The prompts of a file, one per line that is not blank. Raises UserError, naming the flag."""
+    """Read the prompts of a file, one in each line; blank lines are ignored. Raises UserError."""
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""results.csv and metrics.csv, and how their rows are grouped and labeled."""
+"""Read and write results.csv and metrics.csv; group and label their rows."""
 
 import csv
 import io
@@ -10,43 +10,42 @@ from pathlib import Path
 
 from dype.config import CONFIG_FLAGS
 from dype.sampling import records
-from dype.sampling.settings import (
-    RUN_FLAGS,
-    RunSettings,
-    format_name_part,
-    format_value,
-)
+from dype.sampling.settings import RUN_FLAGS, RunSettings, format_name_part, format_value
 
 RESULTS, METRICS = "results.csv", "metrics.csv"
-# what may vary over a sheet -> how its values are labeled; the last that varies goes across
+# setting that may vary over a sheet -> format of its label; the last that varies is the columns
 LABELS = {"model": "{}"}
 LABELS |= {row.name: row.label for row in [*CONFIG_FLAGS, *RUN_FLAGS] if row.label}
 LABELS |= {"settings": "{}", "seed": LABELS.pop("seed"), "prompt": "{}"}
-REPLICATES = ("seed", "prompt")  # of one setting
+REPLICATES = ("seed", "prompt")  # samples of one setting
 COLUMNS = ["file", "model", "height", "width", *list(LABELS)[1:], "seconds", "peak_memory", "error"]
 METRIC_COLUMNS = ["file", "metric", "value", "protocol"]
 
 
 def to_row(run: RunSettings, record: dict | None = None, error: str = "") -> dict:
-    """Return a row of results.csv: of an image with its record, or of one that failed."""
+    """Return a row of results.csv.
+
+    Args:
+        run: settings of the image.
+        record: record of the image; None if it failed.
+        error: reason of the failure; "" if there is none.
+    """
     row = {name: run.identity.get(name) for name in LABELS}
     if row["attention_scale"] is None and run.config.method != "base":
         row["attention_scale"] = "own"
     row |= {"file": run.file_name, "height": run.height, "width": run.width, "error": error}
     row["method"] = run.config.name
-    parts = [
-        f"{key} {format_name_part(run.changed[key])}" for key in run.changed if key not in LABELS
-    ]
-    row["settings"] = ", ".join(parts) or "defaults"
+    changes = [(key, value) for key, value in run.non_defaults.items() if key not in LABELS]
+    words = [f"{key} {format_name_part(value)}" for key, value in changes]
+    row["settings"] = ", ".join(words) or "defaults"
     row |= {name: (record or {}).get(name) for name in ("seconds", "peak_memory")}
     return {name: "" if value is None else format_value(value) for name, value in row.items()}
 
 
 def read_rows(folder: Path) -> list[dict]:
-    """Return the rows of results.csv, every column filled, with metrics.csv joined by metric.
+    """Read results.csv with all columns, and join the values of metrics.csv by metric.
 
-    A last line that a kill of an earlier version left half is none. Raises ValueError if one of
-    the files is no table of this program.
+    Raises ValueError if one of the files is not a table of this program.
     """
     path, metrics = folder / RESULTS, {}
     rows = read_table(path, ["file", "height", "width", "seconds", "error"])
@@ -57,12 +56,12 @@ def read_rows(folder: Path) -> list[dict]:
             int(row["height"]), int(row["width"]), float(row["seconds"] or len(row["error"]))
     except ValueError as error:
         raise ValueError(f"{path} is no table of this program; move it away") from error
-    filled = [{name: row.get(name, "") for name in COLUMNS} for row in rows]
-    return [metrics.get(row["file"], {}) | row for row in filled]
+    complete = [{name: row.get(name, "") for name in COLUMNS} for row in rows]
+    return [metrics.get(row["file"], {}) | row for row in complete]
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.csv. Raises ValueError for another table and for what is no number."""
+    """Read metrics.csv. Raises ValueError for another table or a value that is not a number."""
     path = folder / METRICS
     rows = read_table(path, METRIC_COLUMNS)
     for row in rows:
@@ -78,28 +77,35 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def read_table(path: Path, columns: list[str]) -> list[dict]:
-    """The rows of a CSV file with at least these columns; none where there is no file.
+    """Read a CSV file with at least these columns; return [] if the file does not exist.
 
-    Raises ValueError for another table.
+    Raises ValueError if it is not such a table.
     """
     if not path.exists():
         return []
     try:
         text = path.read_text("utf-8")
         if path.name == RESULTS and "settings" not in text.partition("\n")[0]:
-            text = text[: text.rfind("\n") + 1]  # earlier versions appended: a kill left half
+            # Earlier versions appended lines, so a kill may have left half of the last one.
+            text = text[: text.rfind("\n") + 1]
         table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         rows = list(table)
         broken = any(None in row or None in row.values() for row in rows)
         if broken or not {*columns} <= {*(table.fieldnames or [])}:
             raise ValueError("other columns")
-    except (ValueError, csv.Error) as error:  # no UTF-8, no CSV
+    except (ValueError, csv.Error) as error:  # not UTF-8, or not CSV
         raise ValueError(f"{path} is no table of this program; move it away") from error
     return rows
 
 
 def write_table(path: Path, columns: list[str], rows) -> None:
-    """Write a CSV file, whole or not at all. Raises OSError."""
+    """Write a CSV file completely or not at all. Raises OSError.
+
+    Args:
+        path: the file.
+        columns: names of the columns.
+        rows: a dict per row; further keys are ignored, missing values are empty.
+    """
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, columns, "", extrasaction="ignore", lineterminator="\n")
     table.writeheader()
@@ -109,7 +115,7 @@ def write_table(path: Path, columns: list[str], rows) -> None:
 
 @contextmanager
 def lock_folder(folder: Path):
-    """One sweep at a time in a folder; a killed one holds no lock. Raises OSError."""
+    """Lock a folder for one sweep; the lock ends with the process. Raises OSError."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -129,36 +135,38 @@ def lock_folder(folder: Path):
 
 
 def takes_several_values(rows: list[dict], name: str) -> bool:
-    """Whether a setting differs, and not just because each method has its own."""
-    of = (lambda one: one["method"]) if name.startswith("dype_") else (lambda one: None)
-    pairs = {(of(one), one[name]) for one in rows if one[name]}
+    """Return True if a setting has several values, or for dype_* several within one method."""
+    per_method = name.startswith("dype_")  # because each method has its own default
+    pairs = {(row["method"] if per_method else None, row[name]) for row in rows if row[name]}
     return len(pairs) > len({method for method, _ in pairs})
 
 
 def setting_labels(names: list[str], values) -> list[str]:
+    """Return the labels of settings with these values; empty values have no label."""
     return [LABELS[name].format(value) for name, value in zip(names, values, strict=True) if value]
 
 
 def group_by_setting(rows: list[dict]) -> dict[str, list[dict]]:
-    """The rows of each setting, of which seeds and prompts are samples, by what sets it apart."""
-    varied = [
+    """Group rows of results.csv by size, method and the other settings that vary.
+
+    The keys are the labels of these settings. Seeds and prompts are samples of one setting.
+    """
+    varying = [
         name for name in LABELS if name not in REPLICATES and takes_several_values(rows, name)
     ]
-    shown = ["method", *(name for name in varied if name != "method")]
-    found: dict[str, list[dict]] = {}
-    for one in rows:
-        parts = [
-            f"{one['height']}x{one['width']}",
-            *setting_labels(shown, [one[name] for name in shown]),
-        ]
-        found.setdefault(", ".join(parts), []).append(one)
-    return found
+    names = ["method", *(name for name in varying if name != "method")]
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        labels = setting_labels(names, [row[name] for name in names])
+        key = ", ".join([f"{row['height']}x{row['width']}", *labels])
+        groups.setdefault(key, []).append(row)
+    return groups
 
 
 def format_mean_std(numbers: list[float], digits: int) -> str:
-    """Mean and, of two or more, standard deviation."""
+    """Format the mean of numbers and, for two or more, the standard deviation in parentheses."""
     if not numbers:
         return "-"
     deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
-    more = "" if deviation is None else f" ({deviation:.{digits}f})"
-    return f"{statistics.mean(numbers):.{digits}f}{more}"
+    suffix = "" if deviation is None else f" ({deviation:.{digits}f})"
+    return f"{statistics.mean(numbers):.{digits}f}{suffix}"

@@ -1,7 +1,7 @@
-"""A sweep: each of its images generated once, whatever interrupts it.
+"""Run a sweep: generate each image once, also after an interruption.
 
-An image is finished when its PNG is there: the JSON beside it was written before it, and the row of
-results.csv, which is written whole after each image, is made from its record.
+An image is finished when its PNG exists. Its JSON is written before the PNG. results.csv is written
+anew after each image, and its rows come from the records.
 """
 
 import gc
@@ -27,32 +27,39 @@ from dype.sampling.sample import prompt_encoder
 from dype.sampling.settings import RunSettings, image_settings
 from dype.sweep.results import COLUMNS, RESULTS, lock_folder, read_rows, to_row, write_table
 
-Rows = dict[str, dict | None]  # file -> row of results.csv; None: an image that is not there
+Rows = dict[str, dict | None]  # file -> row of results.csv; None: not generated yet
 
 
-def find_images(runs: list[RunSettings], folder: Path, overwrite: bool) -> list[dict | None]:
-    """Return the records of the runs' images, None for those that are to be generated.
+def existing_records(runs: list[RunSettings], folder: Path, overwrite: bool) -> list[dict | None]:
+    """Return the record of each run's image; None for an image that must be generated.
 
-    Raises ValueError if an image of other settings, or of nobody's, has the name of one of them;
-    with `overwrite` it is to be generated.
+    Args:
+        runs: settings of the images.
+        folder: folder of the sweep.
+        overwrite: generate images again that have other settings or no record.
+
+    Raises:
+        ValueError: such an image exists, and `overwrite` is False.
     """
-    images = []
+    result = []
     for run in runs:
         try:
-            images.append(read_image(run, folder / run.file_name))
+            result.append(read_existing_record(run, folder / run.file_name))
         except ValueError:
             if not overwrite:
                 raise
-            images.append(None)
-    return images
+            result.append(None)
+    return result
 
 
-def read_image(run: RunSettings, path: Path) -> dict | None:
-    """Return the record of a run's image, None if there is none. Raises ValueError if the image is
-    another one."""
+def read_existing_record(run: RunSettings, path: Path) -> dict | None:
+    """Read the record of a run's image; return None if the image does not exist.
+
+    Raises ValueError if the image has other settings or no record.
+    """
     try:
         record = records.read_record(path)
-        before = image_settings(record)
+        existing = image_settings(record)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -61,46 +68,57 @@ def read_image(run: RunSettings, path: Path) -> dict | None:
             f"{path} is in the way: {reason}; try --overwrite, or another --output_dir"
         ) from error
     for name, value in run.identity.items():
-        if value != before.get(name):
+        if value != existing.get(name):
             raise ValueError(
-                f"--{name} is {value!r}, but {path} was drawn with {before.get(name)!r}, expected "
-                "the same, --overwrite, or another --output_dir"
+                f"--{name} is {value!r}, but {path} was generated with {existing.get(name)!r}, "
+                "expected the same, --overwrite, or another --output_dir"
             )
     return record
 
 
 def check_version(rows: list[dict], folder: Path) -> None:
-    """Raise ValueError for rows of an earlier version, which named its images by another rule."""
+    """Raise ValueError for rows of an earlier version, which used other file names."""
     if any(not row["settings"] for row in rows):
         raise ValueError(
-            f"{folder / RESULTS} is of an earlier version of this program, which can only be read; "
+            f"{folder / RESULTS} is of an earlier version of this program and can only be read; "
             "give another --output_dir, or move the folder away"
         )
 
 
 def open_folder(runs: list[RunSettings], folder: Path, overwrite: bool) -> tuple[Rows, list[str]]:
-    """Make a folder's tables and JSONs say what its images say, after a kill at any moment.
+    """Repair the table and the JSONs of a folder from its images, after a kill at any moment.
 
-    The folder is locked by the caller. Returns its rows, new ones last, and the names of the images
-    that are to be generated. Raises ValueError, OSError.
+    The caller must have locked the folder.
+
+    Args:
+        runs: settings of all images of the sweep.
+        folder: folder of the sweep.
+        overwrite: as in `existing_records`.
+
+    Returns:
+        The rows of results.csv, new ones last, and the file names of the images to generate.
+
+    Raises:
+        ValueError: an image or the table is in the way.
+        OSError: a file cannot be read or written.
     """
     earlier = read_rows(folder)
     check_version(earlier, folder)
     rows: Rows = {row["file"]: row for row in earlier}
     names = []
-    for run, record in zip(runs, find_images(runs, folder, overwrite), strict=True):
+    for run, record in zip(runs, existing_records(runs, folder, overwrite), strict=True):
         rows[run.file_name] = to_row(run, record) if record else None
-        beside = (folder / run.file_name).with_suffix(".json")
+        json_path = (folder / run.file_name).with_suffix(".json")
         if record is None:
             names.append(run.file_name)
-            beside.unlink(missing_ok=True)
-        elif not beside.exists() or beside.read_bytes() != records.to_json(record):
-            records.write_atomically({beside: records.to_json(record)})
-    for part in folder.glob(".*.part"):
-        owner = part.name[1:].rsplit(".", 2)[0]  # .NAME.PROCESS.part
-        tables = owner in (RESULTS, "summary.txt") or owner.startswith("comparison_")
-        if tables or Path(owner).with_suffix(".png").name in rows:
-            part.unlink()
+            json_path.unlink(missing_ok=True)
+        elif not json_path.exists() or json_path.read_bytes() != records.to_json(record):
+            records.write_atomically({json_path: records.to_json(record)})
+    for temporary in folder.glob(".*.part"):
+        target = temporary.name[1:].rsplit(".", 2)[0]  # the name is .TARGET.PROCESS.part
+        is_table = target in (RESULTS, "summary.txt") or target.startswith("comparison_")
+        if is_table or Path(target).with_suffix(".png").name in rows:
+            temporary.unlink()
     write_rows(folder, rows)
     return rows, names
 
@@ -111,34 +129,48 @@ def write_rows(folder: Path, rows: Rows) -> None:
 
 
 def run_sweep(runs: list[RunSettings], folder: Path, overwrite: bool) -> int | None:
-    """Generate the images that are not there yet, and write results.csv.
+    """Generate the unfinished images of a sweep and write results.csv.
 
-    Of several processes each generates its share; with --ulysses or --ring all of them each image.
-    Returns how many images failed, in the main process. Raises ValueError, OSError, UserError.
+    Several processes divide the images between them. With --ulysses or --ring they generate each
+    image together.
+
+    Args:
+        runs: settings of all images of the sweep.
+        folder: folder of the sweep.
+        overwrite: as in `existing_records`.
+
+    Returns:
+        The number of failed images in the main process, None in the others.
+
+    Raises:
+        ValueError: an image or the table is in the way.
+        OSError: a file cannot be read or written.
+        UserError: the settings do not fit the checkpoint or the processes.
     """
     rank, _ = distributed.rank_and_world_size()
     together = runs[0].processes > 1
     distributed.check_start(runs[0])
     with ExitStack() as stack:
         rows, names = {}, []
-        if rank == 0:  # the others wait for it in `init_processes`
+        if rank == 0:  # the other processes wait in `init_processes`
             records.check_writable(folder)
             stack.enter_context(lock_folder(folder))
             rows, names = open_folder(runs, folder, overwrite)
         state = distributed.init_processes(runs[0])
         [names] = broadcast_object_list([names])
-        there, whole = len(runs) - len(names), f"{len(runs)}"
-        print(f"{folder}: images {len(runs)}, there already {there}")
+        finished, total = len(runs) - len(names), f"{len(runs)}"
+        print(f"{folder}: images {len(runs)}, finished {finished}")
         share = names if together else names[rank :: state.num_processes]
         if len(share) < len(names):
-            there, whole = 0, f"{len(share)} of this process"
-        labels = [f"[{there + number}/{whole}]" for number in range(1, 1 + len(share))]
+            finished, total = 0, f"{len(share)} of this process"
+        labels = [f"[{finished + number}/{total}]" for number in range(1, 1 + len(share))]
         by_name = {run.file_name: run for run in runs}
-        mine = [by_name[name] for name in share]
-        new = generate_all(mine, labels, folder, rows, state) if mine else {}
+        share_runs = [by_name[name] for name in share]
+        new = generate_all(share_runs, labels, folder, rows, state) if share_runs else {}
         if not together:
             new = {row["file"]: row for row in gather_object([*new.values()])}
-        state.destroy_process_group()  # not after an error: the others may not be there any more
+        # Not in a `finally`, because after an error the other processes may have ended.
+        state.destroy_process_group()
         if rank > 0:
             return None
         write_rows(folder, rows | new)
@@ -152,84 +184,99 @@ def generate_all(
     rows: Rows,
     state: PartialState,
 ) -> Rows:
-    """Load a pipeline, generate images, and return their rows; one that fails is noted there.
+    """Load a pipeline, generate images and return their rows, with the reason of each failure.
 
     Args:
-        runs: of the images that this process generates.
-        labels: of the lines that are printed of them.
-        rows: of the folder, which the main process writes after each image.
-        state: of `distributed.init_processes`. Where all processes generate each image, an error ends the
-            run, since the others would wait for this one.
+        runs: settings of the images that this process generates.
+        labels: label of each image in the progress lines.
+        folder: folder of the sweep.
+        rows: rows of results.csv, which the main process writes after each image.
+        state: from `distributed.init_processes`. If the processes generate each image together,
+            an error ends the run, because the other processes would wait for this one.
 
     Raises:
-        OSError: a full disk, say, would fail every other image too.
+        OSError: an error that would fail every other image too, as a full disk.
+        UserError: the settings do not fit the checkpoint.
     """
-    main, together = state.is_main_process, runs[0].processes > 1
+    is_main, together = state.is_main_process, runs[0].processes > 1
     pipe = load_for_run(runs[0], max(run.height * run.width for run in runs), state)
-    pipe.set_progress_bar_config(disable=not main)
+    pipe.set_progress_bar_config(disable=not is_main)
     encode, new = prompt_encoder(pipe, runs), {}
     start, done, left = time.perf_counter(), 0, sum(map(estimate_work, runs))
     for label, run in zip(labels, runs, strict=True):
         failure, generated = try_generate(pipe, run, encode, together)
-        if generated and (main or not together):
+        if generated and (is_main or not together):
             records.save_image(*generated, folder / run.file_name)
         new[run.file_name] = to_row(run, generated and generated[1], failure)
-        if main:
+        if is_main:
             write_rows(folder, rows | new)
         done, left = done + estimate_work(run), left - estimate_work(run)
         seconds = (time.perf_counter() - start) * left / done
-        rest = f", about {format_duration(seconds)} left" if left else ""
-        print(f"{label} {run.file_name}  {failure or 'done'}{rest}", flush=True)
+        estimate = f", about {format_duration(seconds)} left" if left else ""
+        print(f"{label} {run.file_name}  {failure or 'done'}{estimate}", flush=True)
     return new
 
 
 def try_generate(
     pipe, run: RunSettings, encode: Callable, together: bool
 ) -> tuple[str, tuple | None]:
-    """Why an image could not be generated, or ""; and the image with its record."""
+    """Generate an image; return the reason of a failure or "", and the image with its record.
+
+    Args:
+        pipe: loaded pipeline.
+        run: settings of the image.
+        encode: function from a text to its embeddings.
+        together: the processes generate each image together, so every error is raised.
+    """
     try:
         return "", generate_with_record(pipe, run, prepare_pipeline(pipe, run), encode)
-    except Exception as error:  # the fault of one setting, unless it would hit every other too
+    except Exception as error:  # an error of one setting must not end the sweep
         fatal = isinstance(error, OSError | errors.UserError) or errors.is_compiler_error(error)
         if together or fatal:
             raise
         failure = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if errors.is_out_of_memory(error):
             failure = explain_out_of_memory(pipe, run)
-    gc.collect()  # outside of the handler, whose traceback holds on to the tensors
+    gc.collect()  # outside of the handler, because its traceback refers to the tensors
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return failure, None
 
 
 def estimate_work(run: RunSettings) -> int:
-    """Steps times pixels, by which the time that is left is estimated."""
+    """Return steps times pixels, to which the estimate of the remaining time is proportional."""
     return run.steps * run.height * run.width
 
 
 def describe_plan(runs: list[RunSettings], folder: Path, overwrite: bool) -> str:
-    """What a sweep would draw, and about how long that takes.
+    """Return the plan of a sweep: file names, number of images and an estimate of the time.
 
-    Raises ValueError as `open_folder` does.
+    Args:
+        runs: settings of all images of the sweep.
+        folder: folder of the sweep, which may not exist yet.
+        overwrite: as in `existing_records`.
+
+    Raises:
+        ValueError: an image or the table is in the way.
     """
     check_version(read_rows(folder), folder)
-    images = find_images(runs, folder, overwrite)
-    pairs = [*zip(runs, images, strict=True)]
-    done = [(run, record) for run, record in pairs if record]
-    lines = [f"  {run.file_name}{'  (there)' * bool(record)}" for run, record in pairs]
-    lines.append(f"images {len(runs)}, there already {len(done)}")
-    if done:
-        rate = sum(record["seconds"] for _, record in done)
-        rate /= sum(estimate_work(run) for run, _ in done)
-        rest = sum(estimate_work(run) for run, record in pairs if not record)
-        lines[-1] += f"; the rest: about {format_duration(rest * rate)} at the pace of those"
+    pairs = [*zip(runs, existing_records(runs, folder, overwrite), strict=True)]
+    finished = [(run, record) for run, record in pairs if record]
+    lines = [f"  {run.file_name}{'  (finished)' * bool(record)}" for run, record in pairs]
+    lines.append(f"images {len(runs)}, finished {len(finished)}")
+    if finished:
+        rate = sum(record["seconds"] for _, record in finished)
+        rate /= sum(estimate_work(run) for run, _ in finished)
+        work_left = sum(estimate_work(run) for run, record in pairs if not record)
+        duration = format_duration(work_left * rate)
+        lines[-1] += f"; about {duration} left at the same speed"
     else:
-        lines[-1] += "; how long that takes can be said once one is there"
+        lines[-1] += "; a time estimate needs one finished image"
     return "\n".join(lines)
 
 
 def format_duration(seconds: float) -> str:
-    """59 s, 12 min, 3.4 h."""
+    """Format a duration as 59 s, 12 min or 3.4 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
