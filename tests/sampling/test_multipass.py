@@ -1,4 +1,4 @@
-"""Several passes and image-to-image, with the text-to-image pipelines of every family."""
+"""Multi-pass and image-to-image with the text-to-image pipelines of every family."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ SETTINGS = {"guidance": 0.0, "seed": 7, "max_sequence_length": 16}
 
 
 def prompt_of(pipe):
-    """A prompt where there are encoders, else random embeddings as `sample.encode_prompt` gives them."""
+    """Return a prompt; without text encoders, random embeddings as from `sample.encode_prompt`."""
     if pipe.text_encoder is not None:
         return "a red ring on teal leaves"
     text, mask = seeded((1, TEXT, TEXT), 1), torch.ones(1, TEXT, dtype=torch.bool)
@@ -42,9 +42,9 @@ def prompt_of(pipe):
 
 @pytest.fixture(params=BUILDS)
 def pipe(request):
-    made = BUILDS[request.param]()
-    apply_dype(made, DyPEConfig("yarn", base_resolution=32))
-    return made
+    pipeline = BUILDS[request.param]()
+    apply_dype(pipeline, DyPEConfig("yarn", base_resolution=32))
+    return pipeline
 
 
 def embedder_of(pipe):
@@ -52,18 +52,18 @@ def embedder_of(pipe):
 
 
 @pytest.fixture
-def seen(pipe, monkeypatch):
-    """(sigma, grid) at every denoiser call."""
+def denoiser_calls(pipe, monkeypatch):
+    """A list of (sigma, grid), to which every denoiser call appends."""
     calls = []
     original = pipe.transformer.forward
 
-    def noted(*args, **kwargs):
+    def spy(*args, **kwargs):
         embedder = embedder_of(pipe)
         grid = embedder.grid if hasattr(embedder, "grid") else embedder.grids[0]
         calls.append((float(embedder.sigma), tuple(grid)))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(pipe.transformer, "forward", noted)
+    monkeypatch.setattr(pipe.transformer, "forward", spy)
     return calls
 
 
@@ -71,24 +71,25 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image)
 
 
-def test_two_passes(pipe, seen):
-    """The sigmas and the grid of each pass, a non-square size, the same pixels twice."""
+def test_two_passes(pipe, denoiser_calls):
+    """Each pass runs its own sigmas and grid at a non-square size, and the pixels repeat."""
     prompt = prompt_of(pipe)
     first = multipass.multipass(pipe, prompt, 128, 192, TWO, **SETTINGS)
     family = CLASSES[type(pipe.transformer).__name__]
-    half = noise_schedule.noise_schedule(pipe.scheduler, 64, 96, 4, family)[1]
-    whole = noise_schedule.noise_schedule(pipe.scheduler, 128, 192, 6, family)[1]
-    wanted = [(sigma, (4, 6)) for sigma in half[:-1]]
-    wanted += [(sigma, (8, 12)) for sigma in whole[3:-1]]
-    assert [grid for _, grid in seen] == [grid for _, grid in wanted]
-    assert [sigma for sigma, _ in seen] == pytest.approx([s for s, _ in wanted], abs=1e-6)
+    half_sigmas = noise_schedule.noise_schedule(pipe.scheduler, 64, 96, 4, family)[1]
+    full_sigmas = noise_schedule.noise_schedule(pipe.scheduler, 128, 192, 6, family)[1]
+    expected = [(sigma, (4, 6)) for sigma in half_sigmas[:-1]]
+    expected += [(sigma, (8, 12)) for sigma in full_sigmas[3:-1]]
+    assert [grid for _, grid in denoiser_calls] == [grid for _, grid in expected]
+    expected_sigmas = pytest.approx([sigma for sigma, _ in expected], abs=1e-6)
+    assert [sigma for sigma, _ in denoiser_calls] == expected_sigmas
     assert first.size == (192, 128)
     again = multipass.multipass(pipe, prompt, 128, 192, TWO, **SETTINGS)
     assert (pixels(again) == pixels(first)).all()
 
 
-def test_passes_are_what_one_would_do_by_hand(pipe):
-    """An image at half the size, then one from it at strength 0.5."""
+def test_passes_equal_two_calls_by_hand(pipe):
+    """Two passes equal an image at half the size and its refinement at strength 0.5."""
     prompt = prompt_of(pipe)
     both = multipass.multipass(pipe, prompt, 128, 192, TWO, **SETTINGS)
     small = sample.generate(pipe, prompt, height=64, width=96, steps=4, **SETTINGS)
@@ -98,27 +99,27 @@ def test_passes_are_what_one_would_do_by_hand(pipe):
     assert (pixels(large) == pixels(both)).all()
 
 
-def test_the_least_that_can_be_said():
-    """Guidance is the pipeline's own then, and the seed 42."""
+def test_defaults():
+    """The defaults are the pipeline's own guidance and seed 42."""
     pipe = flux()
     passes = [{"scale": 0.5, "steps": 2}, {"scale": 1.0, "steps": 2, "strength": 0.5}]
-    least = multipass.multipass(pipe, "a red ring", 64, 96, passes=passes)
-    said = {"guidance": 3.5, "seed": 42, "max_sequence_length": 512}
-    most = multipass.multipass(pipe, "a red ring", 64, 96, passes, **said)
-    assert (pixels(least) == pixels(most)).all()
+    by_default = multipass.multipass(pipe, "a red ring", 64, 96, passes=passes)
+    defaults = {"guidance": 3.5, "seed": 42, "max_sequence_length": 512}
+    explicit = multipass.multipass(pipe, "a red ring", 64, 96, passes, **defaults)
+    assert (pixels(by_default) == pixels(explicit)).all()
 
 
 def test_strength_1_starts_from_the_pipelines_own_noise(pipe):
     prompt = prompt_of(pipe)
     size = {"height": 64, "width": 96, "steps": 3}
     plain = sample.generate(pipe, prompt, **size, **SETTINGS)
-    other = Image.effect_noise((96, 64), 80)
-    started = sample.generate(pipe, prompt, **size, image=other, strength=1.0, **SETTINGS)
-    assert (pixels(started) == pixels(plain)).all()
+    image = Image.effect_noise((96, 64), 80)
+    refined = sample.generate(pipe, prompt, **size, image=image, strength=1.0, **SETTINGS)
+    assert (pixels(refined) == pixels(plain)).all()
 
 
-def test_embeddings_once_are_the_pipelines_own():
-    """FLUX.1 by its prompt, and by what `encode_prompt` made of it: the same pixels."""
+def test_embeddings_give_the_same_pixels_as_the_prompt():
+    """FLUX.1 generates the same pixels from a prompt and from its `encode_prompt` embeddings."""
     pipe = flux()
     size = {"height": 64, "width": 96, "steps": 2}
     guided = {"negative_prompt": "a blue disk", "true_cfg": 3.0, **SETTINGS, "guidance": 3.0}
@@ -134,8 +135,8 @@ def test_embeddings_once_are_the_pipelines_own():
     assert (pixels(sample.generate(pipe, texts[0], **size, **guided)) == pixels(by_hand)).all()
 
 
-def perfect(pipe, clean: torch.Tensor):
-    """A transformer that knows the answer: the velocity that leads from x_t straight to x_0."""
+def perfect_forward(pipe, clean: torch.Tensor):
+    """Return a `forward` whose velocity leads from x_t straight to the latents `clean`."""
     transformer = pipe.transformer
     family = CLASSES[type(transformer).__name__]
 
@@ -150,34 +151,34 @@ def perfect(pipe, clean: torch.Tensor):
 
 
 def test_normalization_is_the_inverse_of_the_pipelines(pipe, monkeypatch):
-    """What the autoencoder encodes, refined by a perfect transformer, is what it is to decode."""
+    """A perfect transformer passes the latents of the encoder unchanged to the decoder."""
     vae = pipe.vae
     if hasattr(vae, "bn"):
         vae.bn.running_mean.copy_(seeded((16,), 3))
         vae.bn.running_var.copy_(seeded((16,), 4).abs() + 0.5)
-    video = type(vae).__name__ == "AutoencoderKLQwenImage"
-    if video:
+    is_video = type(vae).__name__ == "AutoencoderKLQwenImage"
+    if is_video:
         vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[2.0, 1.5, 0.5, 1.0])
-    picture = Image.effect_noise((96, 64), 80).convert("RGB")
-    tensor = torch.from_numpy(pixels(picture).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    image = Image.effect_noise((96, 64), 80).convert("RGB")
+    tensor = torch.from_numpy(pixels(image).copy()).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
-        coded = vae.encode(tensor[:, :, None] if video else tensor).latent_dist.mode()
-        latents = encode_image(pipe, picture, torch.device("cpu"))
+        encoded = vae.encode(tensor[:, :, None] if is_video else tensor).latent_dist.mode()
+        latents = encode_image(pipe, image, torch.device("cpu"))
         clean = add_noise(pipe, latents, 0.0, 7, torch.float32)
     if hasattr(pipe, "_patchify_latents"):
         clean = pipe._pack_latents(clean)
     decoded = []
-    original = vae.decode
-    monkeypatch.setattr(vae, "decode", lambda z, **more: decoded.append(z) or original(z, **more))
-    monkeypatch.setattr(pipe.transformer, "forward", perfect(pipe, clean))
+    decode = vae.decode
+    monkeypatch.setattr(vae, "decode", lambda z, **kw: decoded.append(z) or decode(z, **kw))
+    monkeypatch.setattr(pipe.transformer, "forward", perfect_forward(pipe, clean))
     sample.generate(
-        pipe, prompt_of(pipe), height=64, width=96, steps=5, image=picture, strength=0.5, **SETTINGS
+        pipe, prompt_of(pipe), height=64, width=96, steps=5, image=image, strength=0.5, **SETTINGS
     )
-    torch.testing.assert_close(decoded[0], coded, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(decoded[0], encoded, atol=1e-4, rtol=1e-4)
 
 
-def test_a_low_strength_keeps_the_picture():
-    """On the demo model: its own image, refined at one step of twenty, hardly changes."""
+def test_a_low_strength_keeps_the_image():
+    """One step of twenty hardly changes an image of the demo model."""
     from dype.pipelines.loading import load_pipeline
 
     pipe = quiet(load_pipeline("demo"))
@@ -185,24 +186,24 @@ def test_a_low_strength_keeps_the_picture():
     settings = {**SETTINGS, "negative_prompt": "", "true_cfg": 5.0}
     size = {"height": 256, "width": 256}
     text = "a red ring on teal leaves"
-    picture = sample.generate(pipe, text, **size, steps=8, **{**settings, "seed": 8})
-    near, far = (
+    image = sample.generate(pipe, text, **size, steps=8, **{**settings, "seed": 8})
+    weak, strong = (
         pixels(
-            sample.generate(pipe, text, **size, steps=steps, image=picture, strength=s, **settings)
+            sample.generate(pipe, text, **size, steps=steps, image=image, strength=s, **settings)
         )
         for steps, s in ((20, 0.05), (8, 0.9))
     )
-    before = pixels(picture).astype(float)
-    assert np.abs(near - before).mean() < 12
-    assert np.abs(far - before).mean() > 2 * np.abs(near - before).mean()
+    original = pixels(image).astype(float)
+    assert np.abs(weak - original).mean() < 12
+    assert np.abs(strong - original).mean() > 2 * np.abs(weak - original).mean()
 
 
 def test_sizes_of_the_passes():
-    """To the nearest token, the last one as asked."""
+    """Sizes are rounded to the nearest token; the last one is the size of the image."""
     passes = multipass.resolve_passes("threepass", 4096, 2736, 4, (0.5, 0.4), 1024)
-    sizes = [(one["height"], one["width"]) for one in passes]
+    sizes = [(settings["height"], settings["width"]) for settings in passes]
     assert sizes == [(1024, 688), (2048, 1376), (4096, 2736)]
-    assert [one.get("strength") for one in passes] == [None, 0.5, 0.4]
+    assert [settings.get("strength") for settings in passes] == [None, 0.5, 0.4]
     small = multipass.resolve_passes("threepass", 64, 112, 4, (0.5, 0.4), 1024)
     assert small[0] == {"height": 16, "width": 32, "steps": 4}
 
@@ -218,13 +219,13 @@ BAD = {
     "strength in the first": ([{"scale": 1.0, "steps": 4, "strength": 0.5}], "from the second"),
     "no steps": ([{"scale": 1.0}], "expected scale and steps"),
     "half a step": ([{"scale": 1.0, "steps": 0.5}], "steps is 0.5"),
-    "a word of its own": ([{"scale": 1.0, "steps": 4, "cfg": 3}], "'cfg'"),
+    "an unknown key": ([{"scale": 1.0, "steps": 4, "cfg": 3}], "'cfg'"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_passes(name):
-    """Before anything is drawn: there is no pipeline at all."""
+    """Bad passes are refused before the pipeline is used: here it is None."""
     passes, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         multipass.multipass(None, "x", 128, 128, passes, **SETTINGS)
@@ -248,7 +249,7 @@ def test_an_unknown_pipeline_or_autoencoder():
         encode_image(pipe, Image.new("RGB", (64, 64)), torch.device("cpu"))
 
 
-INNER = {  # where each pipeline asks its encoder, and what it gets for 16 tokens
+ENCODER_METHODS = {  # the method in which a pipeline calls its encoder, and the shape for 16 tokens
     "chroma": ("_get_t5_prompt_embeds", (TEXT, TEXT)),
     "flux2": ("_get_qwen3_prompt_embeds", (TEXT, TEXT)),
     "krea2": ("get_text_hidden_states", (TEXT, 2, TEXT)),
@@ -256,37 +257,38 @@ INNER = {  # where each pipeline asks its encoder, and what it gets for 16 token
 }
 
 
-@pytest.mark.parametrize("name", [*INNER, "z-image"])
-def test_a_prompt_means_what_it_means_to_the_pipeline(name, monkeypatch):
-    """With guidance, and with the negative prompt that the pipeline implies: the same pixels.
+@pytest.mark.parametrize("name", [*ENCODER_METHODS, "z-image"])
+def test_prompts_give_the_same_pixels_as_the_pipeline(name, monkeypatch):
+    """The pixels agree with guidance and with the negative prompt that the pipeline implies.
 
-    The encoders of the four are a function from text to embeddings; Z-Image's is a tiny real one.
+    The encoders of four pipelines are a function from text to embeddings. Z-Image has a tiny real
+    encoder.
     """
-    made = BUILDS[name]()
+    pipeline = BUILDS[name]()
     if name == "z-image":
-        made.register_modules(**qwen3())
+        pipeline.register_modules(**qwen3())
     else:
-        inner, shape = INNER[name]
+        method, shape = ENCODER_METHODS[name]
 
-        def embeddings(*args, prompt=None, **more):
+        def encode(*args, prompt=None, **options):
             text = prompt if prompt is not None else args[0]
             text = text if isinstance(text, str) else text[0]
-            found = seeded((1, *shape), sum(map(ord, text)))
+            embeddings = seeded((1, *shape), sum(map(ord, text)))
             mask = torch.ones(1, TEXT, dtype=torch.long if name == "qwen-image" else torch.bool)
-            return found if name == "flux2" else (found, mask)
+            return embeddings if name == "flux2" else (embeddings, mask)
 
-        monkeypatch.setattr(made, inner, embeddings)
+        monkeypatch.setattr(pipeline, method, encode)
     scale = {"true_cfg_scale": 3.0, "negative_prompt": " "} if name == "qwen-image" else {}
     call = {"height": 64, "width": 64, "num_inference_steps": 2, "max_sequence_length": 16}
     call |= scale or {"guidance_scale": 3.0}
     generator = torch.Generator().manual_seed(7)
-    plain = made(prompt="a red ring", generator=generator, **call).images[0]
+    plain = pipeline(prompt="a red ring", generator=generator, **call).images[0]
     settings = {**SETTINGS, "guidance": 0.0 if scale else 3.0}
     settings |= {"true_cfg": 3.0, "negative_prompt": " "} if scale else {}
-    drawn = sample.generate(made, "a red ring", height=64, width=64, steps=2, **settings)
-    assert (pixels(drawn) == pixels(plain)).all()
-    without = sample.generate(
-        made, "a red ring", height=64, width=64, steps=2,
+    guided = sample.generate(pipeline, "a red ring", height=64, width=64, steps=2, **settings)
+    assert (pixels(guided) == pixels(plain)).all()
+    unguided = sample.generate(
+        pipeline, "a red ring", height=64, width=64, steps=2,
         **settings | {"true_cfg": 1.0, "guidance": 0.0, "negative_prompt": None},
     )  # fmt: skip
-    assert (pixels(without) != pixels(plain)).any()
+    assert (pixels(unguided) != pixels(plain)).any()

@@ -1,11 +1,11 @@
-"""Lists of settings, sweeps with a name, and the cells that they make."""
+"""Lists of values, named sweeps, and the runs that they give."""
 
 import os
 import shlex
 from pathlib import Path
 
 import pytest
-from conftest import run
+from conftest import run as run_command
 from PIL import Image
 
 from dype import DyPEConfig
@@ -18,7 +18,7 @@ from dype.sweep.run import estimate_work
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
-def planned(*argv) -> list[RunSettings]:
+def resolve_runs(*argv) -> list[RunSettings]:
     return resolve(vars(flags.parse([*argv])))[1]
 
 
@@ -58,8 +58,8 @@ BAD = {
     "31 digits of values": "--seed 0-9999999999999999999999999999999",
     "a step of nothing": "--dype_scale 1:2:1e-30",
     "no table of a sweep": "--grid_from odd",
-    "somebody else's table": "--grid_from other",
-    "somebody else's table before drawing": "--model demo --seed 0-1 --output_dir other",
+    "a foreign table": "--grid_from other",
+    "a foreign table before generating": "--model demo --seed 0-1 --output_dir other",
     "one of the list out of range": "--dype_scale 1,9",
     "one of the list unknown": "--method yarn,yarm",
     "dype maybe": "--dype on,maybe",
@@ -97,7 +97,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, capsys):
-    """One sentence, exit code 2, nothing loaded and nothing written."""
+    """Bad input gives one sentence and exit code 2; nothing is loaded or written."""
     Image.new("RGB", (64, 64)).save("square.png")
     Path("cut.png").write_bytes(Path("square.png").read_bytes()[:60])
     Path("text.txt").write_text("words")
@@ -106,7 +106,7 @@ def test_bad_input(name, capsys):
     Path("other").mkdir()
     Path("other/results.csv").write_text("file,model\na,b\n")
     before = sorted(os.listdir())
-    assert run(*BAD[name].split()) == 2
+    assert run_command(*BAD[name].split()) == 2
     err = capsys.readouterr().err
     assert err.startswith("run_dype.py: ")
     assert err.count("\n") == 1
@@ -116,38 +116,38 @@ def test_bad_input(name, capsys):
     assert sorted(os.listdir()) == before
 
 
-def test_yes_means_it():
-    assert len(planned("--seed", "0-10000", "--yes")) == 10_001
+def test_yes_allows_more_images():
+    assert len(resolve_runs("--seed", "0-10000", "--yes")) == 10_001
 
 
-def test_the_product_and_what_draws_the_same_once():
-    """Static and `base` don't depend on lambda, so they are drawn once for all of them."""
-    found = planned(
-        *shlex.split("--method base,ntk --dype on,off --dype_scale 1,2 --seed 0-1 --prompt a b")
-    )
-    names = [cell.file_name for cell in found]
+def test_the_product_has_equal_images_once():
+    """Static methods and `base` do not depend on lambda, so they are generated once for all."""
+    lists = "--method base,ntk --dype on,off --dype_scale 1,2 --seed 0-1 --prompt a b"
+    runs = resolve_runs(*shlex.split(lists))
+    names = [run.file_name for run in runs]
     assert len(set(names)) == len(names) == 2 * 2 * 4  # base, ntk, ntk with 1 and with 2
     assert names[0].startswith("seed_0_method_base_res_4096x4096_prompt_a")
     assert sum("dy_ntk_res_4096x4096_dype_scale_1_" in name for name in names) == 4
-    assert sum("dy_ntk_res_4096x4096_prompt_" in name for name in names) == 4  # 2, its own
-    assert found[0].prompt == "a"
-    assert found[-1].prompt == "b"
+    # The names lack scale 2, which is the default.
+    assert sum("dy_ntk_res_4096x4096_prompt_" in name for name in names) == 4
+    assert runs[0].prompt == "a"
+    assert runs[-1].prompt == "b"
 
 
 def test_the_time_aware_baseline_has_no_lambdas():
-    """TASR follows t itself: lambda_s and lambda_t change nothing, the start does."""
+    """TASR follows t itself: lambda_s and lambda_t have no effect, the start has one."""
     lists = "--method tasr --dype_scale 1,2 --dype_exponent 1,2 --dype_start_sigma 0.5,1"
-    names = [cell.file_name for cell in planned(*lists.split())]
+    names = [run.file_name for run in resolve_runs(*lists.split())]
     assert names == [
         f"seed_42_method_dy_tasr_res_4096x4096{start}.png"
         for start in ("_dype_start_sigma_0.5", "")
     ]
 
 
-def test_settings_that_a_method_does_not_feel():
-    """The cut moves the cutoffs alone, dynamic and static; the attention scale all but `base`."""
+def test_settings_without_effect_on_a_method():
+    """--cutoff has an effect on `cutoff` only, --attention_scale on all methods but `base`."""
     lists = "--method base,pi,cutoff --no_dype --cutoff 1,2 --attention_scale 0,0.3"
-    names = [cell.file_name for cell in planned(*lists.split())]
+    names = [run.file_name for run in resolve_runs(*lists.split())]
     assert names == ["seed_42_method_base_res_4096x4096.png"] + [
         f"seed_42_method_{method}_res_4096x4096{cut}_attention_scale_{scale}.png"
         for method, cuts in (("pi", [""]), ("cutoff", ["", "_cutoff_2"]))
@@ -156,34 +156,35 @@ def test_settings_that_a_method_does_not_feel():
     ]
 
 
-def test_the_path_of_an_attention_scale_that_is_not_felt():
-    """The same image as with a constant one: where there is no a, no method, no noise level."""
+def test_attention_path_without_effect():
+    """`base` and static methods give the same image with a constant and a rising path."""
 
-    def same(*settings, **more):
-        flags = planned()[0].record
-        config = DyPEConfig(*settings, attention_scale=0.3, **more).to_dict()
-        pair = [flags | {"config": config | {"attention_path": p}} for p in ("constant", "rising")]
+    def is_same_image(*settings):
+        record = resolve_runs()[0].record
+        config = DyPEConfig(*settings, attention_scale=0.3).to_dict()
+        paths = ("constant", "rising")
+        pair = [record | {"config": config | {"attention_path": path}} for path in paths]
         return image_settings(pair[0]) == image_settings(pair[1])
 
-    assert same("base")
-    assert same("yarn", False)
-    assert not same("yarn")
+    assert is_same_image("base")
+    assert is_same_image("yarn", False)
+    assert not is_same_image("yarn")
 
 
 def test_older_records_lack_settings():
-    """What they lack was at its default."""
-    record = planned("--method", "yarn")[0].record
-    known = image_settings(record)
+    """A setting that an older record lacks has its default value."""
+    record = resolve_runs("--method", "yarn")[0].record
+    expected = image_settings(record)
     for name in ("cutoff", "cutoff_width", "attention_scale", "attention_path"):
         del record["config"][name]
     for name in ("cache", "attention", "init_sha256"):
         del record["flags"][name]
-    assert image_settings(record) == known
+    assert image_settings(record) == expected
 
 
 def test_sizes_are_width_first_and_names_height_first():
-    found = planned("--size", "1024,2048x3072")
-    assert [cell.file_name[-13:-4] for cell in found] == ["1024x1024", "3072x2048"]
+    runs = resolve_runs("--size", "1024,2048x3072")
+    assert [run.file_name[-13:-4] for run in runs] == ["1024x1024", "3072x2048"]
 
 
 COUNTS = {
@@ -203,70 +204,70 @@ COUNTS = {
 @pytest.mark.parametrize("model", ["flux-krea", "demo", "qwen-image"])
 @pytest.mark.parametrize("line", COUNTS)
 def test_named_sweeps_are_presets_of_the_list_flags(line, model, capsys):
-    """As many images as said; the flags that are printed make the same ones."""
+    """A sweep has the expected number of images, and the printed flags give the same images."""
     model = ["--model", model]
-    found = planned(*line.split(), *model)
-    assert len(found) == COUNTS[line]
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == f"--sweep {line.split()[1]} stands for"
-    lines = [text for text in printed[1:] if text.startswith("  --")]
-    again = [cell for text in lines for cell in planned(*shlex.split(text), *model)]
-
-    names = [sorted(run.file_name for run in runs) for runs in (again, found)]
-    assert names[0] == names[1]
-    assert ("left out" in " ".join(printed)) == ("table3" in line)
-    assert ("--model qwen-image" in " ".join(printed)) == ("table8" in line)
+    runs = resolve_runs(*line.split(), *model)
+    assert len(runs) == COUNTS[line]
+    output = capsys.readouterr().out.splitlines()
+    assert output[0] == f"--sweep {line.split()[1]} stands for"
+    lines = [text for text in output[1:] if text.startswith("  --")]
+    printed_runs = [run for text in lines for run in resolve_runs(*shlex.split(text), *model)]
+    assert sorted(r.file_name for r in printed_runs) == sorted(r.file_name for r in runs)
+    assert ("left out" in " ".join(output)) == ("table3" in line)
+    assert ("--model qwen-image" in " ".join(output)) == ("table8" in line)
 
 
 def test_sizes_of_a_named_sweep_are_whole_tokens():
-    """Multiples of the base resolution to the nearest 16 px: 1.5 x 1328 is 1992, so 2000."""
-    found = planned("--sweep", "methods", "--model", "qwen-image")
-    sizes = dict.fromkeys(cell.height for cell in found)
+    """Sizes are rounded to the nearest 16 px: 1.5 x 1328 is 1992, so 2000."""
+    runs = resolve_runs("--sweep", "methods", "--model", "qwen-image")
+    sizes = dict.fromkeys(run.height for run in runs)
     assert list(sizes) == [1328, 2000, 2656, 3984, 5312]
 
 
-def rows(name: str) -> set[str]:
-    """The rows of a named sweep, as its file names have them."""
-    return {cell.file_name.split("_res_")[0][15:] for cell in planned("--sweep", name)}
+def methods(name: str) -> set[str]:
+    """Return the methods of a named sweep as in its file names, the rows of the paper's table."""
+    return {run.file_name.split("_res_")[0][15:] for run in resolve_runs("--sweep", name)}
 
 
 def test_paper_tables_hold_the_papers_settings():
-    """Rows of Tables 1, 7 and 8; lambdas and size of both schedulers of Table 6."""
-    assert rows("paper-table1") == {"base", "ntk", "dy_tasr", "dy_ntk", "yarn", "dy_yarn"}
-    sizes = [(c.width, c.height) for c in planned("--sweep", "paper-table1")]
+    """Sweeps have the rows of Tables 1, 7 and 8, and the lambdas and the size of Table 6."""
+    assert methods("paper-table1") == {"base", "ntk", "dy_tasr", "dy_ntk", "yarn", "dy_yarn"}
+    sizes = [(run.width, run.height) for run in resolve_runs("--sweep", "paper-table1")]
     assert list(dict.fromkeys(sizes)) == [(2048, 3072), (3072, 2048), (3072, 3072), (4096, 4096)]
-    assert rows("paper-table7") == {"base", "yarn", "dy_yarn", "dy_yarn_ntk_only", "dy_yarn_both"}
-    assert rows("paper-table8") == {"base", "yarn", "dy_yarn"}
-    found = planned("--sweep", "paper-table6")
-    assert {cell.height for cell in found} == {3072}
+    table7 = {"base", "yarn", "dy_yarn", "dy_yarn_ntk_only", "dy_yarn_both"}
+    assert methods("paper-table7") == table7
+    assert methods("paper-table8") == {"base", "yarn", "dy_yarn"}
+    runs = resolve_runs("--sweep", "paper-table6")
+    assert {run.height for run in runs} == {3072}
     for method in ("ntk", "ntk_mult"):
         pairs = [
-            (cell.config.dype_scale, cell.config.dype_exponent)
-            for cell in found
-            if cell.config.dype and cell.config.method == method
+            (run.config.dype_scale, run.config.dype_exponent)
+            for run in runs
+            if run.config.dype and run.config.method == method
         ]
         assert sorted(pairs) == [(1, 1), (1.5, 1), (2, 0.5), (2, 1), (2, 2), (2.5, 1)]
 
 
 def test_a_flag_wins_over_the_named_sweep():
-    found = planned("--sweep", "methods", "--method", "ntk", "--size", "2048", "--seed", "1,2")
-    assert {cell.config.method for cell in found} == {"ntk"}
-    assert len(found) == 2 * 2  # one and two passes
+    flags = "--method ntk --size 2048 --seed 1,2"
+    runs = resolve_runs("--sweep", "methods", *flags.split())
+    assert {run.config.method for run in runs} == {"ntk"}
+    assert len(runs) == 2 * 2  # one and two passes
 
 
 def test_a_list_of_one_image_is_a_sweep():
-    """Also where its values have no effect, or two of them are the same."""
-    for words in ("--method base --dype_scale 1,2", "--prompt a a"):
-        options, runs = resolve(vars(flags.parse(words.split())))
+    """A list is a sweep also if its values have no effect or are equal."""
+    for line in ("--method base --dype_scale 1,2", "--prompt a a"):
+        options, runs = resolve(vars(flags.parse(line.split())))
         assert (options.sweep, len(runs)) == ("sweep", 1)
     assert resolve(vars(flags.parse(["--seed", "3"])))[0].sweep is None
 
 
-def test_a_prompt_twice_is_drawn_once():
-    found = planned("--prompt", "a", "b", "a")
-    assert [cell.prompt for cell in found] == ["a", "b"]
+def test_a_repeated_prompt_is_generated_once():
+    runs = resolve_runs("--prompt", "a", "b", "a")
+    assert [run.prompt for run in runs] == ["a", "b"]
 
 
-def test_the_time_left_is_by_steps_and_pixels():
-    [small], [large] = (planned("--size", size) for size in ("1024", "2048"))
+def test_work_is_steps_times_pixels():
+    [small], [large] = (resolve_runs("--size", size) for size in ("1024", "2048"))
     assert estimate_work(large) == 4 * estimate_work(small) == 28 * 2048**2

@@ -1,4 +1,4 @@
-"""A sweep that is killed again and again ends as one that never was."""
+"""A sweep that is killed many times ends like an uninterrupted one."""
 
 import csv
 import json
@@ -35,24 +35,26 @@ UNEQUAL = {"seconds", "peak_memory"}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """What a sweep left that was killed at every cue, and one that was not."""
+    """The folders of a sweep that was killed at every cue and of an uninterrupted one."""
     if not hasattr(os, "fork"):
         pytest.skip("kills forked children")
-    killed, whole = (tmp_path_factory.mktemp(name) for name in ("killed", "whole"))
-    cues = [[str(killed), *cue] for cue in CUES] + [[str(killed)], [str(killed)], [str(whole)]]
-    words = [sys.executable, ROOT / "tests" / "interrupted.py", json.dumps(cues)]
-    done = subprocess.run(
-        [*words, *SWEEP.split()],
+    names = ("killed", "uninterrupted")
+    killed, uninterrupted = (tmp_path_factory.mktemp(name) for name in names)
+    cues = [[str(killed), *cue] for cue in CUES]
+    cues += [[str(killed)], [str(killed)], [str(uninterrupted)]]
+    program = [sys.executable, ROOT / "tests" / "interrupted.py", json.dumps(cues)]
+    result = subprocess.run(
+        [*program, *SWEEP.split()],
         capture_output=True,
         text=True,
         timeout=240,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    codes = json.loads(done.stdout.splitlines()[-1])
+    assert result.returncode == 0, result.stderr[-2000:]
+    codes = json.loads(result.stdout.splitlines()[-1])
     assert codes == [-9] * len(CUES) + [0, 0, 0]
-    return killed / "out", whole / "out"
+    return killed / "out", uninterrupted / "out"
 
 
 def table(folder: Path) -> list[dict]:
@@ -61,8 +63,8 @@ def table(folder: Path) -> list[dict]:
 
 
 def test_the_same_files(folders):
-    killed, whole = (sorted(path.name for path in folder.iterdir()) for folder in folders)
-    assert killed == whole
+    killed, uninterrupted = (sorted(path.name for path in folder.iterdir()) for folder in folders)
+    assert killed == uninterrupted
     assert len([name for name in killed if name.startswith("seed_")]) == 2 * 12
     assert {"results.csv", "summary.txt", "comparison_64x64.png"} <= set(killed)
 
@@ -74,24 +76,24 @@ def test_the_same_pixels(folders):
 
 
 def test_the_same_records(folders):
-    """In the images and beside them, but for seconds and memory."""
+    """The records in PNG and JSON are the same, except for seconds and memory."""
     for path in folders[1].glob("seed_*.png"):
-        found = []
+        pair = []
         for folder in folders:
             record = records.read_record(folder / path.name)
-            beside = (folder / path.name).with_suffix(".json")
-            assert record == json.loads(beside.read_text())
-            found.append({k: v for k, v in record.items() if k not in UNEQUAL})
-        assert found[0] == found[1]
+            json_path = (folder / path.name).with_suffix(".json")
+            assert record == json.loads(json_path.read_text())
+            pair.append({k: v for k, v in record.items() if k not in UNEQUAL})
+        assert pair[0] == pair[1]
 
 
-def test_each_cell_once_in_the_table(folders):
-    killed, whole = (table(folder) for folder in folders)
+def test_each_image_once_in_the_table(folders):
+    killed, uninterrupted = (table(folder) for folder in folders)
     assert len({row["file"] for row in killed}) == len(killed) == 12
     assert all((folders[0] / row["file"]).exists() and not row["error"] for row in killed)
-    for one, other in zip(killed, whole, strict=True):
-        assert {k: v for k, v in one.items() if k not in UNEQUAL} == {
-            k: v for k, v in other.items() if k not in UNEQUAL
+    for row, expected in zip(killed, uninterrupted, strict=True):
+        assert {k: v for k, v in row.items() if k not in UNEQUAL} == {
+            k: v for k, v in expected.items() if k not in UNEQUAL
         }
-        assert float(one["seconds"]) > 0
-        assert int(one["peak_memory"]) > 0
+        assert float(row["seconds"]) > 0
+        assert int(row["peak_memory"]) > 0
