@@ -1,1 +1,1 @@
-"""What DyPE costs."""
+"""Measure the cost of DyPE."""

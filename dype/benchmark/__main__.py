@@ -1,21 +1,23 @@
-"""What DyPE costs: `python -m dype.benchmark [embedder | step | pipeline]`.
+"""Measure the cost of DyPE: `python -m dype.benchmark [embedder | step | pipeline]`.
 
-embedder: a call of each family's embedder, beside stock and a plain copy. step: a denoiser step
-with and without DyPE, in pairs. pipeline: whole images. Ratios come first; the last line is all
-of it as JSON.
+embedder: one call of each family's embedder, against the stock embedder and a plain copy.
+step: one denoiser step with DyPE against one without.
+pipeline: a whole image with DyPE against one without.
+The command prints ratios and times. Its last line has all results as JSON.
 """
 
 import argparse
 import json
 import platform
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from dype.benchmark import embedder, step
 from dype.config import DEFAULT_LAMBDA_S
-from dype.errors import Parser, UserError, run_command
+from dype.errors import Parser, UserError, WideHelp, run_command
 from dype.families import PIXELS_PER_TOKEN
 from dype.pipelines.acceleration import COMPILES, attention_backends, check_attention
 from dype.pipelines.devices import check_device, default_device, fast_dtype
@@ -26,37 +28,62 @@ LARGE = (1024, 2048, 4096)  # of step and pipeline on a GPU
 REPEATS = {"embedder": 9, "step": 15, "pipeline": 2}
 
 
+EXAMPLES = """examples:
+  python -m dype.benchmark --repeats 15
+  python -m dype.benchmark step --sizes 256 512 1024
+  python -m dype.benchmark step --model flux --sizes 1024 2048 --device cuda
+  python -m dype.benchmark pipeline --model flux --sizes 4096 --repeats 1 --alone
+"""
+
+
 def parser() -> Parser:
-    made = Parser(prog="python -m dype.benchmark", description=__doc__)
-    flag = made.add_argument
+    """Return the parser of the command line."""
+    argument_parser = Parser(
+        prog="python -m dype.benchmark",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, **WideHelp.keywords),
+    )
+    flag = argument_parser.add_argument
     sizes = ", ".join(f"{name} {' '.join(map(str, sides))}" for name, sides in SIZES.items())
     repeats = ", ".join(f"{name} {count}" for name, count in REPEATS.items())
-    flag("what", nargs="?", choices=RUNS, default="embedder")
-    flag("--sizes", nargs="+", type=int, metavar="PX", help=f"(default: {sizes}; on a GPU step and "
-         f"pipeline {' '.join(map(str, LARGE))})")  # fmt: skip
-    flag("--repeats", type=int, metavar="N", help=f"(default: {repeats})")
-    flag("--device", metavar="NAME", help="cpu or cuda (default: cpu for embedder, else the best)")
+    families, methods = ", ".join(embedder.FAMILIES), ", ".join(DEFAULT_LAMBDA_S)
+    flag("benchmark", nargs="?", choices=RUNS, default="embedder", metavar="BENCHMARK",
+         help=f"benchmark to run; {', '.join(RUNS)} (default: %(default)s)")  # fmt: skip
+    flag("--sizes", nargs="+", type=int, metavar="PX", help="sides of square images; multiples of "
+         f"{PIXELS_PER_TOKEN} (default: {sizes}; on a GPU step and pipeline "
+         f"{' '.join(map(str, LARGE))})")  # fmt: skip
+    flag("--repeats", type=int, metavar="N", help="number of timed calls or images; 1 or more "
+         f"(default: {repeats})")  # fmt: skip
+    flag("--device", metavar="NAME", help="device to measure; cpu or cuda (default: cpu for "
+         "embedder, else the GPU, or cpu without one)")  # fmt: skip
     flag("--families", nargs="+", choices=embedder.FAMILIES, default=[*embedder.FAMILIES],
-         help="of embedder (default: all)")  # fmt: skip
-    flag("--model", choices=step.MODELS, help="of step, pipeline: demo, or the real size "
-         "with random weights (default: demo on a CPU, flux on a GPU)")  # fmt: skip
-    flag("--method", choices=DEFAULT_LAMBDA_S, default="yarn", help="(default: yarn)")
-    flag("--attention", metavar="NAME", help="of step, pipeline (default: diffusers' own)")
-    flag("--compile", choices=COMPILES, default="off", help="of step, pipeline (default: off)")
-    flag("--steps", type=int, metavar="N", help="of pipeline (default: the model's)")
-    flag("--alone", action="store_true", help="of pipeline: with DyPE only (default: in turns)")
-    return made
+         metavar="NAME", help=f"model families of embedder; {families} (default: all)")  # fmt: skip
+    flag("--model", choices=step.MODELS, metavar="NAME", help="model of step and pipeline; demo, "
+         "or flux or z-image at real size with random weights (default: demo on a CPU, flux on a "
+         "GPU)")  # fmt: skip
+    flag("--method", choices=DEFAULT_LAMBDA_S, default="yarn", metavar="NAME",
+         help=f"extrapolation method; {methods} (default: %(default)s)")  # fmt: skip
+    flag("--attention", metavar="NAME", help="attention backend of step and pipeline; a name of "
+         "diffusers, such as flash (default: the one that diffusers selects)")  # fmt: skip
+    flag("--compile", choices=COMPILES, default="off", metavar="NAME", help="compilation in "
+         f"step and pipeline; {', '.join(COMPILES)} (default: %(default)s)")  # fmt: skip
+    flag("--steps", type=int, metavar="N", help="steps per image of pipeline; 1 or more "
+         "(default: per model, see docs/models.md)")  # fmt: skip
+    flag("--alone", action="store_true", help="run pipeline only with DyPE (default: in turns "
+         "with and without)")  # fmt: skip
+    return argument_parser
 
 
 def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    """The flags with their defaults, checked. Raises UserError, `UnavailableError`."""
-    args.device = args.device or ("cpu" if args.what == "embedder" else default_device())
+    """Check the flags and fill in their defaults. Raises UserError, UnavailableError."""
+    args.device = args.device or ("cpu" if args.benchmark == "embedder" else default_device())
     if args.device.partition(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device is {args.device!r}, expected cpu or cuda")
     check_device(args.device, "none")
-    large = args.device != "cpu" and args.what != "embedder"
-    args.sizes = args.sizes or (LARGE if large else SIZES[args.what])
-    args.repeats = REPEATS[args.what] if args.repeats is None else args.repeats
+    large = args.device != "cpu" and args.benchmark != "embedder"
+    args.sizes = args.sizes or (LARGE if large else SIZES[args.benchmark])
+    args.repeats = REPEATS[args.benchmark] if args.repeats is None else args.repeats
     if args.repeats < 1:
         raise UserError(f"--repeats is {args.repeats}, expected at least 1")
     for size in args.sizes:
@@ -70,17 +97,17 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
         )
     args.model = args.model or ("demo" if args.device == "cpu" else "flux")
     args.dtype = "float32" if args.model == "demo" else fast_dtype(args.device)
-    if args.what != "embedder":
+    if args.benchmark != "embedder":
         check_attention(args.attention, args.device, args.dtype)
     return args
 
 
 def machine_info(device: str) -> dict:
-    """What the figures hold for."""
+    """Return the names of the processor or GPU and of the torch version."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((one.split(": ")[1] for one in lines if one.startswith("model name")), name)
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
     return {"device": name, "torch": torch.__version__}
@@ -90,11 +117,16 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
 
     def run() -> None:
+        """Run the benchmark and print its results as JSON."""
         args = with_defaults(parser().parse_args(argv))
         embedder.single_thread(torch.device(args.device))
         print(
             json.dumps(
-                {"benchmark": args.what, **machine_info(args.device), **RUNS[args.what](args)}
+                {
+                    "benchmark": args.benchmark,
+                    **machine_info(args.device),
+                    **RUNS[args.benchmark](args),
+                }
             )
         )
 

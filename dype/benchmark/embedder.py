@@ -1,8 +1,9 @@
-"""What an embedder costs: ours, the stock one, the formula token by token, and a plain copy.
+"""Measure DyPE's embedder, the stock one, the formula token by token, and a plain copy.
 
-All four write the same bytes, and are timed in one run, in turns. On a CPU it is the CPU time of
-one thread, with a warm allocator (the first touch of fresh pages would cost several copies and hide
-all else); on a GPU the time between two events, with launches counted by the profiler.
+All four write the same number of bytes. One run times them in turns. On a CPU the time is the CPU
+time of one thread, with a warm allocator: the first touch of fresh pages costs several copies and
+would hide everything else. On a GPU it is the time between two events, and the profiler counts the
+launches.
 """
 
 import argparse
@@ -26,24 +27,27 @@ from dype.embedders_complex import DyPEQwenEmbedRope, DyPEZImageRopeEmbedder
 from dype.families import PIXELS_PER_TOKEN
 
 TEXT_TOKENS = 512
-TRAINED = 64  # tokens
+TRAINED_TOKENS = 64  # per axis
 RATIOS = ("ours/copy", "stock/copy", "ours/stock", "literal/ours")
 
 
 def single_thread(device: torch.device) -> None:
-    """On a CPU one thread, whose time does not depend on what else runs, and a glibc that keeps
-    freed memory, as the caching allocators of accelerators do."""
+    """Use one thread on a CPU, and make glibc keep freed memory.
+
+    The CPU time of one thread does not depend on other processes. The caching allocators of
+    accelerators keep freed memory too.
+    """
     if device.type != "cpu":
         return
     torch.set_num_threads(1)
-    keep = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if keep is not None:
-        keep(-4, 0)  # M_MMAP_MAX
-        keep(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def time_call(call: Callable, device: torch.device) -> float:
-    """Seconds of one call: of this thread's CPU time, or on a GPU between two events."""
+    """Return the seconds of one call: CPU time of this thread, or GPU time between two events."""
     if device.type == "cpu":
         start = time.thread_time()
         call()
@@ -56,53 +60,77 @@ def time_call(call: Callable, device: torch.device) -> float:
     return begin.elapsed_time(end) / 1000
 
 
-class Launches(TorchDispatchMode):
-    """Counts the operations that would launch a kernel on a GPU, on any device."""
+class LaunchCounter(TorchDispatchMode):
+    """Counts, on any device, the operations that would launch a kernel on a GPU."""
 
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name
         if not (function.is_view or name in ("aten::empty", "aten::new_empty", "aten::detach")):
-            self.count += 2 if name == "aten::constant_pad_nd" else 1  # it fills, then copies
+            self.count += 2 if name == "aten::constant_pad_nd" else 1  # pad fills, then copies
         return function(*args, **(kwargs or {}))
 
 
 def count_launches(call: Callable, device: torch.device) -> int:
-    """Kernels that one call launches: as a GPU's profiler has seen, or by the operations."""
+    """Return the number of kernels that one call launches on a GPU.
+
+    The profiler counts them on a GPU, and LaunchCounter on a CPU.
+    """
     if device.type == "cpu":
-        with Launches() as seen:
+        with LaunchCounter() as counter:
             call()
-        return seen.count
+        return counter.count
     with torch.profiler.profile() as profile:
         call()
     return sum("Launch" in event.name for event in profile.events())
 
 
 def cos_sin_family(
-    module: str, name: str, theta: float, axes: list[int], texts: int, side: int, config: DyPEConfig
+    module: str,
+    class_name: str,
+    theta: float,
+    axes_dim: list[int],
+    text_tokens: int,
+    side: int,
+    config: DyPEConfig,
 ) -> tuple:
-    """A format of cos and sin, called with `texts` tokens of text in front of the image's."""
+    """Return the embedders of a family that returns cos and sin, with the arguments of a call.
+
+    Args:
+        module: last part of the name of the transformer's module in diffusers.
+        class_name: the stock embedder.
+        theta: base of the frequencies.
+        axes_dim: channels per axis.
+        text_tokens: number of text tokens in front of the image tokens.
+        side: tokens per side of the image.
+        config: settings of DyPE.
+
+    Returns:
+        The stock embedder, DyPE's, and the arguments of a call.
+    """
     module = import_module(f"diffusers.models.transformers.transformer_{module}")
-    stock = getattr(module, name)(theta, axes)
-    ids = torch.cat([torch.zeros(texts, 3), make_grid_ids(0, side, side)])
-    ours = DyPEFluxPosEmbed(stock, config, TRAINED)
+    stock = getattr(module, class_name)(theta, axes_dim)
+    ids = torch.cat([torch.zeros(text_tokens, 3), make_grid_ids(0, side, side)])
+    ours = DyPEFluxPosEmbed(stock, config, TRAINED_TOKENS)
     ours.set_grid(side, side)
-    ours.set_token_layout(texts, 0)
-    return stock, ours, (F.pad(ids, (0, len(axes) - 3)),)
+    ours.set_token_layout(text_tokens, 0)
+    return stock, ours, (F.pad(ids, (0, len(axes_dim) - 3)),)
 
 
-def z_image(side: int, config: DyPEConfig) -> tuple:
+def z_image_family(side: int, config: DyPEConfig) -> tuple:
+    """Return Z-Image's stock embedder, DyPE's, and the arguments of a call."""
     from diffusers.models.transformers.transformer_z_image import RopeEmbedder
 
     stock = RopeEmbedder(256.0, [32, 48, 48], [1536, 512, 512])
-    ours = DyPEZImageRopeEmbedder(stock, config, TRAINED)
+    ours = DyPEZImageRopeEmbedder(stock, config, TRAINED_TOKENS)
     ours.set_grid([(side, side)], captions=[TEXT_TOKENS])
-    ours.regular = True  # as the pre-hook says of diffusers' own calls
+    ours.regular = True  # because the pre-hook sets it for calls of diffusers' pipeline
     return stock, ours, (make_grid_ids(TEXT_TOKENS + 1, side, side).int(),)
 
 
-def qwen_image(side: int, config: DyPEConfig) -> tuple:
+def qwen_image_family(side: int, config: DyPEConfig) -> tuple:
+    """Return Qwen-Image's stock embedder, DyPE's, and the arguments of a call."""
     from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
     stock = QwenEmbedRope(10000, [16, 56, 56], scale_rope=True)
@@ -111,31 +139,42 @@ def qwen_image(side: int, config: DyPEConfig) -> tuple:
     return stock, ours, ([[(1, side, side)]], torch.get_default_device(), TEXT_TOKENS)
 
 
-FAMILIES = {  # (tokens of a side, config) -> the stock embedder, ours, the arguments of a call
+FAMILIES = {  # functions: (tokens per side, config) -> stock embedder, DyPE's, call arguments
     # FLUX.1, Chroma, Bria
     "flux": partial(cos_sin_family, "flux", "FluxPosEmbed", 10000, [16, 56, 56], TEXT_TOKENS),
-    # the call for the image; the other, for the text, has 512 tokens
+    # only the call for the image, because that for the text has just 512 tokens
     "flux2": partial(cos_sin_family, "flux2", "Flux2PosEmbed", 2000, [32, 32, 32, 32], 0),
     "krea2": partial(
         cos_sin_family, "krea2", "Krea2RotaryPosEmbed", 1000, [32, 48, 48], TEXT_TOKENS
     ),
-    "z-image": z_image,
-    "qwen-image": qwen_image,
+    "z-image": z_image_family,
+    "qwen-image": qwen_image_family,
 }
 
 
 def measure_costs(family: str, size: int, repeats: int, device: torch.device, method: str) -> dict:
-    """Of one call at `size` x `size` px: launches, median milliseconds by what was called, and
-    RATIOS."""
+    """Measure one embedder call at `size` x `size` px.
+
+    Args:
+        family: a key of FAMILIES.
+        size: side of the image, px.
+        repeats: number of timed calls.
+        device: device of the tables.
+        method: a method of DyPEConfig.
+
+    Returns:
+        "launches", the median milliseconds of "copy", "ours", "stock" and "literal", and RATIOS.
+    """
     with torch.device(device):
         stock, ours, args = FAMILIES[family](size // PIXELS_PER_TOKEN, DyPEConfig(method))
     ours.set_timestep(torch.tensor(0.6, device=device))
     tables = ours(*args)
     tables = tables if isinstance(tables, tuple) else (tables,)
-    # the timed path must give what the formula gives, at every token
+    # because a timing counts only if the fast path equals the formula at every token
     table = tables[0] if tables[0].is_complex() else torch.complex(*tables)[:, ::2]
-    exact = 1e-6 if ours.is_extrapolating(ours.grid) else 1e-4  # stock's angles may be float32
-    assert (table - reference_table(ours, args)).abs().max() < exact
+    # 1e-4 at the trained size, because stock angles may be float32
+    tolerance = 1e-6 if ours.is_extrapolating(ours.grid) else 1e-4
+    assert (table - reference_table(ours, args)).abs().max() < tolerance
     calls = {
         "copy": lambda: [table.clone() for table in tables],
         "ours": lambda: ours(*args),
@@ -151,38 +190,39 @@ def measure_costs(family: str, size: int, repeats: int, device: torch.device, me
     row = {"launches": count_launches(calls["ours"], device)}
     row |= {name: 1000 * statistics.median(values) for name, values in times.items()}
     for ratio in RATIOS:
-        name, other = ratio.split("/")
-        row[ratio] = row[name] / row[other]
+        numerator, denominator = ratio.split("/")
+        row[ratio] = row[numerator] / row[denominator]
     return row
 
 
 def reference_table(embedder, args: tuple) -> torch.Tensor:
-    """The formula as it is written, m exp(i position f) at every token and pair.
+    """Compute the formula m exp(i position f) at every token and pair, complex128 [S, D / 2].
 
-    complex128 [S, D / 2]. Frequencies as `axis_frequencies` gives them, stock on other axes.
+    The frequencies f of height and width come from `axis_frequencies`; other axes are stock.
     """
-    parts, places = [], args[0]  # the position of every token that a call is for, [S, A]
-    if isinstance(
-        embedder, DyPEQwenEmbedRope
-    ):  # which is called with sizes, and counts from the middle
-        places, grid = make_grid_ids(0, *embedder.grid, args[1]), torch.tensor(embedder.grid)
-        places[:, 1:] -= (grid - grid // 2).to(args[1])
+    axis_tables, positions = [], args[0]  # positions of all tokens of the call, [S, A]
+    if isinstance(embedder, DyPEQwenEmbedRope):
+        # because a Qwen-Image call passes sizes, and its positions start at the middle
+        positions, grid = make_grid_ids(0, *embedder.grid, args[1]), torch.tensor(embedder.grid)
+        positions[:, 1:] -= (grid - grid // 2).to(args[1])
     for axis, dim in enumerate(embedder.axes_dim):
         f, m = rope.stock_frequencies(dim, embedder.theta), 1.0
         if axis in (1, 2):
-            known = dim, embedder.theta, embedder.trained_tokens, embedder.grid[axis - 1]
+            axis_args = dim, embedder.theta, embedder.trained_tokens, embedder.grid[axis - 1]
             largest = max(embedder.grid) / embedder.trained_tokens
-            f, m = rope.axis_frequencies(*known, float(embedder.sigma), embedder.config, largest)
-        angle = places[:, axis, None].double() * f.to(places.device)
-        parts.append(torch.polar(torch.full_like(angle, float(m)), angle))
-    return torch.cat(parts, -1)
+            f, m = rope.axis_frequencies(
+                *axis_args, float(embedder.sigma), embedder.config, largest
+            )
+        angle = positions[:, axis, None].double() * f.to(positions.device)
+        axis_tables.append(torch.polar(torch.full_like(angle, float(m)), angle))
+    return torch.cat(axis_tables, -1)
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Print a table of costs per family and size; returns it with the ratios that matter."""
+    """Print a table of costs and ratios per family and size, and return it."""
     names = ("copy", "ours", "stock", "literal")
-    heads = [f"{name + ' ms':>10}" for name in names] + [f"{name:>12}" for name in RATIOS]
-    print("family      px   ", *heads, " launches")
+    headers = [f"{name + ' ms':>10}" for name in names] + [f"{name:>12}" for name in RATIOS]
+    print("family      px   ", *headers, " launches")
     rows = {family: {} for family in args.families}
     for family in args.families:
         for size in args.sizes:

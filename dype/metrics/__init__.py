@@ -1,1 +1,1 @@
-"""What the images of a finished sweep score."""
+"""Metrics of the images of a finished sweep."""

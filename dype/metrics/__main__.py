@@ -1,15 +1,18 @@
 """Compute the metrics of a finished sweep: `python -m dype.metrics FOLDER`.
 
-Values of image metrics go to metrics.csv, a row per image and metric. Means and set metrics per
-setting, with 95 % intervals, go to metrics.json and metrics.txt. What is there with the same
-protocol is not computed again. docs/metrics.md says how each metric is computed.
+An image metric scores one image. Its values go to metrics.csv, one row per image and metric.
+A set metric scores the images of one setting. Set metrics and the means of image metrics go to
+metrics.json and metrics.txt, with 95 % intervals. A later run skips the values that exist with
+the same protocol. docs/metrics.md describes every metric.
 """
 
+import argparse
 import hashlib
 import sys
+from functools import partial
 from pathlib import Path
 
-from dype.errors import Parser, UserError, fail, raise_user_errors, run_command
+from dype.errors import Parser, UserError, WideHelp, fail, raise_user_errors, run_command
 from dype.metrics import inception_features, scores
 from dype.metrics.image_metrics import IMAGE_METRICS
 from dype.metrics.scores import METRICS
@@ -18,28 +21,47 @@ from dype.pipelines.devices import check_device, default_device
 from dype.sweep import results
 from dype.sweep.grid import read_prompts
 
+EXAMPLES = """examples:
+  python -m dype.metrics outputs/sweep
+  python -m dype.metrics outputs/sweep --metrics clip_score aesthetic pick_score
+  python -m dype.metrics outputs/sweep --metrics fid kid patch_fid patch_kid --real photos
+  python -m dype.metrics outputs/sweep --metrics glcm --overwrite
+"""
+
 
 def parser() -> Parser:
-    command = Parser(prog="python -m dype.metrics", description=__doc__)
-    flag = command.add_argument
-    flag("folder", type=Path, metavar="FOLDER", help="of a finished sweep, with its results.csv")
-    flag("--metrics", nargs="+", metavar="NAME", help=f"{', '.join(METRICS)}, or all (but "
-         "image_reward and the demo's); default: glcm compression, with --real also fid kid, with "
-         "--prompts also clip_score")  # fmt: skip
-    flag("--prompts", type=Path, metavar="FILE", help="prompts to score against, one per line, "
-         "the n-th for the sweep's n-th prompt; default: those in results.csv")  # fmt: skip
-    flag("--real", type=Path, metavar="FOLDER", help="real images, for FID and KID")
-    flag("--filter", choices=inception_features.FILTERS, default="bilinear",
-         help="filter that resizes real images; default: bilinear")  # fmt: skip
-    flag("--patch", type=int, metavar="PX", help="side of a patch, for patch_fid, patch_kid, "
-         "patch_is; default: 299, or the shorter side if less")  # fmt: skip
-    flag("--patches", type=int, metavar="N", default=8, help="patches per image; default: 8")
-    flag("--splits", type=int, metavar="N", default=10, help="of Inception score; default: 10")
-    flag("--weights", nargs="+", metavar="NAME=PATH", default=[], help="folder with the weights "
-         "of a metric, or inception=FILE; default: from the hub")  # fmt: skip
-    flag("--device", metavar="NAME", help="default: the accelerator, if there is one")
-    flag("--overwrite", action="store_true", help="compute the metrics asked for anew")
-    return command
+    """Return the parser of the command line."""
+    argument_parser = Parser(
+        prog="python -m dype.metrics",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, **WideHelp.keywords),
+    )
+    flag = argument_parser.add_argument
+    flag("folder", type=Path, metavar="FOLDER", help="folder of a finished sweep; has results.csv")
+    flag("--metrics", nargs="+", metavar="NAME", help=f"metrics to compute; {', '.join(METRICS)}, "
+         "or all (without image_reward, demo_layout, demo_overlap) (default: glcm compression; "
+         "with --real also fid kid; with --prompts also clip_score)")  # fmt: skip
+    flag("--prompts", type=Path, metavar="FILE", help="text file of the prompts to score against; "
+         "line n replaces the sweep's prompt n (default: the prompts in results.csv)")  # fmt: skip
+    flag("--real", type=Path, metavar="FOLDER", help="folder of two or more real images; for FID "
+         "and KID (default: none)")  # fmt: skip
+    flag("--filter", choices=inception_features.FILTERS, default="bilinear", metavar="NAME",
+         help=f"filter that resizes real images; {', '.join(inception_features.FILTERS)} "
+         "(default: %(default)s)")  # fmt: skip
+    flag("--patch", type=int, metavar="PX", help="side of a patch for patch_fid, patch_kid and "
+         "patch_is; 1 to the shortest side (default: 299, or less for smaller images)")  # fmt: skip
+    flag("--patches", type=int, metavar="N", default=8, help="number of patches per image; 1 or "
+         "more (default: %(default)s)")  # fmt: skip
+    flag("--splits", type=int, metavar="N", default=10, help="number of splits of the Inception "
+         "score; 1 or more (default: %(default)s)")  # fmt: skip
+    flag("--weights", nargs="+", metavar="NAME=PATH", default=[], help="weights of a metric on "
+         "this machine; METRIC=FOLDER or inception=FILE (default: from the hub)")  # fmt: skip
+    flag("--device", metavar="NAME", help="device that runs the metrics; such as cpu, cuda or mps "
+         "(default: the accelerator, or cpu without one)")  # fmt: skip
+    flag("--overwrite", action="store_true", help="compute existing values of the selected "
+         "metrics again (default: off)")  # fmt: skip
+    return argument_parser
 
 
 def select_metrics(args) -> list[str]:
@@ -48,24 +70,26 @@ def select_metrics(args) -> list[str]:
     unknown = [name for name in names if name not in (*METRICS, "all")]
     if unknown:
         raise UserError(f"--metrics is {unknown[0]!r}, expected {', '.join(METRICS)} or all")
-    if "all" in names:  # but the demo's, for its captions, and ImageReward, for an environment
+    if "all" in names:
+        # without the demo's metrics and ImageReward, because they need its captions or another
+        # environment
         names += [name for name in METRICS if name != "image_reward" and name[:5] != "demo_"]
     if args.metrics is None:
         names = ["glcm", "compression", *(["fid", "kid"] if args.real else [])]
         names += ["clip_score"] if args.prompts else []
-    comparing = [name for name, metric in SET_METRICS.items() if metric.real]
-    prompted = [name for name, metric in IMAGE_METRICS.items() if metric.prompted]
+    with_real = [name for name, metric in SET_METRICS.items() if metric.uses_real]
+    with_prompt = [name for name, metric in IMAGE_METRICS.items() if metric.uses_prompt]
     for name in names:
-        if name in comparing and not args.real:
+        if name in with_real and not args.real:
             raise UserError(f"{name} compares with real images, expected --real FOLDER")
-    for flag, users in (("real", comparing), ("prompts", prompted)):
+    for flag, users in (("real", with_real), ("prompts", with_prompt)):
         if getattr(args, flag) and not {*users} & {*names}:
             raise UserError(f"--{flag} is for {', '.join(users)}; name one in --metrics")
     return [name for name in METRICS if name in names]
 
 
 def parse_weights(words: list[str]) -> dict[str, str | None]:
-    """Return where the weights of each metric, and of Inception, are. Raises UserError."""
+    """Return the location of the weights of each metric and of Inception. Raises UserError."""
     weights = {name: metric.weights for name, metric in IMAGE_METRICS.items() if metric.weights}
     weights |= {"image_reward": None, "inception": inception_features.WEIGHTS}
     for word in words:
@@ -81,7 +105,7 @@ def parse_weights(words: list[str]) -> dict[str, str | None]:
 
 
 def replace_prompts(rows: list[dict], path: Path) -> tuple[list[dict], str]:
-    """Return the rows with a file's prompts, and what protocols say of it. Raises UserError."""
+    """Return the rows with a file's prompts, and a note for the protocols. Raises UserError."""
     texts = read_prompts(path, "--prompts")
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     if len(texts) != len(prompts):
@@ -95,21 +119,29 @@ def replace_prompts(rows: list[dict], path: Path) -> tuple[list[dict], str]:
     return rows, f"; prompts of {path.name} ({content})"
 
 
-def read_kept_values(args, rows: list[dict], protocols: dict[str, str]) -> tuple[dict, dict]:
-    """Return what an earlier run computed and this one does not.
+def read_existing_values(args, rows: list[dict], protocols: dict[str, str]) -> tuple[dict, dict]:
+    """Return the values of earlier runs that this run does not replace.
 
-    Rows of metrics.csv by (file, metric), and set metrics by (metric, setting).
-    Raises UserError for spoiled files, and for values of another protocol without --overwrite.
+    Args:
+        args: the command line.
+        rows: rows of results.csv.
+        protocols: protocol of this run by image metric.
+
+    Returns:
+        Rows of metrics.csv by (file, metric), and set metrics by (metric, setting).
+
+    Raises:
+        UserError: a file is damaged, or a protocol differs and --overwrite is off.
     """
     values = {(row["file"], row["metric"]): row for row in results.read_metrics(args.folder)}
-    asked = {(row["file"], name): protocols[name] for row in rows for name in protocols}
+    selected = {(row["file"], name): protocols[name] for row in rows for name in protocols}
     if args.overwrite:
-        values = {key: row for key, row in values.items() if key not in asked}
+        values = {key: row for key, row in values.items() if key not in selected}
     for key, row in values.items():
-        if row["protocol"] != asked.get(key, row["protocol"]):
+        if row["protocol"] != selected.get(key, row["protocol"]):
             raise UserError(
-                f"{row['metric']} in {results.METRICS} is by {row['protocol']!r}, asked for "
-                f"{asked[key]!r}, expected the same or --overwrite"
+                f"{row['metric']} in {results.METRICS} has the protocol {row['protocol']!r}, this "
+                f"run has {selected[key]!r}; use --overwrite to compute it again"
             )
     sets, settings = scores.read_set_entries(args.folder), results.group_by_setting(rows)
     for name, setting in list(sets):
@@ -119,25 +151,28 @@ def read_kept_values(args, rows: list[dict], protocols: dict[str, str]) -> tuple
 
 
 def compute(args, rows: list[dict]) -> int:
-    """Compute what is not there yet, write and print it; returns the exit code."""
-    rows, source = replace_prompts(rows, args.prompts) if args.prompts else (rows, "")
+    """Compute the missing values, write and print the report; returns the exit code."""
+    rows, prompt_note = replace_prompts(rows, args.prompts) if args.prompts else (rows, "")
     protocols = {
-        name: (args.weights.get(name) or metric.protocol) + (source if metric.prompted else "")
+        name: (args.weights.get(name) or metric.protocol)
+        + (prompt_note if metric.uses_prompt else "")
         for name, metric in IMAGE_METRICS.items()
         if name in args.metrics
     }
-    values, sets = read_kept_values(args, rows, protocols)
+    values, sets = read_existing_values(args, rows, protocols)
     args.device = args.device or default_device()
     check_device(args.device, "none")
     names = [name for name in protocols if any((row["file"], name) not in values for row in rows)]
     set_names = [name for name in args.metrics if name in SET_METRICS]
     if args.overwrite or len(names) + len(set_names) > 1:
-        for name in names:  # what the last one lacks is said before anything is computed or deleted
+        # Load every metric once, because missing weights must be reported before the run computes
+        # or deletes a value.
+        for name in names:
             with IMAGE_METRICS[name].load(args.weights.get(name), args.device):
                 pass
         if args.overwrite and set_names:
             inception_features.load_inception(args.weights["inception"], args.device)
-    if args.overwrite:  # a stopped run must leave no values of the way before
+    if args.overwrite:  # because a stopped run must not leave values of the old protocol
         scores.write_metrics(args.folder, values)
         scores.write_report(args.folder, rows, values, sets, {})
     skipped = scores.score_sets(args, rows, set_names, values, sets)
@@ -145,12 +180,12 @@ def compute(args, rows: list[dict]) -> int:
     print(scores.write_report(args.folder, rows, values, sets, skipped), end="")
     if not skipped:
         return 0
-    where = f"{args.folder / scores.TABLE} says which and why"
-    return fail("dype.metrics", f"skipped {len(skipped)}, the rest is scored: {where}")
+    path = args.folder / scores.TABLE
+    return fail("dype.metrics", f"skipped {len(skipped)} and scored the rest; {path} has reasons")
 
 
-def command(args) -> int:
-    """Check what is asked for, and compute it. Raises UserError, UnavailableError, OSError."""
+def run(args) -> int:
+    """Check the arguments and compute. Raises UserError, UnavailableError, OSError."""
     args.metrics = select_metrics(args)
     args.weights = parse_weights(args.weights)
     with raise_user_errors():
@@ -162,17 +197,17 @@ def command(args) -> int:
                 f"{args.folder} has no {results.RESULTS} with images, expected the folder of a "
                 "finished sweep"
             )
-        args.reals = inception_features.list_real_images(args.real) if args.real else []
+        args.real_paths = inception_features.list_real_images(args.real) if args.real else []
     for name in ("patches", "splits"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}, expected 1 or more")
-    patched = {name for name, metric in SET_METRICS.items() if metric.patched}
+    patch_metrics = {name for name, metric in SET_METRICS.items() if metric.uses_patches}
     side = min(min(row["size"]) for row in rows)
-    if args.patch is not None and patched & {*args.metrics} and not 1 <= args.patch <= side:
+    if args.patch is not None and patch_metrics & {*args.metrics} and not 1 <= args.patch <= side:
         raise UserError(f"--patch is {args.patch}, expected 1 to {side}, the shortest side")
     with results.lock_folder(args.folder):
-        for part in args.folder.glob(".metrics.*.part"):  # of a killed run
-            part.unlink()
+        for partial_file in args.folder.glob(".metrics.*.part"):  # left by a killed run
+            partial_file.unlink()
         return compute(args, rows)
 
 
@@ -180,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
     return run_command(
         "dype.metrics",
-        lambda: command(parser().parse_args(argv)),
+        lambda: run(parser().parse_args(argv)),
         out_of_memory="try --device cpu",
         interrupted="the same command computes the rest",
     )

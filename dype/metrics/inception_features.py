@@ -1,4 +1,4 @@
-"""Compute Inception's features of generated and of real images, whole or in patches."""
+"""Compute Inception's features of generated and real images, whole or in patches."""
 
 import zlib
 from collections.abc import Callable
@@ -28,7 +28,10 @@ PACKAGES = (
 
 
 def list_real_images(folder: Path) -> list[Path]:
-    """Return the images of a folder; of a sweep's folder its own. Raises ValueError."""
+    """Return the paths of a folder's images; of a sweep's folder, those of its results.csv.
+
+    Raises ValueError for a missing folder or fewer than two images.
+    """
     if not folder.is_dir():
         raise ValueError(f"--real is {str(folder)!r}, expected a folder of images")
     if (folder / RESULTS).exists():
@@ -41,7 +44,17 @@ def list_real_images(folder: Path) -> list[Path]:
 
 
 def random_patches(image: Image.Image, patch: int, patches: int, name: str) -> np.ndarray:
-    """Cut patches at random places that depend on the name alone, uint8 [patches, 3, px, px]."""
+    """Cut square patches at random positions that depend only on the image's file name.
+
+    Args:
+        image: RGB image.
+        patch: side of a patch, px.
+        patches: number of patches.
+        name: file name; its checksum seeds the positions.
+
+    Returns:
+        The patches, uint8 [patches, 3, patch, patch].
+    """
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     left = rng.integers(image.width - patch + 1, size=patches)
     top = rng.integers(image.height - patch + 1, size=patches)
@@ -53,12 +66,23 @@ def stack_features(
     args, skipped: dict[str, str], paths: list[Path], real_filter: str | None,
     size: tuple[int, int], patch: int | None,
 ) -> dict:  # fmt: skip
-    """Return "features" and "logits" of the readable images, [n, patches, ...]; [0] of none; and
-    how many real ones were "upscaled".
+    """Return Inception's features and logits of all readable images.
 
-    args: of the command line. skipped: gets the reason for each image that cannot be read, by file
-    name. size: (height, width) of the images; real ones are brought to it by `real_filter`, their
-    middle cut to that shape. patch: px; None for whole images.
+    Args:
+        args: the command line.
+        skipped: receives the reason for each unreadable image, by file name.
+        paths: files of the images.
+        real_filter: a key of FILTERS, which crops the middle of real images and resizes it to
+            `size`; None for generated images.
+        size: (height, width), px.
+        patch: side of a patch, px; None for whole images.
+
+    Returns:
+        "features" [n, patches, 2048] and "logits" [n, patches, 1008], both [0] if no image is
+        readable, and "upscaled", the number of upscaled real images.
+
+    Raises:
+        UnavailableError: Inception cannot be loaded.
     """
     extract = load_inception(args.weights["inception"], args.device)
     extracted, upscaled = [], 0
@@ -84,12 +108,18 @@ def stack_features(
 
 @cache
 def load_inception(weights: str, device: str) -> Callable:
-    """Load a function from uint8 [n, 3, h, w] to Inception's features [n, 2048], logits [n, 1008].
+    """Load Inception: uint8 [n, 3, h, w] -> features [n, 2048], logits [n, 1008].
 
-    The TensorFlow network of FID as torch-fidelity ported it, logits without bias as for the
-    Inception score; torchmetrics brings the images to 299 px, antialiased.
-    weights: a file, or WEIGHTS, which torch-fidelity fetches. Called again, it returns the same
-    function. Raises UnavailableError.
+    This is FID's TensorFlow network as ported by torch-fidelity. The logits have no bias, as the
+    Inception score needs them. torchmetrics resizes the images to 299 px, antialiased. A cache
+    returns the same function for the same arguments.
+
+    Args:
+        weights: a file, or WEIGHTS, which torch-fidelity downloads.
+        device: device of the network.
+
+    Raises:
+        UnavailableError: a package or the weights are missing.
     """
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
@@ -101,8 +131,9 @@ def load_inception(weights: str, device: str) -> Callable:
     except LOAD_ERRORS as error:
         reason = first_sentence(error)
         sentence = (
-            f"the weights of Inception cannot be loaded ({reason}); fetch {WEIGHTS}-6726825d.pth "
-            "from the releases of toshas/torch-fidelity and give --weights inception=FILE"
+            f"the weights of Inception cannot be loaded ({reason}); download "
+            f"{WEIGHTS}-6726825d.pth from the releases of toshas/torch-fidelity and use "
+            "--weights inception=FILE"
         )
         if "torchvision" in str(error):
             sentence = f"torchvision is not built for this torch ({reason}): {PACKAGES}"

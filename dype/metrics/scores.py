@@ -17,27 +17,34 @@ from dype.sweep import results
 
 REPORT, TABLE = "metrics.json", "metrics.txt"
 METRICS = IMAGE_METRICS | SET_METRICS
-ENTRY = ("setting", "protocol", "value", "interval", "reason")  # of a set metric
-ENTRY += ("generated", "real", "size", "upscaled")
+ENTRY_KEYS = ("setting", "protocol", "value", "interval", "reason")  # of a set metric
+ENTRY_KEYS += ("generated", "real", "size", "upscaled")
 HEADER = f"{'n':>5} {'value':>10}  {'95 % interval':22}  height x width, setting"
-NOTE = (
-    "Intervals are of 95 %, by bootstrap over the generated images: percentiles; for FID and "
-    "Inception score 1.96 standard deviations. Of demo_layout, a share, they are Wilson's."
+INTERVAL_NOTE = (
+    "Intervals are 95 % intervals from a bootstrap over the generated images. FID and Inception "
+    "score use 1.96 standard deviations, demo_layout uses Wilson's interval, and all others use "
+    "percentiles."
 )
-BIAS = (
-    "A FID of a couple of hundred images is biased upward: it compares only within one pipeline "
-    "and at one count of generated and real images. KID has no such bias."
+BIAS_NOTE = (
+    "The FID of a few hundred images is biased upward. Compare it only within one pipeline, and at "
+    "equal numbers of generated and real images. KID has no such bias."
 )
 
 
 def score_images(
     args, rows: list[dict], names: list[str], values: dict, protocols: dict[str, str]
 ) -> dict[str, str]:
-    """Compute the values that are not there, and write metrics.csv after each image.
+    """Compute the missing values of image metrics; write metrics.csv after each image.
 
-    rows: of results.csv, of images, with their "size". names: of image metrics. values: rows of
-    metrics.csv by (file, metric), those that are there; gets the new ones. protocols: by metric.
-    Returns why images were skipped, by file.
+    Args:
+        args: the command line.
+        rows: rows of results.csv, each with its "size", (height, width).
+        names: image metrics.
+        values: existing rows of metrics.csv by (file, metric); receives the new ones.
+        protocols: protocol by metric.
+
+    Returns:
+        The reasons for skipped images, by file name.
     """
     skipped: dict[str, str] = {}
     for name in names:
@@ -53,7 +60,7 @@ def score_images(
                         raise ValueError(f"{name} is {value}")
                 except OSError as error:
                     skipped[file] = " ".join(str(error).split())
-                except ValueError as error:  # another metric may work
+                except ValueError as error:  # of this metric only, because another may work
                     skipped[f"{file}, {name}"] = str(error)
                 else:
                     entry = {"file": file, "metric": name, "value": f"{value:.7g}"}
@@ -63,15 +70,23 @@ def score_images(
 
 
 def write_metrics(folder: Path, values: dict) -> None:
-    """Write metrics.csv, whole or not at all. Raises OSError."""
+    """Write metrics.csv atomically. Raises OSError."""
     results.write_table(folder / results.METRICS, results.METRIC_COLUMNS, values.values())
 
 
 def set_protocol(args, name: str, patch: int | None, generated: int, real: int) -> str:
-    """Return how a set metric is computed from so many images, in a line of text."""
+    """Return the protocol of a set metric, one line of text.
+
+    Args:
+        args: the command line.
+        name: the set metric.
+        patch: side of a patch, px; None for whole images.
+        generated: number of generated images.
+        real: number of real images.
+    """
     images = f"{args.patches} patches of {patch} px" if patch else "whole images"
     reference = f"{args.splits} splits"
-    if SET_METRICS[name].real:
+    if SET_METRICS[name].uses_real:
         reference = f"{real} real of {args.real.absolute()}, {args.filter}"
     return f"{images}; {generated} generated; {reference}; {args.weights['inception']}"
 
@@ -79,27 +94,34 @@ def set_protocol(args, name: str, patch: int | None, generated: int, real: int) 
 def score_sets(
     args, rows: list[dict], names: list[str], values: dict, sets: dict
 ) -> dict[str, str]:
-    """Compute the set metrics of every setting that are not there.
+    """Compute the missing set metrics of every setting; write the report after each.
 
-    rows, values: as in `score_images`. names: of set metrics. sets: entries of an earlier run by
-    (metric, setting); gets the new ones, at its end, in place of those of another protocol. The
-    report is written after each new entry.
-    Returns why images were skipped, by file.
+    Args:
+        args: the command line.
+        rows: rows of results.csv, each with its "size", (height, width).
+        names: set metrics.
+        values: rows of metrics.csv by (file, metric), for the report.
+        sets: existing entries by (metric, setting); a new entry is appended, and replaces one of
+            another protocol.
+
+    Returns:
+        The reasons for skipped images, by file name.
     """
     skipped: dict[str, str] = {}
     stack = partial(stack_features, args, skipped)
-    real = cache(partial(stack, args.reals, args.filter))
+    stack_real = cache(partial(stack, args.real_paths, args.filter))
     for setting, group in results.group_by_setting(rows).items():
         paths, size = [args.folder / row["file"] for row in group], group[0]["size"]
-        generated = cache(partial(stack, paths, None))
+        stack_generated = cache(partial(stack, paths, None))
         for name in names:
             metric = SET_METRICS[name]
-            patch = (args.patch or min(INCEPTION_SIZE, *size)) if metric.patched else None
-            protocol = set_protocol(args, name, patch, len(paths), len(args.reals))
+            patch = (args.patch or min(INCEPTION_SIZE, *size)) if metric.uses_patches else None
+            protocol = set_protocol(args, name, patch, len(paths), len(args.real_paths))
             if sets.get((name, setting), {}).get("protocol") == protocol:
                 continue
-            stacks = generated(size, patch), real(size, patch) if metric.real else None
-            entry = set_entry(args, name, size, patch, *stacks)
+            generated = stack_generated(size, patch)
+            real = stack_real(size, patch) if metric.uses_real else None
+            entry = set_entry(args, name, size, patch, generated, real)
             sets.pop((name, setting), None)
             sets[name, setting] = {"metric": name, "setting": setting} | entry
             write_report(args.folder, rows, values, sets, skipped)
@@ -109,17 +131,26 @@ def score_sets(
 def set_entry(
     args, name: str, size: tuple[int, int], patch: int | None, generated: dict, real: dict | None
 ) -> dict:
-    """Return a set metric of a setting for metrics.json."""
+    """Compute a set metric of a setting and return its entry of metrics.json.
+
+    Args:
+        args: the command line.
+        name: the set metric.
+        size: (height, width) of the images, px.
+        patch: side of a patch, px; None for whole images.
+        generated: result of `stack_features` for the setting's images.
+        real: the same for the real images; None if the metric does not use them.
+    """
     real = real or {"features": [], "upscaled": 0}
     metric, count, real_count = SET_METRICS[name], len(generated["features"]), len(real["features"])
     samples = count * (args.patches if patch else 1)
     value, interval, reason = None, None, ""
     if count < 2:
-        reason = f"needs 2 readable images, there are {count}"
-    elif metric.real and real_count < 2:
-        reason = f"needs 2 readable real images, there are {real_count}"
-    elif not metric.real and samples < args.splits:
-        reason = f"needs {args.splits} images or patches, as many as --splits, there are {samples}"
+        reason = f"needs 2 readable images, found {count}"
+    elif metric.uses_real and real_count < 2:
+        reason = f"needs 2 readable real images, found {real_count}"
+    elif not metric.uses_real and samples < args.splits:
+        reason = f"needs {args.splits} images or patches for --splits, found {samples}"
     else:
         value, interval = metric.compute(real, generated, args.splits)
     protocol = set_protocol(args, name, patch, count, real_count)
@@ -129,21 +160,21 @@ def set_entry(
 
 
 def read_set_entries(folder: Path) -> dict[tuple[str, str], dict]:
-    """Return the set metrics of an earlier run, by metric and setting. Raises UserError."""
+    """Return the set metrics of an earlier run by (metric, setting). Raises UserError."""
     path = folder / REPORT
     try:
         entries = json.loads(path.read_bytes())["sets"] if path.exists() else []
-        # Earlier versions wrote no protocol: nothing tells whether their values are up to date.
+        # Drop entries of earlier versions, because without a protocol they cannot be compared.
         entries = [e for e in entries if SET_METRICS[e["metric"]] and "protocol" in e]
         for entry in entries:
-            [entry[name] for name in ENTRY]
+            [entry[name] for name in ENTRY_KEYS]
         return {(entry["metric"], entry["setting"]): entry for entry in entries}
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is no report of this program; move it away") from error
+        raise UserError(f"{path} is not a report of this program; move it away") from error
 
 
 def summarize_image_metrics(rows: list[dict], values: dict) -> list[dict]:
-    """Return mean and interval of every image metric that is there, per protocol and setting."""
+    """Return mean and interval of every image metric per protocol and setting."""
     entries = []
     for name, metric in IMAGE_METRICS.items():
         groups: dict[tuple[str, str], list[float]] = {}
@@ -160,12 +191,12 @@ def summarize_image_metrics(rows: list[dict], values: dict) -> list[dict]:
 
 def format_report(entries: list[dict], notes: list[str]) -> str:
     """Return metrics.txt: a block for each metric and protocol, a line for each setting."""
-    lines, last = [], ""
+    lines, last_title = [], ""
     for entry in entries:
         title = f"{entry['metric']}: {METRICS[entry['metric']].title}; {entry['protocol']}"
-        if title != last:
+        if title != last_title:
             lines += ["", title, HEADER]
-            last = title
+            last_title = title
         if entry["value"] is None:
             lines.append(f"{entry['generated']:5} {'-':>10}  {entry['setting']}: {entry['reason']}")
             continue
@@ -176,20 +207,20 @@ def format_report(entries: list[dict], notes: list[str]) -> str:
 
 
 def make_notes(rows: list[dict], sets: list[dict], skipped: dict[str, str]) -> list[str]:
-    """Return what a reader of the numbers has to know."""
+    """Return the remarks below the report: intervals, sizes, bias and skipped images."""
     sizes = {row["size"] for row in rows}
-    notes = [NOTE]
+    notes = [INTERVAL_NOTE]
     if len(sizes) > 1:
-        notes.append(f"The images have {len(sizes)} sizes; every number is of one of them.")
-    if any(SET_METRICS[entry["metric"]].real for entry in sets):
-        notes.append(BIAS)
+        notes.append(f"The images have {len(sizes)} sizes; every number uses images of one size.")
+    if any(SET_METRICS[entry["metric"]].uses_real for entry in sets):
+        notes.append(BIAS_NOTE)
     for entry in sets:
         real, generated, upscaled = (entry[name] for name in ("real", "generated", "upscaled"))
         if entry["value"] is not None and 0 < real < generated:
-            notes.append(f"There are only {real} real images for {generated} generated ones.")
+            notes.append(f"There are only {real} real images for {generated} generated images.")
         if upscaled:
             size = "{}x{}".format(*entry["size"])
-            notes.append(f"{upscaled} of the real images are smaller than {size} and upscaled.")
+            notes.append(f"{upscaled} real images are smaller than {size} and were upscaled.")
     notes += [f"Skipped {file}: {reason}" for file, reason in skipped.items()]
     return list(dict.fromkeys(notes))
 
@@ -197,7 +228,18 @@ def make_notes(rows: list[dict], sets: list[dict], skipped: dict[str, str]) -> l
 def write_report(
     folder: Path, rows: list[dict], values: dict, sets: dict, skipped: dict[str, str]
 ) -> str:
-    """Write metrics.json and metrics.txt; returns the text. Raises OSError."""
+    """Write metrics.json and metrics.txt, and return the text.
+
+    Args:
+        folder: folder of the sweep.
+        rows: rows of results.csv, each with its "size".
+        values: rows of metrics.csv by (file, metric).
+        sets: set metrics by (metric, setting).
+        skipped: reasons for skipped images, by file name.
+
+    Raises:
+        OSError: the files cannot be written.
+    """
     means = summarize_image_metrics(rows, values)
     notes = make_notes(rows, [*sets.values()], skipped)
     entries = sorted(sets.values(), key=lambda entry: [*SET_METRICS].index(entry["metric"]))

@@ -1,4 +1,4 @@
-"""The benchmark: what it counts, that both sides do the same, and that its real-size code runs."""
+"""The benchmark counts correctly, compares equal work, and runs at real size."""
 
 import functools
 import json
@@ -15,37 +15,37 @@ from dype.benchmark import step as benchmark_step
 from dype.benchmark.embedder import FAMILIES, reference_table
 from dype.pipelines.catalog import MODELS
 
-WHOLE = {  # of diffusers' classes at their default, real size
+TRANSFORMERS = {  # model -> class of diffusers; its defaults are the real size
     "flux-krea": "FluxTransformer2DModel",
     "z-image-turbo": "ZImageTransformer2DModel",
 }
 
 
 @pytest.fixture(autouse=True)
-def as_it_was(monkeypatch):
-    """The benchmark sets its whole process to one thread and a warm allocator; not this one."""
+def keep_threads(monkeypatch):
+    """Keep the threads and the allocator of the tests' process, which the benchmark changes."""
     monkeypatch.setattr(benchmark_embedder, "single_thread", lambda device: None)
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_flop_are_counted_right(name):
-    """Against torch's own count over the real-size transformer, 3 % at 2048x1024 px."""
+    """The count is within 3 % of torch's at real size and 2048x1024 px."""
     with torch.device("meta"):
-        transformer = getattr(diffusers, WHOLE[name])()
-        billions = sum(part.numel() for part in transformer.parameters()) / 1e9
+        transformer = getattr(diffusers, TRANSFORMERS[name])()
+        billions = sum(parameter.numel() for parameter in transformer.parameters()) / 1e9
         assert billions == pytest.approx(MODELS[name].parameters_billion, rel=0.05)
-        with FlopCounterMode(display=False) as counted, torch.no_grad():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
             transformer(**benchmark_step.denoiser_call(transformer, 512, 1024, 2048))
-        expected = counted.get_total_flops()
+        expected = counter.get_total_flops()
     assert benchmark_step.count_flop(transformer, 512, 1024, 2048) == pytest.approx(
         expected, rel=0.03
     )
 
 
-def test_literal_form_is_the_formula():
-    """Token by token, the same numbers as the fast path of every family, to 1e-6."""
-    for make in FAMILIES.values():
-        _, ours, args = make(96, DyPEConfig("yarn_paper"))
+def test_reference_table_equals_the_fast_path():
+    """The formula, token by token, equals the fast path of every family to 1e-6."""
+    for make_family in FAMILIES.values():
+        _, ours, args = make_family(96, DyPEConfig("yarn_paper"))
         ours.set_timestep(0.4)
         table = ours(*args)
         if isinstance(table, tuple):
@@ -53,7 +53,7 @@ def test_literal_form_is_the_formula():
         assert (table - reference_table(ours, args)).abs().max() < 1e-6
 
 
-def test_twin_shares_weights_and_has_dype_alone():
+def test_the_copy_shares_weights_and_only_it_has_dype():
     stock = benchmark_step.make_pipeline("demo", "cpu").transformer
     ours = benchmark_step.copy_sharing_weights(stock)
     apply_dype(ours, DyPEConfig("yarn", base_resolution=256))
@@ -65,23 +65,23 @@ def test_twin_shares_weights_and_has_dype_alone():
         assert not torch.equal(stock(**call)[0], ours(**call)[0])
 
 
-def last(capsys) -> dict:
+def last_line(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_step_of_the_demo(capsys):
-    """A whole denoiser call with DyPE takes what one without does; loose, for busy machines."""
+    """A denoiser call takes about as long with DyPE; bounds are loose because of busy machines."""
     assert benchmark.main(["step", "--sizes", "256", "--repeats", "3"]) == 0
-    found = last(capsys)
-    row = found["sizes"]["256"]
-    assert found["model"] == "demo"
+    result = last_line(capsys)
+    row = result["sizes"]["256"]
+    assert result["model"] == "demo"
     assert row["low"] <= row["ratio"] <= row["high"]
     assert 0.5 < row["ratio"] < 2
     assert 0 < row["share"] < 2
 
 
-def small(monkeypatch) -> None:
-    """The real-size classes at a size for tests, of the same formats."""
+def shrink_models(monkeypatch) -> None:
+    """Give the real-size classes a size for tests, with the same formats."""
     changes = {
         "FluxTransformer2DModel": {"num_layers": 1, "num_single_layers": 1},
         "ZImageTransformer2DModel": {"n_layers": 1, "n_refiner_layers": 1, "dim": 256},
@@ -90,22 +90,24 @@ def small(monkeypatch) -> None:
     changes["FluxTransformer2DModel"] |= {"num_attention_heads": 2}
     changes["ZImageTransformer2DModel"] |= {"n_heads": 2, "n_kv_heads": 2}
     for name, change in changes.items():
-        whole = getattr(diffusers, name)
+        original = getattr(diffusers, name)
         monkeypatch.setattr(
-            diffusers, name, functools.partial(lambda w, c, **kw: w(**kw | c), whole, change)
+            diffusers,
+            name,
+            functools.partial(lambda cls, small, **kw: cls(**kw | small), original, change),
         )
 
 
 @pytest.mark.parametrize("model", ["flux", "z-image"])
 def test_real_size_code(model, monkeypatch, capsys):
-    """Steps and images of FLUX.1 and Z-Image with random weights, here with a block each."""
-    small(monkeypatch)
+    """Steps and images of FLUX.1 and Z-Image run with random weights, here with one block."""
+    shrink_models(monkeypatch)
     words = ["--model", model, "--device", "cpu", "--sizes", "64", "--repeats", "1"]
     assert benchmark.main(["step", *words]) == 0
-    row = last(capsys)["sizes"]["64"]
+    row = last_line(capsys)["sizes"]["64"]
     assert row["stock"] > 0 < row["ours"]
     assert benchmark.main(["pipeline", *words, "--steps", "2"]) == 0
-    row = last(capsys)["sizes"]["64"]
+    row = last_line(capsys)["sizes"]["64"]
     assert row["steps"] == 2
     assert row["with"] > 0 < row["without"]
 

@@ -1,4 +1,4 @@
-"""Folders as a sweep leaves them, scored by `python -m dype.metrics` in this process."""
+"""Write folders of finished sweeps and score them by `python -m dype.metrics` in-process."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ def write_results(folder: Path, rows: list[dict]) -> None:
 
 
 def make_sweep(*changes: dict, folder: str = "out") -> Path:
-    """Write a sweep's folder: a row and an image for each dict of what is not the default."""
+    """Write a sweep's folder: a row and an image for each dict of changed columns."""
     path, rows = Path(folder), []
     path.mkdir(exist_ok=True)
     for number, change in enumerate(changes):
@@ -68,7 +68,7 @@ def values(name: str, folder: str = "out") -> dict[str, float]:
 
 
 def random_projection():
-    """Return a fixed random projection of images at 8 x 8, in the place of Inception."""
+    """Return a fixed random projection of images at 8 x 8, as a replacement of Inception."""
     rng = np.random.default_rng(5)
     to_features = rng.normal(size=(192, FEATURES))
     to_logits = rng.normal(size=(FEATURES, CLASSES))
@@ -82,12 +82,12 @@ def random_projection():
 
 
 def replace_inception(monkeypatch) -> list[int]:
-    """Put the projection in Inception's place; returns how many images each call is given."""
-    calls, project = [], random_projection()
+    """Replace Inception by the projection; returns the list of each call's number of images."""
+    call_sizes, project = [], random_projection()
 
     def extract(images):
-        calls.append(len(images))
+        call_sizes.append(len(images))
         return project(images)
 
     monkeypatch.setattr(inception_features, "load_inception", lambda weights, device: extract)
-    return calls
+    return call_sizes

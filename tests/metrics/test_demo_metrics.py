@@ -1,4 +1,4 @@
-"""demo_layout and demo_overlap, on rendered truth."""
+"""demo_layout and demo_overlap on rendered scenes."""
 
 import ast
 import sys
@@ -18,7 +18,7 @@ SMALL = {"height": "128", "width": "128"}
 
 
 def make_truth(wrong: str = "") -> Path:
-    """Write a sweep of rendered scenes; every second caption asks for another shape or color."""
+    """Write a sweep of rendered scenes; every second caption has a wrong value of `wrong`."""
     rng = np.random.default_rng(0)
     scenes, rows = [sample_scene(rng) for _ in range(8)], []
     for number, scene in enumerate(scenes):
@@ -26,8 +26,8 @@ def make_truth(wrong: str = "") -> Path:
         if number % 2 and wrong:
             present = getattr(scene, wrong)
             choices = SHAPES if wrong == "shape" else ("red", "yellow", "green")
-            other = next(c for c in choices if c not in (present, scene.color, scene.ground))
-            caption = caption.replace(present, other, 1)
+            absent = next(c for c in choices if c not in (present, scene.color, scene.ground))
+            caption = caption.replace(present, absent, 1)
         method = "wrong" if number % 2 else "right"
         rows.append({"method": method, "prompt": caption, "file": f"{number}.png"} | SMALL)
     folder = make_sweep(*rows)
@@ -52,7 +52,7 @@ def test_truth_and_wrong_captions(wrong):
     entries = {(e["metric"], e["setting"]): e for e in report()["means"]}
     share = entries["demo_layout", "128x128, right"]
     assert share["value"] == 1
-    assert share["interval"] == pytest.approx([0.510, 1], abs=1e-3)  # Wilson's, of 4 of 4
+    assert share["interval"] == pytest.approx([0.510, 1], abs=1e-3)  # Wilson's interval of 4 of 4
     assert share["protocol"] == "dype.demo.layout_check"
     low, high = entries["demo_overlap", "128x128, right"]["interval"]
     assert low < entries["demo_overlap", "128x128, right"]["value"] < high < 1
@@ -62,7 +62,7 @@ def test_another_prompt_is_skipped_and_named(capsys):
     folder = make_sweep({"prompt": "a cat"}, {"prompt": "a red ring on teal leaves, lit"})
     assert score(folder, *METRICS) == 1
     captured = capsys.readouterr()
-    reason = "'a cat' is no caption of the demo model"
+    reason = "'a cat' is not a caption of the demo model"
     assert f"Skipped seed_0.png, demo_layout: {reason}" in captured.out
     assert f"Skipped seed_0.png, demo_overlap: {reason}" in captured.out
     assert captured.err.count("\n") == 1
@@ -78,7 +78,7 @@ def test_missing_scipy(monkeypatch, capsys):
 
 
 def test_the_demo_is_imported_when_asked_for():
-    """No module of dype.metrics imports dype.demo or scipy at its top."""
+    """No module of dype.metrics imports dype.demo or scipy at module level."""
     (folder,) = dype.metrics.__path__
     modules = set()
     for path in Path(folder).glob("*.py"):

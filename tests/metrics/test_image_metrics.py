@@ -1,4 +1,4 @@
-"""Metrics of single images, against independent implementations; models of random weights."""
+"""Metrics of single images equal independent implementations; models have random weights."""
 
 import itertools
 import shutil
@@ -51,11 +51,11 @@ def test_compression():
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> dict[str, Path]:
-    """Folders as the hub's: a CLIP of 14 tokens, and its vision tower with a predictor."""
+    """Folders like the hub's: a CLIP of 14 tokens, and its vision tower with a predictor."""
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
     from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
 
-    torch.manual_seed(27)  # whose cosines have both signs
+    torch.manual_seed(27)  # because its cosines have both signs
     tokenizer = demo_model.text_encoders()["tokenizer"]
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     small |= {"num_attention_heads": 4, "projection_dim": 16}
@@ -76,7 +76,7 @@ def weights(tmp_path_factory) -> dict[str, Path]:
 
 
 def clip_pixels(image: Image.Image) -> torch.Tensor:
-    """Return what CLIP sees of an image: its middle at 32 px, in CLIP's units."""
+    """Return CLIP's input for an image: its middle at 32 px, normalized."""
     side = 32 / min(image.size)
     size = [int(edge * side) for edge in image.size]
     small = np.asarray(image.resize(size, Image.Resampling.BICUBIC)) / 255
@@ -88,7 +88,7 @@ def clip_pixels(image: Image.Image) -> torch.Tensor:
 
 @torch.no_grad()
 def embeddings(folder: Path, image: Image.Image, prompt: str) -> tuple:
-    """Return unit embeddings of image and prompt, and the logits' scale, tower by tower."""
+    """Compute unit embeddings of image and prompt and the logit scale from CLIP's towers."""
     from transformers import AutoTokenizer, CLIPModel
 
     clip = CLIPModel.from_pretrained(folder).eval()
@@ -114,14 +114,14 @@ def test_clip_metrics(weights):
 
 
 def test_long_prompts_keep_their_end_token(weights, capsys):
-    """CLIP reads 14 tokens here, the last of which must be the end token, and says so."""
+    """CLIP reads 14 tokens here; the last is the end token, and the output counts cut prompts."""
     words = PROMPT.split() * 4
     clip_score = image_metrics.IMAGE_METRICS["clip_score"]
     with clip_score.load(str(weights["clip"]), "cpu") as measure:
         short, long = (measure(noise(0), " ".join(words[:count])) for count in (12, 24))
     assert short == pytest.approx(long, rel=1e-5)
     assert short != 0
-    expected = "clip_score: CLIP reads 14 tokens; longer, and read in part: 1 prompts\n"
+    expected = "clip_score: prompts that CLIP cut to 14 tokens: 1\n"
     assert capsys.readouterr().out == expected
 
 
@@ -140,21 +140,29 @@ def test_aesthetic(weights):
 
 
 def test_missing_weights(weights, capsys):
-    """One sentence that says what to fetch; weights that lack a part are no weights."""
+    """One sentence names the weights to download; weights without a tensor are refused."""
     folder = make_sweep({})
-    empty, partly = Path("empty"), Path("partly")
+    empty, incomplete = Path("empty"), Path("incomplete")
     empty.mkdir()
-    shutil.copytree(weights["clip"], partly)
-    tensors = load_file(partly / "model.safetensors")
+    shutil.copytree(weights["clip"], incomplete)
+    tensors = load_file(incomplete / "model.safetensors")
     del tensors["visual_projection.weight"]
-    save_file(tensors, partly / "model.safetensors", {"format": "pt"})
+    save_file(tensors, incomplete / "model.safetensors", {"format": "pt"})
     cases = {
         "openai/clip-vit-large-patch14": ["clip_score"],
         "shunk031/aesthetics-predictor-v1": ["aesthetic"],
         "hf download yuvalkirstain/PickScore_v1": ["pick_score"],
         "cannot load the weights in": ["clip_score", "--weights", f"clip_score={empty}"],
-        "it has no visual_projection.weight": ["clip_score", "--weights", f"clip_score={partly}"],
-        "it has no predictor.": ["aesthetic", "--weights", f"aesthetic={weights['clip']}"],
+        "the weights have no visual_projection.weight": [
+            "clip_score",
+            "--weights",
+            f"clip_score={incomplete}",
+        ],
+        "the weights have no predictor.": [
+            "aesthetic",
+            "--weights",
+            f"aesthetic={weights['clip']}",
+        ],
     }
     for words, argv in cases.items():
         assert score(folder, "--metrics", *argv) == 1
@@ -164,8 +172,8 @@ def test_missing_weights(weights, capsys):
     assert not Path("out/metrics.csv").exists()
 
 
-def test_what_is_missing_is_said_first(weights, monkeypatch):
-    """Before the metrics that could be computed are."""
+def test_missing_weights_stop_the_run_first(weights, monkeypatch):
+    """The run stops before it computes the metrics whose weights exist."""
     replace_inception(monkeypatch)
     folder = make_sweep({}, {})
     argv = ["--metrics", "clip_score", "pick_score", "is", "--splits", "1", "--weights"]
@@ -175,7 +183,7 @@ def test_what_is_missing_is_said_first(weights, monkeypatch):
 
 
 def test_prompts(weights, capsys):
-    """The n-th line for the n-th prompt of results.csv."""
+    """Line n of the file replaces prompt n of results.csv."""
     files = [f"seed_{seed}_{end}.png" for end in ("a", "b") for seed in (0, 1)]
     prompts = ["a blue disk on red leaves"] * 2 + [PROMPT] * 2
     rows = [{"file": f, "prompt": p} for f, p in zip(files, prompts, strict=True)]
@@ -186,7 +194,7 @@ def test_prompts(weights, capsys):
     Path("same.txt").write_text(f"a blue disk on red leaves\n\n{PROMPT}\n")
     assert score(folder, *argv, "--prompts", "same.txt") == 2
     line = capsys.readouterr().err
-    assert f"clip_score in metrics.csv is by '{weights['clip']}', asked for" in line
+    assert f"clip_score in metrics.csv has the protocol '{weights['clip']}', this run" in line
     assert "prompts of same.txt (" in line
     assert "--overwrite" in line
     assert score(folder, *argv, "--prompts", "same.txt", "--overwrite") == 0
@@ -221,18 +229,19 @@ def test_image_reward(monkeypatch, capsys):
     assert "cannot import ImageReward" in error
     assert error.count("\n") == 1
     calls = []
-    package = types.SimpleNamespace(load=lambda **given: calls.append(given) or Reward())
+    package = types.SimpleNamespace(load=lambda **kwargs: calls.append(kwargs) or Reward())
     monkeypatch.setitem(sys.modules, "ImageReward", package)
     words = [folder, "--metrics", "image_reward", "--device", "cpu"]
     assert score(*words) == 0
     for row, value in zip(table(), values("image_reward").values(), strict=True):
         assert float(value) == pytest.approx(len(row["prompt"]) + 128 / 1e6, rel=1e-6)
     Path("weights").mkdir()
-    other = [*words, "--weights", "image_reward=weights"]
-    assert score(*other) == 2
-    assert "asked for" in capsys.readouterr().err
-    assert score(*other, "--overwrite") == 0
+    with_weights = [*words, "--weights", "image_reward=weights"]
+    assert score(*with_weights) == 2
+    assert "has the protocol" in capsys.readouterr().err
+    assert score(*with_weights, "--overwrite") == 0
     weights = Path("weights").absolute()
     files = {"name": f"{weights}/ImageReward.pt", "med_config": f"{weights}/med_config.json"}
-    default, own = {"device": "cpu", "name": "ImageReward-v1.0"}, {"device": "cpu"} | files
-    assert calls == [default, own, own]  # --overwrite loads it once before it deletes anything
+    default = {"device": "cpu", "name": "ImageReward-v1.0"}
+    local = {"device": "cpu"} | files
+    assert calls == [default, local, local]  # --overwrite loads once more, before it deletes

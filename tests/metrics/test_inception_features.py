@@ -1,4 +1,4 @@
-"""What Inception sees of images, and how it is loaded."""
+"""Inception's input images and the loading of its weights."""
 
 import sys
 import types
@@ -20,15 +20,15 @@ TORCHMETRICS = ("torchmetrics", "torchmetrics.image", "torchmetrics.image.fid")
 def test_patches_are_of_the_image():
     image, square = noise(0, 40, 60), noise(0, 40, 40)
     assert (random_patches(image, 40, 2, "a")[0].shape) == (3, 40, 40)
-    whole = random_patches(square, 40, 1, "a")[0]
-    assert np.array_equal(whole, np.asarray(square).transpose(2, 0, 1))
-    first, same, other = (random_patches(image, 8, 3, name) for name in ("a", "a", "b"))
-    assert np.array_equal(first, same)
-    assert not np.array_equal(first, other)
+    full_patch = random_patches(square, 40, 1, "a")[0]
+    assert np.array_equal(full_patch, np.asarray(square).transpose(2, 0, 1))
+    first, repeated, renamed = (random_patches(image, 8, 3, name) for name in ("a", "a", "b"))
+    assert np.array_equal(first, repeated)
+    assert not np.array_equal(first, renamed)
 
 
 def test_real_images_keep_their_shape(monkeypatch):
-    """A wide image loses its sides; it is not squeezed."""
+    """A wide image is cropped at its sides, not squeezed."""
     wide = Image.new("RGB", (300, 100), "red")
     wide.paste(Image.new("RGB", (100, 100), "blue"), (100, 0))
     wide.save("wide.png")
@@ -43,7 +43,7 @@ def test_real_images_keep_their_shape(monkeypatch):
 
 
 def test_missing_inception(monkeypatch, capsys):
-    """Without the packages, one sentence; before anything is computed."""
+    """Without the packages the error is one sentence, before the run computes a value."""
     for name in TORCHMETRICS:
         monkeypatch.setitem(sys.modules, name, None)
     folder = make_sweep({}, {})
@@ -55,7 +55,7 @@ def test_missing_inception(monkeypatch, capsys):
 
 
 def test_inception_is_torchmetrics(monkeypatch):
-    """As its FID is given it: 2048 features, antialiased, a weights file; logits without bias."""
+    """The network has 2048 features, antialiasing and the weights file; logits have no bias."""
     requests = []
 
     class Network(torch.nn.Module):
@@ -90,7 +90,7 @@ def test_inception_is_torchmetrics(monkeypatch):
 
 @pytest.fixture
 def inception_weights(monkeypatch) -> Path:
-    """Random weights for torch-fidelity's Inception, which is not among the tests' packages."""
+    """Random weights for torch-fidelity's Inception; skips because its package is optional."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:

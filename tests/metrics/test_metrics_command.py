@@ -1,4 +1,4 @@
-"""`python -m dype.metrics`: what it writes, how it goes on, and bad input."""
+"""`python -m dype.metrics`: its files, how it resumes, and bad input."""
 
 import multiprocessing
 import os
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def test_values_and_means():
-    """In metrics.csv, failed images left out; results.csv untouched; means per setting."""
+    """metrics.csv has no failed images, results.csv does not change, means are per setting."""
     failed = {"error": "out of memory", "seconds": ""}
     folder = make_sweep({}, {"method": "base"}, failed, {})
     before = (folder / "results.csv").read_bytes()
@@ -84,7 +84,7 @@ def test_another_table(capsys):
 
 
 def test_rows_of_other_files_are_kept():
-    """To the letter, also under --overwrite; and those of metrics that are not asked for."""
+    """Rows of other files and of other metrics stay byte for byte, also with --overwrite."""
     folder = make_sweep({}, {})
     text = 'gone.png,glcm,1.0,"an ""older"" way, of two"\nseed_0.png,beauty,7.50,x\n'
     Path("out/metrics.csv").write_text("file,metric,value,protocol\n" + text)
@@ -96,7 +96,7 @@ def test_rows_of_other_files_are_kept():
 
 
 def test_another_protocol_is_refused(monkeypatch, capsys):
-    """Before anything is computed, in a sentence; --overwrite computes it anew, and it alone."""
+    """The run stops first, with one sentence; --overwrite computes only that metric again."""
     folder = make_sweep({}, {})
     assert score(folder) == 0
     before, catalog = values("compression"), image_metrics.IMAGE_METRICS
@@ -106,21 +106,21 @@ def test_another_protocol_is_refused(monkeypatch, capsys):
     noise(7).save("out/seed_1.png")
     assert score(folder) == 2
     assert capsys.readouterr().err == (
-        "dype.metrics: glcm in metrics.csv is by '64 gray levels, patches of 64 px', asked for "
-        "'32 gray levels', expected the same or --overwrite\n"
+        "dype.metrics: glcm in metrics.csv has the protocol '64 gray levels, patches of 64 px', "
+        "this run has '32 gray levels'; use --overwrite to compute it again\n"
     )
     assert Path("out/metrics.csv").read_text() == text
-    assert score(folder, "--metrics", "compression") == 0  # it has not changed
+    assert score(folder, "--metrics", "compression") == 0  # because its protocol has not changed
     assert score(folder, "--metrics", "glcm", "--overwrite") == 0
     rows = results.read_metrics(folder)
     assert {row["protocol"] for row in rows if row["metric"] == "glcm"} == {"32 gray levels"}
-    assert values("compression") == before  # of the image before it was replaced
+    assert values("compression") == before  # because --overwrite was for glcm only
     expected = image_metrics.measure_glcm(noise(7))
     assert values("glcm")["seed_1.png"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_interrupted_run_goes_on(monkeypatch, capsys):
-    """What was computed stays, to the digit, and is not computed again; a later image is."""
+    """Existing values stay to the digit and are not computed again; a new image is computed."""
     folder = make_sweep({}, {}, {}, {})
     sizes, measure = [], image_metrics.measure_glcm
 
@@ -148,7 +148,7 @@ def test_an_interrupted_run_goes_on(monkeypatch, capsys):
 
 
 def test_a_kill_keeps_the_values():
-    """One that comes within a write leaves the table before it; the next run sweeps the rest."""
+    """A kill during a write keeps the previous table; the next run deletes the partial file."""
     folder = make_sweep({}, {}, {})
 
     def run_and_die():
@@ -175,16 +175,16 @@ def test_a_kill_keeps_the_values():
 
 
 def test_an_interrupted_overwrite_leaves_no_old_values(monkeypatch):
-    """Else the next run would take them for values made in the new way."""
+    """Otherwise the next run would take the old values for values of the new protocol."""
     replace_inception(monkeypatch)
     folder, argv = make_sweep({}, {}), ["--metrics", "glcm", "is", "--splits", 1]
     assert score(folder, *argv) == 0
     assert len(report()["sets"]) == 1
 
-    def interrupted(*args):
+    def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dype.metrics.scores.stack_features", interrupted)
+    monkeypatch.setattr("dype.metrics.scores.stack_features", interrupt)
     assert score(folder, *argv, "--overwrite") == 130
     assert values("glcm") == {}
     assert report()["sets"] == []
@@ -234,8 +234,8 @@ def test_a_mistake_is_one_sentence(words, capsys):
     assert not Path("out/metrics.json").exists()
 
 
-def test_all_is_what_any_sweep_can_have():
-    """Neither the demo's metrics nor the one that another interpreter computes."""
+def test_all_is_every_metric_that_any_sweep_can_have():
+    """It excludes the demo's metrics and ImageReward, which needs another environment."""
     from dype.metrics import __main__ as metrics
 
     args = metrics.parser().parse_args(["out", "--metrics", "all", "--real", "real"])
@@ -244,14 +244,17 @@ def test_all_is_what_any_sweep_can_have():
     assert metrics.select_metrics(args) == expected.split()
 
 
-def test_what_the_machine_lacks(capsys):
-    folder = make_sweep({})
-    assert score(folder, "--device", "tpu") == 1
+def test_a_missing_device(capsys):
+    assert score(make_sweep({}), "--device", "tpu") == 1
     assert "no device tpu" in capsys.readouterr().err
+
+
+def test_a_spoiled_report(capsys):
+    folder = make_sweep({})
     for content in ("[1]", '{"sets": [{}]}', '{"sets": [{"metric": "beauty"}]}', "{"):
         Path("out/metrics.json").write_text(content)
         assert score(folder) == 2
-        assert "metrics.json is no report" in capsys.readouterr().err
+        assert "metrics.json is not a report" in capsys.readouterr().err
     Path("out/metrics.json").write_text('{"sets": [{"metric": "fid"}]}')  # of an earlier version
     assert score(folder) == 0
 

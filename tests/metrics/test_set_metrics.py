@@ -1,4 +1,4 @@
-"""Set metrics from features, against independent implementations; their intervals."""
+"""Set metrics of features equal independent implementations; their intervals."""
 
 import itertools
 
@@ -12,8 +12,9 @@ from dype.metrics import intervals, set_metrics
 
 
 def frechet(a, b):
-    parts = (set_metrics.mean_and_root(x, np.ones(len(x))) for x in (a, b))
-    return set_metrics.frechet_distance(*(array for pair in parts for array in pair))
+    """Return the Frechet distance of two sets of features, [n, d] each."""
+    pairs = (set_metrics.mean_and_root(x, np.ones(len(x))) for x in (a, b))
+    return set_metrics.frechet_distance(*(array for pair in pairs for array in pair))
 
 
 @pytest.mark.parametrize(("real", "generated"), [(9, 7), (60, 11), (11, 60), (80, 70)])
@@ -22,7 +23,7 @@ def test_frechet_distance(real, generated):
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(real, 20)), rng.normal(0.5, rng.random(20), size=(generated, 20))
     c, d = np.cov(a.T), np.cov(b.T)
-    eps = 1e-9 * np.eye(20)  # the root of a singular matrix is not exact
+    eps = 1e-9 * np.eye(20)  # because the root of a singular matrix is not exact
     root = scipy.linalg.sqrtm((c + eps) @ (d + eps)).real
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(c + d - 2 * root)
     assert frechet(a, b) == pytest.approx(expected, rel=1e-4)
@@ -30,7 +31,7 @@ def test_frechet_distance(real, generated):
 
 
 def test_counts_are_repeated_rows():
-    """A row counted twice is as the row and its copy; one counted 0 times is not there."""
+    """A count of 2 equals the row and a copy of it; a count of 0 removes the row."""
     features, counts = np.random.default_rng(1).normal(size=(6, 4)), np.array([2, 0, 1, 3, 0, 1])
     mean, root = set_metrics.mean_and_root(features, counts)
     rows = features.repeat(counts, 0)
@@ -40,7 +41,7 @@ def test_counts_are_repeated_rows():
 
 @pytest.mark.parametrize("real_count", [9, 40])
 def test_fid_of_features(real_count):
-    """Its value is the distance of all rows, with fewer and with more rows than features."""
+    """The value is the distance of all rows, with fewer and with more rows than features."""
     rng = np.random.default_rng(2)
     real, generated = rng.normal(size=(real_count, 2, 12)), rng.normal(0.3, 1, (8, 2, 12))
     value, (low, high) = set_metrics.fid({"features": real}, {"features": generated}, 0)
@@ -49,7 +50,7 @@ def test_fid_of_features(real_count):
 
 
 def plain_kid(real: np.ndarray, generated: np.ndarray, patches: int = 1) -> float:
-    """Pair by pair, of different images."""
+    """Compute KID pair by pair, over pairs of different images."""
 
     def mean(pairs):
         return np.mean([(np.dot(x, y) / len(x) + 1) ** 3 for x, y in pairs])
@@ -77,36 +78,36 @@ def test_kernel_distance(patches):
 
 
 def test_kernel_distance_of_a_resample():
-    """An image sampled twice is paired with every other one twice, and never with its copy."""
+    """A repeated image pairs twice with every different image, and never with its copy."""
     rng = np.random.default_rng(1)
     real, generated = rng.normal(size=(5 * 2, 4)), rng.normal(0.3, 1, size=(3 * 2, 4))
     copies = [0, 0, 2]
     pairs = [
-        (generated[2 * image + patch], generated[2 * other + also])
-        for image, other in itertools.permutations(copies, 2)
-        for patch, also in itertools.product((0, 1), repeat=2)
-        if image != other
+        (generated[2 * image1 + patch1], generated[2 * image2 + patch2])
+        for image1, image2 in itertools.permutations(copies, 2)
+        for patch1, patch2 in itertools.product((0, 1), repeat=2)
+        if image1 != image2
     ]
     sampled = generated.reshape(3, 2, 4)[copies].reshape(-1, 4)
     value = np.mean([(x @ y / 4 + 1) ** 3 for x, y in pairs])
-    others = itertools.permutations(range(len(real)), 2)
-    value += np.mean([(real[i] @ real[j] / 4 + 1) ** 3 for i, j in others if i // 2 != j // 2])
-    across = itertools.product(real, sampled)
-    value -= 2 * np.mean([(x @ y / 4 + 1) ** 3 for x, y in across])
+    real_pairs = itertools.permutations(range(len(real)), 2)
+    value += np.mean([(real[i] @ real[j] / 4 + 1) ** 3 for i, j in real_pairs if i // 2 != j // 2])
+    cross_pairs = itertools.product(real, sampled)
+    value -= 2 * np.mean([(x @ y / 4 + 1) ** 3 for x, y in cross_pairs])
     (distance,) = set_metrics.kernel_distance(real, generated, 2, [[2, 0, 1]])
     assert distance == pytest.approx(value, rel=1e-9)
 
 
 def test_kernel_distance_is_unbiased():
-    """Images of one law are at 0 in the mean, however alike an image's own patches are."""
+    """The mean is 0 for images of one distribution, even if patches of an image are alike."""
     rng, distances = np.random.default_rng(5), []
 
-    def sampled(count):
+    def sample(count):
         features = rng.normal(size=(count, 1, 8)) + 0.3 * rng.normal(size=(count, 6, 8))
         return features.reshape(-1, 8)
 
     for _ in range(300):
-        distances += [*set_metrics.kernel_distance(sampled(10), sampled(12), 6, [np.ones(12)])]
+        distances += [*set_metrics.kernel_distance(sample(10), sample(12), 6, [np.ones(12)])]
     assert abs(np.mean(distances)) < 3 * np.std(distances) / len(distances) ** 0.5
 
 
@@ -119,14 +120,14 @@ def test_inception_score():
     value, _ = set_metrics.inception_score_with_interval(None, {"logits": logits}, 3)
     shares = scipy.special.softmax(logits.reshape(22, -1), 1)
     shares = shares[np.random.RandomState(2020).permutation(22)]
-    parts = [shares[:7], shares[7:14], shares[14:]]
-    each = [np.exp(scipy.special.rel_entr(p, p.mean(0)).sum(1).mean()) for p in parts]
-    assert value == pytest.approx(np.mean(each), rel=1e-9)
+    splits = [shares[:7], shares[7:14], shares[14:]]
+    scores = [np.exp(scipy.special.rel_entr(p, p.mean(0)).sum(1).mean()) for p in splits]
+    assert value == pytest.approx(np.mean(scores), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["fid", "kid", "is"])
 def test_intervals_of_sets_spread(name):
-    """As wide as the spread of the metric over fresh images, within a third; value inside."""
+    """The width matches the metric's spread over fresh images within 35 %; it has the value."""
     rng = np.random.default_rng(4)
     real = {"features": rng.normal(size=(80, 1, 6))}
     values, widths = [], []
@@ -141,20 +142,21 @@ def test_intervals_of_sets_spread(name):
 
 
 def test_interval_is_wider_for_correlated_patches():
-    """Patches of one image are no new images."""
+    """Equal patches of one image count as one image, not as many."""
     rng = np.random.default_rng(6)
     real = {"features": rng.normal(size=(40, 1, 4))}
-    same = np.repeat(rng.normal(0.5, 1, size=(20, 1, 4)), 8, axis=1)
-    apart = rng.normal(0.5, 1, size=(20, 8, 4))
+    correlated = np.repeat(rng.normal(0.5, 1, size=(20, 1, 4)), 8, axis=1)
+    independent = rng.normal(0.5, 1, size=(20, 8, 4))
     for compute in (set_metrics.fid, set_metrics.kid):
         wide, narrow = (
-            np.diff(compute(real, {"features": features}, 0)[1]) for features in (same, apart)
+            np.diff(compute(real, {"features": features}, 0)[1])
+            for features in (correlated, independent)
         )
         assert wide > 1.5 * narrow
 
 
 def test_resampled_scores_are_of_the_value(monkeypatch):
-    """The Inception score of a resample that is the set itself is computed as the value is."""
+    """A resample that equals the set has the same input to the Inception score as the value."""
     inputs, logits = [], np.random.default_rng(0).normal(size=(6, 3, CLASSES))
     monkeypatch.setattr(intervals, "bootstrap_indices", lambda count, _: [np.arange(count)] * 2)
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Set metrics of a sweep's folder: per setting, from Inception's features, resumed."""
+"""Set metrics of a sweep's folder: per setting, from Inception's features, with resuming."""
 
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def test_set_metrics(inception, capsys):
 
 
 def test_inception_sees_an_image_once(inception):
-    """And its patches once, whatever the number of metrics and settings."""
+    """Inception also sees its patches once, for any number of metrics and settings."""
     folder, real = make_sweep({}, {}, {"method": "base"}, {"method": "base"}), make_reals(3)
     names = ["fid", "kid", "is", "patch_fid", "patch_kid", "patch_is"]
     argv = ["--metrics", *names, "--real", real, "--splits", 2, "--patches", 2]
@@ -73,7 +73,7 @@ def test_inception_sees_an_image_once(inception):
 
 
 def test_set_metrics_go_on(inception):
-    """An entry of the same protocol stands; another number of images is another protocol."""
+    """An entry of the same protocol stays; another number of images is another protocol."""
     folder, real = make_sweep({}, {}, {}), make_reals(3)
     argv = [folder, "--metrics", "kid", "--real", real]
     assert score(*argv) == 0
@@ -104,37 +104,37 @@ def test_set_metrics_go_on(inception):
     assert entry["generated"] == 4
     make_sweep({"method": "base"}, {"method": "base"})
     assert score(folder, "--metrics", "compression") == 0
-    assert report()["sets"] == []  # its setting is not there
+    assert report()["sets"] == []  # because its setting is gone
 
 
 def test_overwrite_keeps_what_it_cannot_compute(inception, monkeypatch, capsys):
-    """Without Inception's weights nothing is deleted."""
+    """Without Inception's weights no entry is deleted."""
     argv = [make_sweep({}, {}, {}), "--metrics", "kid", "--real", make_reals(3), "--overwrite"]
     assert score(*argv) == 0
     before = report()
 
-    def missing(*_):
+    def fail_to_load(*_):
         raise UnavailableError("cannot load Inception")
 
-    monkeypatch.setattr(inception_features, "load_inception", missing)
+    monkeypatch.setattr(inception_features, "load_inception", fail_to_load)
     assert score(*argv) == 1
     assert "cannot load Inception" in capsys.readouterr().err
     assert report() == before
 
 
 def test_an_interrupted_run_keeps_its_settings(monkeypatch, inception):
-    """The set metrics of a setting that is done are not computed again."""
+    """The set metrics of a finished setting are not computed again."""
     folder = make_sweep({}, {}, {"method": "base"}, {"method": "base"})
     argv, extract = [folder, "--metrics", "is", "--splits", 1], random_projection()
 
-    def interrupted(images):
+    def interrupt_third(images):
         inception.append(len(images))
         if len(inception) == 3:
             raise KeyboardInterrupt
         return extract(images)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dype.metrics.inception_features.load_inception", lambda *_: interrupted)
+        patch.setattr("dype.metrics.inception_features.load_inception", lambda *_: interrupt_third)
         assert score(*argv) == 130
     assert [entry["setting"] for entry in report()["sets"]] == ["96x128, dy_yarn"]
     assert score(*argv) == 0
@@ -144,8 +144,8 @@ def test_an_interrupted_run_keeps_its_settings(monkeypatch, inception):
 
 def test_a_corrupt_image_is_skipped_and_counted(inception, capsys):
     folder, real = make_sweep(*[{}] * 5), make_reals(4)
-    whole = Path("out/seed_2.png").read_bytes()
-    Path("out/seed_2.png").write_bytes(whole[: len(whole) // 2])
+    content = Path("out/seed_2.png").read_bytes()
+    Path("out/seed_2.png").write_bytes(content[: len(content) // 2])
     Path("real/1.png").write_bytes(b"no image")
     for _ in range(2):
         assert score(folder, "--metrics", "compression", "glcm", "kid", "--real", real) == 1
@@ -159,20 +159,20 @@ def test_a_corrupt_image_is_skipped_and_counted(inception, capsys):
     (entry,) = report()["sets"]
     assert (entry["generated"], entry["real"]) == (4, 3)
     assert "4 generated; 3 real" in entry["protocol"]
-    Path("out/seed_2.png").write_bytes(whole)
+    Path("out/seed_2.png").write_bytes(content)
     noise(3).save("real/1.png")
     assert score(folder, "--metrics", "compression", "glcm", "kid", "--real", real) == 0
     assert [entry["generated"] for entry in report()["sets"]] == [5]
 
 
 def test_mixed_sizes(inception, capsys):
-    """Settings never mix sizes; an image too small for GLCM has the other metrics."""
+    """Settings never mix sizes; an image too small for GLCM still gets the other metrics."""
     folder = make_sweep({}, {}, {}, *[{"height": "40", "width": "48"}] * 3)
     argv = ["--metrics", "kid", "patch_kid", "glcm", "compression", "--real", make_reals(3)]
     assert score(folder, *argv) == 1
     out = capsys.readouterr().out
     assert "2 sizes" in out
-    assert "Skipped seed_3.png, glcm: it is smaller than a patch of 64 px" in out
+    assert "Skipped seed_3.png, glcm: the image is smaller than a patch of 64 px" in out
     settings = ["96x128, dy_yarn", "40x48, dy_yarn"]
     assert [entry["setting"] for entry in report()["sets"]] == settings * 2
     assert len(values("compression")) == 6
@@ -180,21 +180,21 @@ def test_mixed_sizes(inception, capsys):
     assert views == ["whole images"] * 2 + ["8 patches of 96 px", "8 patches of 40 px"]
     noise(0, 50, 50).save("out/seed_0.png")
     assert score(folder, "--metrics", "compression", "--overwrite") == 1
-    assert "it is 50x50, its row says 96x128" in capsys.readouterr().out
+    assert "the image is 50x50, results.csv says 96x128" in capsys.readouterr().out
 
 
 def test_few_images(inception, capsys):
-    """Too few for a set metric is said in its place; fewer real than generated ones is noted."""
+    """The report says where a set metric has too few images, or fewer real than generated."""
     folder = make_sweep({"method": "base"}, {}, {}, {})
     assert score(folder, "--metrics", "kid", "is", "--splits", 4, "--real", make_reals(2)) == 0
     out = capsys.readouterr().out
-    assert "96x128, base: needs 2 readable images, there are 1" in out
-    assert "needs 4 images or patches, as many as --splits, there are 3" in out
-    assert "only 2 real images for 3 generated ones" in out
+    assert "96x128, base: needs 2 readable images, found 1" in out
+    assert "needs 4 images or patches for --splits, found 3" in out
+    assert "only 2 real images for 3 generated images" in out
     assert [entry["value"] is None for entry in report()["sets"]] == [True, False, True, True]
 
 
 def test_upscaled_real_images_are_counted(inception, capsys):
     folder = make_sweep({"height": "200"}, {"height": "200"})
     assert score(folder, "--metrics", "kid", "--real", make_reals(3)) == 0
-    assert "3 of the real images are smaller than 200x128" in capsys.readouterr().out
+    assert "3 real images are smaller than 200x128 and were upscaled" in capsys.readouterr().out
