@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         """Run the benchmark and print its results as JSON."""
         args = with_defaults(parser().parse_args(argv))
-        embedder.single_thread(torch.device(args.device))
+        embedder.use_single_thread(torch.device(args.device))
         print(
             json.dumps(
                 {

@@ -31,7 +31,7 @@ TRAINED_TOKENS = 64  # per axis
 RATIOS = ("ours/copy", "stock/copy", "ours/stock", "literal/ours")
 
 
-def single_thread(device: torch.device) -> None:
+def use_single_thread(device: torch.device) -> None:
     """Use one thread on a CPU, and make glibc keep freed memory.
 
     The CPU time of one thread does not depend on other processes. The caching allocators of

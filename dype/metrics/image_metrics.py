@@ -75,7 +75,7 @@ def load_glcm(weights: None, device: str):
 
 
 def measure_compression(image: Image.Image, prompt: str = "") -> float:
-    """Return the compression ratio: bytes of the raw image / bytes of its JPEG, 95, 4:2:0."""
+    """Return the compression ratio: raw bytes / bytes of a JPEG (quality 95, 4:2:0)."""
     file = io.BytesIO()
     # quality 95, because the script of Aesthetic-4K saves images with it
     image.save(file, "jpeg", quality=95, subsampling="4:2:0")
@@ -105,7 +105,7 @@ def load_demo(name: str, weights: None, device: str):
     caption = re.compile(f"an? ({colors}) ({'|'.join(SHAPES)}) on ({colors}) leaves")
 
     def measure(image: Image.Image, prompt: str) -> float:
-        """Return the overlap with the shape, or 1 if layout and shape are right, else 0."""
+        """Return demo_overlap, or demo_layout: 1 if layout and shape are right, else 0."""
         match = caption.match(prompt)
         if match is None:
             raise ValueError(f"{prompt!r} is not a caption of the demo model")
@@ -189,7 +189,7 @@ def load_clip_metric(name: str, weights: str, device: str):
 
     @torch.inference_mode()
     def measure(image: Image.Image, prompt: str) -> float:
-        """Return the score of an image and its prompt; count prompts that are too long."""
+        """Return the score of an image and its prompt; remember prompts that are too long."""
         if len(tokenizer(prompt, verbose=False)["input_ids"]) > limit:
             long_prompts.add(prompt)
         text = tokenizer(prompt, truncation=True, max_length=limit, return_tensors="pt")

@@ -72,8 +72,8 @@ def stack_features(
         args: the command line.
         skipped: receives the reason for each unreadable image, by file name.
         paths: files of the images.
-        real_filter: a key of FILTERS, which crops the middle of real images and resizes it to
-            `size`; None for generated images.
+        real_filter: a key of FILTERS, to resize the middle of real images to `size`; None for
+            generated images.
         size: (height, width), px.
         patch: side of a patch, px; None for whole images.
 

@@ -20,7 +20,7 @@ def normal_interval(value: float, resampled) -> list[float]:
     """Return value -+ 1.96 standard deviations of its resampled values.
 
     Use it for distances and scores of sets. A repeated image makes these worse, so percentiles of
-    the resampled values would not contain the value.
+    the resampled values may not contain the value.
     """
     half = 1.96 * float(np.std(resampled))
     return [float(value) - half, float(value) + half]

@@ -21,9 +21,9 @@ ENTRY_KEYS = ("setting", "protocol", "value", "interval", "reason")  # of a set 
 ENTRY_KEYS += ("generated", "real", "size", "upscaled")
 HEADER = f"{'n':>5} {'value':>10}  {'95 % interval':22}  height x width, setting"
 INTERVAL_NOTE = (
-    "Intervals are 95 % intervals from a bootstrap over the generated images. FID and Inception "
-    "score use 1.96 standard deviations, demo_layout uses Wilson's interval, and all others use "
-    "percentiles."
+    "Intervals are 95 % intervals. A bootstrap over the generated images gives 1.96 standard "
+    "deviations for FID and Inception score, and percentiles for the rest. demo_layout has "
+    "Wilson's interval."
 )
 BIAS_NOTE = (
     "The FID of a few hundred images is biased upward. Compare it only within one pipeline, and at "

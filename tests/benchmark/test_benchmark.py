@@ -24,7 +24,7 @@ TRANSFORMERS = {  # model -> class of diffusers; its defaults are the real size
 @pytest.fixture(autouse=True)
 def keep_threads(monkeypatch):
     """Keep the threads and the allocator of the tests' process, which the benchmark changes."""
-    monkeypatch.setattr(benchmark_embedder, "single_thread", lambda device: None)
+    monkeypatch.setattr(benchmark_embedder, "use_single_thread", lambda device: None)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)

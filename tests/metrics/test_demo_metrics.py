@@ -77,7 +77,7 @@ def test_missing_scipy(monkeypatch, capsys):
     assert "pip install scipy==1.17.1" in line
 
 
-def test_the_demo_is_imported_when_asked_for():
+def test_the_demo_is_imported_only_with_its_metrics():
     """No module of dype.metrics imports dype.demo or scipy at module level."""
     (folder,) = dype.metrics.__path__
     modules = set()
