@@ -1,11 +1,11 @@
-"""Tiny random pipelines of the real diffusers classes, offline."""
+"""Tiny FLUX pipelines of diffusers' own classes with random weights, and fixtures for all tests."""
 
 import csv
 import os
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's client is imported
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each worker, before torch is
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the hub's client reads it at import
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it at import, in every worker
 
 import diffusers
 import pytest
@@ -19,7 +19,7 @@ from dype.embedders import DyPEFluxPosEmbed
 from dype.embedders_complex import DyPEQwenEmbedRope, DyPEZImageRopeEmbedder
 
 LATENT_CHANNELS = 4
-FIRST_RELEASE = {  # of diffusers on which the tests of a class pass
+FIRST_RELEASE = {  # class -> oldest release of diffusers with which its tests pass
     "FluxTransformer2DModel": "0.32",
     "ChromaTransformer2DModel": "0.34",
     "FluxIPAdapterAttnProcessor": "0.35",
@@ -35,13 +35,14 @@ FIRST_RELEASE = {  # of diffusers on which the tests of a class pass
 
 
 def needs(name: str) -> None:
-    """Skip the test where diffusers is older than the first release on which a class passes."""
+    """Skip the test if the installed diffusers is older than the class's first release."""
     first = FIRST_RELEASE[name]
     if Version(diffusers.__version__) < Version(first):
         pytest.skip(f"{name} needs diffusers {first}, this is {diffusers.__version__}")
 
 
 def tiny_transformer(**changes) -> Transformer:
+    """Return a FLUX transformer of two blocks; `changes` replace arguments of its class."""
     torch.manual_seed(0)
     settings = {
         "patch_size": 1,
@@ -59,6 +60,7 @@ def tiny_transformer(**changes) -> Transformer:
 
 
 def tiny_vae() -> AutoencoderKL:
+    """Return a KL autoencoder that reduces each side by 8."""
     torch.manual_seed(0)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -75,6 +77,7 @@ def tiny_vae() -> AutoencoderKL:
 
 
 def tiny_components(**changes) -> dict:
+    """Return the components of a FluxPipeline; `changes` go to `tiny_transformer`."""
     torch.manual_seed(0)
     return {
         "scheduler": demo_model.scheduler(),
@@ -85,17 +88,19 @@ def tiny_components(**changes) -> dict:
 
 
 def quiet(pipe):
+    """Return the pipeline with its progress bar off."""
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 @pytest.fixture
 def pipe() -> FluxPipeline:
+    """Return a tiny FLUX pipeline."""
     return quiet(FluxPipeline(**tiny_components()))
 
 
-def latents(pipe, height=256, width=192, steps=3, seed=0, **more) -> torch.Tensor:
-    """Draw with a tiny pipeline; packed latents."""
+def latents(pipe, height=256, width=192, steps=3, seed=0, **arguments) -> torch.Tensor:
+    """Generate with a tiny FLUX pipeline and return packed latents [B, S, 16]."""
     settings = {
         "prompt": "a red ring on teal leaves",
         "height": height,
@@ -105,17 +110,17 @@ def latents(pipe, height=256, width=192, steps=3, seed=0, **more) -> torch.Tenso
         "output_type": "latent",
         "generator": torch.Generator().manual_seed(seed),
     }
-    return pipe(**settings | more).images
+    return pipe(**settings | arguments).images
 
 
 class Spy:
-    """What the embedder of a transformer sees: noise level, grid, layout at every call."""
+    """Recorder of sigma, grid and token layout at every call of a transformer's embedder."""
 
     def __init__(self, transformer):
         self.calls = []
-        transformer.pos_embed.register_forward_hook(self.note)
+        transformer.pos_embed.register_forward_hook(self.record)
 
-    def note(self, embedder, args, output):
+    def record(self, embedder, args, output):
         self.calls.append((float(embedder.sigma), embedder.grid, embedder.token_layout))
 
     @property
@@ -125,41 +130,43 @@ class Spy:
 
 @pytest.fixture
 def tables(monkeypatch):
-    """(sigma, table) of every call of an embedder; a table is complex, [S, D / 2]."""
-    seen = []
+    """Record (sigma, table) of every embedder call; a table is complex [S, D / 2]."""
+    calls = []
 
-    def spy(cls, name, read):
+    def spy(cls, name, to_complex):
         original = getattr(cls, name)
 
-        def noted(self, *args, **kwargs):
-            out = original(self, *args, **kwargs)
-            seen.append((float(self.sigma), read(out)))
-            return out
+        def call_and_record(self, *args, **kwargs):
+            output = original(self, *args, **kwargs)
+            calls.append((float(self.sigma), to_complex(output)))
+            return output
 
-        monkeypatch.setattr(cls, name, noted)
+        monkeypatch.setattr(cls, name, call_and_record)
 
-    spy(DyPEFluxPosEmbed, "forward", lambda out: torch.complex(*out)[:, ::2])
-    spy(DyPEQwenEmbedRope, "forward", lambda out: out[0])
-    spy(DyPEZImageRopeEmbedder, "__call__", lambda out: out)
-    return seen
+    spy(DyPEFluxPosEmbed, "forward", lambda output: torch.complex(*output)[:, ::2])
+    spy(DyPEQwenEmbedRope, "forward", lambda output: output[0])
+    spy(DyPEZImageRopeEmbedder, "__call__", lambda output: output)
+    return calls
 
 
-TINY = ["--model", "demo", "--steps", "1", "--base_resolution", "32"]  # the demo, as fast as can be
+# with a base of 32 px because 64 px, the smallest fast image, then exercises DyPE
+TINY = ["--model", "demo", "--steps", "1", "--base_resolution", "32"]
 
 
 def run(*argv) -> int:
-    """The command line, in this process."""
-    import run_dype  # not above: the core's tests run on versions too old for it
+    """Run the command line in this process and return its exit code."""
+    import run_dype  # here, because the core's tests run on releases too old for it
 
     return run_dype.main([str(word) for word in argv])
 
 
 def table(folder="out") -> list[dict]:
-    """results.csv as a stranger would read it."""
+    """Return the rows of results.csv, read without the package."""
     with (Path(folder) / "results.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 @pytest.fixture
 def own_folder(tmp_path, monkeypatch):
+    """Change to an empty folder."""
     monkeypatch.chdir(tmp_path)

@@ -1,10 +1,15 @@
-"""Run the command line in children that are forked after the imports, and kill them on cue.
+"""Run the command line again and again in forked children, and kill each at a chosen event.
 
     python tests/interrupted.py CUES ARGUMENTS...
 
-CUES is JSON, a list of [folder, event, count]: the child works in that folder, and is killed
-(SIGKILL) at the count-th event of its kind; with no event it runs to its end. Prints the children's
-exit codes, -9 for a kill, as JSON.
+CUES is a JSON list of [FOLDER, EVENT, COUNT]. Each child works in FOLDER and is killed (SIGKILL) at
+the COUNT-th event. A cue of [FOLDER] lets the child finish. The exit codes are printed as JSON.
+
+EVENT is one of:
+    draw                    before an image is generated
+    png, json, table        half-way through writing such a file
+    png_there, json_there   after the file has its final name
+    sheets                  before the contact sheets
 """
 
 import json
@@ -20,17 +25,18 @@ import run_dype
 from dype.sampling import sample
 from dype.sweep import results
 
-# the lazy modules of both, so that no child imports them again
+# because both packages import lazily, and each child would import these again
 LOADED = [getattr(diffusers, name) for name in ("FluxPipeline", "FluxTransformer2DModel")]
 LOADED += [getattr(transformers, name) for name in ("T5EncoderModel", "CLIPTextModel")]
 
 
 def die():
+    """Kill this process."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Half:
-    """A file that dies half way through what it is given."""
+class HalfWrittenFile:
+    """Wrapper of a file that writes half of the first text and then kills the process."""
 
     def __init__(self, file):
         self.file = file
@@ -49,47 +55,48 @@ class Half:
 
 def set_trap(event: str, count: int) -> None:
     """Make this process die at the count-th event."""
-    left = [count]
+    events_left = [count]
 
-    def reached() -> bool:
-        left[0] -= 1
-        return left[0] == 0
+    def is_due() -> bool:
+        events_left[0] -= 1
+        return events_left[0] == 0
 
     if event == "draw":
-        draw = sample.generate
-        sample.generate = lambda *args, **kwargs: die() if reached() else draw(*args, **kwargs)
+        generate = sample.generate
+        sample.generate = lambda *args, **kwargs: die() if is_due() else generate(*args, **kwargs)
     elif event == "sheets":
         run_dype.contact_sheet.write_contact_sheets = lambda *args: die()
-    elif event in ("json_there", "png_there"):  # one of the two files is in place
+    elif event in ("json_there", "png_there"):
         ending = f".{event.removesuffix('_there')}"
         replace = pathlib.Path.replace
 
-        def replaced(path, target):
-            found = replace(path, target)
-            if str(target).endswith(ending) and reached():
+        def replace_and_die(path, target):
+            new_path = replace(path, target)
+            if str(target).endswith(ending) and is_due():
                 die()
-            return found
+            return new_path
 
-        pathlib.Path.replace = replaced
+        pathlib.Path.replace = replace_and_die
     else:
-        opened = pathlib.Path.open
+        open_path = pathlib.Path.open
         ending = {"png": ".png.", "json": ".json.", "table": f"{results.RESULTS}."}
 
-        def opening(path, mode="r", *args, **kwargs):
-            file = opened(path, mode, *args, **kwargs)
-            name = path.name
-            return Half(file) if ending[event] in name and mode == "wb" and reached() else file
+        def open_and_break(path, mode="r", *args, **kwargs):
+            file = open_path(path, mode, *args, **kwargs)
+            is_target = ending[event] in path.name and mode == "wb"
+            return HalfWrittenFile(file) if is_target and is_due() else file
 
-        pathlib.Path.open = opening
+        pathlib.Path.open = open_and_break
 
 
 def main(cues: str, *argv: str) -> None:
+    """Run one child per cue and print the exit codes."""
     codes = []
     for folder, *cue in json.loads(cues):
         child = os.fork()
         if child == 0:
-            silence = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silence, 1)
+            null_device = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null_device, 1)
             if cue:
                 set_trap(*cue)
             os.chdir(folder)

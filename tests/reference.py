@@ -1,12 +1,13 @@
-"""Every method again, slowly: plain Python floats, one pair at a time, straight from the formulas.
+"""Independent transcription of every method: Python floats, pair by pair, from the formulas.
 
-Shares no code with `dype.rope`. Where a threshold becomes 0 the limit is written out.
+This module shares no code with `dype.rope`. At a threshold of 0 it states the limit explicitly.
 """
 
 import math
 
 
 def kappa_and_decay(t, lambda_s, lambda_t, t_start, dynamic):
+    """Return kappa(t) = lambda_s u^lambda_t and u^lambda_t; a static method has 1 and 1."""
     if not dynamic:
         return 1.0, 1.0
     u = 1.0 if t > t_start else t / t_start
@@ -14,26 +15,28 @@ def kappa_and_decay(t, lambda_s, lambda_t, t_start, dynamic):
 
 
 def mask(dim, base, length, r_hi, r_lo):
+    """Return the n ramp weights of the authors' code: 1 above r_hi turns, 0 below r_lo."""
     n = dim // 2
 
-    def pair_at(r):
+    def pair_index_of_turns(r):
         if r == 0:
             return math.inf
         return dim * math.log(length / (2 * math.pi * r)) / (2 * math.log(base))
 
-    def clamped(value, rounding):
+    def clamp_and_round(value, rounding):
         return n if value > n else 0 if value < 0 else rounding(value)
 
-    low = clamped(pair_at(r_hi), math.floor)
-    high = min(clamped(pair_at(r_lo), math.ceil), n)
+    low = clamp_and_round(pair_index_of_turns(r_hi), math.floor)
+    high = min(clamp_and_round(pair_index_of_turns(r_lo), math.ceil), n)
     if low == high:
         high += 0.001
     return [1 - min(max((i - low) / (high - low), 0), 1) for i in range(n)]
 
 
-def two_ramps(dim, base, length, s_pi, s_ntk, threshold, ntk_kappa=1.0):
-    beta = mask(dim, base, length, threshold(1.25), threshold(0.75))
-    gamma = mask(dim, base, length, threshold(16.0), threshold(2.0))
+def blend_two_ramps(dim, base, length, s_pi, s_ntk, scale_turns, ntk_kappa=1.0):
+    """Return frequencies that go from PI over NTK to stock, as in the authors' YaRN."""
+    beta = mask(dim, base, length, scale_turns(1.25), scale_turns(0.75))
+    gamma = mask(dim, base, length, scale_turns(16.0), scale_turns(2.0))
     out = []
     for i in range(dim // 2):
         theta = base ** (-2 * i / dim)
@@ -43,7 +46,8 @@ def two_ramps(dim, base, length, s_pi, s_ntk, threshold, ntk_kappa=1.0):
     return out
 
 
-def one_ramp(dim, base, length, s, alpha, beta):
+def blend_one_ramp(dim, base, length, s, alpha, beta):
+    """Return frequencies that go from PI to stock between alpha and beta turns (Eq. 7, 8)."""
     out = []
     for i in range(dim // 2):
         theta = base ** (-2 * i / dim)
@@ -53,8 +57,8 @@ def one_ramp(dim, base, length, s, alpha, beta):
     return out
 
 
-def cut(dim, base, s, wavelength, width):
-    """Wavelengths far above the cut are stretched by s, those far below are not."""
+def cutoff_frequencies(dim, base, s, wavelength, width):
+    """Return theta / s far above the cutoff wavelength, theta far below, a ramp between."""
     out = []
     for i in range(dim // 2):
         theta = base ** (-2 * i / dim)
@@ -68,24 +72,46 @@ def cut(dim, base, s, wavelength, width):
     return out
 
 
-def frequencies(method, dim, base, length, tokens, t, s_max=None, *, attention=None,
-                path="constant", t_start=1.0, dynamic=True, **settings):  # fmt: skip
-    """(list of n frequencies, attention scale) of one axis; attention: a of m = 1 + a ln s."""
-    found, m = own_frequencies(
+def frequencies(method, dim, base, length, tokens, t, s_max=None, *, attention_scale=None,
+                attention_path="constant", t_start=1.0, dynamic=True, **settings):  # fmt: skip
+    """Return the n frequencies and the attention factor m of one axis.
+
+    Args:
+        method: a name in `dype.rope.METHODS`.
+        dim: dimensions of the axis, D = 2 n.
+        base: base of the frequencies theta_i.
+        length: trained length L, in tokens.
+        tokens: length of the image's axis L', in tokens.
+        t: sigma, in [0, 1].
+        s_max: largest scale over the image's axes. Default: the scale of this axis.
+        attention_scale: a of m = 1 + a ln s. Default: the method's own m.
+        attention_path: constant, falling or rising.
+        t_start: sigma above which u = 1.
+        dynamic: False for the static method.
+        settings: further arguments of `method_frequencies`.
+    """
+    result, m = method_frequencies(
         method, dim, base, length, tokens, t, s_max, t_start=t_start, dynamic=dynamic, **settings
     )
-    stretched = method != "base" and max(tokens / length, s_max or 1.0) > 1
-    if attention is not None and stretched:
+    is_stretched = method != "base" and max(tokens / length, s_max or 1.0) > 1
+    if attention_scale is not None and is_stretched:
         u = min(t / t_start, 1.0)
-        if dynamic and path != "constant":
-            attention *= u if path == "falling" else 1 - u
-        m = 1 + attention * math.log(max(1.0, tokens / length))
-    return found, m
+        if dynamic and attention_path != "constant":
+            attention_scale *= u if attention_path == "falling" else 1 - u
+        m = 1 + attention_scale * math.log(max(1.0, tokens / length))
+    return result, m
 
 
-def own_frequencies(method, dim, base, length, tokens, t, s_max=None, *, lambda_s, lambda_t=2.0,
-                    t_start=1.0, dynamic=True, c=1.0, width=0.5, omega=2.0):  # fmt: skip
-    """The same with the method's own attention scale."""
+def method_frequencies(method, dim, base, length, tokens, t, s_max=None, *, lambda_s, lambda_t=2.0,
+                       t_start=1.0, dynamic=True, c=1.0, width=0.5, omega=2.0):  # fmt: skip
+    """Return the n frequencies and the method's own m.
+
+    Args:
+        lambda_s, lambda_t: `dype_scale` and `dype_exponent` of DyPEConfig.
+        c, width, omega: its `cutoff`, `cutoff_width` and `spectrum_exponent`.
+
+    `frequencies` lists the rest.
+    """
     s = max(1.0, tokens / length)
     s_max = s if s_max is None else s_max
     kappa, decay = kappa_and_decay(t, lambda_s, lambda_t, t_start, dynamic)
@@ -112,57 +138,77 @@ def own_frequencies(method, dim, base, length, tokens, t, s_max=None, *, lambda_
         wavelength = c * length
         if dynamic:
             wavelength = wavelength * ((1 - u) / u) ** (2 / omega) if u else math.inf
-        return cut(dim, base, s, wavelength, width), m
+        return cutoff_frequencies(dim, base, s, wavelength, width), m
     if method == "yarn_ntk_only":
-        return two_ramps(dim, base, length, s, s, lambda r: r, kappa), m
+        return blend_two_ramps(dim, base, length, s, s, lambda r: r, kappa), m
     if method == "yarn_both":
         ntk_kappa = 2 * kappa if dynamic else 1.0
-        return two_ramps(dim, base, length, s, s, lambda r: r * kappa, ntk_kappa), m
+        return blend_two_ramps(dim, base, length, s, s, lambda r: r * kappa, ntk_kappa), m
     if method == "yarn":
-        return two_ramps(dim, base, length, s, s, lambda r: r * kappa), m
+        return blend_two_ramps(dim, base, length, s, s, lambda r: r * kappa), m
     if method == "yarn_power":
-        return two_ramps(dim, base, length, s, s, lambda r: r**kappa), m
+        return blend_two_ramps(dim, base, length, s, s, lambda r: r**kappa), m
     if method == "yarn_paper":
-        return one_ramp(dim, base, length, s, 1.0 * kappa, 32.0 * kappa), m
+        return blend_one_ramp(dim, base, length, s, 1.0 * kappa, 32.0 * kappa), m
     if method == "vision_yarn":
-        f = two_ramps(dim, base, length, s, s_max, lambda r: r**kappa)
+        f = blend_two_ramps(dim, base, length, s, s_max, lambda r: r**kappa)
         return f, 1 + 0.1 * math.log(s_max) * decay
     raise ValueError(method)
 
 
-def flux_table(method, grid, before, t, *, length=64, **settings):
-    """cos and sin rows of `before` text tokens and the image, as FLUX's embedder gives them."""
+def flux_table(method, grid, num_text, t, *, length=64, **settings):
+    """Return the cos and sin rows of FLUX's embedder.
+
+    Args:
+        method: a name in `dype.rope.METHODS`.
+        grid: rows and columns of the image, in tokens.
+        num_text: number of text tokens in front of the image.
+        t: sigma, in [0, 1].
+        length: trained length, in tokens.
+        settings: further arguments of `frequencies`.
+    """
     largest = max(1.0, *(tokens / length for tokens in grid))
     axes = [frequencies(method, 56, 10000.0, length, n, t, largest, **settings) for n in grid]
     first = [10000.0 ** (-2 * i / 16) for i in range(8)]
-    positions = [(0, 0)] * before + [(h, w) for h in range(grid[0]) for w in range(grid[1])]
+    positions = [(0, 0)] * num_text + [(h, w) for h in range(grid[0]) for w in range(grid[1])]
     cos, sin = [], []
     for position in positions:
         angles = [(0 * f, 1.0) for f in first]
-        for at, (freqs, m) in zip(position, axes, strict=True):
-            angles += [(at * f, m) for f in freqs]
+        for coordinate, (freqs, m) in zip(position, axes, strict=True):
+            angles += [(coordinate * f, m) for f in freqs]
         cos.append([math.cos(a) * m for a, m in angles for _ in (0, 1)])
         sin.append([math.sin(a) * m for a, m in angles for _ in (0, 1)])
     return cos, sin
 
 
-def turns(method, axes_dim, base, positions, grid, t, *, length, drawn=None, **settings):
-    """m exp(i p f) per token and pair, of any family: axes 1 and 2 are the image's.
+def rotary_table(method, axes_dim, base, positions, grid, t, *, length, is_target=None, **settings):
+    """Return m exp(i p f) of every token and pair, for any family; axes 1 and 2 are the image's.
 
-    drawn: per token, False for those that keep the stock encoding (default: none does).
+    Args:
+        method: a name in `dype.rope.METHODS`.
+        axes_dim: dimensions per axis.
+        base: base of the frequencies theta_i.
+        positions: coordinates of every token, one per axis.
+        grid: rows and columns of the image, in tokens.
+        t: sigma, in [0, 1].
+        length: trained length, in tokens.
+        is_target: per token, False for a token with the stock encoding. Default: True for all.
+        settings: further arguments of `frequencies`.
     """
     largest = max(1.0, *(tokens / length for tokens in grid))
     stock = [([base ** (-2 * i / dim) for i in range(dim // 2)], 1.0) for dim in axes_dim]
-    moved = list(stock)
+    extrapolated = list(stock)
     for axis, n in enumerate(grid, 1):
-        moved[axis] = frequencies(method, axes_dim[axis], base, length, n, t, largest, **settings)
+        extrapolated[axis] = frequencies(
+            method, axes_dim[axis], base, length, n, t, largest, **settings
+        )
     rows = []
     for token, position in enumerate(positions):
-        axes = moved if drawn is None or drawn[token] else stock
+        axes = extrapolated if is_target is None or is_target[token] else stock
         rows.append(
             [
-                m * complex(math.cos(at * f), math.sin(at * f))
-                for at, (freqs, m) in zip(position, axes, strict=True)
+                m * complex(math.cos(coordinate * f), math.sin(coordinate * f))
+                for coordinate, (freqs, m) in zip(position, axes, strict=True)
                 for f in freqs
             ]
         )

@@ -1,4 +1,4 @@
-"""Every command of the README and the documents parses; some of the demo model's are run."""
+"""Commands of the README and of docs/: all parse, and some of the demo model's run."""
 
 import re
 import shlex
@@ -35,27 +35,29 @@ PARSERS = {
 
 
 def commands(text: str) -> list[str]:
-    """`python run_dype.py ...` and `python -m dype...`: in spans of code, and on lines of it, which
-    a backslash continues."""
+    """Return the commands `python run_dype.py ...` and `python -m dype...` of a page.
+
+    They stand in code spans, in fenced blocks and on indented lines; a backslash continues a line.
+    """
     text = re.sub(r"\s*\\\n\s*", " ", text)
     spans = re.findall(r"`+([^`]+)`+", text)
     lines = [line for line in text.splitlines() if line.startswith("    ")]
-    code = [" ".join(span.split()) for span in spans] + lines
-    parts = [part.strip() for one in code for part in re.split(r"&&|\|\|?", one)]
-    found = [part for part in parts if re.match(r"python (-m dype|run_dype)", part)]
-    return list(dict.fromkeys(found))
+    snippets = [" ".join(span.split()) for span in spans] + lines
+    programs = [words.strip() for snippet in snippets for words in re.split(r"&&|\|\|?", snippet)]
+    matches = [words for words in programs if re.match(r"python (-m dype|run_dype)", words)]
+    return list(dict.fromkeys(matches))
 
 
-FOUND = [
+COMMANDS = [
     pytest.param(command, id=f"{page.name}-{i}")
     for page in PAGES
     for i, command in enumerate(commands(page.read_text()))
 ]
 
 
-@pytest.mark.parametrize("command", FOUND)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_command_parses(command, monkeypatch):
-    """And, where no file of the reader's is named, asks for images that can be drawn."""
+    """Every command parses; its settings are valid, unless it needs a file of the reader."""
     monkeypatch.chdir(ROOT)
     _, *words = shlex.split(command)
     program, *words = words[1:] if words[0] == "-m" else words
@@ -68,8 +70,9 @@ def test_command_parses(command, monkeypatch):
 
 
 def test_the_documents_have_commands():
-    assert len(FOUND) > 20
-    assert {"README.md", "usage.md", "CONTRIBUTING.md"} <= {p.id.rpartition("-")[0] for p in FOUND}
+    assert len(COMMANDS) > 20
+    pages = {parameter.id.rpartition("-")[0] for parameter in COMMANDS}
+    assert {"README.md", "usage.md", "CONTRIBUTING.md"} <= pages
 
 
 def test_commands_over_several_lines():
@@ -80,17 +83,17 @@ def test_commands_over_several_lines():
     ]
 
 
-@pytest.mark.parametrize("page", ["demo.md", "reproduce.md"])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_settings_of_the_benchmark(page):
-    """That evaluate's own parser takes as any text."""
-    for command in commands((ROOT / "docs" / page).read_text()):
+    """The pages spell every setting of the benchmark as its tables print it."""
+    for command in commands(page.read_text()):
         _, _, program, *words = shlex.split(command)
-        if program == "dype.demo.evaluate":
+        if program == "dype.demo.evaluate" and "--help" not in words:
             for text in evaluate.parser().parse_args(words).settings:
                 assert setting(text).name == text
 
 
-RUN = {
+RUN = {  # page -> words of the command to run; the space makes a second key for one page
     "README.md": '--prompt "a red ring on teal leaves" --height 512',
     "usage.md": "--multipass single,twopass",
     "README.md ": "--method base,yarn,yarn_paper",
@@ -99,11 +102,12 @@ RUN = {
 
 @pytest.mark.parametrize("page", RUN)
 def test_commands_of_the_demo_run(page, tmp_path, monkeypatch):
-    """At a small size, with few steps and seeds; one of one image, two sweeps."""
+    """A command for one image and two sweeps run, at a small size with few steps and seeds."""
     path = next(path for path in PAGES if path.name == page.strip())
-    command = next(c for c in commands(path.read_text()) if "demo" in c and RUN[page] in c)
+    demo_commands = [command for command in commands(path.read_text()) if "demo" in command]
+    command = next(command for command in demo_commands if RUN[page] in command)
     words = shlex.split(command)[2:]
-    words = [str(ROOT / w) if w.startswith("docs/") else w for w in words]
+    words = [str(ROOT / word) if word.startswith("docs/") else word for word in words]
     monkeypatch.chdir(tmp_path)
     small = ["--size", "64"] if "--size" in words else ["--height", "64", "--width", "64"]
     small += ["--seed", "0"] if "--seed" in words else []

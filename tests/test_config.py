@@ -1,4 +1,4 @@
-"""DyPEConfig and the presets."""
+"""DyPEConfig and its presets."""
 
 import math
 
@@ -39,7 +39,7 @@ from dype.config import preset_settings
     ],
 )
 def test_out_of_range(name, value):
-    """The field, the value and what is accepted are named."""
+    """The error names the field, the value and the accepted values."""
     with pytest.raises(ValueError, match=f"^{name} is {value!r}, expected"):
         DyPEConfig(**{name: value})
 
@@ -47,7 +47,7 @@ def test_out_of_range(name, value):
 def test_round_trip():
     config = DyPEConfig("ntk", dype_scale=0.0, dype_exponent=0.5, base_resolution=256, shift="cap")
     assert DyPEConfig.from_dict(config.to_dict()) == config
-    assert config.lambda_s == 0  # 0 is a value
+    assert config.lambda_s == 0  # 0 must not count as unset
     with pytest.raises(ValueError, match="unknown setting 'dype_scales', expected one of method"):
         DyPEConfig.from_dict({"dype_scales": 1})
 
@@ -64,13 +64,14 @@ def test_round_trip():
     ],
 )
 def test_auto(size, method, exponent):
-    chosen = preset_settings("auto", *size, 1024)
-    assert chosen["method"] == method
-    assert chosen.get("dype_exponent") == exponent
-    assert chosen.get("dype_scale") == (None if method == "base" else 2.0)
+    """The preset `auto` depends on the size relative to the base resolution."""
+    settings = preset_settings("auto", *size, 1024)
+    assert settings["method"] == method
+    assert settings.get("dype_exponent") == exponent
+    assert settings.get("dype_scale") == (None if method == "base" else 2.0)
 
 
-def test_other_presets():
+def test_presets_off_and_4k():
     assert preset_settings("off", 4096, 4096, 1024) == {"method": "base", "dype": False}
     four_k = DyPEConfig(**preset_settings("4k", 512, 512, 1024))
     assert four_k == DyPEConfig("vision_yarn", True, 2.0, 2.0, 1.0)

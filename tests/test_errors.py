@@ -1,4 +1,4 @@
-"""The ladder of exceptions and exit codes that all commands share."""
+"""Errors that all commands share, with their sentences and exit codes."""
 
 import pytest
 import torch
@@ -7,10 +7,10 @@ from dype.errors import Parser, UnavailableError, UserError, raise_user_errors, 
 
 
 class TorchDynamoException(RuntimeError):  # noqa: N818
-    """Of that name, as torch's own."""
+    """Error with the name of torch's own."""
 
 
-CASES = [  # what is raised, the exit code, what is said after the program's name
+CASES = [  # error, exit code, sentence after the program's name
     (UserError("--size is 0,\n expected more"), 2, "--size is 0, expected more"),
     (UnavailableError("there is no GPU"), 1, "there is no GPU"),
     (FileNotFoundError(2, "No such file", "a.png"), 1, "[Errno 2] No such file: 'a.png'"),
@@ -22,7 +22,9 @@ CASES = [  # what is raised, the exit code, what is said after the program's nam
 ]
 
 
-def raising(error):
+def command_that_raises(error):
+    """Return a command that raises this error."""
+
     def command():
         raise error
 
@@ -32,31 +34,34 @@ def raising(error):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: type(case[0]).__name__)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_expected_errors(case, rank, capsys):
-    """One sentence and its exit code; of several processes the first alone tells of a mistake."""
+    """An expected error gives one sentence and its exit code.
+
+    For a mistake or an interruption only the process of rank 0 prints it.
+    """
     error, code, sentence = case
     hints = {"out_of_memory": "try less", "interrupted": "go on", "rank": rank}
-    assert run_command("dype.x", raising(error), **hints) == code
-    silent = code in (2, 130) and rank
-    assert capsys.readouterr().err == ("" if silent else f"dype.x: {sentence}\n")
+    assert run_command("dype.x", command_that_raises(error), **hints) == code
+    is_silent = code in (2, 130) and rank
+    assert capsys.readouterr().err == ("" if is_silent else f"dype.x: {sentence}\n")
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("shapes"), ValueError("odd")])
 def test_bugs_are_raised(error):
-    """A ValueError is a mistake only where `raise_user_errors` says so."""
+    """Unexpected errors are raised; a ValueError counts as expected only in `raise_user_errors`."""
     with pytest.raises(type(error)):
-        run_command("dype.x", raising(error))
+        run_command("dype.x", command_that_raises(error))
 
 
-def test_success_has_no_word(capsys):
+def test_exit_code_and_silence(capsys):
     assert run_command("dype.x", lambda: None) == 0
     assert run_command("dype.x", lambda: 1) == 1
     assert capsys.readouterr().err == ""
-    assert run_command("dype.x", raising(KeyboardInterrupt())) == 130
+    assert run_command("dype.x", command_that_raises(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "dype.x: interrupted\n"
 
 
-def test_user_errors():
-    """As a context and as a decorator; a UserError says what it said."""
+def test_raise_user_errors():
+    """`raise_user_errors` works as a context and as a decorator, and keeps a UserError's text."""
     for error in (ValueError("odd"), UserError("odd")):
         with pytest.raises(UserError, match=r"^odd$"), raise_user_errors():
             raise error

@@ -1,4 +1,4 @@
-"""Every family beside FLUX.1 in its real pipeline of tiny size."""
+"""Every family except FLUX.1 in its real pipeline, at a tiny size."""
 
 import copy
 import inspect
@@ -12,13 +12,13 @@ from conftest import latents, needs, quiet
 from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from PIL import Image
-from reference import turns
+from reference import rotary_table
 from tables import CONFIG, FORMATS, GRID, assert_table, grid
 from tiny import (
     FAMILIES,
     HEADS,
     TEXT,
-    draw_qwen,
+    generate_qwen,
     qwen,
     qwen_transformer,
     seeded,
@@ -36,31 +36,32 @@ from dype.noise_schedule import noise_schedule
 
 @pytest.fixture(params=FAMILIES)
 def family(request):
-    build, draw = FAMILIES[request.param]
-    return build(), draw, FORMATS[request.param]
+    """Return a pipeline, its generate function and its format."""
+    build, generate = FAMILIES[request.param]
+    return build(), generate, FORMATS[request.param]
 
 
 def test_inactive_equals_stock(family):
-    """At the base resolution, and with `base` above it: the stock pipeline's bits."""
-    pipe, draw, _ = family
-    before = draw(pipe, 128, 192)
+    """At the base resolution, and with `base` above it, latents equal the stock pipeline's."""
+    pipe, generate, _ = family
+    before = generate(pipe, 128, 192)
     apply_dype(pipe, DyPEConfig("yarn", base_resolution=192, shift="model"))
-    assert torch.equal(draw(pipe, 128, 192), before)
+    assert torch.equal(generate(pipe, 128, 192), before)
     apply_dype(pipe, DyPEConfig("base", base_resolution=64, shift="model"))
-    assert torch.equal(draw(pipe, 128, 192), before)
+    assert torch.equal(generate(pipe, 128, 192), before)
 
 
 def test_remove_restores_bits(family):
-    pipe, draw, _ = family
+    pipe, generate, _ = family
     transformer = pipe.transformer
-    before, attributes = draw(pipe, 128, 192), set(dir(transformer))
+    before, attributes = generate(pipe, 128, 192), set(dir(transformer))
     names, scheduler = list(transformer.state_dict()), dict(pipe.scheduler.config)
     shift = pipe.scheduler.shift
     apply_dype(pipe, DyPEConfig(base_resolution=64))
     assert list(transformer.state_dict()) == names
-    assert not torch.equal(draw(pipe, 128, 192), before)
+    assert not torch.equal(generate(pipe, 128, 192), before)
     remove_dype(pipe)
-    assert torch.equal(draw(pipe, 128, 192), before)
+    assert torch.equal(generate(pipe, 128, 192), before)
     assert dict(pipe.scheduler.config) == scheduler
     assert pipe.scheduler.shift == shift
     assert not transformer._forward_pre_hooks
@@ -69,62 +70,70 @@ def test_remove_restores_bits(family):
 
 @pytest.mark.parametrize("method", ["yarn", "vision_yarn", "ntk"])
 def test_tables_follow_every_step(family, tables, method):
-    """First and second call, with and without guidance, batch 2: the reference at each sigma."""
-    pipe, draw, form = family
+    """Each table equals tests/reference.py at the step's sigma.
+
+    This holds in a second run too, with and without guidance, at batch size 2.
+    """
+    pipe, generate, form = family
     config = DyPEConfig(method, base_resolution=64, shift="model")
     apply_dype(pipe, config)
     for steps, guidance in ((3, 0.0), (2, form.cfg)):
         tables.clear()
-        draw(pipe, 128, 192, steps=steps, guidance=guidance, batch=2)
+        generate(pipe, 128, 192, steps=steps, guidance=guidance, batch=2)
         per_step = form.calls_per_step if guidance else 1
-        sigmas = pipe.scheduler.sigmas[:-1].tolist()
-        wanted = [s for s in sigmas for _ in range(per_step * len(form.calls))]
-        assert [sigma for sigma, _ in tables] == pytest.approx(wanted, abs=1e-6)
-        for call, ((_, table), sigma) in enumerate(zip(tables, wanted, strict=True)):
+        schedule = pipe.scheduler.sigmas[:-1].tolist()
+        sigmas = [sigma for sigma in schedule for _ in range(per_step * len(form.calls))]
+        assert [sigma for sigma, _ in tables] == pytest.approx(sigmas, abs=1e-6)
+        for call, ((_, table), sigma) in enumerate(zip(tables, sigmas, strict=True)):
             positions = form.calls[call % len(form.calls)]
             if guidance and form is FORMATS["z-image"]:
-                continue  # one batch with captions of two lengths: test_z_image_with_guidance
-            expected = turns(
+                continue  # test_z_image_with_guidance, because captions have two lengths
+            expected = rotary_table(
                 method, form.axes, form.theta, positions, GRID, sigma, length=4,
                 lambda_s=config.lambda_s,
             )  # fmt: skip
-            samples = 2 if form is FORMATS["z-image"] else 1  # its table holds the whole batch
+            # because Z-Image's table has the rows of all samples
+            samples = 2 if form is FORMATS["z-image"] else 1
             for sample in table.chunk(samples):
                 assert_table(sample[: len(expected)], expected)
     embedder = getattr(pipe.transformer, CLASSES[type(pipe.transformer).__name__].attribute)
-    assert getattr(embedder, "layout", ()) is not None  # written by one broadcast, no gather
+    # without a token layout the table would be made from ids, which is slower
+    assert getattr(embedder, "token_layout", ()) is not None
 
 
 def test_z_image_with_guidance(tables):
-    """Two images with and two without the prompt in one call, captions of 16 and 36 tokens."""
-    build, draw = FAMILIES["z-image"]
+    """One call holds two images with the prompt, of 16 tokens, and two with the negative, of 36."""
+    build, generate = FAMILIES["z-image"]
     pipe = build()
     apply_dype(pipe, CONFIG)
-    draw(pipe, 128, 192, steps=2, guidance=3.0, batch=2)
+    generate(pipe, 128, 192, steps=2, guidance=3.0, batch=2)
     counts = [TEXT, TEXT, TEXT + 20, TEXT + 20]
     lengths = [pad_to_32(count) for count in counts]
-    pictures = [place for n in lengths for place in grid(n + 1)]
+    images = [position for length in lengths for position in grid(length + 1)]
     captions = []
-    for count, n in zip(counts, lengths, strict=True):
-        captions += [(1 + i, 0, 0) for i in range(n)] + [(0, 0, 0)] * (n - count)
-    for (sigma, table), places in zip(tables, [pictures, captions] * 2, strict=True):
-        expected = turns("yarn", (4, 6, 6), 256.0, places, GRID, sigma, length=4, lambda_s=1)
+    for count, length in zip(counts, lengths, strict=True):
+        captions += [(1 + i, 0, 0) for i in range(length)] + [(0, 0, 0)] * (length - count)
+    for (sigma, table), positions in zip(tables, [images, captions] * 2, strict=True):
+        expected = rotary_table(
+            "yarn", (4, 6, 6), 256.0, positions, GRID, sigma, length=4, lambda_s=1
+        )
         assert_table(table, expected)
 
 
 def test_non_square_in_turn(family):
-    """Two sizes of one token count, one after the other: as on a fresh pipeline each."""
-    pipe, draw, _ = family
+    """Two sizes of equal token count, one after the other, equal those of a new pipeline."""
+    pipe, generate, _ = family
     apply_dype(pipe, CONFIG)
-    wide, tall = draw(pipe, 64, 256), draw(pipe, 256, 64)
-    fresh = next(build for build, other in FAMILIES.values() if other is draw)()
-    apply_dype(fresh, CONFIG)
-    assert torch.equal(draw(fresh, 256, 64), tall)
-    assert torch.equal(draw(fresh, 64, 256), wide)
+    wide, tall = generate(pipe, 64, 256), generate(pipe, 256, 64)
+    build = next(build for build, function in FAMILIES.values() if function is generate)
+    new_pipe = build()
+    apply_dype(new_pipe, CONFIG)
+    assert torch.equal(generate(new_pipe, 256, 64), tall)
+    assert torch.equal(generate(new_pipe, 64, 256), wide)
 
 
-def z_image_controlled() -> DiffusionPipeline:
-    parts = zimage().components
+def z_image_with_controlnet() -> DiffusionPipeline:
+    components = zimage().components
     torch.manual_seed(0)
     control = diffusers.ZImageControlNetModel(
         dim=32,
@@ -134,110 +143,120 @@ def z_image_controlled() -> DiffusionPipeline:
         control_layers_places=[0],
         control_in_dim=4,
     )
-    return diffusers.ZImageControlNetPipeline(**parts, controlnet=control)
+    return diffusers.ZImageControlNetPipeline(**components, controlnet=control)
 
 
-def qwen_image_controlled() -> DiffusionPipeline:
-    parts = qwen().components
+def qwen_image_with_controlnet() -> DiffusionPipeline:
+    components = qwen().components
     control = diffusers.QwenImageControlNetModel.from_transformer(
-        parts["transformer"], num_layers=1, **HEADS
+        components["transformer"], num_layers=1, **HEADS
     )
-    return diffusers.QwenImageControlNetPipeline(**parts, controlnet=control)
+    return diffusers.QwenImageControlNetPipeline(**components, controlnet=control)
 
 
 @pytest.mark.parametrize(
-    ("build", "name"), [(z_image_controlled, "z-image"), (qwen_image_controlled, "qwen-image")]
+    ("build", "name"),
+    [(z_image_with_controlnet, "z-image"), (qwen_image_with_controlnet, "qwen-image")],
 )
 def test_controlnets_follow(build, name, tables):
-    """In their pipelines: the transformer's table at every step; then what was there before."""
-    pipe, draw = quiet(build()), FAMILIES[name][1]
+    """Controlnets use the transformer's table at every step, until DyPE is removed."""
+    pipe, generate = quiet(build()), FAMILIES[name][1]
     attribute = CLASSES[type(pipe.controlnet).__name__].attribute
     image = Image.new("RGB", (192, 128), "red")
     stock = getattr(pipe.controlnet, attribute)
-    before = draw(pipe, 128, 192, control_image=image)
+    before = generate(pipe, 128, 192, control_image=image)
     apply_dype(pipe, CONFIG)
     assert getattr(pipe.controlnet, attribute) is not getattr(pipe.transformer, attribute)
-    draw(pipe, 128, 192, control_image=image)
+    generate(pipe, 128, 192, control_image=image)
     half = len(FORMATS[name].calls)
     sigmas = pipe.scheduler.sigmas[:-1].tolist()
     assert [sigma for sigma, _ in tables[:: 2 * half]] == pytest.approx(sigmas, abs=1e-6)
     for step in range(0, len(tables), 2 * half):
-        for control, drawn in zip(tables[step:][:half], tables[step + half :][:half], strict=True):
-            assert control[0] == drawn[0]
-            assert torch.equal(control[1], drawn[1])
+        control_calls, calls = tables[step:][:half], tables[step + half :][:half]
+        for (control_sigma, control_table), (sigma, table) in zip(
+            control_calls, calls, strict=True
+        ):
+            assert control_sigma == sigma
+            assert torch.equal(control_table, table)
     remove_dype(pipe)
     assert getattr(pipe.controlnet, attribute) is stock
-    assert torch.equal(draw(pipe, 128, 192, control_image=image), before)
+    assert torch.equal(generate(pipe, 128, 192, control_image=image), before)
 
 
 def test_qwen_image_edit_keeps_its_reference(tables, monkeypatch):
-    """The image follows every step; the one that is edited has the stock encoding."""
-    parts = qwen().components
-    pipe = diffusers.QwenImageEditPipeline(**parts, processor=None)
-    small = lambda area, ratio: (96, 64, None)  # noqa: E731, in place of a megapixel
-    monkeypatch.setattr(inspect.getmodule(type(pipe)), "calculate_dimensions", small)
+    """The new image follows every step; the edited image has the stock encoding."""
+    pipe = diffusers.QwenImageEditPipeline(**qwen().components, processor=None)
+    # because the pipeline would scale the edited image to a megapixel
+    monkeypatch.setattr(
+        inspect.getmodule(type(pipe)), "calculate_dimensions", lambda area, ratio: (96, 64, None)
+    )
     stock, _ = pipe.transformer.pos_embed([[(1, *GRID), (1, 4, 6)]], max_txt_seq_len=TEXT)
     apply_dype(pipe, CONFIG)
-    draw_qwen(quiet(pipe), 128, 192, image=Image.new("RGB", (96, 64), "red"))
+    generate_qwen(quiet(pipe), 128, 192, image=Image.new("RGB", (96, 64), "red"))
     assert len(tables) == 3
-    drawn = GRID[0] * GRID[1]
+    num_target = GRID[0] * GRID[1]
     for sigma, table in tables:
         positions = grid(0, centered=True)
-        expected = turns("yarn", (4, 6, 6), 10000.0, positions, GRID, sigma, length=4, lambda_s=1)
-        assert_table(table[:drawn], expected)
-        assert torch.equal(table[drawn:], stock[drawn:])
+        expected = rotary_table(
+            "yarn", (4, 6, 6), 10000.0, positions, GRID, sigma, length=4, lambda_s=1
+        )
+        assert_table(table[:num_target], expected)
+        assert torch.equal(table[num_target:], stock[num_target:])
 
 
 def test_bfloat16_keeps_the_tables(family, tables):
-    """Sigma arrives rounded twice, as a timestep and as a fraction; its tables are exact."""
-    pipe, draw, form = family
-    for part in (pipe.transformer, pipe.vae):
-        nn.Module.to(part, torch.bfloat16)  # diffusers' own warns of nothing
+    """The pipeline rounds sigma, as a timestep and as a fraction; its table stays exact."""
+    pipe, generate, form = family
+    for module in (pipe.transformer, pipe.vae):
+        nn.Module.to(module, torch.bfloat16)  # because diffusers' own method warns without reason
     apply_dype(pipe, CONFIG)
-    assert draw(pipe, 128, 192).isfinite().all()
-    wanted = [s for s in pipe.scheduler.sigmas[:-1].tolist() for _ in form.calls]
-    assert [sigma for sigma, _ in tables] == pytest.approx(wanted, abs=4e-3)
+    assert generate(pipe, 128, 192).isfinite().all()
+    sigmas = [sigma for sigma in pipe.scheduler.sigmas[:-1].tolist() for _ in form.calls]
+    assert [sigma for sigma, _ in tables] == pytest.approx(sigmas, abs=4e-3)
     for call, (sigma, table) in enumerate(tables):
         positions = form.calls[call % len(form.calls)]
-        expected = turns(
+        expected = rotary_table(
             "yarn", form.axes, form.theta, positions, GRID, sigma, length=4, lambda_s=1
         )
         assert_table(table[: len(expected)], expected)
 
 
-def named(name: str) -> nn.Module:
-    return type(name, (nn.Module,), {})()
-
-
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("name", "message"),
     [
-        (lambda: named("HiDreamImageTransformer2DModel"), "forces every image to 1024x1024"),
-        (lambda: named("ErnieImageTransformer2DModel"), "returns angles"),
-        (lambda: named("OvisImageTransformer2DModel"), "text counts on along the image's rows"),
-        (lambda: named("LongCatImageTransformer2DModel"), "open question"),
-        (lambda: named("BriaFibo2Transformer2DModel"), "references share one"),
-        (lambda: named("QwenImage21Transformer2DModel"), "share one table"),
-        (lambda: named("Flux"), "its forward has no timesteps"),
-        (lambda: named("Strange"), "Strange is not supported; expected one of FluxTransformer"),
-        (lambda: qwen_transformer(use_layer3d_rope=True), "Qwen-Image-Layered"),
-        (lambda: zimage_transformer(siglip_feat_dim=8), "Z-Image-Omni"),
-        (lambda: nn.Module(), "Module is not supported"),
+        ("HiDreamImageTransformer2DModel", "forces every image to 1024x1024"),
+        ("ErnieImageTransformer2DModel", "returns angles"),
+        ("OvisImageTransformer2DModel", "text counts on along the image's rows"),
+        ("LongCatImageTransformer2DModel", "open question"),
+        ("BriaFibo2Transformer2DModel", "references share one"),
+        ("QwenImage21Transformer2DModel", "share one table"),
+        ("Flux", "its forward has no timesteps"),
+        ("Strange", "Strange is not supported; expected one of FluxTransformer"),
+        ("Module", "Module is not supported"),
     ],
-)  # fmt: skip
-def test_refused_by_name(model, message):
+)
+def test_unsupported_class(name, message):
+    transformer = type(name, (nn.Module,), {})()
     with pytest.raises((TypeError, ValueError), match=message):
-        apply_dype(model(), CONFIG)
+        apply_dype(transformer, CONFIG)
+
+
+def test_unsupported_variant():
+    """A supported class is rejected if its configuration selects another encoding."""
+    with pytest.raises(ValueError, match="Qwen-Image-Layered"):
+        apply_dype(qwen_transformer(use_layer3d_rope=True), CONFIG)
+    with pytest.raises(ValueError, match="Z-Image-Omni"):
+        apply_dype(zimage_transformer(siglip_feat_dim=8), CONFIG)
 
 
 def test_flux2_schedule():
-    """Capped: the same sigmas at every size, as at the base resolution; else its own rule."""
-    build, draw = FAMILIES["flux2"]
+    """Capped, FLUX.2 has the sigmas of its base resolution at every size."""
+    build, generate = FAMILIES["flux2"]
     pipe, family = build(), CLASSES["Flux2Transformer2DModel"]
 
     def sigmas(size, steps=50):
         mu, expected = noise_schedule(pipe.scheduler, size, size, steps, family)
-        draw(pipe, 128, 128, steps=2)
+        generate(pipe, 128, 128, steps=2)
         return mu, expected
 
     stock = [sigmas(size)[0] for size in (1024, 2048, 4096)]
@@ -248,13 +267,13 @@ def test_flux2_schedule():
     assert capped[0][0] == pytest.approx(2.02, abs=0.01)
     remove_dype(pipe)
     assert sigmas(1024)[1] == pytest.approx(capped[0][1], abs=1e-6)
-    other = UniPCMultistepScheduler.from_config(pipe.scheduler.config, use_flow_sigmas=True)
-    before, pipe.scheduler = pipe.scheduler, other
-    config = dict(other.config)
+    unipc = UniPCMultistepScheduler.from_config(pipe.scheduler.config, use_flow_sigmas=True)
+    euler, pipe.scheduler = pipe.scheduler, unipc
+    config = dict(unipc.config)
     with pytest.raises(ValueError, match="a UniPCMultistepScheduler cannot be set"):
         apply_dype(pipe, DyPEConfig())
-    assert dict(other.config) == config
-    pipe.scheduler = before
+    assert dict(unipc.config) == config
+    pipe.scheduler = euler
     apply_dype(pipe, DyPEConfig(max_shift=1.0))
     assert pipe.scheduler.config.shift == pytest.approx(math.e)
     with pytest.raises(ValueError, match="has a rule of its own"):
@@ -262,26 +281,26 @@ def test_flux2_schedule():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_pipelines_use_the_foretold_schedule(name):
-    """What --dry_run prints is what the pipeline then uses, at the default shift."""
-    build, draw = FAMILIES[name]
+def test_pipelines_use_the_printed_schedule(name):
+    """A pipeline uses the sigmas of `noise_schedule`, which --dry_run prints."""
+    build, generate = FAMILIES[name]
     pipe = build()
     family = CLASSES[type(pipe.transformer).__name__]
     for shift in (None, "model"):
         apply_dype(pipe, DyPEConfig(base_resolution=64, shift=shift))
-        draw(pipe, 128, 192, steps=4)
+        generate(pipe, 128, 192, steps=4)
         _, expected = noise_schedule(pipe.scheduler, 128, 192, 4, family)
         assert pipe.scheduler.sigmas.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_schedule_of_the_distilled_krea_2():
-    """Its pipeline takes mu = 1.15 whatever the scheduler says."""
-    build, draw = FAMILIES["krea2"]
+    """The pipeline of the distilled Krea 2 ignores the scheduler and has mu = 1.15."""
+    build, generate = FAMILIES["krea2"]
     pipe = build()
     pipe.register_to_config(is_distilled=True)
     for shift in (None, "model"):
         apply_dype(pipe, DyPEConfig(base_resolution=64, shift=shift))
-        draw(pipe, 128, 192, steps=4)
+        generate(pipe, 128, 192, steps=4)
         mu, expected = noise_schedule(pipe.scheduler, 128, 192, 4, KREA2_TURBO)
         assert mu == pytest.approx(1.15)
         assert pipe.scheduler.sigmas.tolist() == pytest.approx(expected, abs=1e-6)
@@ -298,38 +317,38 @@ def test_pipeline_without_a_transformer():
 
 
 def test_second_apply_and_deep_copy(family):
-    """Each replaces the one before; a deep copy drives its own."""
-    pipe, draw, _ = family
+    """A second apply_dype replaces the first; a deep copy has an embedder of its own."""
+    pipe, generate, _ = family
     apply_dype(pipe, CONFIG)
-    expected = draw(pipe, 128, 192)
+    expected = generate(pipe, 128, 192)
     apply_dype(pipe, DyPEConfig("ntk"))
     apply_dype(pipe, CONFIG)
-    other = copy.deepcopy(pipe.transformer)
-    assert len(other._forward_pre_hooks) == 1
+    duplicate = copy.deepcopy(pipe.transformer)
+    assert len(duplicate._forward_pre_hooks) == 1
     apply_dype(pipe, DyPEConfig("ntk", base_resolution=32, shift="model"))
-    draw(pipe, 64, 64, steps=2)
-    pipe.transformer = other
-    assert torch.equal(draw(pipe, 128, 192), expected)
+    generate(pipe, 64, 64, steps=2)
+    pipe.transformer = duplicate
+    assert torch.equal(generate(pipe, 128, 192), expected)
 
 
 def test_quantized_transformer():
-    """Layers of another kind, the same encoding: quantization replaces linear layers alone."""
-    build, draw = FAMILIES["qwen-image"]
+    """DyPE works in a quantized transformer, because only its linear layers change."""
+    build, generate = FAMILIES["qwen-image"]
     pipe = build()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch announces the end of this namespace
+        warnings.simplefilter("ignore")  # because torch deprecates this namespace
         pipe.transformer = torch.ao.quantization.quantize_dynamic(pipe.transformer, {nn.Linear})
-        before = draw(pipe, 128, 192)
+        before = generate(pipe, 128, 192)
         apply_dype(pipe, CONFIG)
-        assert not torch.equal(draw(pipe, 128, 192), before)
+        assert not torch.equal(generate(pipe, 128, 192), before)
         remove_dype(pipe)
-        assert torch.equal(draw(pipe, 128, 192), before)
+        assert torch.equal(generate(pipe, 128, 192), before)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_lora_loaded_before_or_after(when):
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_lora_loaded_before_or_after(order):
     peft = pytest.importorskip("peft")
-    build, draw = FAMILIES["z-image"]
+    build, generate = FAMILIES["z-image"]
 
     def adapt(pipe):
         torch.manual_seed(1)
@@ -337,23 +356,23 @@ def test_lora_loaded_before_or_after(when):
         lora = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
         pipe.transformer.add_adapter(lora)
 
-    pipe, plain = build(), build()
-    apply_dype(plain, CONFIG)
-    steps = [adapt, lambda p: apply_dype(p, CONFIG)]
-    for step in steps if when == "before" else reversed(steps):
-        step(pipe)
-    ours = draw(pipe, 128, 192)
-    assert not torch.equal(ours, draw(plain, 128, 192))
+    pipe, without_lora = build(), build()
+    apply_dype(without_lora, CONFIG)
+    changes = [adapt, lambda pipe: apply_dype(pipe, CONFIG)]
+    for change in changes if order == "before" else reversed(changes):
+        change(pipe)
+    ours = generate(pipe, 128, 192)
+    assert not torch.equal(ours, generate(without_lora, 128, 192))
     remove_dype(pipe)
-    bare = build()
-    adapt(bare)
-    assert torch.equal(draw(pipe, 128, 192), draw(bare, 128, 192))
+    without_dype = build()
+    adapt(without_dype)
+    assert torch.equal(generate(pipe, 128, 192), generate(without_dype, 128, 192))
 
 
 def test_flux_ip_adapter(pipe):
-    """Attention processors of an IP-Adapter beside DyPE, put in before and after."""
+    """DyPE works with an IP-Adapter's attention processors, set before or after it."""
     needs("FluxIPAdapterAttnProcessor")
-    adapted = diffusers.models.transformers.transformer_flux.FluxIPAdapterAttnProcessor
+    processor_class = diffusers.models.transformers.transformer_flux.FluxIPAdapterAttnProcessor
 
     def adapt():
         torch.manual_seed(1)
@@ -362,7 +381,7 @@ def test_flux_ip_adapter(pipe):
         )
         pipe.transformer.config["encoder_hid_dim_type"] = "ip_image_proj"
         processors = {
-            name: adapted(32, 8, num_tokens=(2,), scale=[1.0])
+            name: processor_class(32, 8, num_tokens=(2,), scale=[1.0])
             if name.startswith("transformer_blocks")
             else processor
             for name, processor in pipe.transformer.attn_processors.items()
@@ -374,12 +393,12 @@ def test_flux_ip_adapter(pipe):
         "negative_ip_adapter_image_embeds": [torch.zeros(1, 1, TEXT)],
     }
     apply_dype(pipe, CONFIG)
-    without = latents(pipe, 128, 192)
+    without_adapter = latents(pipe, 128, 192)
     adapt()
-    after = latents(pipe, 128, 192, **image)
+    with_both = latents(pipe, 128, 192, **image)
     remove_dype(pipe)
-    stock = latents(pipe, 128, 192, **image)
+    without_dype = latents(pipe, 128, 192, **image)
     apply_dype(pipe, CONFIG)
-    assert torch.equal(latents(pipe, 128, 192, **image), after)
-    assert not torch.equal(after, without)
-    assert not torch.equal(after, stock)
+    assert torch.equal(latents(pipe, 128, 192, **image), with_both)
+    assert not torch.equal(with_both, without_adapter)
+    assert not torch.equal(with_both, without_dype)

@@ -1,4 +1,4 @@
-"""How the house is built: who imports whom, and what the core needs."""
+"""Layout of the package: its imports, dependencies and files."""
 
 import ast
 import importlib
@@ -20,15 +20,16 @@ CORE |= {"errors", "__init__"}
 
 
 def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    """Return the dotted name of a module or package."""
+    names = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
 
 
 MODULES = {module_name(path): path for path in [*PACKAGE.rglob("*.py"), ROOT / "run_dype.py"]}
 
 
 def imports(name: str, top_level_only: bool = False) -> set[str]:
-    """The modules of this repository that a module imports, within functions too."""
+    """Return the modules of this repository that a module imports, within functions too."""
     tree = ast.parse(MODULES[name].read_text())
     nodes = tree.body if top_level_only else ast.walk(tree)
     targets = set()
@@ -36,21 +37,20 @@ def imports(name: str, top_level_only: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             targets |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name} imports by dots"
+            assert node.level == 0, f"{name} has a relative import"
             targets |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
     return (targets & MODULES.keys()) - {name, "dype"}
 
 
-def test_the_core_imports_nothing_of_the_folders():
+def test_core_does_not_import_folders():
     flat = {path.stem for path in PACKAGE.glob("*.py")}
     assert flat == CORE
     for stem in CORE - {"__init__"}:
         assert {target.count(".") for target in imports(f"dype.{stem}")} <= {1}, stem
 
 
-def test_no_import_goes_in_a_circle():
-    """File by file, with what functions import when they are asked (metrics the demo's check); and
-    folder by folder."""
+def test_no_circular_imports():
+    """Neither files nor folders import each other in a circle; for files, functions count too."""
     list(TopologicalSorter({name: imports(name) for name in MODULES}).static_order())
 
     def folder(name):
@@ -65,51 +65,52 @@ def test_no_import_goes_in_a_circle():
     list(TopologicalSorter(graph).static_order())
 
 
-def loaded(statement: str) -> set[str]:
-    """The top-level packages that a fresh interpreter has after a statement."""
+def packages_after(statement: str) -> set[str]:
+    """Return the top-level packages that a new interpreter has imported after a statement."""
     report = "import sys; print(*{name.split('.')[0] for name in sys.modules})"
     words = [sys.executable, "-c", f"{statement}; {report}"]
     env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    result = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
 
 
-def test_the_core_needs_torch_alone():
+def test_core_needs_only_torch():
     names = ", ".join(f"dype.{stem}" for stem in sorted(CORE - {"__init__"}))
-    packages = loaded(
+    packages = packages_after(
         f"import os, {names}; from dype import DyPEConfig, apply_dype, remove_dype; "
-        "assert 'OMP_WAIT_POLICY' not in os.environ"  # which is the programs' business
+        "assert 'OMP_WAIT_POLICY' not in os.environ"  # because only programs may set it
     )
     assert "torch" in packages
-    others = {"diffusers", "transformers", "huggingface_hub", "safetensors", "yaml", "PIL"}
-    assert not packages & others
+    optional = {"diffusers", "transformers", "huggingface_hub", "safetensors", "yaml", "PIL"}
+    assert not packages & optional
 
 
-@pytest.mark.parametrize("asked", [None, "ACTIVE"])
-def test_programs_wait_passively(asked, tmp_path):
-    """Before torch is imported, unless the environment says otherwise; an import asks nothing."""
+@pytest.mark.parametrize("user_policy", [None, "ACTIVE"])
+def test_programs_wait_passively(user_policy, tmp_path):
+    """Programs set OMP_WAIT_POLICY before torch's import, unless the user did; imports do not."""
     report = "import os; print(os.environ.get('OMP_WAIT_POLICY'))"
     (tmp_path / "torch.py").write_text(f"{report}\n1 / 0\n")
     env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     env |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    env |= {"OMP_WAIT_POLICY": asked} if asked else {}
+    env |= {"OMP_WAIT_POLICY": user_policy} if user_policy else {}
     programs = [["-m", f"dype.{name}"] for name in ("metrics", "benchmark", "demo.train")]
     for words in [["run_dype.py"], *programs, ["-c", "import dype.rope"]]:
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False
         )
-        assert "ZeroDivisionError" in done.stderr
-        assert done.stdout.strip() == str(asked or ("PASSIVE" if words[0] != "-c" else None)), words
+        assert "ZeroDivisionError" in result.stderr
+        default = None if words[0] == "-c" else "PASSIVE"
+        assert result.stdout.strip() == str(user_policy or default), words
 
 
 def test_no_argparse_below_the_commands():
-    """What generates and what plans sweeps knows nothing of a command line."""
+    """The modules that load pipelines, generate and plan sweeps do not parse arguments."""
     for folder in ("pipelines", "sampling", "sweep"):
         for path in (PACKAGE / folder).glob("*.py"):
             assert "argparse" not in path.read_text(), path
 
 
-def test_public_names_come_when_asked_for():
+def test_public_names_are_lazy():
     assert dype.__version__
     assert callable(dype.load_pipeline)
     with pytest.raises(AttributeError, match="has no attribute 'draw'"):
@@ -121,28 +122,30 @@ def test_public_names_come_when_asked_for():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_the_package_holds_every_folder_and_the_weights():
-    """What `pip install .` copies: `.ci/run` does it, this says early what it would miss."""
+def test_package_includes_every_folder_and_the_weights():
+    """`pip install .` copies every folder and the demo's weights; `.ci/run` tests a real one."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert all((path / "__init__.py").exists() for path in PACKAGE.iterdir()
                if path.is_dir() and path.name != "__pycache__")  # fmt: skip
-    [pattern] = [p for p in project["tool"]["setuptools"]["package-data"]["dype.demo"] if "*" in p]
+    patterns = project["tool"]["setuptools"]["package-data"]["dype.demo"]
+    [pattern] = [pattern for pattern in patterns if "*" in pattern]
     files = {path for path in (PACKAGE / "demo").glob(pattern) if path.is_file()}
     assert files == {path for path in (PACKAGE / "demo" / "weights").rglob("*") if path.is_file()}
 
 
-def test_ranges_hold_the_pins():
+def test_pins_are_within_the_ranges():
     """Every dependency of the package is pinned in requirements.txt, within its range."""
     from packaging.requirements import Requirement
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().split())
-    ranges = {need.name: need.specifier for need in map(Requirement, project["dependencies"])}
+    requirements = map(Requirement, project["dependencies"])
+    ranges = {requirement.name: requirement.specifier for requirement in requirements}
     assert ranges.keys() == pins.keys()
     assert all(pins[name] in ranges[name] for name in pins)
 
 
 def test_every_module_imports():
-    """Alone, after whatever else: no module leans on an import that another made."""
+    """Every module imports without an error."""
     for name in MODULES:
         importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""mu and sigmas, and the shift that apply_dype sets."""
+"""The schedule: mu, sigmas and the shift that apply_dype sets."""
 
 import pytest
 from conftest import latents
@@ -8,9 +8,12 @@ from dype.noise_schedule import noise_schedule
 
 
 def test_shift(pipe):
-    """Capped: mu = max_shift at every size, static methods too. The model's: its rule."""
+    """With a cap, mu = max_shift at every size and method; without, the model's rule holds."""
     pipe.scheduler.register_to_config(base_image_seq_len=256, max_image_seq_len=4096)
-    mu = lambda: [noise_schedule(pipe.scheduler, n, n, 4)[0] for n in (512, 1024, 2048, 4096)]  # noqa: E731
+
+    def mu():
+        return [noise_schedule(pipe.scheduler, n, n, 4)[0] for n in (512, 1024, 2048, 4096)]
+
     stock = mu()
     assert stock[1:] == pytest.approx([1.15, 3.23, 11.55], abs=0.01)
     for config in (DyPEConfig(), DyPEConfig("base"), DyPEConfig("yarn", dype=False)):
@@ -30,7 +33,8 @@ def test_shift(pipe):
         apply_dype(pipe, DyPEConfig(base_shift=0.3))
 
 
-def test_shift_leaves_what_others_changed(pipe):
+def test_remove_keeps_a_foreign_change(pipe):
+    """remove_dype leaves a setting that changed after apply_dype; a static schedule stays."""
     apply_dype(pipe)
     pipe.scheduler.register_to_config(base_shift=0.7)
     remove_dype(pipe)
@@ -39,12 +43,12 @@ def test_shift_leaves_what_others_changed(pipe):
     before = dict(pipe.scheduler.config)
     with pytest.raises(ValueError, match="max_shift is 1, but this model's schedule is static"):
         apply_dype(pipe, DyPEConfig(max_shift=1))
-    apply_dype(pipe)  # a static schedule has nothing to cap
+    apply_dype(pipe)
     assert dict(pipe.scheduler.config) == before
 
 
 def test_pipeline_uses_the_capped_schedule(pipe):
-    """The sigmas of a drawing are those that noise_schedule tells beforehand."""
+    """A capped run uses the sigmas that noise_schedule returns before it."""
     apply_dype(pipe, DyPEConfig("yarn", base_resolution=64))
     latents(pipe, 512, 512, steps=5)
     mu, sigmas = noise_schedule(pipe.scheduler, 512, 512, 5)

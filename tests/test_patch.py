@@ -1,4 +1,4 @@
-"""apply_dype and remove_dype in real pipelines of tiny size."""
+"""apply_dype and remove_dype in FLUX's real pipelines, at a tiny size."""
 
 import copy
 import os
@@ -29,12 +29,13 @@ from dype.pipelines.catalog import MODELS
 CONFIG = DyPEConfig("yarn", base_resolution=64)
 
 
-def scheduled(pipe) -> list[float]:
+def scheduler_sigmas(pipe) -> list[float]:
+    """Return the sigmas of the steps, without the final 0."""
     return pipe.scheduler.sigmas[:-1].tolist()
 
 
 def test_remove_restores_bits(pipe):
-    """Latents, configuration, modules and hooks are what they were."""
+    """remove_dype restores latents, configuration, modules and hooks."""
     before, config = latents(pipe), dict(pipe.scheduler.config)
     names = list(pipe.transformer.state_dict())
     apply_dype(pipe, CONFIG)
@@ -44,11 +45,11 @@ def test_remove_restores_bits(pipe):
     assert torch.equal(latents(pipe), before)
     assert dict(pipe.scheduler.config) == config
     assert not pipe.transformer._forward_pre_hooks
-    remove_dype(pipe)  # nothing left to remove
+    remove_dype(pipe)  # a second call does nothing
 
 
 def test_inactive_equals_stock(pipe):
-    """At the base resolution and the model's own schedule every method is the stock pipeline."""
+    """At the base resolution, with the model's schedule, latents equal the stock pipeline's."""
     before = latents(pipe)
     for method in ("yarn", "ntk", "vision_yarn"):
         apply_dype(pipe, DyPEConfig(method, base_resolution=256, shift="model"))
@@ -56,13 +57,13 @@ def test_inactive_equals_stock(pipe):
 
 
 def test_sigmas_of_the_scheduler(pipe):
-    """The embedder sees the scheduler's sigmas: at the first step, and in a second run."""
+    """The embedder has the scheduler's sigmas, from the first step on and in a second run."""
     apply_dype(pipe, CONFIG)
     spy = Spy(pipe.transformer)
     for steps in (4, 3):
         spy.calls.clear()
         latents(pipe, steps=steps)
-        assert spy.sigmas == pytest.approx(scheduled(pipe), abs=1e-6)
+        assert spy.sigmas == pytest.approx(scheduler_sigmas(pipe), abs=1e-6)
         assert spy.sigmas[0] == 1
         assert {call[1] for call in spy.calls} == {(16, 12)}
 
@@ -72,31 +73,32 @@ def test_sigmas_at_bfloat16(pipe):
     apply_dype(pipe, CONFIG)
     spy = Spy(pipe.transformer)
     latents(pipe, steps=6)
-    assert spy.sigmas == pytest.approx(scheduled(pipe), abs=2.5e-3)
+    assert spy.sigmas == pytest.approx(scheduler_sigmas(pipe), abs=2.5e-3)
 
 
 def test_sigmas_with_true_cfg(pipe):
-    """Two denoiser calls per step, the same noise level in both."""
+    """Both denoiser calls of a step have its sigma."""
     apply_dype(pipe, CONFIG)
     spy = Spy(pipe.transformer)
     latents(pipe, negative_prompt="a disk", true_cfg_scale=3.0)
-    assert spy.sigmas == pytest.approx([s for s in scheduled(pipe) for _ in (0, 1)], abs=1e-6)
+    expected = [sigma for sigma in scheduler_sigmas(pipe) for _ in (0, 1)]
+    assert spy.sigmas == pytest.approx(expected, abs=1e-6)
 
 
 def test_sigmas_in_image_to_image(pipe):
-    """strength 0.6 of 5 steps: the last 3 sigmas, the first call included."""
+    """strength 0.6 of 5 steps gives the last 3 sigmas, from the first call on."""
     apply_dype(pipe, CONFIG)
-    other = quiet(FluxImg2ImgPipeline.from_pipe(pipe))
+    img2img = quiet(FluxImg2ImgPipeline.from_pipe(pipe))
     spy = Spy(pipe.transformer)
     image = Image.new("RGB", (192, 256), "teal")
-    latents(other, image=image, strength=0.6, steps=5)
-    assert spy.sigmas == pytest.approx(scheduled(other)[2:], abs=1e-6)
+    latents(img2img, image=image, strength=0.6, steps=5)
+    assert spy.sigmas == pytest.approx(scheduler_sigmas(img2img)[2:], abs=1e-6)
 
 
 def test_hook_survives_the_end_of_offloading(pipe, monkeypatch):
-    """Pipelines rebuild accelerate's hooks after every call when models are offloaded.
+    """DyPE's hook stays when a pipeline with offloading rebuilds accelerate's hooks after a call.
 
-    There is no accelerator here: accelerate's own hook on the CPU stands in for it.
+    The test replaces offloading by accelerate's hook on the CPU, because it needs no GPU.
     """
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
@@ -111,19 +113,19 @@ def test_hook_survives_the_end_of_offloading(pipe, monkeypatch):
     for _ in range(2):
         spy.calls.clear()
         latents(pipe)
-        assert spy.sigmas == pytest.approx(scheduled(pipe), abs=1e-6)
+        assert spy.sigmas == pytest.approx(scheduler_sigmas(pipe), abs=1e-6)
 
 
 def test_batches_and_sizes_in_turn(pipe):
-    """Batch 2; then two sizes of one token count: as on a fresh pipeline each."""
+    """A batch of 2 works, and two sizes of equal token count equal those of a new pipeline."""
     apply_dype(pipe, CONFIG)
     wide, tall = latents(pipe, 128, 256), latents(pipe, 256, 128)
     pair = latents(pipe, 128, 256, prompt=["a red ring on teal leaves"] * 2)
     assert pair.shape[0] == 2
-    fresh = quiet(FluxPipeline(**tiny_components()))
-    apply_dype(fresh, CONFIG)
-    assert torch.equal(latents(fresh, 256, 128), tall)
-    assert torch.equal(latents(fresh, 128, 256), wide)
+    new_pipe = quiet(FluxPipeline(**tiny_components()))
+    apply_dype(new_pipe, CONFIG)
+    assert torch.equal(latents(new_pipe, 256, 128), tall)
+    assert torch.equal(latents(new_pipe, 128, 256), wide)
 
 
 def test_second_apply_replaces_the_first(pipe):
@@ -137,7 +139,7 @@ def test_second_apply_replaces_the_first(pipe):
 
 
 def denoiser_call(ids, sigma: float) -> dict:
-    """The arguments of one call of the tiny transformer."""
+    """Return the arguments of one call of the tiny transformer."""
     return {
         "hidden_states": torch.randn(1, len(ids), 16),
         "encoder_hidden_states": torch.randn(1, 4, 128),
@@ -148,23 +150,24 @@ def denoiser_call(ids, sigma: float) -> dict:
     }
 
 
-def test_deep_copy_drives_its_own(pipe):
+def test_deep_copy_is_independent(pipe):
+    """A deep copy drives its own embedder, and remove_dype on it leaves the original."""
     apply_dype(pipe, CONFIG)
-    other = copy.deepcopy(pipe.transformer)
+    duplicate = copy.deepcopy(pipe.transformer)
     pipe.transformer.pos_embed.set_timestep(0.25)
-    mine = Spy(other)
-    other(**denoiser_call(torch.zeros(16, 3), 0.75))
-    assert mine.sigmas == [0.75]
+    spy = Spy(duplicate)
+    duplicate(**denoiser_call(torch.zeros(16, 3), 0.75))
+    assert spy.sigmas == [0.75]
     assert pipe.transformer.pos_embed.sigma == 0.25
-    remove_dype(other)
-    assert not isinstance(other.pos_embed, DyPEFluxPosEmbed)
-    assert not other._forward_pre_hooks
+    remove_dype(duplicate)
+    assert not isinstance(duplicate.pos_embed, DyPEFluxPosEmbed)
+    assert not duplicate._forward_pre_hooks
     assert len(pipe.transformer._forward_pre_hooks) == 1
     pickle.loads(pickle.dumps(pipe.transformer))
 
 
 def test_positional_arguments():
-    """A hand-written loop may call the transformer without names."""
+    """A custom loop may call the transformer with positional arguments."""
     transformer = tiny_transformer()
     apply_dype(transformer, CONFIG)
     spy = Spy(transformer)
@@ -175,11 +178,11 @@ def test_positional_arguments():
 
 
 def test_exact_ids_reach_the_embedder():
-    """The hook hands on 320 distinct rows where bfloat16 ids have 289: shards need them."""
+    """The hook replaces 289 distinct bfloat16 rows by 320 exact ones, because shards need them."""
     transformer = tiny_transformer().to(torch.bfloat16)
     apply_dype(transformer, CONFIG)
-    seen = []
-    transformer.pos_embed.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    calls = []
+    transformer.pos_embed.register_forward_hook(lambda module, args, output: calls.append(args[0]))
     transformer(
         hidden_states=torch.randn(1, 640, 16, dtype=torch.bfloat16),
         encoder_hidden_states=torch.randn(1, 4, 128, dtype=torch.bfloat16),
@@ -188,19 +191,19 @@ def test_exact_ids_reach_the_embedder():
         img_ids=make_grid_ids(0, 320, 2).to(torch.bfloat16),
         txt_ids=torch.zeros(4, 3, dtype=torch.bfloat16),
     )
-    assert len(seen[0][:, 1].unique()) == 320
+    assert len(calls[0][:, 1].unique()) == 320
 
 
-@pytest.mark.parametrize("how", ["wrapped", "in place", "compiled first"])
-def test_one_compiled_graph(pipe, how):
-    """fullgraph, one graph for all steps of two runs; also when compiled before apply_dype."""
+@pytest.mark.parametrize("order", ["wrapped", "in place", "compiled first"])
+def test_one_compiled_graph(pipe, order):
+    """One full graph serves all steps of two runs, also if compiled before apply_dype."""
     apply_dype(pipe, CONFIG)
     expected = latents(pipe)
     remove_dype(pipe)
     counter = CompileCounter()
-    if how != "compiled first":
+    if order != "compiled first":
         apply_dype(pipe, CONFIG)
-    if how == "in place":
+    if order == "in place":
         pipe.transformer.compile(fullgraph=True, backend=counter)
     else:
         pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend=counter)
@@ -212,47 +215,47 @@ def test_one_compiled_graph(pipe, how):
 
 def test_inpainting(pipe):
     apply_dype(pipe, CONFIG)
-    other = quiet(FluxInpaintPipeline.from_pipe(pipe))
+    inpainting = quiet(FluxInpaintPipeline.from_pipe(pipe))
     spy = Spy(pipe.transformer)
-    picture, mask = Image.new("RGB", (192, 256), "teal"), Image.new("L", (192, 256), 255)
-    latents(other, image=picture, mask_image=mask, strength=0.6, steps=5)
-    assert spy.sigmas == pytest.approx(scheduled(other)[2:], abs=1e-6)
+    image, mask = Image.new("RGB", (192, 256), "teal"), Image.new("L", (192, 256), 255)
+    latents(inpainting, image=image, mask_image=mask, strength=0.6, steps=5)
+    assert spy.sigmas == pytest.approx(scheduler_sigmas(inpainting)[2:], abs=1e-6)
 
 
 def test_fill():
-    parts = tiny_components(in_channels=4 * 4 + 4 * 4 + 256, out_channels=16)
-    other = quiet(FluxFillPipeline(**parts))
-    apply_dype(other, CONFIG)
-    spy = Spy(other.transformer)
-    picture, mask = Image.new("RGB", (192, 256), "teal"), Image.new("L", (192, 256), 255)
-    latents(other, image=picture, mask_image=mask)
-    assert spy.sigmas == pytest.approx(scheduled(other), abs=1e-6)
+    # latents, masked latents, and 16 x 16 px of the mask per token
+    components = tiny_components(in_channels=4 * 4 + 4 * 4 + 256, out_channels=16)
+    pipe = quiet(FluxFillPipeline(**components))
+    apply_dype(pipe, CONFIG)
+    spy = Spy(pipe.transformer)
+    image, mask = Image.new("RGB", (192, 256), "teal"), Image.new("L", (192, 256), 255)
+    latents(pipe, image=image, mask_image=mask)
+    assert spy.sigmas == pytest.approx(scheduler_sigmas(pipe), abs=1e-6)
     assert spy.calls[0][1:] == ((16, 12), (16, 0))
 
 
 def test_kontext(pipe):
-    """The reference's tokens follow the image's and are not counted as the image."""
+    """The reference's tokens follow the image's and do not count as part of the grid."""
     needs("FluxKontextPipeline")
-    parts = pipe.components
-    other = quiet(diffusers.FluxKontextPipeline(**parts))
-    apply_dype(other, CONFIG)
-    spy = Spy(other.transformer)
-    picture = Image.new("RGB", (128, 128), "teal")
-    latents(other, image=picture, _auto_resize=False, max_area=256 * 192)
-    (_, grid, (text, after)), *_ = spy.calls
+    kontext = quiet(diffusers.FluxKontextPipeline(**pipe.components))
+    apply_dype(kontext, CONFIG)
+    spy = Spy(kontext.transformer)
+    image = Image.new("RGB", (128, 128), "teal")
+    latents(kontext, image=image, _auto_resize=False, max_area=256 * 192)
+    (_, grid, (num_text, num_reference)), *_ = spy.calls
     assert grid == (16, 12)
-    assert (text, after) == (16, 64)
+    assert (num_text, num_reference) == (16, 64)
 
 
-def test_ids_are_read_once_per_picture(pipe, monkeypatch):
-    """One copy to the host for all steps; ids that somebody wrote to are read again."""
+def test_ids_are_read_once_per_image(pipe, monkeypatch):
+    """The ids are copied to the host once for all steps, and again after a change in place."""
     reads = []
 
-    def counted(*args):
+    def count_and_parse(*args):
         reads.append(args)
         return parse_image_ids(*args)
 
-    monkeypatch.setattr(embedders, "parse_image_ids", counted)
+    monkeypatch.setattr(embedders, "parse_image_ids", count_and_parse)
     apply_dype(pipe, CONFIG)
     latents(pipe, steps=3)
     assert len(reads) == 1
@@ -268,26 +271,27 @@ def test_ids_are_read_once_per_picture(pipe, monkeypatch):
 
 
 def test_controlnet(pipe):
-    """Controlnets have embedders of their own, which follow too and are restored too."""
+    """The embedders of controlnets follow sigma and grid too, and are restored."""
     controlnet = FluxControlNetModel.from_transformer(
         pipe.transformer, num_layers=1, num_single_layers=1, attention_head_dim=16,
         num_attention_heads=2,
     )  # fmt: skip
     nets = [controlnet, copy.deepcopy(controlnet)]
     image = Image.new("RGB", (192, 256), "teal")
-    several = FluxMultiControlNetModel(nets)
-    for net, control in ((controlnet, {"control_image": image}), (several, {
-        "control_image": [image, image], "controlnet_conditioning_scale": [1.0, 1.0]
-    })):  # fmt: skip
-        other = quiet(FluxControlNetPipeline.from_pipe(pipe, controlnet=net))
-        apply_dype(other, CONFIG)
-        used = nets if net is several else nets[:1]
-        spy, its = Spy(other.transformer), [Spy(net) for net in used]
-        latents(other, **control)
-        for net in its:
-            assert net.sigmas == spy.sigmas
-            assert net.calls[0][1] == (16, 12)
-        remove_dype(other)
+    one_net = {"control_image": image}
+    two_nets = {"control_image": [image] * 2, "controlnet_conditioning_scale": [1.0] * 2}
+    for model, active, arguments in (
+        (controlnet, nets[:1], one_net),
+        (FluxMultiControlNetModel(nets), nets, two_nets),
+    ):
+        control = quiet(FluxControlNetPipeline.from_pipe(pipe, controlnet=model))
+        apply_dype(control, CONFIG)
+        spy, net_spies = Spy(control.transformer), [Spy(net) for net in active]
+        latents(control, **arguments)
+        for net_spy in net_spies:
+            assert net_spy.sigmas == spy.sigmas
+            assert net_spy.calls[0][1] == (16, 12)
+        remove_dype(control)
         assert not any(isinstance(net.pos_embed, DyPEFluxPosEmbed) for net in nets)
 
 
@@ -300,19 +304,20 @@ def test_unknown_transformer():
         apply_dype(model)
 
 
-def test_config_must_be_one(pipe):
+def test_config_of_wrong_type(pipe):
     with pytest.raises(TypeError, match="config is 'yarn', expected a DyPEConfig"):
         apply_dype(pipe, "yarn")
 
 
-def test_base_resolution_follows_what_was_loaded(monkeypatch):
+def test_base_resolution_of_the_demo_model(monkeypatch):
+    """Only a transformer from the demo's folder has its base resolution of 256 px."""
     transformer = tiny_transformer()
     assert base_resolution(transformer) == 1024
     transformer.register_to_config(_name_or_path=f"{MODELS['demo'].repo}/transformer")
     assert base_resolution(transformer) == 256
     transformer.register_to_config(_name_or_path=f"{MODELS['demo'].repo}_of_another/transformer")
     assert base_resolution(transformer) == 1024
-    monkeypatch.chdir(MODELS["demo"].repo)  # whatever folder one works in
+    monkeypatch.chdir(MODELS["demo"].repo)  # the current folder does not matter
     for name in ("", "black-forest-labs/FLUX.1-dev"):
         transformer.register_to_config(_name_or_path=name)
         assert base_resolution(transformer) == 1024
@@ -321,7 +326,7 @@ def test_base_resolution_follows_what_was_loaded(monkeypatch):
 @pytest.mark.weights
 @pytest.mark.skipif("DYPE_FLUX" not in os.environ, reason="needs DYPE_FLUX, a FLUX.1 folder")
 def test_real_weights_inactive_equals_stock():
-    """Would show that at 1024 px DyPE leaves a real FLUX.1's latents as they are, bit for bit."""
+    """At 1024 px DyPE does not change a real FLUX.1's latents, bit for bit."""
     pipe = FluxPipeline.from_pretrained(os.environ["DYPE_FLUX"], dtype=torch.bfloat16)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     before = latents(pipe, 1024, 1024, steps=2)

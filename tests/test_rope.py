@@ -1,5 +1,4 @@
-"""The mathematics: golden numbers, an independent transcription, and what section by section of
-docs/method.md claims."""
+"""Frequencies of every method: published numbers, a transcription, claims of docs/method.md."""
 
 import json
 from dataclasses import replace
@@ -26,13 +25,14 @@ from dype.rope import (
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "rope_reference.npz")
 CASES = json.loads(str(GOLDEN["index"]))
-STRETCHED = [name for name in METHODS if name != "base"]
-CUT = {"cutoff": 2.5, "cutoff_width": 1.2, "spectrum_exponent": 1.6}
-TAU = 0.1 * np.log(4) + 1  # m of the YaRNs at s = 4
+EXTRAPOLATING = [name for name in METHODS if name != "base"]
+CUTOFF_SETTINGS = {"cutoff": 2.5, "cutoff_width": 1.2, "spectrum_exponent": 1.6}
+TAU = 0.1 * np.log(4) + 1  # attention factor m of the YaRN methods at s = 4
 FLUX, Z_IMAGE = (56, 10000.0, 64), (48, 256.0, 64)  # dim, theta, trained tokens
 
 
 def cos_sin(axis, tokens, positions, sigma, config, max_scale=None):
+    """Return cos and sin of one axis, each value twice: float64 [2, positions, dim]."""
     f, m = axis_frequencies(*axis, tokens, sigma, config, max_scale)
     angle = torch.outer(torch.as_tensor(positions, dtype=torch.float64), f)
     both = torch.stack([angle.cos(), angle.sin()]) * m
@@ -41,7 +41,10 @@ def cos_sin(axis, tokens, positions, sigma, config, max_scale=None):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["key"])
 def test_published_code_agrees(case):
-    """Authors' code, both forms, and ComfyUI's: 1e-6 on cos and sin (tests/golden/README.md)."""
+    """The authors' code in both forms and ComfyUI's give our cos and sin (tests/golden/README.md).
+
+    The tolerance is 1e-6.
+    """
     method = "yarn_power" if case["form"] == "power" else case["method"]
     config = DyPEConfig(method, dype=bool(case["dype"]) or method == "vision_yarn")
     if case["kind"] == "axis":
@@ -49,14 +52,14 @@ def test_published_code_agrees(case):
         ours = cos_sin(axis, case["tokens"], case["positions"], case["sigma"], config)
     else:
         rows, (height, width) = np.array(case["rows"]) - case["text_tokens"], case["grid"]
-        at = [np.where(rows < 0, 0, rows // width), np.where(rows < 0, 0, rows % width)]
+        positions = [np.where(rows < 0, 0, rows // width), np.where(rows < 0, 0, rows % width)]
         largest = max(scale(64, height), scale(64, width))
-        parts = [
-            cos_sin(FLUX, tokens, positions, case["sigma"], config, largest)
-            for tokens, positions in zip(case["grid"], at, strict=True)
+        image_axes = [
+            cos_sin(FLUX, tokens, axis_positions, case["sigma"], config, largest)
+            for tokens, axis_positions in zip(case["grid"], positions, strict=True)
         ]
-        first = np.broadcast_to(np.array([1.0, 0.0])[:, None, None], (2, len(rows), 16))
-        ours = np.concatenate([first, *parts], -1)
+        first_axis = np.broadcast_to(np.array([1.0, 0.0])[:, None, None], (2, len(rows), 16))
+        ours = np.concatenate([first_axis, *image_axes], -1)
     theirs = np.stack([GOLDEN[case["key"] + "_cos"], GOLDEN[case["key"] + "_sin"]])
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
 
@@ -64,7 +67,7 @@ def test_published_code_agrees(case):
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dype", "static"])
 @pytest.mark.parametrize("method", METHODS)
 def test_transcription_agrees(method, dynamic):
-    """Against plain Python, over axes, scales, noise levels and settings."""
+    """The frequencies equal tests/reference.py over axes, scales, sigmas and settings."""
     for axis in (FLUX, Z_IMAGE, (32, 2000.0, 83)):
         for tokens in (axis[2] * 5 // 4, axis[2] * 4, axis[2] * 6 + 1):
             for sigma in (0.0, 0.005, 0.03, 0.105, 0.5, 0.95):
@@ -88,7 +91,7 @@ def test_transcription_agrees(method, dynamic):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_stretch_is_stock(method):
-    """s <= 1 on every axis: stock, bit for bit, at every noise level."""
+    """At s <= 1 on every axis the frequencies are stock, bit for bit, at every sigma."""
     for tokens in (1, 40, 64):
         for sigma in (0.0, 0.4, 1.0):
             f, m = axis_frequencies(*FLUX, tokens, sigma, DyPEConfig(method))
@@ -96,9 +99,12 @@ def test_no_stretch_is_stock(method):
             assert m == 1
 
 
-@pytest.mark.parametrize("method", sorted({*STRETCHED} - {"yarn_both", "cutoff"}))
+@pytest.mark.parametrize("method", sorted({*EXTRAPOLATING} - {"yarn_both", "cutoff"}))
 def test_kappa_one_is_static(method):
-    """kappa(1) = lambda_s = 1 is the static method, bit for bit; the NTK term of yarn_both is 2."""
+    """At kappa(1) = lambda_s = 1 a dynamic method equals its static form, bit for bit.
+
+    yarn_both is left out because its NTK term then has an exponent times 2.
+    """
     dynamic, m = axis_frequencies(*FLUX, 256, 1.0, DyPEConfig(method, dype_scale=1.0))
     static, static_m = axis_frequencies(*FLUX, 256, 0.3, DyPEConfig(method, dype=False))
     assert torch.equal(dynamic, static)
@@ -106,37 +112,38 @@ def test_kappa_one_is_static(method):
 
 
 def test_settings_of_the_cutoff_agree():
-    """Constant, width and exponent, dynamic and static, against plain Python."""
+    """`cutoff` with other constants equals tests/reference.py, dynamic and static."""
     for axis in (FLUX, Z_IMAGE):
         for dynamic, sigma in product((True, False), (0.0, 0.2, 0.9, 0.99)):
-            config = DyPEConfig("cutoff", dynamic, dype_exponent=0.7, **CUT)
-            more = {"lambda_s": 1.0, "lambda_t": 0.7, "dynamic": dynamic}
-            more |= {"c": 2.5, "width": 1.2, "omega": 1.6}
-            expected, m = reference.frequencies("cutoff", *axis, 200, sigma, **more)
+            config = DyPEConfig("cutoff", dynamic, dype_exponent=0.7, **CUTOFF_SETTINGS)
+            settings = {"lambda_s": 1.0, "lambda_t": 0.7, "dynamic": dynamic}
+            settings |= {"c": 2.5, "width": 1.2, "omega": 1.6}
+            expected, m = reference.frequencies("cutoff", *axis, 200, sigma, **settings)
             ours, our_m = axis_frequencies(*axis, 200, sigma, config)
             np.testing.assert_allclose(ours, expected, rtol=1e-12)
             assert our_m.item() == pytest.approx(m, rel=1e-14)
 
 
 def test_a_cutoff_from_end_to_end():
-    """t = 1: PI bit for bit at every L; t = 0: stock bit for bit; continuous between.
+    """`cutoff` is PI at t = 1 and stock at t = 0, bit for bit, and continuous between.
 
-    At t = 1/2 it is the static cut.
+    At t = 1/2 it equals the static method.
     """
     for axis in (FLUX, Z_IMAGE, (56, 10000.0, 16)):
-        for settings in ({}, CUT):
+        for settings in ({}, CUTOFF_SETTINGS):
             config = DyPEConfig("cutoff", **settings)
-            levels = torch.linspace(0, 1, 401, dtype=torch.float64)
-            f = [axis_frequencies(*axis, 3 * axis[2], t, config)[0] for t in levels]
+            sigmas = torch.linspace(0, 1, 401, dtype=torch.float64)
+            f = [axis_frequencies(*axis, 3 * axis[2], t, config)[0] for t in sigmas]
             theta = stock_frequencies(*axis[:2])
             assert torch.equal(f[-1], theta / 3)
             assert torch.equal(f[0], theta)
-            for end, beyond in ((-1, 1 + 1e-7), (0, -1e-9)):  # as a schedule in float32 may round
-                found = axis_frequencies(*axis, 3 * axis[2], beyond, config)[0]
-                torch.testing.assert_close(found, f[end], rtol=1e-6, atol=0)
+            # because a schedule in float32 may round sigma out of [0, 1]
+            for end, sigma in ((-1, 1 + 1e-7), (0, -1e-9)):
+                outside = axis_frequencies(*axis, 3 * axis[2], sigma, config)[0]
+                torch.testing.assert_close(outside, f[end], rtol=1e-6, atol=0)
             static = axis_frequencies(*axis, 3 * axis[2], 0.9, replace(config, dype=False))[0]
-            same = axis_frequencies(*axis, 3 * axis[2], 0.5, config)[0]
-            torch.testing.assert_close(same, static, rtol=1e-15, atol=0)
+            halfway = axis_frequencies(*axis, 3 * axis[2], 0.5, config)[0]
+            torch.testing.assert_close(halfway, static, rtol=1e-15, atol=0)
             stretch = (theta / torch.stack(f)).log() / np.log(3)  # w, in [0, 1]
             # at t = 0.05 and 0.95 the slope of w is 2 / (omega delta) / (t (1 - t)), at most 42
             assert stretch.diff(dim=0)[20:-20].abs().max() < 42.2 / 400
@@ -145,28 +152,40 @@ def test_a_cutoff_from_end_to_end():
 @pytest.mark.parametrize("path", ATTENTION_PATHS)
 @pytest.mark.parametrize("method", METHODS)
 def test_attention_scale(method, path):
-    """Of every method but `base`, along every path, 1 without a stretch; the frequencies stay."""
+    """attention_scale sets m of every method but `base`, and leaves the frequencies.
+
+    Without a stretch m stays 1.
+    """
     for dynamic, tokens, sigma in product((True, False), (64, 96, 256), (0.0, 0.3, 0.9)):
         plain = DyPEConfig(method, dynamic, dype_start_sigma=0.8)
         config = replace(plain, attention_scale=0.4, attention_path=path)
         f, m = axis_frequencies(*FLUX, tokens, sigma, config)
-        more = {"attention": 0.4, "path": path, "t_start": 0.8, "dynamic": dynamic}
-        _, expected = reference.frequencies(method, *FLUX, tokens, sigma, lambda_s=1.0, **more)
+        _, expected = reference.frequencies(
+            method,
+            *FLUX,
+            tokens,
+            sigma,
+            lambda_s=1.0,
+            attention_scale=0.4,
+            attention_path=path,
+            t_start=0.8,
+            dynamic=dynamic,
+        )
         assert m.item() == pytest.approx(expected, rel=1e-14)
         assert torch.equal(f, axis_frequencies(*FLUX, tokens, sigma, plain)[0])
 
 
 @pytest.mark.parametrize("method", ["pi", "cutoff"])
-def test_one_graph_serves_every_noise_level(method):
+def test_one_graph_serves_every_sigma(method):
     counter, config = CompileCounter(), DyPEConfig(method)
     axis = build_axes(*FLUX, [128, 256], None, config)
     compiled = torch.compile(partial(batched_frequencies, axis), backend=counter, fullgraph=True)
     for t in (1.0, 0.7, 0.01, 0.0):
         sigma = torch.tensor(t, dtype=torch.float64)
-        for found, expected in zip(
+        for result, expected in zip(
             compiled(sigma, config), batched_frequencies(axis, sigma, config), strict=True
         ):
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+            torch.testing.assert_close(result, expected, rtol=1e-12, atol=0)
     assert counter.frame_count == 1
 
 
@@ -186,9 +205,12 @@ def test_sigma_a_little_outside(method):
 
 
 def test_at_the_end_of_sampling():
-    """t = 0: stock bits where kappa ends it all, YaRNs keep m; power forms stop at 1 turn."""
+    """At t = 0 kappa makes the frequencies stock, and the YaRN methods keep their m.
+
+    The power forms keep thresholds of 1 turn, so only 8 of their pairs are stock.
+    """
     theta = stock_frequencies(56, 10000.0)
-    at_zero = {name: axis_frequencies(*FLUX, 256, 0.0, DyPEConfig(name)) for name in STRETCHED}
+    at_zero = {name: axis_frequencies(*FLUX, 256, 0.0, DyPEConfig(name)) for name in EXTRAPOLATING}
     assert all(f.isfinite().all() for f, _ in at_zero.values())
     for name, m in {"pi": 1, "ntk": 1, "ntk_mult": 1, "yarn": TAU, "yarn_both": TAU,
                     "yarn_paper": TAU}.items():  # fmt: skip
@@ -204,16 +226,16 @@ def test_at_the_end_of_sampling():
     "method", ["pi", "ntk", "ntk_mult", "tasr", "yarn", "yarn_paper", "cutoff"]
 )
 def test_frequencies_fall_with_the_noise(method, axis):
-    """No pair's frequency rises with t, also where the authors' ramp would turn round."""
-    levels = torch.linspace(0, 1, 401, dtype=torch.float64)
+    """No frequency rises with t, even at small t, where the authors' ramp reverses."""
+    sigmas = torch.linspace(0, 1, 401, dtype=torch.float64)
     config = DyPEConfig(method)
-    f = torch.stack([axis_frequencies(*axis, 4 * axis[2], t, config)[0] for t in levels])
+    f = torch.stack([axis_frequencies(*axis, 4 * axis[2], t, config)[0] for t in sigmas])
     assert (f.diff(dim=0) <= 1e-15).all()
     assert (f[0] > f[-1]).any()
 
 
 def test_last_pair_of_dynamic_ntk():
-    """Pair n-1 is theta_{n-1} / s^kappa (Eq. 15)."""
+    """The last pair of `ntk` has the frequency theta_{n-1} / s^kappa (Eq. 15)."""
     theta = stock_frequencies(56, 10000.0)
     for sigma in (0.1, 0.5, 1.0):
         f, _ = axis_frequencies(*FLUX, 256, sigma, DyPEConfig("ntk"))
@@ -222,9 +244,11 @@ def test_last_pair_of_dynamic_ntk():
 
 
 def test_ntk_between_the_bands():
-    """Table 7 at s = 4, t = 0.5: pair 6 lies in the NTK band of `yarn`, above both bands of `both`.
+    """Pair 6 at s = 4, t = 0.5 follows the NTK variants of Table 7.
 
-    Static: theta / 4^(12/54). NTK alone, kappa = 2 t^2 = 1/2: theta / 4^(6/54), the bands unmoved.
+    The static pair has theta / 4^(12/54). With dynamic NTK alone, kappa = 2 t^2 = 1/2 gives
+    theta / 4^(6/54), because the bands stay. In `yarn_both` the bands move too, and pair 6 lies
+    halfway on the ramp to stock.
     """
     ratio = {
         name: axis_frequencies(*FLUX, 256, 0.5, DyPEConfig(name))[0][6]
@@ -232,13 +256,13 @@ def test_ntk_between_the_bands():
         for name in ("yarn_ntk_only", "yarn_both")
     }
     assert ratio["yarn_ntk_only"].item() == pytest.approx(4 ** (-6 / 54), rel=1e-12)
-    half = 1 - (6 - 2) / (10 - 2)  # mask of (16, 2) kappa, whose edges are (2, 10)
+    half = 1 - (6 - 2) / (10 - 2)  # the thresholds (16, 2) kappa have the edges 2 and 10
     both = 4 ** (-6 / 54) * (1 - half) + half
     assert ratio["yarn_both"].item() == pytest.approx(both, rel=1e-12)
 
 
 def test_ends_of_the_time_aware_baseline():
-    """TASR is PI at t = 1 (but for pair 0) and NTK with theta s at t = 0."""
+    """TASR is PI at t = 1, except for pair 0, and NTK with base theta s at t = 0."""
     theta = stock_frequencies(56, 10000.0)
     noise, image = (axis_frequencies(*FLUX, 256, t, DyPEConfig("tasr"))[0] for t in (1.0, 0.0))
     np.testing.assert_allclose(noise[1:], theta[1:] / 4, rtol=1e-14)
@@ -246,7 +270,7 @@ def test_ends_of_the_time_aware_baseline():
 
 
 def test_cutoffs_of_the_authors():
-    """beta and gamma edges at s = 4, t = 1, 0.5 and 0.1047, where theirs is well-formed."""
+    """The edges of both bands equal the authors' at s = 4, where their ramps are well-formed."""
     theta = stock_frequencies(56, 10000.0)
     for sigma, gamma_low, beta_high in ((1.0, 0, 8), (0.5, 2, 13), (0.1047, 12, 22)):
         f, _ = axis_frequencies(*FLUX, 256, sigma, DyPEConfig("yarn"))
@@ -256,12 +280,12 @@ def test_cutoffs_of_the_authors():
         assert ratio[beta_high - 1] > 0.25 + 1e-6
 
 
-def test_scales_of_a_non_square_picture():
-    """Each axis by its own s, or every axis by the largest."""
-    own = axis_frequencies(*FLUX, 128, 0.5, DyPEConfig("ntk"), max_scale=4.0)[0]
+def test_scales_of_a_non_square_image():
+    """Each axis has its own s; with anisotropic=False all axes have the largest."""
+    shorter = axis_frequencies(*FLUX, 128, 0.5, DyPEConfig("ntk"), max_scale=4.0)[0]
     alone = axis_frequencies(*FLUX, 128, 0.5, DyPEConfig("ntk"))[0]
     largest = axis_frequencies(*FLUX, 128, 0.5, DyPEConfig("ntk", anisotropic=False), 4.0)[0]
-    assert torch.equal(own, alone)
+    assert torch.equal(shorter, alone)
     assert torch.equal(largest, axis_frequencies(*FLUX, 256, 0.5, DyPEConfig("ntk"))[0])
     sigma = torch.tensor(0.5, dtype=torch.float64)
     config = DyPEConfig("yarn", anisotropic=False)
@@ -288,7 +312,7 @@ def test_sigma_may_be_a_tensor():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_finite_at_the_ends_of_every_setting(method):
-    """Where both edges of a band meet, at pair 0 (large thresholds) or n (small ones)."""
+    """Frequencies are finite where both edges of a band meet, at pair 0 or at pair n."""
     for lambda_s in (0, 1, 8) if DEFAULT_LAMBDA_S[method] else (None,):
         for t in (0.0, 1e-6, 0.3, 1.0):
             f, m = axis_frequencies(*FLUX, 256, t, DyPEConfig(method, dype_scale=lambda_s))

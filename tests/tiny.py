@@ -1,7 +1,7 @@
-"""Tiny random pipelines of every family, of diffusers' own classes, drawing from given embeddings.
+"""Tiny pipelines of every family, of diffusers' own classes, with random weights and embeddings.
 
-`FAMILIES` maps a name to (build, draw): build() -> pipeline, draw(pipeline, height, width, **more)
--> latents.
+`FAMILIES` maps a name to (build, generate): build() -> pipeline, and
+generate(pipeline, height, width, **arguments) -> latents.
 """
 
 import diffusers
@@ -19,15 +19,17 @@ DYNAMIC = {
     "base_image_seq_len": 256,
     "max_image_seq_len": 4096,
 }
-TEXT = 16  # tokens, and their width
+TEXT = 16  # number of text tokens, and their width
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
 
 
 def seeded(shape, seed: int) -> torch.Tensor:
+    """Return standard normal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def settings(height, width, steps, seed) -> dict:
+def common_arguments(height, width, steps, seed) -> dict:
+    """Return the arguments that all pipelines take."""
     return {
         "height": height,
         "width": width,
@@ -56,13 +58,14 @@ def zimage_transformer(**changes) -> nn.Module:
 
 def zimage(text_encoder=None, tokenizer=None) -> DiffusionPipeline:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    parts = tiny_vae(), text_encoder, tokenizer, zimage_transformer()
-    return quiet(diffusers.ZImagePipeline(scheduler, *parts))
+    components = tiny_vae(), text_encoder, tokenizer, zimage_transformer()
+    return quiet(diffusers.ZImagePipeline(scheduler, *components))
 
 
 def qwen3() -> dict:
-    """A tiny text encoder and a tokenizer with a chat template, for pipelines drawn by prompts."""
-    from transformers import Qwen3Config, Qwen3Model  # newer than what the core's tests need
+    """Return a tiny text encoder and a tokenizer with a chat template, for runs with a prompt."""
+    # here, because the core's tests run on releases too old for it
+    from transformers import Qwen3Config, Qwen3Model
 
     tokenizer = demo_model.tokenizer("<bos>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -79,15 +82,17 @@ def qwen3() -> dict:
     return {"text_encoder": Qwen3Model(config).eval(), "tokenizer": tokenizer}
 
 
-def draw_zimage(pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0, tokens=TEXT, **more):
+def generate_zimage(
+    pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0, tokens=TEXT, **arguments
+):
     embeds = [seeded((tokens, TEXT), 1).to(pipe.dtype)] * batch
-    against = [seeded((tokens + 20, TEXT), 2).to(pipe.dtype)] * batch
+    negative = [seeded((tokens + 20, TEXT), 2).to(pipe.dtype)] * batch
     return pipe(
         prompt_embeds=embeds,
-        negative_prompt_embeds=against,
+        negative_prompt_embeds=negative,
         guidance_scale=guidance,
-        **settings(height, width, steps, seed),
-        **more,
+        **common_arguments(height, width, steps, seed),
+        **arguments,
     ).images
 
 
@@ -126,20 +131,23 @@ def qwen() -> DiffusionPipeline:
     return quiet(diffusers.QwenImagePipeline(scheduler, qwen_vae(), None, None, transformer))
 
 
-def text_of(pipe, batch: int, *shape) -> dict:
-    """Embeddings and masks of a prompt and of a negative prompt, for pipelines that take both."""
+def prompt_embeddings(pipe, batch: int, *shape) -> dict:
+    """Return random embeddings [batch, *shape] and masks of a prompt and of a negative prompt."""
     mask = torch.ones(batch, shape[0], dtype=torch.long)
-    found = {}
+    embeddings = {}
     for seed, prefix in enumerate(("", "negative_"), 1):
         text = seeded((1, *shape), seed).to(pipe.dtype)
-        found[f"{prefix}prompt_embeds"] = text.repeat(batch, *[1] * len(shape))
-        found[f"{prefix}prompt_embeds_mask"] = mask
-    return found
+        embeddings[f"{prefix}prompt_embeds"] = text.repeat(batch, *[1] * len(shape))
+        embeddings[f"{prefix}prompt_embeds_mask"] = mask
+    return embeddings
 
 
-def draw_qwen(pipe, height, width, steps=3, seed=0, batch=1, guidance=1.0, tokens=TEXT, **more):
-    call = text_of(pipe, batch, tokens, TEXT) | settings(height, width, steps, seed)
-    return pipe(**call, true_cfg_scale=guidance, **more).images
+def generate_qwen(
+    pipe, height, width, steps=3, seed=0, batch=1, guidance=1.0, tokens=TEXT, **arguments
+):
+    call = common_arguments(height, width, steps, seed)
+    call |= prompt_embeddings(pipe, batch, tokens, TEXT)
+    return pipe(**call, true_cfg_scale=guidance, **arguments).images
 
 
 def krea2() -> DiffusionPipeline:
@@ -168,10 +176,11 @@ def krea2() -> DiffusionPipeline:
     return quiet(pipe)
 
 
-def draw_krea2(pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0, **more):
-    call = text_of(pipe, batch, TEXT, 2, TEXT) | settings(height, width, steps, seed)
-    call = {k: v.bool() if "mask" in k else v for k, v in call.items()}
-    return pipe(**call, guidance_scale=guidance, **more).images
+def generate_krea2(pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0, **arguments):
+    text = prompt_embeddings(pipe, batch, TEXT, 2, TEXT)
+    call = {name: value.bool() if "mask" in name else value for name, value in text.items()}
+    call |= common_arguments(height, width, steps, seed)
+    return pipe(**call, guidance_scale=guidance, **arguments).images
 
 
 def flux2() -> DiffusionPipeline:
@@ -199,13 +208,13 @@ def flux2() -> DiffusionPipeline:
     return quiet(diffusers.Flux2KleinPipeline(scheduler, vae, None, None, transformer))
 
 
-def draw_flux2(pipe, height, width, steps=3, seed=0, batch=1, guidance=1.0, **more):
+def generate_flux2(pipe, height, width, steps=3, seed=0, batch=1, guidance=1.0, **arguments):
     embeds = {
         f"{prefix}prompt_embeds": seeded((1, TEXT, TEXT), n).repeat(batch, 1, 1).to(pipe.dtype)
         for n, prefix in enumerate(("", "negative_"), 1)
     }
-    call = settings(height, width, steps, seed) | embeds
-    return pipe(**call, guidance_scale=guidance, **more).images
+    call = common_arguments(height, width, steps, seed) | embeds
+    return pipe(**call, guidance_scale=guidance, **arguments).images
 
 
 def chroma() -> DiffusionPipeline:
@@ -226,17 +235,18 @@ def chroma() -> DiffusionPipeline:
     return quiet(diffusers.ChromaPipeline(scheduler, tiny_vae(), None, None, transformer))
 
 
-def draw_chroma(pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0, **more):
-    text = text_of(pipe, batch, TEXT, TEXT)
-    call = {name.replace("embeds_mask", "attention_mask"): part for name, part in text.items()}
-    call = {k: v.bool() if "mask" in k else v for k, v in call.items()}
-    return pipe(**call, **settings(height, width, steps, seed), guidance_scale=guidance).images
+def generate_chroma(pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0, **arguments):
+    call = common_arguments(height, width, steps, seed)
+    for name, value in prompt_embeddings(pipe, batch, TEXT, TEXT).items():
+        is_mask = name.endswith("_mask")
+        call[name.replace("embeds_mask", "attention_mask")] = value.bool() if is_mask else value
+    return pipe(**call, guidance_scale=guidance).images
 
 
 FAMILIES = {
-    "z-image": (zimage, draw_zimage),
-    "qwen-image": (qwen, draw_qwen),
-    "krea2": (krea2, draw_krea2),
-    "flux2": (flux2, draw_flux2),
-    "chroma": (chroma, draw_chroma),
+    "z-image": (zimage, generate_zimage),
+    "qwen-image": (qwen, generate_qwen),
+    "krea2": (krea2, generate_krea2),
+    "flux2": (flux2, generate_flux2),
+    "chroma": (chroma, generate_chroma),
 }
