@@ -1,1 +1,1 @@
-"""The command line of run_dype.py: flags, their settings, what is refused."""
+"""The command line of run_dype.py: its flags, how they become settings, and checks of them."""

@@ -1,4 +1,4 @@
-"""The command line's flags: those of the settings of an image, and those of a run."""
+"""The flags of the command line: the settings of an image, and the options of a run."""
 
 import argparse
 import re
@@ -16,7 +16,7 @@ SWEEP_GROUP = "sweeps: every flag with ,... takes a list, as base,yarn or 0-3 or
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What a run is to do with its images, and where more settings come from."""
+    """Options of a run: sources of further settings, the sweep, the output."""
 
     # fmt: off
     prompts_file: str | None = flag(
@@ -64,12 +64,12 @@ class RunOptions:
 
 OPTIONS = flags_of(RunOptions)
 ALL_FLAGS = [*FLAGS, *OPTIONS]
-# flags without a value -> the setting that they say
+# name of a flag without a value -> the setting that it sets
 SWITCHES = {row.name: row.name for row in OPTIONS if row.type is bool} | {
     switch[0].removeprefix("--"): row.name for row in FLAGS for switch in row.switches
 }
-ON_OFF = {row.name for row in FLAGS if row.type is bool}
-NAMES = {row.option for row in ALL_FLAGS} | SWITCHES.keys() | {"size"}
+BOOLEAN_FLAGS = {row.name for row in FLAGS if row.type is bool}
+FLAG_NAMES = {row.option for row in ALL_FLAGS} | SWITCHES.keys() | {"size"}
 ENCODING_FLAGS = {row.name for row in ALL_FLAGS if row.group == "position encoding"} | {
     "no_dype",
     "isotropic",
@@ -83,7 +83,7 @@ PER_MODEL_DEFAULTS = {
 
 
 class Size(argparse.Action):
-    """--size stands for height and width: it takes the place of those before it."""
+    """Set height and width together: --size replaces every earlier --height and --width."""
 
     def __call__(self, parser, namespace, text, option_string=None):
         for side in ("height", "width"):
@@ -92,7 +92,7 @@ class Size(argparse.Action):
 
 
 def help_text(row: Flag) -> str:
-    """Return the help of a flag with its default: a value, or a model's and those that differ."""
+    """Return the help of a flag with its default: one value, or the model's with the exceptions."""
     if "(default: " in row.help:
         return row.help
     default = row.default
@@ -100,8 +100,8 @@ def help_text(row: Flag) -> str:
         of_model = PER_MODEL_DEFAULTS.get(row.name, lambda model: getattr(model, row.name))
         defaults = {name: of_model(model) for name, model in MODELS.items()}
         default = defaults[DEFAULT_MODEL]
-        others = [f"{name} {value}" for name, value in defaults.items() if value != default]
-        default = "; ".join([f"{default}", *others])
+        exceptions = [f"{name} {value}" for name, value in defaults.items() if value != default]
+        default = "; ".join([f"{default}", *exceptions])
     elif default is None:
         default = "none"
     return f"{row.help} (default: {format_value(default)})".strip()
@@ -111,6 +111,7 @@ HELP = {row.name: help_text(row) for row in ALL_FLAGS}
 
 
 def parser() -> Parser:
+    """Return the parser of run_dype.py; it returns only the flags that the user wrote."""
     command = Parser(
         prog="run_dype.py",
         usage='run_dype.py [--prompt "..."] [--model NAME] [--height PX] [--width PX] [flags]',
@@ -123,16 +124,16 @@ def parser() -> Parser:
     )
     groups = {title: command.add_argument_group(title) for title in GROUPS}
     for row in ALL_FLAGS:
-        add, several = groups[row.group].add_argument, row.label is not None
-        shown = {"metavar": (row.metavar or METAVARS[row.type]) + ",..." * several}
+        add, takes_list = groups[row.group].add_argument, row.label is not None
+        options = {"metavar": (row.metavar or METAVARS[row.type]) + ",..." * takes_list}
         if row.type is bool:
-            shown |= {"nargs": "?", "const": "on"}
+            options |= {"nargs": "?", "const": "on"}
         if row.name in SWITCHES:
-            shown = {"action": "store_true"}
+            options = {"action": "store_true"}
         names = [f"--{row.option}", *row.aliases]
-        add(*names, dest=row.name, help=HELP[row.name], **shown, **row.parser_options or {})
+        add(*names, dest=row.name, help=HELP[row.name], **options, **row.parser_options or {})
         for name, value, text in row.switches:
-            const, text = [value] if several else value, f"{text} (default: off)"
+            const, text = [value] if takes_list else value, f"{text} (default: off)"
             add(name, dest=row.name, action="store_const", const=const, help=text)
         if row.name == "width":
             add("--size", metavar="WxH,...", action=Size, help=SIZE)
@@ -140,18 +141,21 @@ def parser() -> Parser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags that are given, as texts. Raises UserError. Hyphens may stand for underscores."""
+    """Return the flags of a command line, their values as texts. Raises UserError.
 
-    def underscored(match):
+    Flag names may have hyphens instead of underscores.
+    """
+
+    def to_underscores(match):
         return "--" + match[0][2:].replace("-", "_")
 
-    return parser().parse_args([re.sub(r"^--[a-z0-9_-]+", underscored, word) for word in argv])
+    return parser().parse_args([re.sub(r"^--[a-z0-9_-]+", to_underscores, word) for word in argv])
 
 
 def to_values(words: dict) -> dict:
-    """The values that flags' texts stand for, lists of them where a flag takes one.
+    """Return the values of flags; of a flag that takes a list, the list of its values.
 
-    words: `vars` of what `parse` returns. Raises ValueError, naming the flag.
+    words: flag name -> text, as `vars` of what `parse` returns. Raises ValueError, naming the flag.
     """
     values = dict(words)
     if "size" in values:
@@ -165,6 +169,6 @@ def to_values(words: dict) -> dict:
         elif isinstance(text, str):
             texts = parse_list(row.name, text, row.type in (int, float))
             values[row.name] = [row.parse(item) for item in texts]
-        elif row.parser_options and row.name in values:  # a flag that may be given several times
+        elif row.parser_options and row.name in values:  # a list, because the flag may be repeated
             values[row.name] = [row.parse(item) for item in text]
     return values

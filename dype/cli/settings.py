@@ -1,4 +1,4 @@
-"""How words, presets, records, files and models' defaults become the settings of every image."""
+"""Resolve flags, presets, records, files and model defaults to the settings of every image."""
 
 import difflib
 import math
@@ -10,7 +10,15 @@ from operator import or_
 from pathlib import Path
 
 from dype.cli import validation
-from dype.cli.flags import ENCODING_FLAGS, NAMES, ON_OFF, SWITCHES, RunOptions, parse, to_values
+from dype.cli.flags import (
+    BOOLEAN_FLAGS,
+    ENCODING_FLAGS,
+    FLAG_NAMES,
+    SWITCHES,
+    RunOptions,
+    parse,
+    to_values,
+)
 from dype.config import CONFIG_FLAGS, DyPEConfig, preset_settings
 from dype.errors import UserError, raise_user_errors
 from dype.noise_schedule import check_shift
@@ -20,41 +28,47 @@ from dype.sampling import multipass, records
 from dype.sampling.settings import FLAGS, RUN_FLAGS, RunSettings
 from dype.sweep import grid
 
-CONFIG_NAMES = [part.name for part in fields(DyPEConfig)]
-OPTION_NAMES = [part.name for part in fields(RunOptions)]
-# settings of which each model has a default of its own
+CONFIG_NAMES = [field.name for field in fields(DyPEConfig)]
+OPTION_NAMES = [field.name for field in fields(RunOptions)]
+# settings whose default depends on the model
 MODEL_DEFAULTS = [row.name for row in RUN_FLAGS if hasattr(MODELS[DEFAULT_MODEL], row.name)]
 MODEL_DEFAULTS.append("base_resolution")
-CONFIG_FILE_FLAGS = NAMES - {"config", "profile", "from", "grid_from", "dry_run", "yes"}
-# flags that take a list, in the order in which a sweep goes through them, the last the fastest
+CONFIG_FILE_FLAGS = FLAG_NAMES - {"config", "profile", "from", "grid_from", "dry_run", "yes"}
+# flags that take a list, in the order of a sweep's loops, the innermost last
 LIST_FLAGS = [row.name for row in [*CONFIG_FLAGS, *RUN_FLAGS] if row.label is not None]
 LIST_FLAGS.sort(key=lambda name: {"multipass": 0, "seed": 2}.get(name, 1))
 
 
 @raise_user_errors()
 def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
-    """What is to be done, and the settings of every image.
+    """Return the options of a run and the settings of each of its images.
 
-    words: as `vars` of what `flags.parse` returns. A flag wins over `--sweep`,
-    that over `--preset`, that over `--config` or `--from`, that over the default. Raises UserError,
-    OSError.
+    Precedence, highest first: the flags in `words`, `--sweep`, `--preset`, `--config` or `--from`,
+    the model's defaults.
+
+    Args:
+        words: flag name -> text, as `vars` of what `flags.parse` returns.
+
+    Raises:
+        UserError: the flags are wrong, or rule each other out.
+        OSError: a file cannot be read.
     """
-    words = to_values(words)
-    if "profile" in words and "config" not in words:
-        raise ValueError("--profile is of a --config FILE.toml, expected that too")
-    if {"from_", "config"} <= words.keys():
+    flags = to_values(words)
+    if "profile" in flags and "config" not in flags:
+        raise ValueError("--profile needs a --config FILE.toml, expected both")
+    if {"from_", "config"} <= flags.keys():
         raise ValueError("--from has every setting already, expected no --config with it")
-    file, record = words.get("config"), words.get("from_")
-    profile = load_profile(file, words.get("profile")) if file is not None else {}
-    source = load_image_settings(record) if record is not None else {}
-    given = profile | words
-    options = RunOptions(**{name: given[name] for name in OPTION_NAMES if name in given})
-    name, entry, source = choose_model(given, source)
-    prompts = find_prompts(given, source, options, name, entry)
-    lines = expand_sweep(options, given.get("base_resolution", entry.base_resolution))
+    file, image = flags.get("config"), flags.get("from_")
+    profile = load_profile(file, flags.get("profile")) if file is not None else {}
+    from_image = load_image_settings(image) if image is not None else {}
+    explicit = profile | flags
+    options = RunOptions(**{name: explicit[name] for name in OPTION_NAMES if name in explicit})
+    name, entry, from_image = choose_model(explicit, from_image)
+    prompts = find_prompts(explicit, from_image, options, name, entry)
+    lines = expand_sweep(options, explicit.get("base_resolution", entry.base_resolution))
     lower = {row.name: row.default for row in RUN_FLAGS} | {"init_sha256": None, "lora": []}
-    lower |= {name: getattr(entry, name) for name in MODEL_DEFAULTS} | source | profile
-    levels = [(lower | line | words, line | words) for line in lines]
+    lower |= {name: getattr(entry, name) for name in MODEL_DEFAULTS} | from_image | profile
+    levels = [(lower | line | flags, line | flags) for line in lines]
     count = len(prompts) * sum(math.prod(map(len, cell_axes(values))) for values, _ in levels)
     if count > grid.MAX_IMAGES and not options.yes:
         raise ValueError(f"these are {count} images, expected at most {grid.MAX_IMAGES}, or --yes")
@@ -66,37 +80,57 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     ]
     for note in sorted(notes):
         print(note)
-    check_strengths(given, runs)
+    check_strengths(explicit, runs)
     if options.sweep is None and count > 1:
         options = replace(options, sweep="sweep")
-    images: dict[str, RunSettings] = {}  # those of one name would be the same image
+    images: dict[str, RunSettings] = {}  # by name, because equal names mean the same image
     for run in (replace(run, prompt=prompt) for prompt in prompts for run in runs):
         first = images.setdefault(run.file_name, run)
         assert first is run or first.identity == run.identity
     return options, [*images.values()]
 
 
-def choose_model(given: dict, source: dict) -> tuple[str, Model, dict]:
-    """The name of the model, what is known of it, and what of a record's settings is not bound to
-    another model."""
-    name = given.get("model", source.get("model", DEFAULT_MODEL))
+def choose_model(explicit: dict, from_image: dict) -> tuple[str, Model, dict]:
+    """Return the model's name, its catalog entry, and the record's settings that fit this model.
+
+    Args:
+        explicit: the flags of the command line and of the profile.
+        from_image: the settings of the `--from` image, {} without one. If it was generated by
+            another model, the settings whose default depends on the model are left out.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    name = explicit.get("model", from_image.get("model", DEFAULT_MODEL))
     if name and name not in MODELS and Path(name).is_dir():
-        name = str(Path(name).absolute())  # so that the record holds from anywhere
-    revision = given.get("revision", source.get("revision") if "model" not in given else None)
-    if source and source["model"] != name:
+        name = str(Path(name).absolute())  # because the record must hold in any working directory
+    revision = from_image.get("revision") if "model" not in explicit else None
+    revision = explicit.get("revision", revision)
+    if from_image and from_image["model"] != name:
         bound = {*MODEL_DEFAULTS, "revision"}
-        source = {key: value for key, value in source.items() if key not in bound}
-    return name, resolve_model(name, revision), source
+        from_image = {key: value for key, value in from_image.items() if key not in bound}
+    return name, resolve_model(name, revision), from_image
 
 
 def find_prompts(
-    given: dict, source: dict, options: RunOptions, name: str, entry: Model
+    explicit: dict, from_image: dict, options: RunOptions, name: str, entry: Model
 ) -> list[str]:
-    """The prompts that are given, of a record, or the model's own. Raises UserError."""
-    prompts = list(given.get("prompt", []))
+    """Return the prompts of the flags, else of the `--from` image, else of the model.
+
+    Args:
+        explicit: the flags of the command line and of the profile.
+        from_image: the settings of the `--from` image, {} without one.
+        options: of the run; `prompts_file` and `magic_suffix` are read.
+        name: of the model.
+        entry: of the catalog.
+
+    Raises:
+        UserError: a prompt is blank, a file cannot be read, or the model has no magic suffix.
+    """
+    prompts = list(explicit.get("prompt", []))
     if options.prompts_file is not None:
         prompts += grid.read_prompts(Path(options.prompts_file))
-    prompts = prompts or source.get("prompt") or [entry.prompt]
+    prompts = prompts or from_image.get("prompt") or [entry.prompt]
     blank = [prompt for prompt in prompts if not prompt.strip()]
     if blank:
         raise UserError(f"--prompt is {blank[0]!r}, expected some words")
@@ -108,11 +142,14 @@ def find_prompts(
 
 
 def expand_sweep(options: RunOptions, base_resolution: int) -> list[dict]:
-    """The lines of `--sweep`, printed as the flags that they stand for. Raises ValueError."""
+    """Return the flags of each line of `--sweep`, and print the lines; [{}] without a sweep.
+
+    Raises ValueError.
+    """
     if options.sweep is None:
         if options.quick or options.multipass_only:
             flag = "quick" if options.quick else "multipass_only"
-            raise ValueError(f"--{flag} is of a --sweep NAME")
+            raise ValueError(f"--{flag} needs a --sweep NAME, expected both")
         return [{}]
     lines = grid.expand_named_sweep(
         options.sweep, base_resolution, options.quick, options.multipass_only
@@ -124,7 +161,7 @@ def expand_sweep(options: RunOptions, base_resolution: int) -> list[dict]:
 
 
 def cell_axes(values: dict) -> list[list[dict]]:
-    """The lists among values: of each list, for every entry, what a cell gets from it."""
+    """Return the axes of a sweep; an axis has for each of its entries the settings of a cell."""
     heights, widths = (
         side if isinstance(side, list) else [side] for side in (values["height"], values["width"])
     )
@@ -138,28 +175,35 @@ def cell_axes(values: dict) -> list[list[dict]]:
 def resolve_run(
     values: dict, upper: dict, entry: Model, options: RunOptions, notes: set[str]
 ) -> RunSettings:
-    """The settings of one image, but for its prompt. Raises ValueError.
+    """Return the settings of one image, without its prompt.
 
-    upper: the flags that win over a preset; what that sets is added to `notes`.
+    Args:
+        values: setting -> value; changed in place.
+        upper: the flags that win over a preset.
+        entry: the model, of the catalog.
+        options: of the run.
+        notes: receives a sentence that says what the preset sets.
+
+    Raises:
+        ValueError: a setting is out of range, or the settings rule each other out.
     """
     height, width = values["height"], values["width"]
     if options.preset is not None:
-        chosen = preset_settings(options.preset, height, width, values["base_resolution"])
-        chosen = {name: value for name, value in chosen.items() if name not in upper}
-        applied = ", ".join(f"{name} {value}" for name, value in chosen.items())
-        notes.add(f"preset {options.preset}: {applied or 'nothing that no flag says'}")
-        values |= chosen
+        preset = preset_settings(options.preset, height, width, values["base_resolution"])
+        preset = {name: value for name, value in preset.items() if name not in upper}
+        applied = ", ".join(f"{name} {value}" for name, value in preset.items())
+        notes.add(f"preset {options.preset}: {applied or 'nothing, because flags set all of it'}")
+        values |= preset
     method = values.setdefault("method", entry.dype_defaults["method"])
-    defaults = (
-        entry.dype_defaults if method == entry.dype_defaults["method"] else {}
-    )  # of this method alone
-    given = {name: values[name] for name in CONFIG_NAMES if name in values}
-    config = DyPEConfig.from_dict(defaults | given)
+    is_default = method == entry.dype_defaults["method"]
+    defaults = entry.dype_defaults if is_default else {}  # because they suit this method alone
+    settings = {name: values[name] for name in CONFIG_NAMES if name in values}
+    config = DyPEConfig.from_dict(defaults | settings)
     check_shift(entry.scheduler_config, config, entry.family)
     if values["init_image"] is not None:
         values["init_image"] = str(Path(values["init_image"]).absolute())
-        known = None if "init_image" in upper else values["init_sha256"]
-        values["init_sha256"] = validation.hash_init_image(values, known)
+        expected = None if "init_image" in upper else values["init_sha256"]
+        values["init_sha256"] = validation.hash_init_image(values, expected)
         passes = [{"height": height, "width": width, "steps": values["steps"]}]
         passes[0]["strength"] = values["strength"]
     else:
@@ -178,25 +222,25 @@ def resolve_run(
     return run
 
 
-def check_strengths(given: dict, runs: list[RunSettings]) -> None:
-    """Raise ValueError for strengths that are given, but that no pass has."""
+def check_strengths(explicit: dict, runs: list[RunSettings]) -> None:
+    """Raise ValueError for a strength in the flags if no pass of any image uses it."""
     passes = max(len(multipass.PASS_SCALES[run.multipass]) for run in runs)
     for count, flag in multipass.STRENGTHS.items():
-        if flag in given and passes < count:
+        if flag in explicit and passes < count:
             raise ValueError(f"--{flag} is for a --multipass of {count} passes, expected one")
-    if "strength" in given and runs[0].init_image is None:
-        raise ValueError("--strength is for --init_image FILE, expected that too")
+    if "strength" in explicit and runs[0].init_image is None:
+        raise ValueError("--strength is for --init_image FILE, expected both")
 
 
 def load_image_settings(file: str) -> dict:
-    """The settings in an image's record, checked. Raises UserError."""
+    """Return the settings in an image's record, checked. Raises UserError."""
     try:
         record = records.read_record(Path(file))
         flags, prompt = dict(record["flags"]), record["prompt"]
         config = DyPEConfig.from_dict(record["config"]).to_dict()
         if flags["revision"] is None:
-            flags["revision"] = record["commit"]  # what was drawn, not what is newest
-        for name in ("ulysses", "ring"):  # as many processes as there are now
+            flags["revision"] = record["commit"]  # because the newest may have changed since
+        for name in ("ulysses", "ring"):  # because this machine may have other GPUs
             flags.pop(name, None)
         if flags["tiled_vae"] == "auto":
             flags["tiled_vae"] = "on" if record["tiled_vae"] else "off"
@@ -204,8 +248,8 @@ def load_image_settings(file: str) -> dict:
         for row in FLAGS:
             if row.name in values:
                 value = values[row.name]
-                for part in value if row.name == "lora" else [value]:
-                    row.check(part, "--")
+                for item in value if row.name == "lora" else [value]:
+                    row.check(item, "--")
     except OSError as error:
         raise UserError(f"--from {file} cannot be read: {error.strerror or error}") from error
     except (KeyError, TypeError, AttributeError) as error:
@@ -213,16 +257,20 @@ def load_image_settings(file: str) -> dict:
     except ValueError as error:
         raise UserError(f"--from {file}: {error}") from error
     if config["base_resolution"] is None:
-        del config["base_resolution"]  # the model's own
+        del config["base_resolution"]  # because the model's default is wanted, not None
     return flags | config | {"prompt": [prompt]}
 
 
 def load_profile(file: str, name: str | None) -> dict:
-    """The flags of a profile, parsed as if they stood before those of the command line.
+    """Return the flags of a TOML file, parsed like words of the command line.
 
-    name: of a table, None for `[default]` alone; a `[NAME.dype]` table may hold the position
-    encoding's flags. Raises ValueError with the line of a syntax error, the flag nearest to an
-    unknown one, or the profiles that there are.
+    Args:
+        file: the path. A table `[NAME.dype]` may hold the flags of the position encoding.
+        name: a table whose flags win over those of `[default]`; None: `[default]` alone.
+
+    Raises:
+        ValueError: with the line of a syntax error, the flag nearest to an unknown one, or the
+            names of the tables.
     """
     try:
         tables = tomllib.loads(Path(file).read_text("utf-8-sig"))
@@ -231,7 +279,7 @@ def load_profile(file: str, name: str | None) -> dict:
     except UnicodeDecodeError as error:
         raise ValueError(f"--config {file} cannot be read: it is not UTF-8 text") from error
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"--config {file} is no TOML: {error}, expected KEY = VALUE") from error
+        raise ValueError(f"--config {file} is not TOML: {error}, expected KEY = VALUE") from error
     for key, table in tables.items():
         if not isinstance(table, dict):
             raise ValueError(f"--config {file}: {key!r} stands in no table, expected [default]")
@@ -242,15 +290,15 @@ def load_profile(file: str, name: str | None) -> dict:
         words = []
         for key, value in tables.get(table, {}).items():
             nested = key == "dype" and isinstance(value, dict)
-            where = f"[{table}.dype]" if nested else f"[{table}]"
+            label = f"[{table}.dype]" if nested else f"[{table}]"
             accepted = CONFIG_FILE_FLAGS & ENCODING_FLAGS if nested else CONFIG_FILE_FLAGS
             for flag, setting in value.items() if nested else [(key, value)]:
                 if flag not in accepted:
                     near = difflib.get_close_matches(flag, sorted(accepted), 1, 0)[0]
                     raise ValueError(
-                        f"--config {file} {where}: there is no {flag!r}, expected {near!r}"
+                        f"--config {file} {label}: there is no {flag!r}, expected {near!r}"
                     )
-                if setting is False and flag in SWITCHES:  # which [default] may have on
+                if setting is False and flag in SWITCHES:  # because [default] may switch it on
                     values.pop(SWITCHES[flag], None)
                 words += toml_to_words(file, flag, setting)
         values |= to_values(vars(parse(words)))
@@ -258,19 +306,19 @@ def load_profile(file: str, name: str | None) -> dict:
 
 
 def toml_to_words(file: str, flag: str, value) -> list[str]:
-    """A TOML value as words of the command line. Raises ValueError."""
+    """Return a TOML value as words of the command line. Raises ValueError."""
     if flag in SWITCHES and isinstance(value, bool):
         return [f"--{flag}"] * value
-    kinds, wanted = (int, float, str), "a number, text or a list of them"
+    kinds, expected = (int, float, str), "a number, text or a list of them"
     if flag in SWITCHES:
-        kinds, wanted = (), "true or false"
+        kinds, expected = (), "true or false"
     elif flag in ("prompt", "lora"):
-        kinds, wanted = (str,), "text or a list of texts"
-    parts = value if isinstance(value, list) else [value]
-    if flag in ON_OFF:
-        parts = [("off", "on")[part] if isinstance(part, bool) else part for part in parts]
-    if not parts or any(isinstance(p, bool) or not isinstance(p, kinds) for p in parts):
-        raise ValueError(f"--config {file}: {flag} is {value!r}, expected {wanted}")
-    texts = [str(part) for part in parts]
+        kinds, expected = (str,), "text or a list of texts"
+    items = value if isinstance(value, list) else [value]
+    if flag in BOOLEAN_FLAGS:
+        items = [("off", "on")[item] if isinstance(item, bool) else item for item in items]
+    if not items or any(isinstance(x, bool) or not isinstance(x, kinds) for x in items):
+        raise ValueError(f"--config {file}: {flag} is {value!r}, expected {expected}")
+    texts = [str(item) for item in items]
     texts = texts if flag in ("prompt", "lora") else [",".join(texts)]
     return [f"--{flag}={text}" for text in texts]

@@ -1,4 +1,4 @@
-"""What a user may get wrong, and the sentence that says so."""
+"""Check the settings of an image before anything is loaded."""
 
 import hashlib
 from functools import lru_cache
@@ -16,7 +16,7 @@ from dype.sampling.settings import RunSettings
 
 
 def check_run(run: RunSettings) -> None:
-    """Raise ValueError for settings that this model, or each other, rule out."""
+    """Raise ValueError if the model, or another setting, rules out a setting."""
     check_number("--max_sequence_length", run.max_sequence_length, 1, run.entry.max_text_tokens)
     if run.steps == 1 and run.entry.scheduler_config.get("shift_terminal"):
         raise ValueError(
@@ -33,7 +33,7 @@ def check_run(run: RunSettings) -> None:
         raise ValueError("--vae_device is for FLUX.1 pipelines, expected none with this model")
     if run.vae_device and run.offload not in ("auto", "none"):
         raise ValueError(
-            f"--offload is {run.offload!r}, but --vae_device puts a part in a place of its own, "
+            f"--offload is {run.offload!r}, but --vae_device already places the autoencoder, "
             "expected --offload none"
         )
     if run.attention is not None:
@@ -50,11 +50,16 @@ def check_run(run: RunSettings) -> None:
     acceleration.check_offload(run.compile, run.offload)
 
 
-def hash_init_image(values: dict, known: str | None) -> str:
-    """The hash of the pixels of an image to start from.
+def hash_init_image(values: dict, expected: str | None) -> str:
+    """Return the SHA-256 of the pixels of `--init_image`.
 
-    Raises UserError for one that is none, of another aspect, or whose hash is not the one `known`
-    from when the image was drawn that `--from` asks for again.
+    Args:
+        values: the settings of the run.
+        expected: the hash in the record of a `--from` image; None if the flag names the file.
+
+    Raises:
+        UserError: the file is no image, its aspect ratio is not that of the size, its hash is not
+            the expected one, or there are several passes.
     """
     file, height, width = (values[name] for name in ("init_image", "height", "width"))
     if values["multipass"] != "single":
@@ -67,36 +72,42 @@ def hash_init_image(values: dict, known: str | None) -> str:
     except OSError as error:
         reason = error.strerror or "it is no image"
         raise UserError(f"--init_image {file} cannot be read: {reason}") from error
-    if known not in (None, sha256):
+    if expected not in (None, sha256):
         raise UserError(
-            f"--init_image {file} has changed since the image was drawn, expected the same, or "
-            "--init_image once more for this one"
+            f"--init_image {file} has changed since the --from image was generated, expected the "
+            "same pixels, or the flag --init_image for the new ones"
         )
     if not 0.97 < width / height * high / wide < 1.03:
         side = max(
             PIXELS_PER_TOKEN, round(width * high / wide / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN
         )
         raise UserError(
-            f"--init_image is {wide}x{high}, but the size {width}x{height}, expected its aspect, "
-            f"as --size {width}x{side}"
+            f"--init_image is {wide}x{high}, but the size is {width}x{height}, expected the same "
+            f"aspect ratio, for example --size {width}x{side}"
         )
     return sha256
 
 
 @lru_cache
-def read_size_and_hash(path: str, changed: int) -> tuple[int, int, str]:
-    """Width, height and hash of the pixels of an image that can be read. Raises OSError.
+def read_size_and_hash(path: str, mtime_ns: int) -> tuple[int, int, str]:
+    """Return width, height and SHA-256 of the pixels of an image. Raises OSError.
 
-    changed: its time of change, so that every cell of a sweep need not read it again.
+    mtime_ns: the file's time of change, part of the cache key: a sweep reads the file only once.
     """
-    picture = records.open_image(path)
-    return *picture.size, hashlib.sha256(picture.tobytes()).hexdigest()
+    image = records.open_image(path)
+    return *image.size, hashlib.sha256(image.tobytes()).hexdigest()
 
 
-def effective_negative_prompt(values: dict, given: dict, model: Model) -> str | None:
-    """The negative prompt that has an effect. Raises UserError for guidance that has none.
+def effective_negative_prompt(values: dict, explicit: dict, model: Model) -> str | None:
+    """Return the negative prompt if guidance uses it, else None.
 
-    given: the flags of this image, without the model's own prompt, which belongs to its own scale.
+    Args:
+        values: the settings of the run.
+        explicit: its flags, without defaults: the model's negative prompt belongs to its own scale.
+        model: of the catalog.
+
+    Raises:
+        UserError: guidance or a negative prompt that this model ignores.
     """
     name, prompt, true_cfg = (values[key] for key in ("model", "negative_prompt", "true_cfg"))
     scale = values[model.cfg_flag] if model.cfg_flag else model.cfg_disabled_at
@@ -107,7 +118,7 @@ def effective_negative_prompt(values: dict, given: dict, model: Model) -> str | 
         )
     if model.guidance == 0 and values["guidance"]:
         raise UserError(f"--guidance is {values['guidance']:g}, but {name} takes none, expected 0")
-    if scale <= model.cfg_disabled_at and "negative_prompt" not in given:
+    if scale <= model.cfg_disabled_at and "negative_prompt" not in explicit:
         return None
     if prompt is not None and not model.cfg_flag:
         raise UserError(f"--negative_prompt is ignored by {name}, expected none")
@@ -124,7 +135,7 @@ def effective_negative_prompt(values: dict, given: dict, model: Model) -> str | 
 
 
 def normalize_lora(text: str) -> str:
-    """PATH[:SCALE] -> PATH:SCALE, the path absolute if it is here. Raises UserError."""
+    """Return PATH:SCALE of PATH[:SCALE], an existing path as an absolute one. Raises UserError."""
     path, colon, scale = text.rpartition(":")
     if not colon or not path or Path(text).exists():
         path, scale = text, 1.0

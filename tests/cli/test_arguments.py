@@ -1,4 +1,4 @@
-"""What the command line hands on: to the loader, to the pipeline, to the autoencoder."""
+"""The command line passes its settings to the loader, the pipeline and the autoencoder."""
 
 import json
 from pathlib import Path
@@ -32,35 +32,36 @@ FLAGS = LINE.split()
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """What the loader, `apply_dype`, the tiling and the drawing were called with."""
+    """Records the arguments of the loader, `apply_dype`, the tiling and `sample.generate`."""
     monkeypatch.chdir(tmp_path)
-    seen = {}
+    arguments = {}
     pipe = quiet(FluxPipeline(**tiny_components()))
     pipe.dype_device_overrides, pipe.dype_offload, pipe.dype_decode_budget = {}, "none", 1
 
-    def recorded(name, result):
+    def record(name, result):
         def call(*args, **kwargs):
-            seen[name] = (args[name in ("tiling", "apply", "draw") :], kwargs)  # without the part
+            takes_pipe = name in ("tiling", "apply", "generate")
+            arguments[name] = (args[takes_pipe:], kwargs)
             return result
 
         return call
 
-    monkeypatch.setattr(sampling_run, "load_pipeline", recorded("load", pipe))
-    monkeypatch.setattr(sampling_run, "set_tiling", recorded("tiling", True))
-    monkeypatch.setattr(sampling_run, "apply_dype", recorded("apply", None))
-    monkeypatch.setattr(acceleration, "compile_transformer", recorded("compile", None))
+    monkeypatch.setattr(sampling_run, "load_pipeline", record("load", pipe))
+    monkeypatch.setattr(sampling_run, "set_tiling", record("tiling", True))
+    monkeypatch.setattr(sampling_run, "apply_dype", record("apply", None))
+    monkeypatch.setattr(acceleration, "compile_transformer", record("compile", None))
     monkeypatch.setattr(sample, "encode_prompt", lambda pipe, text, length: text)
-    monkeypatch.setattr(sample, "generate", recorded("draw", Image.new("RGB", (96, 64))))
-    return seen
+    monkeypatch.setattr(sample, "generate", record("generate", Image.new("RGB", (96, 64))))
+    return arguments
 
 
 def test_every_flag_arrives_and_comes_back(calls):
-    """At values that are nobody's default; and `--from` the image hands on the same."""
+    """Every value differs from its default, and `--from` the image passes on the same values."""
     assert run_dype.main([*FLAGS, "--output", "a.png"]) == 0
     first = dict(calls)
-    args, given = first["load"]
+    args, keywords = first["load"]
     assert args == ("demo",)
-    assert given == {
+    assert keywords == {
         "revision": "abc",
         "dtype": "bfloat16",
         "device": "cpu",
@@ -93,9 +94,9 @@ def test_every_flag_arrives_and_comes_back(calls):
         "base_shift": 0.25,
         "max_shift": 2.0,
     }
-    args, given = first["draw"]
+    args, keywords = first["generate"]
     assert args == ("x",)
-    assert given == {
+    assert keywords == {
         "height": 64,
         "width": 96,
         "steps": 3,
@@ -113,8 +114,8 @@ def test_every_flag_arrives_and_comes_back(calls):
     assert calls == first
 
 
-def test_drawing_again_decodes_as_before(calls):
-    """Whether "auto" tiled depends on what memory was free: the record's answer counts."""
+def test_from_repeats_the_tiling(calls):
+    """--tiled_vae auto depends on free memory, so --from takes the result from the record."""
     assert run_dype.main([*FLAGS, "--tiled_vae", "auto", "--output", "a.png"]) == 0
     assert calls["tiling"][0][0] == "auto"
     assert run_dype.main(["--from", "a.png", "--output", "b.png"]) == 0
@@ -122,14 +123,14 @@ def test_drawing_again_decodes_as_before(calls):
 
 
 def test_two_runs_at_once_overwrite_nothing(calls, monkeypatch):
-    """A name that was taken while the image was drawn stays; --overwrite takes it."""
+    """A file that appears during generation stays; --overwrite replaces it."""
     [run] = resolve(vars(flags.parse(FLAGS)))[1]
     name = f"outputs/{run.file_name.removesuffix('.png')}"
-    plain = sample.generate
+    generate = sample.generate
 
     def slow(*args, **kwargs):
         Path(f"{name}.png").write_text("another run's")
-        return plain(*args, **kwargs)
+        return generate(*args, **kwargs)
 
     monkeypatch.setattr(sample, "generate", slow)
     assert run_dype.main(FLAGS) == 0
@@ -140,7 +141,7 @@ def test_two_runs_at_once_overwrite_nothing(calls, monkeypatch):
 
 
 BROKEN = {
-    "nothing": lambda record: {},
+    "empty": lambda record: {},
     "no list": lambda record: [record],
     "no model": lambda record: record["flags"].pop("model"),
     "model null": lambda record: record["flags"].update(model=None),
@@ -160,11 +161,11 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_records(name, calls, capsys):
-    """An image whose settings somebody spoiled: one sentence, and nothing is loaded."""
+    """A record with invalid settings gives one sentence, and nothing is loaded."""
     assert run_dype.main([*FLAGS, "--output", "a.png"]) == 0
     record = records.read_record("a.png")
     changed = BROKEN[name](record)
-    record = changed if name in ("nothing", "no list") else record
+    record = changed if name in ("empty", "no list") else record
     info = PngImagePlugin.PngInfo()
     info.add_itxt(records.PNG_CHUNK, json.dumps(record))
     Image.new("RGB", (8, 8)).save("spoiled.png", pnginfo=info)
@@ -182,18 +183,18 @@ def test_the_pipeline_gets_every_argument():
         def __call__(self, prompt=None, negative_prompt=None, height=0, width=0,
                      num_inference_steps=0, guidance_scale=3.5, true_cfg_scale=1.0,
                      max_sequence_length=512, generator=None, output_type=None):  # fmt: skip
-            self.given = locals()
+            self.arguments = locals()
             return SimpleNamespace(images=["an image"])
 
     pipe = Recorder()
-    drawn = sample.generate(
+    image = sample.generate(
         pipe, "x", height=64, width=96, steps=3, guidance=2.5, seed=7, max_sequence_length=12,
         negative_prompt="fog", true_cfg=3.0,
     )  # fmt: skip
-    assert drawn == "an image"
-    assert pipe.given.pop("generator").initial_seed() == 7
-    del pipe.given["self"]
-    assert pipe.given == {
+    assert image == "an image"
+    assert pipe.arguments.pop("generator").initial_seed() == 7
+    del pipe.arguments["self"]
+    assert pipe.arguments == {
         "prompt": "x",
         "negative_prompt": "fog",
         "height": 64,
@@ -207,9 +208,9 @@ def test_the_pipeline_gets_every_argument():
 
 
 def test_tiling(monkeypatch):
-    """Alone where it would not fit; in tiles of the asked side, which overlap by a quarter.
+    """Auto tiles only an image that would not fit; tiles of --tile_size overlap by a quarter.
 
-    Where the autoencoder computes counts, not where offloading keeps it meanwhile.
+    The device that the autoencoder computes on counts, not the one that holds its weights.
     """
     pipe = quiet(FluxPipeline(**tiny_components()))
     pipe.dype_device_overrides, pipe.dype_decode_budget = (
@@ -233,18 +234,22 @@ def test_tiling(monkeypatch):
     assert (pipe.vae.tile_sample_min_height, pipe.vae.tile_sample_stride_width) == (1024, 768)
 
 
-def test_what_the_issue_asks_of_models():
-    """Facts of the authors' scripts and of the model cards (docs/models.md)."""
+def test_models_have_the_published_defaults():
+    """The numbers come from the authors' scripts and the model cards (docs/models.md)."""
     krea, qwen, turbo = (MODELS[name] for name in ("flux-krea", "qwen-image", "z-image-turbo"))
     assert krea.repo == "black-forest-labs/FLUX.1-Krea-dev"
     assert (krea.steps, krea.guidance, krea.dtype) == (28, 4.5, "bfloat16")
     assert (qwen.steps, qwen.true_cfg, qwen.negative_prompt) == (40, 4.0, " ")
     assert (turbo.steps, turbo.guidance) == (9, 0.0)
-    trained = [MODELS[name].base_resolution for name in ("flux-krea", "z-image", "qwen-image")]
-    assert trained == [1024, 1024, 1328]
+    base_resolutions = [
+        MODELS[name].base_resolution for name in ("flux-krea", "z-image", "qwen-image")
+    ]
+    assert base_resolutions == [1024, 1024, 1328]
 
 
-@pytest.mark.parametrize("word", [{"offload": "bogus"}, {"dtype": "float8"}, {"quantize": "int3"}])
-def test_load_pipeline_knows_its_words(word):
+@pytest.mark.parametrize(
+    "setting", [{"offload": "bogus"}, {"dtype": "float8"}, {"quantize": "int3"}]
+)
+def test_load_pipeline_checks_choices(setting):
     with pytest.raises(ValueError, match="expected one of"):
-        loading.load_pipeline("demo", **word)
+        loading.load_pipeline("demo", **setting)

@@ -1,4 +1,4 @@
-"""The command line: what it refuses, what it resolves, what it writes."""
+"""The command line refuses bad input, resolves settings and writes images with records."""
 
 import errno
 import json
@@ -25,8 +25,8 @@ from dype.sampling import records
 from dype.sampling.settings import RunSettings
 from dype.sweep import results
 
-PICTURE = ["--height", "64", "--width", "64", "--steps", "2", "--base_resolution", "32"]
-PICTURE += ["--prompt", "a red ring"]
+SMALL = ["--height", "64", "--width", "64", "--steps", "2", "--base_resolution", "32"]
+SMALL += ["--prompt", "a red ring"]
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
+def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
@@ -46,15 +46,15 @@ def run(*argv) -> int:
     return run_dype.main([str(word) for word in argv])
 
 
-def broken(folder, tmp_path, part):
-    """A copy of the pipeline with one file spoiled."""
+def copy_with_bad_file(folder, tmp_path, file):
+    """Return a copy of the pipeline in which one file is not what it should be."""
     copy = tmp_path / "broken"
     shutil.copytree(folder, copy)
-    (copy / part).write_bytes(b"spoiled")
+    (copy / file).write_bytes(b"spoiled")
     return copy
 
 
-def written():
+def list_files():
     return sorted(str(path) for path in Path(".").rglob("*") if path.is_file())
 
 
@@ -115,8 +115,8 @@ BAD = {
     "output no png": (2, "--output image.jpg"),
     "output exists": (2, "--output plain.png"),
     "output a folder": (2, "--overwrite --output hollow.png"),
-    "output for two prompts": (2, "--output new.png --prompt a b"),
-    "parts apart and offload": (2, "--vae_device cpu --offload model"),
+    "output of two prompts": (2, "--output new.png --prompt a b"),
+    "vae_device and offload": (2, "--vae_device cpu --offload model"),
     "output folder not writable": (1, "--model demo --output_dir plain.png/sub"),
     "no GPU": (1, "--model flux-krea"),
     "device absent": (1, "--model demo --device cuda:99"),
@@ -137,7 +137,7 @@ BAD = {
 def test_bad_input(name, capsys, monkeypatch):
     """One sentence on stderr, the exit code of its kind, no traceback, no file."""
     if torch.cuda.is_available() and "GPU" in name:
-        pytest.skip("asks what happens without a GPU")
+        pytest.skip("tests the errors without a GPU")
     Image.new("RGB", (8, 8)).save("plain.png")
     Path("kept.json").write_text("{}")
     with open("binary.txt", "wb") as file:
@@ -146,20 +146,20 @@ def test_bad_input(name, capsys, monkeypatch):
     os.mkdir("hollow")
     os.mkdir("hollow.png")
     code, argv = BAD[name]
-    before = written()
+    before = list_files()
     argv = ["--prompt= "] if name == "blank prompt" else argv.split()
     assert run(*argv) == code
     err = capsys.readouterr().err
     assert err.startswith("run_dype.py: ")
     assert err.count("\n") == 1
     assert "Traceback" not in err
-    assert written() == before
+    assert list_files() == before
     if code == 2 and name not in ("unknown flag", "from without settings", "from no image"):
         assert "expected" in err or "choose from" in err or "cannot be read" in err
 
 
 def test_gated(monkeypatch, capsys):
-    """The license has to be accepted first."""
+    """The sentence says that the license must be accepted first."""
     from diffusers import configuration_utils
     from huggingface_hub.errors import GatedRepoError
 
@@ -171,27 +171,27 @@ def test_gated(monkeypatch, capsys):
     assert "accept its license" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("part", ["model_index.json", "transformer/config.json"])
-def test_unreadable_folder(folder, tmp_path, part, capsys):
-    assert run("--model", broken(folder, tmp_path, part), *PICTURE) == 1
+@pytest.mark.parametrize("file", ["model_index.json", "transformer/config.json"])
+def test_unreadable_folder(folder, tmp_path, file, capsys):
+    assert run("--model", copy_with_bad_file(folder, tmp_path, file), *SMALL) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("run_dype.py: cannot load the")
 
 
 def test_unreadable_weights(folder, tmp_path, capsys):
-    part = "transformer/diffusion_pytorch_model.safetensors"
-    assert run("--model", broken(folder, tmp_path, part), *PICTURE) == 1
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    assert run("--model", copy_with_bad_file(folder, tmp_path, file), *SMALL) == 1
     assert "cannot load the pipeline" in capsys.readouterr().err
 
 
 def test_missing_weights(folder, tmp_path, capsys):
-    """A tensor that the file should hold is not there."""
+    """The file lacks a tensor."""
     copy = tmp_path / "broken"
     shutil.copytree(folder, copy)
     file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     tensors.pop("proj_out.bias")
     save_file(tensors, file)
-    assert run("--model", copy, *PICTURE) == 1
+    assert run("--model", copy, *SMALL) == 1
     assert "weights of its transformer are missing" in capsys.readouterr().err
 
 
@@ -203,7 +203,7 @@ def test_missing_weights(folder, tmp_path, capsys):
     ],
 )
 def test_scheduler_of_a_folder(folder, tmp_path, config, code, message, capsys):
-    """What it says counts, not what such models usually have."""
+    """The folder's own scheduler configuration counts, not the default of its class."""
     copy = tmp_path / "other"
     shutil.copytree(folder, copy)
     file = copy / "scheduler" / "scheduler_config.json"
@@ -211,23 +211,23 @@ def test_scheduler_of_a_folder(folder, tmp_path, config, code, message, capsys):
     index = copy / "model_index.json"
     kind = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
     index.write_text(index.read_text().replace("FlowMatchEulerDiscreteScheduler", kind))
-    assert run("--model", copy, *PICTURE, "--max_shift", "1.5") == code
+    assert run("--model", copy, *SMALL, "--max_shift", "1.5") == code
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seeds", ["0", "0-1"])
-def test_a_checkpoint_that_dype_cannot_enter(seeds, folder, monkeypatch, capsys):
-    """What only the loaded model tells is the user's mistake, not a failed image."""
+def test_unsupported_checkpoint(seeds, folder, monkeypatch, capsys):
+    """An error that only the loaded model shows has exit code 2; it is not a failed image."""
 
     def refuse(pipe, config):
         raise TypeError("OddTransformer is not supported")
 
     monkeypatch.setattr("dype.sampling.run.apply_dype", refuse)
-    assert run("--model", folder, *PICTURE, "--seed", seeds) == 2
+    assert run("--model", folder, *SMALL, "--seed", seeds) == 2
     assert f"{folder}: OddTransformer is not supported" in capsys.readouterr().err
 
 
-def test_dry_run_says_what_it_assumes(capsys):
+def test_dry_run_names_assumed_defaults(capsys):
     assert run("--model", "somebody/flux", "--dry_run") == 0
     assert "nothing could be read of somebody/flux" in capsys.readouterr().out
 
@@ -238,25 +238,25 @@ def test_prompts_file_with_a_byte_order_mark():
 
 
 def test_disk_full(folder, monkeypatch, capsys):
-    """Neither image nor record is left, whole or half."""
+    """Neither the image nor the record is left, not even in part."""
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    assert run("--model", folder, *PICTURE) == 1
+    assert run("--model", folder, *SMALL) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert os.listdir("outputs") == []
 
 
-def test_draw_record_and_draw_again(folder, capsys):
-    """Twice the same pixels; the second keeps the first; --from draws them a third time."""
-    flags = ["--model", folder, *PICTURE, "--dype-scale", "1.5"]
+def test_generate_record_and_generate_again(folder):
+    """Two runs and --from give the same pixels; the second run leaves the first file alone."""
+    flags = ["--model", folder, *SMALL, "--dype-scale", "1.5"]
     assert run(*flags) == 0
     assert run(*flags) == 0
     name = settings(*map(str, flags)).file_name.removesuffix(".png")
     assert name.startswith("seed_42_method_dy_yarn_res_64x64_")
-    first, second = (f"outputs/{name}{more}.png" for more in ("", "_2"))
+    first, second = (f"outputs/{name}{suffix}.png" for suffix in ("", "_2"))
     assert run("--from", second, "--output", "third.png") == 0
     pixels = [np.asarray(Image.open(path)) for path in (first, second, "third.png")]
     assert (pixels[0] == pixels[1]).all()
@@ -274,14 +274,14 @@ def test_draw_record_and_draw_again(folder, capsys):
 
 
 def test_the_record_is_in_place_before_its_image(monkeypatch):
-    """So that a kill in between leaves no image without a record."""
+    """A kill between the two writes leaves no image without a record."""
     targets, replace = [], Path.replace
 
-    def noted(part, target):
+    def note_and_replace(path, target):
         targets.append(target.suffix)
-        return replace(part, target)
+        return replace(path, target)
 
-    monkeypatch.setattr(Path, "replace", noted)
+    monkeypatch.setattr(Path, "replace", note_and_replace)
     records.save_image(Image.new("RGB", (8, 8)), {"prompt": "x"}, Path("a.png"))
     assert targets == [".json", ".png"]
     assert records.read_record("a.png") == json.loads(Path("a.json").read_text()) == {"prompt": "x"}
@@ -292,7 +292,7 @@ ONCE += "apply_dype set_tiling schedule_record noise_schedule generate_with_reco
 
 
 def test_each_thing_is_computed_once(folder):
-    """From the words to the image: nothing is resolved, applied or described a second time."""
+    """One image resolves its settings, applies DyPE and describes its schedule once."""
     calls = Counter()
 
     def count(frame, event, argument):
@@ -302,18 +302,18 @@ def test_each_thing_is_computed_once(folder):
 
     sys.setprofile(count)
     try:
-        assert run("--model", folder, *PICTURE) == 0
+        assert run("--model", folder, *SMALL) == 0
     finally:
         sys.setprofile(None)
     assert {name: calls[name] for name in ONCE.split()} == dict.fromkeys(ONCE.split(), 1)
 
 
 def test_several_prompts(folder):
-    found = resolved("--prompt", "a", "--prompt", "b", "c")
-    assert [run.prompt for run in found] == ["a", "b", "c"]
+    runs = resolve_all("--prompt", "a", "--prompt", "b", "c")
+    assert [run.prompt for run in runs] == ["a", "b", "c"]
     with open("prompts.txt", "w") as file:
         file.write("a blue disk\n\n  a red cross  \n")
-    assert run("--model", folder, *PICTURE[:-2], "--prompts_file", "prompts.txt", "--no_dype") == 0
+    assert run("--model", folder, *SMALL[:-2], "--prompts_file", "prompts.txt", "--no_dype") == 0
     rows = results.read_rows(Path("outputs/sweep"))
     assert [row["prompt"] for row in rows] == ["a blue disk", "a red cross"]
     for row in rows:
@@ -321,42 +321,42 @@ def test_several_prompts(folder):
         assert row["prompt"].replace(" ", "-") in row["file"]
 
 
-def test_parts_on_other_devices_draw_the_same(folder):
-    """Encoding, denoising and decoding apart (here all on the CPU) change no pixel."""
+def test_components_on_several_devices(folder):
+    """Separate devices for text encoders and autoencoder (here all the CPU) change no pixel."""
     guided = ["--true_cfg", "2", "--negative_prompt", "a blue disk"]
-    assert run("--model", folder, *PICTURE, *guided, "--output", "together.png") == 0
-    places = ["--text_encoder_device", "cpu", "--vae_device", "cpu"]
-    assert run("--model", folder, *PICTURE, *guided, *places, "--output", "apart.png") == 0
+    assert run("--model", folder, *SMALL, *guided, "--output", "together.png") == 0
+    devices = ["--text_encoder_device", "cpu", "--vae_device", "cpu"]
+    assert run("--model", folder, *SMALL, *guided, *devices, "--output", "apart.png") == 0
     together, apart = (np.asarray(Image.open(f"{n}.png")) for n in ("together", "apart"))
     assert (together == apart).all()
 
 
 def test_lora(folder):
-    """A LoRA changes the image, scale 0 does not, and DyPE follows the noise all the same."""
+    """A LoRA changes the image at scale 1 and does not at scale 0."""
     pytest.importorskip("peft")
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    parts = tiny_components()
+    components = tiny_components()
     torch.manual_seed(1)
-    parts["transformer"].add_adapter(
+    components["transformer"].add_adapter(
         LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
     )
     FluxPipeline.save_lora_weights(
-        "adapter", transformer_lora_layers=get_peft_model_state_dict(parts["transformer"])
+        "adapter", transformer_lora_layers=get_peft_model_state_dict(components["transformer"])
     )
     file = "adapter/pytorch_lora_weights.safetensors"
-    pictures = {}
+    images = {}
     for name, lora in {"none": [], "full": [file], "zero": [f"{file}:0"]}.items():
-        more = ["--lora", *lora] if lora else []
-        assert run("--model", folder, *PICTURE, *more, "--output", f"{name}.png") == 0
-        pictures[name] = np.asarray(Image.open(f"{name}.png"))
-    assert (pictures["none"] == pictures["zero"]).all()
-    assert (pictures["none"] != pictures["full"]).any()
+        adapter = ["--lora", *lora] if lora else []
+        assert run("--model", folder, *SMALL, *adapter, "--output", f"{name}.png") == 0
+        images[name] = np.asarray(Image.open(f"{name}.png"))
+    assert (images["none"] == images["zero"]).all()
+    assert (images["none"] != images["full"]).any()
 
 
 def test_tiled_decoding(folder):
-    """Tiles of 128 px give an image of the same size, nearly the same."""
+    """Tiles of 128 px change the size of the image not at all, and its pixels little."""
     size = ["--height", "256", "--width", "384", "--steps", "1", "--base_resolution", "32"]
     for mode in ("on", "off"):
         flags = ["--tiled_vae", mode, "--tile_size", "128", "--output", f"{mode}.png"]
@@ -367,19 +367,19 @@ def test_tiled_decoding(folder):
     assert abs(on - off).mean() < 8
 
 
-def resolved(*argv) -> list[RunSettings]:
+def resolve_all(*argv) -> list[RunSettings]:
     return resolve(vars(flags.parse(list(argv))))[1]
 
 
 def settings(*argv) -> RunSettings:
-    [only] = resolved(*argv)
+    [only] = resolve_all(*argv)
     return only
 
 
 def test_precedence(folder):
-    """An explicit flag over the preset, that over --from, that over the model's default."""
+    """A flag wins over the preset, the preset over --from, --from over the model's default."""
     assert settings("--model", "demo").steps == MODELS["demo"].steps
-    run("--model", folder, *PICTURE, "--method", "ntk", "--dype_scale", "1.5", "--output", "a.png")
+    run("--model", folder, *SMALL, "--method", "ntk", "--dype_scale", "1.5", "--output", "a.png")
     again = settings("--from", "a.png")
     assert (again.config.method, again.config.dype_scale) == ("ntk", 1.5)
     assert (again.steps, again.model) == (2, str(folder))
@@ -388,13 +388,13 @@ def test_precedence(folder):
     explicit = settings("--from", "a.png", "--preset", "4k", "--dype_scale", "3", "--steps", "9")
     assert (explicit.config.method, explicit.config.dype_scale) == ("vision_yarn", 3.0)
     assert explicit.steps == 9
-    other = settings("--from", "a.png", "--model", "flux-dev")
-    assert (other.config.base_resolution, other.steps) == (1024, 28)
-    assert other.config.method == "ntk"
+    dev = settings("--from", "a.png", "--model", "flux-dev")
+    assert (dev.config.base_resolution, dev.steps) == (1024, 28)
+    assert dev.config.method == "ntk"
 
 
 def test_from_an_image_of_the_first_version():
-    """It asks for what it was drawn with; what its record does not say is at its default."""
+    """--from takes the settings of its record; settings that the record lacks have defaults."""
     image = Path(__file__).parents[1] / "golden" / "first_version.png"
     record = records.read_record(image)
     run = settings("--from", str(image))
@@ -409,13 +409,13 @@ def test_from_an_image_of_the_first_version():
 
 
 def test_defaults_are_the_papers():
-    found = settings()
-    assert found.model == "flux-krea"
-    assert (found.config.method, found.config.dype, found.config.lambda_s) == ("yarn", True, 1.0)
+    run = settings()
+    assert run.model == "flux-krea"
+    assert (run.config.method, run.config.dype, run.config.lambda_s) == ("yarn", True, 1.0)
     expected = {"height": 4096, "width": 4096, "steps": 28, "seed": 42, "guidance": 4.5}
-    assert expected.items() <= found.record["flags"].items()
-    assert found.prompt.startswith("A mysterious woman stands confidently in elaborate")
-    assert found.file_name == "seed_42_method_dy_yarn_res_4096x4096.png"
+    assert expected.items() <= run.record["flags"].items()
+    assert run.prompt.startswith("A mysterious woman stands confidently in elaborate")
+    assert run.file_name == "seed_42_method_dy_yarn_res_4096x4096.png"
 
 
 def test_spellings():
@@ -439,19 +439,19 @@ def test_the_last_word_wins():
         "--height 128 --size 64x96": (96, 64),
         "--height 128 --width 256 --size 64": (64, 64),
     }.items():
-        found = settings(*words.split())
-        assert (found.height, found.width) == size
-    both = resolved("--size", "64,96x64", "--width", "128")
+        run = settings(*words.split())
+        assert (run.height, run.width) == size
+    both = resolve_all("--size", "64,96x64", "--width", "128")
     assert [(run.height, run.width) for run in both] == [(64, 128)]
 
 
-def test_another_method_brings_its_own_scale():
-    own = MODELS["demo"].dype_defaults["method"]
-    other = "ntk" if own != "ntk" else "yarn"
-    assert settings("--model", "demo", "--method", other).config.dype_scale is None
+def test_another_method_has_its_own_scale():
+    default = MODELS["demo"].dype_defaults["method"]
+    method = "ntk" if default != "ntk" else "yarn"
+    assert settings("--model", "demo", "--method", method).config.dype_scale is None
 
 
-NAMES = {  # flags -> the name after the authors' part
+NAMES = {  # flags -> the end of the name
     "": "dy_yarn_res_4096x4096",
     "--width 2048": "dy_yarn_res_4096x2048",
     "--no_dype --size 64": "yarn_res_64x64",
@@ -468,13 +468,13 @@ NAMES = {  # flags -> the name after the authors' part
 
 
 def test_file_names():
-    """The authors' scheme, and every setting that is not at its default; nothing else."""
+    """A name has the authors' parts and every setting that differs from its default."""
     for words, name in NAMES.items():
         assert settings(*words.split()).file_name == f"seed_42_method_{name}.png", words
 
 
 def test_names_tell_any_two_images_apart():
-    """Values that look alike, long prompts that differ at their ends, a cut name."""
+    """Similar values, prompts that differ at their ends, and shortened names stay apart."""
     prompts = [
         "a / b",
         "b",
@@ -489,15 +489,15 @@ def test_names_tell_any_two_images_apart():
         "犬",
         *("word " * 40 + end for end in "xy"),
     ]
-    more = ["--model", "qwen-image", "--negative_prompt", "n" * 300, "--true_cfg", "2,3"]
-    names = [run.file_name for run in resolved("--prompt", *prompts, *more)]
+    lists = ["--model", "qwen-image", "--negative_prompt", "n" * 300, "--true_cfg", "2,3"]
+    names = [run.file_name for run in resolve_all("--prompt", *prompts, *lists)]
     assert len(set(names)) == 2 * len(prompts)
     assert max(map(len, names)) < 200
     assert all(re.fullmatch(r"[a-zA-Z0-9._-]+", name) for name in names)
 
 
 def test_dry_run(capsys):
-    """Settings, mu, sigmas and kappas; no weights, no network, no file."""
+    """It prints settings, mu, sigmas and kappas, and writes no file."""
     assert run("--dry_run") == 0
     out = capsys.readouterr().out
     assert "flux-krea  4096x4096  dy_yarn  28 steps  mu 1.15  seed 42" in out
@@ -506,16 +506,16 @@ def test_dry_run(capsys):
     assert "mu 11.55" in capsys.readouterr().out
     assert run("--dry_run", "--model", "flux-schnell") == 0
     assert "static shift" in capsys.readouterr().out
-    assert written() == []
+    assert list_files() == []
 
 
-def test_preset_says_what_it_chose(capsys):
+def test_preset_prints_its_settings(capsys):
     settings("--preset", "auto")
     assert "vision_yarn" in capsys.readouterr().out
 
 
 def test_help_shows_every_default(capsys):
-    """Every flag is there, in a group, with its default."""
+    """Every flag has a group and a default."""
     parser = flags.parser()
     for group in parser._action_groups[2:]:
         for action in group._group_actions:

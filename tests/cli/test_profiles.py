@@ -8,6 +8,7 @@ import run_dype
 from dype.cli import flags
 from dype.cli.settings import resolve
 from dype.pipelines.memory import OFFLOADS, choose_offload
+from dype.sampling.settings import RunSettings
 
 ROOT = Path(__file__).parents[2]
 FILE = """
@@ -39,32 +40,32 @@ def file(tmp_path, monkeypatch):
     Path("a.toml").write_text(FILE)
 
 
-def settings(*argv):
+def settings(*argv) -> list[RunSettings]:
     return resolve(vars(flags.parse(["--config", "a.toml", *argv])))[1]
 
 
 def test_default_table():
-    found = settings()
-    pairs = [(run.prompt, run.seed) for run in found]
+    runs = settings()
+    pairs = [(run.prompt, run.seed) for run in runs]
     assert pairs == [(prompt, seed) for prompt in ("a red ring", "a blue disk") for seed in (0, 1)]
-    assert (found[0].model, found[0].steps) == ("demo", 9)
-    assert (found[0].config.method, found[0].config.dype_scale) == ("ntk", 1.5)
+    assert (runs[0].model, runs[0].steps) == ("demo", 9)
+    assert (runs[0].config.method, runs[0].config.dype_scale) == ("ntk", 1.5)
 
 
 def test_a_profile_inherits():
-    [found, _] = settings("--profile", "small")
-    assert (found.height, found.width) == (96, 64)
-    assert (found.steps, found.seed) == (9, 5)
-    assert (found.config.method, found.config.dype) == ("ntk", False)
+    run, _ = settings("--profile", "small")
+    assert (run.height, run.width) == (96, 64)
+    assert (run.steps, run.seed) == (9, 5)
+    assert (run.config.method, run.config.dype) == ("ntk", False)
 
 
-def test_a_profile_may_say_a_size_another_way():
-    """Its height and width win over the default's size, its dype over the default's no_dype."""
+def test_a_profile_may_spell_a_setting_differently():
+    """Its height and width win over [default]'s size, its dype over [default]'s no_dype."""
     Path("a.toml").write_text(
         "[default]\nsize = 4096\nno_dype = true\n[mine]\nheight = 64\nwidth = 96\ndype = true\n"
     )
-    [found] = settings("--profile", "mine")
-    assert (found.height, found.width, found.config.dype) == (64, 96, True)
+    [run] = settings("--profile", "mine")
+    assert (run.height, run.width, run.config.dype) == (64, 96, True)
 
 
 @pytest.mark.parametrize(
@@ -75,19 +76,19 @@ def test_a_profile_may_say_a_size_another_way():
         ("progressive", lambda run: run.multipass == "single"),
     ],
 )
-def test_a_profile_may_switch_off_what_the_default_has_on(switch, setting):
+def test_a_profile_may_switch_off_a_switch_of_the_default(switch, setting):
     Path("a.toml").write_text(f"[default]\n{switch} = true\n[mine]\n{switch} = false\n")
     assert not setting(settings()[0])
     assert setting(settings("--profile", "mine")[0])
 
 
 def test_precedence():
-    """A flag over a preset, that over the file; of the file's size it may change one side."""
-    found, _ = settings("--profile", "small", "--height", "128", "--method", "pi", "--dype", "on")
-    assert (found.height, found.width) == (128, 64)
-    assert (found.config.method, found.config.dype, found.config.dype_scale) == ("pi", True, 1.5)
-    found, _ = settings("--profile", "small", "--preset", "4k")
-    assert (found.config.method, found.config.dype_scale, found.config.dype) == (
+    """A flag wins over a preset, a preset over the file; a flag may change one side of a size."""
+    run, _ = settings("--profile", "small", "--height", "128", "--method", "pi", "--dype", "on")
+    assert (run.height, run.width) == (128, 64)
+    assert (run.config.method, run.config.dype, run.config.dype_scale) == ("pi", True, 1.5)
+    run, _ = settings("--profile", "small", "--preset", "4k")
+    assert (run.config.method, run.config.dype_scale, run.config.dype) == (
         "vision_yarn",
         2.0,
         True,
@@ -141,16 +142,16 @@ def test_bad_input(name, capsys):
     ("profile", "side"), [("12gb", 3072), ("24gb", 4096), ("48gb", 4096), ("80gb", 4096)]
 )
 def test_the_shipped_profiles(profile, side):
-    """They resolve for the default model, and fit by the estimates that "auto" goes by."""
+    """They resolve for the default model, and fit by the estimates of --offload auto."""
     file = str(ROOT / "docs" / "example.toml")
-    [found] = resolve(vars(flags.parse(["--config", file, "--profile", profile])))[1]
-    assert (found.model, found.height) == ("flux-krea", side)
-    parts = {"transformer": 24 * 10**9, "vae": 2 * 10**8}
-    if found.text_encoder_device is None:
-        parts["text_encoder_2"] = int(9.5 * 10**9)
+    [run] = resolve(vars(flags.parse(["--config", file, "--profile", profile])))[1]
+    assert (run.model, run.height) == ("flux-krea", side)
+    sizes = {"transformer": 24 * 10**9, "vae": 2 * 10**8}
+    if run.text_encoder_device is None:
+        sizes["text_encoder_2"] = int(9.5 * 10**9)
     free = int(0.95 * int(profile[:2]) * 2**30)
-    auto, _ = choose_offload("cuda", free, parts, side * side)
-    assert OFFLOADS.index(auto) <= OFFLOADS.index(found.offload)
+    auto, _ = choose_offload("cuda", free, sizes, side * side)
+    assert OFFLOADS.index(auto) <= OFFLOADS.index(run.offload)
     assert auto != "group" or free > 1024 * side * side
 
 
