@@ -4,7 +4,7 @@ import argparse
 import re
 from dataclasses import dataclass
 
-from dype.config import PRESETS, Flag, flag, flags_of
+from dype.config import DEFAULT_LAMBDA_S, PRESETS, Flag, flag, flags_of
 from dype.errors import Parser
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS
 from dype.sampling.settings import FLAGS, format_value
@@ -74,6 +74,8 @@ ENCODING_FLAGS = {row.name for row in ALL_FLAGS if row.group == "position encodi
     "no_dype",
     "isotropic",
 }
+# methods with DyPE as results.csv and file names spell them; `settings.split_dynamic` reads them
+DYNAMIC_METHODS = {f"dy_{method}": method for method in DEFAULT_LAMBDA_S if method != "base"}
 GROUPS = dict.fromkeys(row.group for row in ALL_FLAGS)
 METAVARS = {int: "N", float: "X", str: "NAME", bool: "on|off"}
 PER_MODEL_DEFAULTS = {
@@ -168,7 +170,8 @@ def to_values(words: dict) -> dict:
             values[row.name] = row.parse(text)
         elif isinstance(text, str):
             texts = parse_list(row.name, text, row.type in (int, float))
-            values[row.name] = [row.parse(item) for item in texts]
+            dynamic = DYNAMIC_METHODS if row.name == "method" else ()
+            values[row.name] = [item if item in dynamic else row.parse(item) for item in texts]
         elif row.parser_options and row.name in values:  # a list, because the flag may be repeated
             values[row.name] = [row.parse(item) for item in text]
     return values

@@ -12,6 +12,7 @@ from pathlib import Path
 from dype.cli import validation
 from dype.cli.flags import (
     BOOLEAN_FLAGS,
+    DYNAMIC_METHODS,
     ENCODING_FLAGS,
     FLAG_NAMES,
     SWITCHES,
@@ -25,7 +26,7 @@ from dype.noise_schedule import check_shift
 from dype.pipelines import distributed
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS, Model, resolve_model
 from dype.sampling import multipass, records
-from dype.sampling.settings import FLAGS, RUN_FLAGS, RunSettings
+from dype.sampling.settings import FLAGS, RUN_FLAGS, RunSettings, format_value
 from dype.sweep import grid
 
 CONFIG_NAMES = [field.name for field in fields(DyPEConfig)]
@@ -61,6 +62,10 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     file, image = flags.get("config"), flags.get("from_")
     profile = load_profile(file, flags.get("profile")) if file is not None else {}
     from_image = load_image_settings(image) if image is not None else {}
+    if "method" in flags:
+        profile.pop("method", None)  # because its dy_ names do not count any more
+    dype = (profile | flags).get("dype")
+    profile, flags = split_dynamic(profile, dype), split_dynamic(flags, dype)
     explicit = profile | flags
     options = RunOptions(**{name: explicit[name] for name in OPTION_NAMES if name in explicit})
     name, entry, from_image = choose_model(explicit, from_image)
@@ -88,6 +93,37 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
         first = images.setdefault(run.file_name, run)
         assert first is run or first.identity == run.identity
     return options, [*images.values()]
+
+
+def split_dynamic(flags: dict, dype: list[bool] | None) -> dict:
+    """Return flags in which a method `dy_yarn` is `yarn` with DyPE.
+
+    Without --dype, the methods beside a `dy_` name are static, as in results.csv: each entry of
+    the list then sets both settings.
+
+    Args:
+        flags: the values of the command line or of a profile.
+        dype: the values of --dype in either of them, None if there is none.
+
+    Raises:
+        ValueError: --dype is off, or both on and off, beside a `dy_` name.
+    """
+    names = flags.get("method", [])
+    dynamic = [name for name in names if name in DYNAMIC_METHODS]
+    if not dynamic:
+        return flags
+    if dype is not None and False in dype:
+        values = ",".join(map(format_value, dype))
+        raise ValueError(
+            f"--method is {dynamic[0]!r}, but --dype is {values}, expected --dype on, or --method "
+            f"{DYNAMIC_METHODS[dynamic[0]]}"
+        )
+    methods = [DYNAMIC_METHODS.get(name, name) for name in names]
+    if dype is None:
+        pairs = zip(methods, names, strict=True)
+        methods = [{"method": method, "dype": name in dynamic} for method, name in pairs]
+        dype = True  # because neither a preset nor a sweep may set it; each entry replaces it
+    return flags | {"method": methods, "dype": dype}
 
 
 def choose_model(explicit: dict, from_image: dict) -> tuple[str, Model, dict]:
@@ -169,7 +205,10 @@ def cell_axes(values: dict) -> list[list[dict]]:
     heights, widths = (side * count if len(side) == 1 else side for side in (heights, widths))
     axes = [[{"height": h, "width": w} for h, w in zip(heights, widths, strict=True)]]
     lists = [name for name in LIST_FLAGS if isinstance(values.get(name), list)]
-    return axes + [[{name: value} for value in values[name]] for name in lists]
+    return axes + [
+        [value if isinstance(value, dict) else {name: value} for value in values[name]]
+        for name in lists
+    ]
 
 
 def resolve_run(
