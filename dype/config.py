@@ -150,61 +150,64 @@ class DyPEConfig:
 
     # fmt: off
     method: str = flag(
-        ", ".join(DEFAULT_LAMBDA_S), "yarn", choices=DEFAULT_LAMBDA_S, label="{}",
-        group="position encoding", aliases=("--dype_method",),
+        "position encoding; one of the methods below", "yarn", choices=DEFAULT_LAMBDA_S,
+        label="{}", group="position encoding", aliases=("--dype_method",),
     )
     dype: bool = flag(
-        "follow the noise level", True, label="",
-        switches=(("--no_dype", False, "the static method, as --dype off"),),
+        "encoding that follows sigma (DyPE); off: static", True, label="",
+        switches=(("--no_dype", False, "same as --dype off"),),
     )
     dype_scale: float | None = flag(
-        f"lambda_s, 0 to 8 (default: the method's, {LAMBDA_S_HELP})", None, low=0, high=8,
-        label="scale {}",
+        "lambda_s of kappa = lambda_s u^lambda_t (Eq. 13); 0 to 8 (default: per method ("
+        f"{LAMBDA_S_HELP}))", None, low=0, high=8, label="scale {}",
         has_effect=lambda settings: settings["dype"] and DEFAULT_LAMBDA_S[settings["method"]],
     )
     dype_exponent: float = flag(
-        "lambda_t, 0 to 1000", 2.0, low=0, high=1000, label="exponent {}",
+        "lambda_t of kappa; 0 to 1000", 2.0, low=0, high=1000, label="exponent {}",
         has_effect=lambda settings: settings["dype"] and DEFAULT_LAMBDA_S[settings["method"]],
     )
     dype_start_sigma: float = flag(
-        "t_start, above 0 to 1: above it the encoding stays as at t = 1", 1.0, metavar="T",
-        low=0, high=1, exclusive=True, label="start {}",
-        has_effect=lambda settings: settings["dype"],
+        "t_start of u = min(1, sigma / t_start); 0 < T <= 1", 1.0, metavar="T", low=0, high=1,
+        exclusive=True, label="start {}", has_effect=lambda settings: settings["dype"],
     )
     alpha: float = 1.0  # yarn_paper alone: the ramp's ends, turns over the trained length
     beta: float = 32.0
     cutoff: float = flag(
-        "c of the method cutoff: the wavelength of its cut at t = 1/2, times the trained length; "
-        "above 0 to 1000", 1.0, low=0, high=1000, exclusive=True, label="cutoff {}",
+        "cutoff wavelength of method cutoff at sigma 1/2, in units of the trained length; "
+        "0 < X <= 1000", 1.0, low=0, high=1000, exclusive=True, label="cutoff {}",
         has_effect=lambda settings: settings["method"] == "cutoff",
     )
     cutoff_width: float = 0.5  # delta, of ln wavelength
     spectrum_exponent: float = 2.0  # omega of C / f^omega
     attention_scale: float | None = flag(
-        "a of m = 1 + a ln s, 0 to 2, for any method (default: the method's own m)", None,
-        low=0, high=2, label="attention scale {}",
+        "a of m = 1 + a ln s, the factor of cos and sin; 0 to 2, not for base (default: the "
+        "method's own m)", None, low=0, high=2, label="attention scale {}",
         has_effect=lambda settings: settings["method"] != "base",
     )
     attention_path: str = flag(
-        "with --attention_scale: a stays (constant), falls with the noise (falling: times u) or "
-        "rises as it falls (rising: times 1 - u)", "constant", choices=ATTENTION_PATHS,
+        "a of --attention_scale as sigma falls; constant: a, falling: a u, rising: a (1 - u)",
+        "constant", choices=ATTENTION_PATHS,
         has_effect=lambda settings: settings["attention_scale"] and settings["dype"],
     )
     base_resolution: int | None = flag(
-        "side that the model was trained at", None, metavar="PX", low=16, high=16384, multiple=16
+        "side of the model's training images; 16 to 16384, multiple of 16", None, metavar="PX",
+        low=16, high=16384, multiple=16,
     )
     anisotropic: bool = flag(
-        "stretch each axis by its own scale; off: every axis by the largest", True,
-        switches=(("--isotropic", False, "as --anisotropic off"),),
+        "separate scales for height and width; off: the larger one for both", True,
+        switches=(("--isotropic", False, "same as --anisotropic off"),),
     )
     shift: str | None = flag(
-        "cap: mu = max_shift at every size, as the authors; model: the scheduler's own rule", None,
-        metavar="cap|model", choices=SHIFTS, group="noise schedule",
+        "rule for mu; cap: max_shift at every size, as the authors do; model: the scheduler's own",
+        None, metavar="cap|model", choices=SHIFTS, group="noise schedule",
     )
     base_shift: float | None = flag(
-        "with --shift model (default: the scheduler's)", None, low=-10, high=20
+        "base_shift of the scheduler, with --shift model; -10 to 20 (default: the scheduler's)",
+        None, low=-10, high=20,
     )
-    max_shift: float | None = flag("(default: the scheduler's)", None, low=-10, high=20)
+    max_shift: float | None = flag(
+        "max_shift of the scheduler; -10 to 20 (default: the scheduler's)", None, low=-10, high=20
+    )
     # fmt: on
 
     def __post_init__(self):

@@ -2,9 +2,9 @@
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
 from typing import NoReturn
 
 import torch
@@ -18,7 +18,22 @@ class UnavailableError(Exception):
     """Report what the machine or the network lacks, and what to try; exit code 1."""
 
 
-WideHelp = partial(argparse.HelpFormatter, max_help_position=30, width=98)
+class WideHelp(argparse.RawDescriptionHelpFormatter):
+    """Format help in 98 columns, alike in every version of Python."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=98)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Wrap a help text, without a break at the hyphen of a name like flux-dev."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """Return `--flag, --alias VALUE`; before Python 3.13 argparse repeats VALUE."""
+        if action.nargs == 0 or not action.option_strings:
+            return super()._format_action_invocation(action)
+        metavar = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {metavar}"
 
 
 class Parser(argparse.ArgumentParser):

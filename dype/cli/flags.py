@@ -4,14 +4,64 @@ import argparse
 import re
 from dataclasses import dataclass
 
-from dype.config import DEFAULT_LAMBDA_S, PRESETS, Flag, flag, flags_of
+from dype.config import CONFIG_FLAGS, DEFAULT_LAMBDA_S, PRESETS, Flag, flag, flags_of
 from dype.errors import Parser
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS
 from dype.sampling.settings import FLAGS, format_value
 from dype.sweep.grid import MAX_IMAGES, SWEEPS, parse_list, parse_size
 
-SIZE = "width x height in px, or one number for both (default: --height and --width)"
-SWEEP_GROUP = "sweeps: every flag with ,... takes a list, as base,yarn or 0-3 or 1:3:0.5"
+PROMPT_GROUP, ENCODING_GROUP = FLAGS[0].group, CONFIG_FLAGS[0].group
+SWEEP_GROUP = "sweeps (a flag with ,... takes a list: base,yarn or 0-3 or first:last:step)"
+SIZE = "width x height in px, or one number for a square. Default: --height and --width"
+METHOD_HELP = {
+    "base": "the model's own encoding",
+    "pi": "position interpolation (Eq. 5, 14)",
+    "ntk": "NTK-aware scaling (Eq. 6, 15)",
+    "ntk_mult": "NTK-aware scaling by s times kappa (Eq. 19)",
+    "tasr": "time-aware scaling: pi at sigma 1, ntk at sigma 0",
+    "yarn": "two ramps, thresholds times kappa (authors' code since February 2026)",
+    "yarn_ntk_only": "yarn with fixed thresholds, dynamic NTK term (Table 7)",
+    "yarn_both": "yarn with dynamic thresholds and NTK term (Table 7)",
+    "yarn_power": "two ramps, thresholds to the power kappa (authors' earlier code)",
+    "yarn_paper": "the one ramp of the paper (Eq. 7, 8, 16)",
+    "vision_yarn": "yarn_power with one NTK scale, fading attention scale (ComfyUI port)",
+    "cutoff": "pi above a moving cutoff wavelength, base below (this project's)",
+}
+EXAMPLES = {  # command -> comment
+    'python run_dype.py --model demo --prompt "a red ring on teal leaves"': (
+        "one image, with the demo model, which needs no GPU and no download"
+    ),
+    'python run_dype.py --prompt "a red fox in snow" --size 2048x3072': (
+        "a size: 2048 px wide, 3072 px high"
+    ),
+    'python run_dype.py --prompt "a red fox in snow" --method yarn --no_dype': (
+        "the static form of a method, without DyPE"
+    ),
+    'python run_dype.py --prompt "a red fox in snow" --method dy_yarn,yarn,base --seed 0-3': (
+        "a sweep of lists: 3 methods x 4 seeds, with a contact sheet"
+    ),
+    'python run_dype.py --prompt "a red fox in snow" --multipass twopass': (
+        "two passes: half the size first, then upscaled and refined"
+    ),
+    "python run_dype.py --from image.png --output again.png": (
+        "the same image again, from the settings in its PNG"
+    ),
+}
+EPILOG = "\n".join([
+    "methods (docs/method.md has the equations):",
+    *(f"  {name:13}  {text}" for name, text in METHOD_HELP.items()),
+    "  Every method except base uses DyPE; with --no_dype it is static.",
+    "  dy_yarn also means yarn with DyPE, as in results.csv. In a list with a dy_ name, the names",
+    "  without dy_ are static.",
+    "",
+    "precedence:",
+    "  Flags win over --sweep, then --preset, then --config or --from, then the model's defaults.",
+    "  If a flag is repeated, the last one wins; --prompt and --lora add up.",
+    "  Flag names may have hyphens instead of underscores.",
+    "",
+    "examples:",
+    *(f"  # {comment}\n  {command}" for command, comment in EXAMPLES.items()),
+])  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,44 +70,57 @@ class RunOptions:
 
     # fmt: off
     prompts_file: str | None = flag(
-        "one per line, after those of --prompt", None, metavar="FILE", group="what to draw"
+        "text file of further prompts; one per line", None, metavar="FILE", group=PROMPT_GROUP
     )
-    magic_suffix: bool = flag("the authors' addition to prompts for qwen-image", False)
+    magic_suffix: bool = flag(
+        "add the authors' suffix to every prompt; qwen-image only", False
+    )
     preset: str | None = flag(
-        "off; auto: off up to 1.5x the base resolution, above it vision_yarn with exponent 1, from "
-        "3x on 2; 4k: vision_yarn 2, 2, 1", None, choices=PRESETS, group="position encoding",
+        "settings by size; off: base; 4k: vision_yarn with exponent 2; auto: base up to 1.5x the "
+        "base resolution, vision_yarn with exponent 1 below 3x, with exponent 2 from 3x", None,
+        choices=PRESETS, group=ENCODING_GROUP,
     )
     sweep: str | None = flag(
-        f"a prepared one: {', '.join(SWEEPS)}", None, choices=tuple(SWEEPS), group=SWEEP_GROUP
+        f"named sweep; {', '.join(SWEEPS)}", None, choices=tuple(SWEEPS), group=SWEEP_GROUP
     )
-    quick: bool = flag("with --sweep methods: 1x and 2x alone; params: 3 x 3", False)
-    multipass_only: bool = flag("of --sweep methods only the two-pass image", False)
+    quick: bool = flag(
+        "fewer images of --sweep; methods: sizes 1x and 2x, params: a 3 x 3 grid", False
+    )
+    multipass_only: bool = flag("only the two-pass image of --sweep methods", False)
     cols: str | None = flag(
-        "contact sheets: columns of one, more go to further sheets; or the setting that goes "
-        "across (default: 8; seeds and prompts, else the last setting)", None, metavar="N|NAME",
+        "columns of contact sheets; N: at most N per sheet, NAME: one for each value of a setting "
+        "(default: 8, of seeds and prompts, or else of the last setting that varies)", None,
+        metavar="N|NAME",
     )
     grid_from: str | None = flag(
-        "draw the contact sheets of a finished sweep again", None, metavar="FOLDER"
+        "finished sweep; writes its contact sheets again and generates nothing", None,
+        metavar="FOLDER",
     )
-    yes: bool = flag(f"more than {MAX_IMAGES} images are meant", False)
+    yes: bool = flag(f"allow a sweep of more than {MAX_IMAGES} images", False)
     config: str | None = flag(
-        "its [default] table", None, metavar="FILE.toml", group="settings from elsewhere"
+        "TOML file of flags; its table [default] applies", None, metavar="FILE.toml",
+        group="settings from elsewhere",
     )
-    profile: str | None = flag("with --config: that table too", None)
-    from_: str | None = flag("every setting of an image of this program", None, metavar="FILE.png")
+    profile: str | None = flag(
+        "further table of --config; it wins over [default]", None
+    )
+    from_: str | None = flag(
+        "image of this program; its prompt and settings apply", None, metavar="FILE.png"
+    )
     output_dir: str | None = flag(
-        "(default: outputs; sweeps: outputs/sweep, or its name)", None, metavar="FOLDER",
-        group="output",
+        "output folder (default: outputs; of a --sweep NAME outputs/NAME, of others outputs/sweep)",
+        None, metavar="FOLDER", group="output",
     )
     output: str | None = flag(
-        "(default: seed_S_method_M_res_HxW.png in the output folder, with every setting that is "
-        "not at its default, and _2, _3, ... where that is taken)", None, metavar="FILE.png",
+        "output file of one image (default: seed_S_method_M_res_HxW.png in the output folder, plus "
+        "each setting that differs from its default, plus _2, _3, ... if that file exists)", None,
+        metavar="FILE.png",
     )
     overwrite: bool = flag(
-        "take a name that is taken; of a sweep, draw again what has other settings", False
+        "replace existing files; of a sweep, only images of other settings", False
     )
     dry_run: bool = flag(
-        "print settings, mu, sigmas and kappas, or a sweep's plan; load no weights", False
+        "print settings, mu, sigmas and kappas, or the plan of a sweep; load no weights", False
     )
     # fmt: on
 
@@ -70,7 +133,7 @@ SWITCHES = {row.name: row.name for row in OPTIONS if row.type is bool} | {
 }
 BOOLEAN_FLAGS = {row.name for row in FLAGS if row.type is bool}
 FLAG_NAMES = {row.option for row in ALL_FLAGS} | SWITCHES.keys() | {"size"}
-ENCODING_FLAGS = {row.name for row in ALL_FLAGS if row.group == "position encoding"} | {
+ENCODING_FLAGS = {row.name for row in ALL_FLAGS if row.group == ENCODING_GROUP} | {
     "no_dype",
     "isotropic",
 }
@@ -81,6 +144,7 @@ METAVARS = {int: "N", float: "X", str: "NAME", bool: "on|off"}
 PER_MODEL_DEFAULTS = {
     "method": lambda model: model.dype_defaults["method"],
     "shift": lambda model: model.family.shift,
+    "base_resolution": lambda model: model.base_resolution,
 }
 
 
@@ -93,35 +157,34 @@ class Size(argparse.Action):
         namespace.size = text
 
 
+def default_text(row: Flag) -> str:
+    """Return the default of a flag in words; a model's default with at most two exceptions."""
+    if row.default is not ... and row.name not in PER_MODEL_DEFAULTS:
+        return "none" if row.default is None else format_value(row.default)
+    of_model = PER_MODEL_DEFAULTS.get(row.name, lambda model: getattr(model, row.name))
+    defaults = {name: format_value(of_model(model)) for name, model in MODELS.items()}
+    default = defaults[DEFAULT_MODEL]
+    exceptions = [f"{name} {value}" for name, value in defaults.items() if value != default]
+    if len(exceptions) > 2:
+        return "per model (docs/models.md)"
+    return f"{default} ({', '.join(exceptions)})" if exceptions else default
+
+
 def help_text(row: Flag) -> str:
-    """Return the help of a flag with its default: one value, or the model's with the exceptions."""
-    if "(default: " in row.help:
-        return row.help
-    default = row.default
-    if default is ... or row.name in PER_MODEL_DEFAULTS or row.name == "base_resolution":
-        of_model = PER_MODEL_DEFAULTS.get(row.name, lambda model: getattr(model, row.name))
-        defaults = {name: of_model(model) for name, model in MODELS.items()}
-        default = defaults[DEFAULT_MODEL]
-        exceptions = [f"{name} {value}" for name, value in defaults.items() if value != default]
-        default = "; ".join([f"{default}", *exceptions])
-    elif default is None:
-        default = "none"
-    return f"{row.help} (default: {format_value(default)})".strip()
-
-
-HELP = {row.name: help_text(row) for row in ALL_FLAGS}
+    """Return the help of a flag with its default: that of the row's help, else of its value."""
+    text, _, default = row.help.partition("(default: ")
+    end = " " if text.strip().endswith(".") else ". "  # because some end with an ellipsis
+    return f"{text.strip()}{end}Default: {default.removesuffix(')') or default_text(row)}"
 
 
 def parser() -> Parser:
     """Return the parser of run_dype.py; it returns only the flags that the user wrote."""
     command = Parser(
         prog="run_dype.py",
-        usage='run_dype.py [--prompt "..."] [--model NAME] [--height PX] [--width PX] [flags]',
-        description="Draw an image beyond the size that a diffusion transformer was trained at, "
-        "with DyPE (arXiv 2510.20766).",
-        epilog="The last word wins. An explicit flag wins over --sweep, that over --preset, that "
-        "over --config or --from, that over the model's own default. Hyphens may stand for a "
-        "flag's underscores.",
+        usage='run_dype.py [--prompt "..."] [--model NAME] [--size WxH] [flags]',
+        description="Generate images beyond the training resolution of a diffusion transformer, "
+        "with DyPE\n(Dynamic Position Extrapolation, arXiv 2510.20766).",
+        epilog=EPILOG,
         argument_default=argparse.SUPPRESS,
     )
     groups = {title: command.add_argument_group(title) for title in GROUPS}
@@ -133,9 +196,9 @@ def parser() -> Parser:
         if row.name in SWITCHES:
             options = {"action": "store_true"}
         names = [f"--{row.option}", *row.aliases]
-        add(*names, dest=row.name, help=HELP[row.name], **options, **row.parser_options or {})
+        add(*names, dest=row.name, help=help_text(row), **options, **row.parser_options or {})
         for name, value, text in row.switches:
-            const, text = [value] if takes_list else value, f"{text} (default: off)"
+            const = [value] if takes_list else value
             add(name, dest=row.name, action="store_const", const=const, help=text)
         if row.name == "width":
             add("--size", metavar="WxH,...", action=Size, help=SIZE)

@@ -512,16 +512,3 @@ def test_dry_run(capsys):
 def test_preset_prints_its_settings(capsys):
     settings("--preset", "auto")
     assert "vision_yarn" in capsys.readouterr().out
-
-
-def test_help_shows_every_default(capsys):
-    """Every flag has a group and a default."""
-    parser = flags.parser()
-    for group in parser._action_groups[2:]:
-        for action in group._group_actions:
-            assert "(default: " in action.help, action.option_strings
-    with pytest.raises(SystemExit):
-        flags.parse(["--help"])
-    out = capsys.readouterr().out
-    for title in ("what to draw", "model", "position encoding", "noise schedule", "machine"):
-        assert f"\n{title}:" in out
