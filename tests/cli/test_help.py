@@ -1,6 +1,7 @@
-"""The help of run_dype.py is complete, and its examples are valid commands."""
+"""The help of run_dype.py is complete, its examples are valid, and docs/cli.txt holds it."""
 
 import shlex
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -64,3 +65,10 @@ def test_examples_resolve(command, tmp_path, monkeypatch):
     assert len(runs) == (12 if "--seed 0-3" in command else 1)
     if "--from" in words:
         assert (runs[0].prompt, runs[0].config) == ("x", run.config)
+
+
+def test_the_golden_help():
+    """docs/cli.txt is what --help prints."""
+    golden = Path(__file__).parents[2] / "docs" / "cli.txt"
+    message = "docs/cli.txt is out of date: python run_dype.py --help > docs/cli.txt"
+    assert golden.read_text("utf-8") == HELP, message
