@@ -99,7 +99,7 @@ def pipe() -> FluxPipeline:
     return quiet(FluxPipeline(**tiny_components()))
 
 
-def latents(pipe, height=256, width=192, steps=3, seed=0, **arguments) -> torch.Tensor:
+def generate_latents(pipe, height=256, width=192, steps=3, seed=0, **arguments) -> torch.Tensor:
     """Generate with a tiny FLUX pipeline and return packed latents [B, S, 16]."""
     settings = {
         "prompt": "a red ring on teal leaves",
@@ -150,7 +150,7 @@ def tables(monkeypatch):
 
 
 # with a base of 32 px because 64 px, the smallest fast image, then exercises DyPE
-TINY = ["--model", "demo", "--steps", "1", "--base_resolution", "32"]
+TINY_DEMO = ["--model", "demo", "--steps", "1", "--base_resolution", "32"]
 
 
 def run(*argv) -> int:
@@ -167,6 +167,6 @@ def table(folder="out") -> list[dict]:
 
 
 @pytest.fixture
-def own_folder(tmp_path, monkeypatch):
+def in_tmp_path(tmp_path, monkeypatch):
     """Change to an empty folder."""
     monkeypatch.chdir(tmp_path)

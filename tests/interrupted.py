@@ -8,7 +8,7 @@ the COUNT-th event. A cue of [FOLDER] lets the child finish. The exit codes are 
 EVENT is one of:
     draw                    before an image is generated
     png, json, table        half-way through writing such a file
-    png_there, json_there   after the file has its final name
+    png_exists, json_exists   after the file has its final name
     sheets                  before the contact sheets
 """
 
@@ -61,12 +61,12 @@ def set_trap(event: str, count: int) -> None:
         events_left[0] -= 1
         return events_left[0] == 0
 
-    if event == "draw":
+    if event == "generate":
         generate = sample.generate
         sample.generate = lambda *args, **kwargs: die() if is_due() else generate(*args, **kwargs)
     elif event == "sheets":
         run_dype.contact_sheet.write_contact_sheets = lambda *args: die()
-    elif event in ("json_there", "png_there"):
+    elif event in ("json_exists", "png_exists"):
         ending = f".{event.removesuffix('_there')}"
         replace = pathlib.Path.replace
 

@@ -28,7 +28,7 @@ from accelerate import PartialState
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import tiny  # noqa: E402
-from conftest import latents, quiet, tiny_components  # noqa: E402
+from conftest import generate_latents, quiet, tiny_components  # noqa: E402
 from diffusers import FluxPipeline, FluxTransformer2DModel  # noqa: E402
 
 import run_dype  # noqa: E402
@@ -37,7 +37,7 @@ from dype.pipelines import distributed  # noqa: E402
 
 CONFIG = DyPEConfig("yarn", base_resolution=64)
 FAMILIES = {
-    "flux": (lambda: quiet(FluxPipeline(**tiny_components())), latents),
+    "flux": (lambda: quiet(FluxPipeline(**tiny_components())), generate_latents),
     "flux2": tiny.FAMILIES["flux2"],
     "qwen-image": (tiny.qwen, functools.partial(tiny.generate_qwen, tokens=15)),
 }

@@ -11,7 +11,7 @@ from conftest import needs
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from reference import rotary_table
 from tables import CONFIG, GRID, ORIGIN, assert_table, grid
-from tiny import FAMILIES, TEXT, seeded
+from tiny import FAMILIES, TEXT, random_tensor
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -187,8 +187,8 @@ def test_flux2_references_and_ties():
         text_ids[:, 3] = torch.arange(num_text)
         tables.clear()
         transformer(
-            hidden_states=seeded((1, 120, 16), 0),
-            encoder_hidden_states=seeded((1, num_text, TEXT), 1),
+            hidden_states=random_tensor((1, 120, 16), 0),
+            encoder_hidden_states=random_tensor((1, num_text, TEXT), 1),
             timestep=torch.tensor([0.5]),
             img_ids=ids[None],
             txt_ids=text_ids[None],
@@ -224,10 +224,10 @@ def test_bria_timesteps_are_thousandths(name, tables):
         **({"text_encoder_dim": TEXT} if is_fibo else {}),
     ).eval()  # fmt: skip
     apply_dype(transformer, CONFIG)
-    layers = {"text_encoder_layers": [seeded((1, TEXT, TEXT), n) for n in range(2)]}
+    layers = {"text_encoder_layers": [random_tensor((1, TEXT, TEXT), n) for n in range(2)]}
     transformer(
-        hidden_states=seeded((1, 96, 16), 0),
-        encoder_hidden_states=seeded((1, TEXT, TEXT), 1),
+        hidden_states=random_tensor((1, 96, 16), 0),
+        encoder_hidden_states=random_tensor((1, TEXT, TEXT), 1),
         timestep=torch.tensor([500.0]),
         img_ids=make_grid_ids(0, *GRID),
         txt_ids=torch.zeros(TEXT, 3),

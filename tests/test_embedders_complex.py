@@ -13,7 +13,7 @@ from tiny import (
     TEXT,
     generate_zimage,
     qwen_transformer,
-    seeded,
+    random_tensor,
     zimage_transformer,
 )
 from torch import nn
@@ -50,9 +50,9 @@ def test_z_image_with_images_of_two_sizes(tables):
     for captions in ((10, 40), (32, 96)):  # the second has as many ids as the images, 128
         tables.clear()
         transformer(
-            [seeded((4, 1, 2 * h, 2 * w), 0) for h, w in sizes],
+            [random_tensor((4, 1, 2 * h, 2 * w), 0) for h, w in sizes],
             torch.full((2,), 0.25),
-            [seeded((n, TEXT), 1) for n in captions],
+            [random_tensor((n, TEXT), 1) for n in captions],
         )
         lengths = [pad_to_32(n) for n in captions]
         image_call, caption_call = [], []
@@ -166,8 +166,8 @@ def test_nucleus_has_qwen_images_format(tables):
         axes_dims_rope=(4, 6, 6), moe_enabled=False, **HEADS,
     ).eval()  # fmt: skip
     call = {
-        "hidden_states": seeded((1, 96, 16), 0),
-        "encoder_hidden_states": seeded((1, TEXT, TEXT), 1),
+        "hidden_states": random_tensor((1, 96, 16), 0),
+        "encoder_hidden_states": random_tensor((1, TEXT, TEXT), 1),
         "timestep": torch.tensor([0.5]),
         "img_shapes": [(1, *GRID)],
     }

@@ -8,7 +8,7 @@ import warnings
 import diffusers
 import pytest
 import torch
-from conftest import latents, needs, quiet
+from conftest import generate_latents, needs, quiet
 from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from PIL import Image
@@ -21,7 +21,7 @@ from tiny import (
     generate_qwen,
     qwen,
     qwen_transformer,
-    seeded,
+    random_tensor,
     zimage,
     zimage_transformer,
 )
@@ -389,16 +389,16 @@ def test_flux_ip_adapter(pipe):
         pipe.transformer.set_attn_processor(processors)
 
     image = {
-        "ip_adapter_image_embeds": [seeded((1, 1, TEXT), 5)],
+        "ip_adapter_image_embeds": [random_tensor((1, 1, TEXT), 5)],
         "negative_ip_adapter_image_embeds": [torch.zeros(1, 1, TEXT)],
     }
     apply_dype(pipe, CONFIG)
-    without_adapter = latents(pipe, 128, 192)
+    without_adapter = generate_latents(pipe, 128, 192)
     adapt()
-    with_both = latents(pipe, 128, 192, **image)
+    with_both = generate_latents(pipe, 128, 192, **image)
     remove_dype(pipe)
-    without_dype = latents(pipe, 128, 192, **image)
+    without_dype = generate_latents(pipe, 128, 192, **image)
     apply_dype(pipe, CONFIG)
-    assert torch.equal(latents(pipe, 128, 192, **image), with_both)
+    assert torch.equal(generate_latents(pipe, 128, 192, **image), with_both)
     assert not torch.equal(with_both, without_adapter)
     assert not torch.equal(with_both, without_dype)

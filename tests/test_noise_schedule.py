@@ -1,7 +1,7 @@
 """The schedule: mu, sigmas and the shift that apply_dype sets."""
 
 import pytest
-from conftest import latents
+from conftest import generate_latents
 
 from dype import DyPEConfig, apply_dype, remove_dype
 from dype.noise_schedule import noise_schedule
@@ -50,7 +50,7 @@ def test_remove_keeps_a_foreign_change(pipe):
 def test_pipeline_uses_the_capped_schedule(pipe):
     """A capped run uses the sigmas that noise_schedule returns before it."""
     apply_dype(pipe, DyPEConfig("yarn", base_resolution=64))
-    latents(pipe, 512, 512, steps=5)
+    generate_latents(pipe, 512, 512, steps=5)
     mu, sigmas = noise_schedule(pipe.scheduler, 512, 512, 5)
     assert mu == 1.15
     assert pipe.scheduler.sigmas.tolist() == pytest.approx(sigmas, abs=1e-7)

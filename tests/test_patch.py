@@ -7,7 +7,7 @@ import pickle
 import diffusers
 import pytest
 import torch
-from conftest import Spy, latents, needs, quiet, tiny_components, tiny_transformer
+from conftest import Spy, generate_latents, needs, quiet, tiny_components, tiny_transformer
 from diffusers import (
     FluxControlNetModel,
     FluxControlNetPipeline,
@@ -36,13 +36,13 @@ def scheduler_sigmas(pipe) -> list[float]:
 
 def test_remove_restores_bits(pipe):
     """remove_dype restores latents, configuration, modules and hooks."""
-    before, config = latents(pipe), dict(pipe.scheduler.config)
+    before, config = generate_latents(pipe), dict(pipe.scheduler.config)
     names = list(pipe.transformer.state_dict())
     apply_dype(pipe, CONFIG)
     assert list(pipe.transformer.state_dict()) == names
-    assert not torch.equal(latents(pipe), before)
+    assert not torch.equal(generate_latents(pipe), before)
     remove_dype(pipe)
-    assert torch.equal(latents(pipe), before)
+    assert torch.equal(generate_latents(pipe), before)
     assert dict(pipe.scheduler.config) == config
     assert not pipe.transformer._forward_pre_hooks
     remove_dype(pipe)  # a second call does nothing
@@ -50,10 +50,10 @@ def test_remove_restores_bits(pipe):
 
 def test_inactive_equals_stock(pipe):
     """At the base resolution, with the model's schedule, latents equal the stock pipeline's."""
-    before = latents(pipe)
+    before = generate_latents(pipe)
     for method in ("yarn", "ntk", "vision_yarn"):
         apply_dype(pipe, DyPEConfig(method, base_resolution=256, shift="model"))
-        assert torch.equal(latents(pipe), before)
+        assert torch.equal(generate_latents(pipe), before)
 
 
 def test_sigmas_of_the_scheduler(pipe):
@@ -62,7 +62,7 @@ def test_sigmas_of_the_scheduler(pipe):
     spy = Spy(pipe.transformer)
     for steps in (4, 3):
         spy.calls.clear()
-        latents(pipe, steps=steps)
+        generate_latents(pipe, steps=steps)
         assert spy.sigmas == pytest.approx(scheduler_sigmas(pipe), abs=1e-6)
         assert spy.sigmas[0] == 1
         assert {call[1] for call in spy.calls} == {(16, 12)}
@@ -72,7 +72,7 @@ def test_sigmas_at_bfloat16(pipe):
     pipe.to(torch.bfloat16)
     apply_dype(pipe, CONFIG)
     spy = Spy(pipe.transformer)
-    latents(pipe, steps=6)
+    generate_latents(pipe, steps=6)
     assert spy.sigmas == pytest.approx(scheduler_sigmas(pipe), abs=2.5e-3)
 
 
@@ -80,7 +80,7 @@ def test_sigmas_with_true_cfg(pipe):
     """Both denoiser calls of a step have its sigma."""
     apply_dype(pipe, CONFIG)
     spy = Spy(pipe.transformer)
-    latents(pipe, negative_prompt="a disk", true_cfg_scale=3.0)
+    generate_latents(pipe, negative_prompt="a disk", true_cfg_scale=3.0)
     expected = [sigma for sigma in scheduler_sigmas(pipe) for _ in (0, 1)]
     assert spy.sigmas == pytest.approx(expected, abs=1e-6)
 
@@ -91,7 +91,7 @@ def test_sigmas_in_image_to_image(pipe):
     img2img = quiet(FluxImg2ImgPipeline.from_pipe(pipe))
     spy = Spy(pipe.transformer)
     image = Image.new("RGB", (192, 256), "teal")
-    latents(img2img, image=image, strength=0.6, steps=5)
+    generate_latents(img2img, image=image, strength=0.6, steps=5)
     assert spy.sigmas == pytest.approx(scheduler_sigmas(img2img)[2:], abs=1e-6)
 
 
@@ -112,20 +112,20 @@ def test_hook_survives_the_end_of_offloading(pipe, monkeypatch):
     spy = Spy(pipe.transformer)
     for _ in range(2):
         spy.calls.clear()
-        latents(pipe)
+        generate_latents(pipe)
         assert spy.sigmas == pytest.approx(scheduler_sigmas(pipe), abs=1e-6)
 
 
 def test_batches_and_sizes_in_turn(pipe):
     """A batch of 2 works, and two sizes of equal token count equal those of a new pipeline."""
     apply_dype(pipe, CONFIG)
-    wide, tall = latents(pipe, 128, 256), latents(pipe, 256, 128)
-    pair = latents(pipe, 128, 256, prompt=["a red ring on teal leaves"] * 2)
+    wide, tall = generate_latents(pipe, 128, 256), generate_latents(pipe, 256, 128)
+    pair = generate_latents(pipe, 128, 256, prompt=["a red ring on teal leaves"] * 2)
     assert pair.shape[0] == 2
     new_pipe = quiet(FluxPipeline(**tiny_components()))
     apply_dype(new_pipe, CONFIG)
-    assert torch.equal(latents(new_pipe, 256, 128), tall)
-    assert torch.equal(latents(new_pipe, 128, 256), wide)
+    assert torch.equal(generate_latents(new_pipe, 256, 128), tall)
+    assert torch.equal(generate_latents(new_pipe, 128, 256), wide)
 
 
 def test_second_apply_replaces_the_first(pipe):
@@ -198,7 +198,7 @@ def test_exact_ids_reach_the_embedder():
 def test_one_compiled_graph(pipe, order):
     """One full graph serves all steps of two runs, also if compiled before apply_dype."""
     apply_dype(pipe, CONFIG)
-    expected = latents(pipe)
+    expected = generate_latents(pipe)
     remove_dype(pipe)
     counter = CompileCounter()
     if order != "compiled first":
@@ -209,7 +209,7 @@ def test_one_compiled_graph(pipe, order):
         pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend=counter)
     apply_dype(pipe, CONFIG)
     for _ in range(2):
-        torch.testing.assert_close(latents(pipe), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(generate_latents(pipe), expected, atol=1e-5, rtol=1e-5)
     assert counter.frame_count == 1
 
 
@@ -218,7 +218,7 @@ def test_inpainting(pipe):
     inpainting = quiet(FluxInpaintPipeline.from_pipe(pipe))
     spy = Spy(pipe.transformer)
     image, mask = Image.new("RGB", (192, 256), "teal"), Image.new("L", (192, 256), 255)
-    latents(inpainting, image=image, mask_image=mask, strength=0.6, steps=5)
+    generate_latents(inpainting, image=image, mask_image=mask, strength=0.6, steps=5)
     assert spy.sigmas == pytest.approx(scheduler_sigmas(inpainting)[2:], abs=1e-6)
 
 
@@ -229,7 +229,7 @@ def test_fill():
     apply_dype(pipe, CONFIG)
     spy = Spy(pipe.transformer)
     image, mask = Image.new("RGB", (192, 256), "teal"), Image.new("L", (192, 256), 255)
-    latents(pipe, image=image, mask_image=mask)
+    generate_latents(pipe, image=image, mask_image=mask)
     assert spy.sigmas == pytest.approx(scheduler_sigmas(pipe), abs=1e-6)
     assert spy.calls[0][1:] == ((16, 12), (16, 0))
 
@@ -241,7 +241,7 @@ def test_kontext(pipe):
     apply_dype(kontext, CONFIG)
     spy = Spy(kontext.transformer)
     image = Image.new("RGB", (128, 128), "teal")
-    latents(kontext, image=image, _auto_resize=False, max_area=256 * 192)
+    generate_latents(kontext, image=image, _auto_resize=False, max_area=256 * 192)
     (_, grid, (num_text, num_reference)), *_ = spy.calls
     assert grid == (16, 12)
     assert (num_text, num_reference) == (16, 64)
@@ -257,9 +257,9 @@ def test_ids_are_read_once_per_image(pipe, monkeypatch):
 
     monkeypatch.setattr(embedders, "parse_image_ids", count_and_parse)
     apply_dype(pipe, CONFIG)
-    latents(pipe, steps=3)
+    generate_latents(pipe, steps=3)
     assert len(reads) == 1
-    latents(pipe, steps=3)
+    generate_latents(pipe, steps=3)
     assert len(reads) == 2
     ids = make_grid_ids(0, 16, 12)
     call = denoiser_call(ids, 0.5)
@@ -287,7 +287,7 @@ def test_controlnet(pipe):
         control = quiet(FluxControlNetPipeline.from_pipe(pipe, controlnet=model))
         apply_dype(control, CONFIG)
         spy, net_spies = Spy(control.transformer), [Spy(net) for net in active]
-        latents(control, **arguments)
+        generate_latents(control, **arguments)
         for net_spy in net_spies:
             assert net_spy.sigmas == spy.sigmas
             assert net_spy.calls[0][1] == (16, 12)
@@ -329,6 +329,6 @@ def test_real_weights_inactive_equals_stock():
     """At 1024 px DyPE does not change a real FLUX.1's latents, bit for bit."""
     pipe = FluxPipeline.from_pretrained(os.environ["DYPE_FLUX"], dtype=torch.bfloat16)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    before = latents(pipe, 1024, 1024, steps=2)
+    before = generate_latents(pipe, 1024, 1024, steps=2)
     apply_dype(pipe, DyPEConfig(shift="model"))
-    assert torch.equal(latents(pipe, 1024, 1024, steps=2), before)
+    assert torch.equal(generate_latents(pipe, 1024, 1024, steps=2), before)

@@ -23,7 +23,7 @@ TEXT = 16  # number of text tokens, and their width
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
 
 
-def seeded(shape, seed: int) -> torch.Tensor:
+def random_tensor(shape, seed: int) -> torch.Tensor:
     """Return standard normal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -85,8 +85,8 @@ def qwen3() -> dict:
 def generate_zimage(
     pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0, tokens=TEXT, **arguments
 ):
-    embeds = [seeded((tokens, TEXT), 1).to(pipe.dtype)] * batch
-    negative = [seeded((tokens + 20, TEXT), 2).to(pipe.dtype)] * batch
+    embeds = [random_tensor((tokens, TEXT), 1).to(pipe.dtype)] * batch
+    negative = [random_tensor((tokens + 20, TEXT), 2).to(pipe.dtype)] * batch
     return pipe(
         prompt_embeds=embeds,
         negative_prompt_embeds=negative,
@@ -136,7 +136,7 @@ def prompt_embeddings(pipe, batch: int, *shape) -> dict:
     mask = torch.ones(batch, shape[0], dtype=torch.long)
     embeddings = {}
     for seed, prefix in enumerate(("", "negative_"), 1):
-        text = seeded((1, *shape), seed).to(pipe.dtype)
+        text = random_tensor((1, *shape), seed).to(pipe.dtype)
         embeddings[f"{prefix}prompt_embeds"] = text.repeat(batch, *[1] * len(shape))
         embeddings[f"{prefix}prompt_embeds_mask"] = mask
     return embeddings
@@ -210,7 +210,9 @@ def flux2() -> DiffusionPipeline:
 
 def generate_flux2(pipe, height, width, steps=3, seed=0, batch=1, guidance=1.0, **arguments):
     embeds = {
-        f"{prefix}prompt_embeds": seeded((1, TEXT, TEXT), n).repeat(batch, 1, 1).to(pipe.dtype)
+        f"{prefix}prompt_embeds": random_tensor((1, TEXT, TEXT), n)
+        .repeat(batch, 1, 1)
+        .to(pipe.dtype)
         for n, prefix in enumerate(("", "negative_"), 1)
     }
     call = common_arguments(height, width, steps, seed) | embeds

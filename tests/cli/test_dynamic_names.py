@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from conftest import TINY, run, table
+from conftest import TINY_DEMO, run, table
 
 from dype.cli import flags
 from dype.cli.settings import resolve
 from dype.rope import METHODS
 
-pytestmark = pytest.mark.usefixtures("own_folder")
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 def names(line: str) -> list[str]:
@@ -129,7 +129,7 @@ def test_tables_of_a_file(line):
 
 def test_the_column_of_a_table_comes_back():
     """The methods of results.csv as --method give the same images, and --from one of them too."""
-    tiny = [*TINY, "--size", "64", "--prompt", "x", "--output_dir", "out"]
+    tiny = [*TINY_DEMO, "--size", "64", "--prompt", "x", "--output_dir", "out"]
     assert run(*tiny, "--method", "base,yarn,ntk", "--dype", "on,off") == 0
     rows = table("out")
     column = ",".join(dict.fromkeys(row["method"] for row in rows))

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import latents
+from conftest import generate_latents
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
@@ -291,13 +291,15 @@ def test_power_spectrum():
 def test_watch_sees_each_step_once(pipe):
     """The first of true CFG's two calls, as attention has it, in every block; then it is gone."""
     with trajectories.Watch(pipe.transformer) as alone:
-        latents(pipe, 64, 64, 1)
+        generate_latents(pipe, 64, 64, 1)
     with trajectories.Watch(pipe.transformer) as seen:
-        last = latents(pipe, 64, 64, 3, negative_prompt="", true_cfg_scale=2.0)
+        last = generate_latents(pipe, 64, 64, 3, negative_prompt="", true_cfg_scale=2.0)
     assert not pipe.transformer._forward_hooks
     assert not pipe.transformer._forward_pre_hooks
     assert seen.entropies[1.0] == alone.entropies[1.0]
-    assert torch.equal(last, latents(pipe, 64, 64, 3, negative_prompt="", true_cfg_scale=2.0))
+    assert torch.equal(
+        last, generate_latents(pipe, 64, 64, 3, negative_prompt="", true_cfg_scale=2.0)
+    )
     assert list(seen.states) == pytest.approx(pipe.scheduler.sigmas[:-1].tolist(), abs=1e-6)
     assert [len(one) for one in seen.entropies.values()] == [2, 2, 2]  # two blocks
     assert all(0 < value < 1 for one in seen.entropies.values() for value in one)

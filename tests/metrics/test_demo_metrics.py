@@ -12,7 +12,7 @@ from scored_sweeps import make_sweep, report, score, values
 import dype.metrics
 from dype.demo.scenes import SHAPES, render, sample_scene
 
-pytestmark = pytest.mark.usefixtures("own_folder")
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 METRICS = ["--metrics", "demo_layout", "demo_overlap"]
 SMALL = {"height": "128", "width": "128"}
 

@@ -17,7 +17,7 @@ from scored_sweeps import PROMPT, make_sweep, noise, replace_inception, score, v
 from dype.demo import model as demo_model
 from dype.metrics import image_metrics
 
-pytestmark = pytest.mark.usefixtures("own_folder")
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 def test_glcm():

@@ -13,7 +13,7 @@ from scored_sweeps import CLASSES, make_reals, make_sweep, noise, report, score
 from dype.metrics import inception_features
 from dype.metrics.inception_features import WEIGHTS, random_patches
 
-pytestmark = pytest.mark.usefixtures("own_folder")
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 TORCHMETRICS = ("torchmetrics", "torchmetrics.image", "torchmetrics.image.fid")
 
 

@@ -21,7 +21,7 @@ from scored_sweeps import (
 from dype.metrics import image_metrics
 from dype.sweep import results
 
-pytestmark = pytest.mark.usefixtures("own_folder")
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 def test_values_and_means():

@@ -22,7 +22,7 @@ from dype.errors import UnavailableError
 from dype.metrics import inception_features
 from dype.metrics.inception_features import random_patches
 
-pytestmark = pytest.mark.usefixtures("own_folder")
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 @pytest.fixture

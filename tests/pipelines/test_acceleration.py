@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from conftest import Spy, latents, quiet, run, tiny_components
+from conftest import Spy, generate_latents, quiet, run, tiny_components
 from diffusers import FirstBlockCacheConfig, FluxPipeline
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
 from torch._dynamo.testing import CompileCounter
@@ -35,7 +35,7 @@ def flux() -> FluxPipeline:
     return quiet(FluxPipeline(**tiny_components(num_layers=2, num_single_layers=2)))
 
 
-FAMILIES = {"flux": (flux, latents)} | tiny.FAMILIES
+FAMILIES = {"flux": (flux, generate_latents)} | tiny.FAMILIES
 PIPELINE_CLASSES = {
     "flux": "FluxPipeline",
     "flux2": "Flux2KleinPipeline",
@@ -191,11 +191,11 @@ def test_attention_is_restored(pipe):
     """Another backend gives the same image; then the process has its first backend again."""
     initial_backend = Registry.get_active_backend()[0]
     apply_dype(pipe, CONFIG)
-    expected = latents(pipe)
+    expected = generate_latents(pipe)
     used = []
     pipe.transformer.register_forward_hook(lambda *_: used.append(Registry.get_active_backend()[0]))
     with acceleration.use_attention("_native_math"):
-        torch.testing.assert_close(latents(pipe), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(generate_latents(pipe), expected, atol=1e-4, rtol=1e-4)
     assert {backend.value for backend in used} == {"_native_math"}
     with pytest.raises(KeyError), acceleration.use_attention("_native_math"):
         raise KeyError
@@ -216,7 +216,7 @@ def test_unusable_attention():
 SMALL = ["--model", "demo", "--size", "64", "--steps", "5", "--base_resolution", "32"]
 
 
-def test_cache_of_the_command_line(own_folder, capsys):
+def test_cache_of_the_command_line(in_tmp_path, capsys):
     """--cache warns, is recorded, and works with --init_image; `--from` repeats it to the pixel."""
     assert run(*SMALL, "--cache", "taylorseer", "--output", "a.png") == 0
     assert "may reuse features that were made under older frequencies" in capsys.readouterr().out
@@ -244,7 +244,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
-def test_mistakes(flags, own_folder, capsys, monkeypatch):
+def test_mistakes(flags, in_tmp_path, capsys, monkeypatch):
     """Each mistake gives one sentence, before anything is loaded."""
     monkeypatch.setattr("dype.sampling.run.load_pipeline", None)
     code, sentence = MISTAKES[flags]
@@ -255,7 +255,7 @@ def test_mistakes(flags, own_folder, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("seeds", ["0", "0-2"])
-def test_broken_compiler(seeds, own_folder, capsys, monkeypatch):
+def test_broken_compiler(seeds, in_tmp_path, capsys, monkeypatch):
     """A broken compiler gives one sentence, exit code 1 and no image, for a sweep too."""
 
     def fail(graph, inputs):
@@ -295,10 +295,10 @@ def test_cuda_graphs():
     pipe = flux().to("cuda")
     pipe.dype_offload = "none"
     apply_dype(pipe, CONFIG)
-    expected = latents(pipe)
+    expected = generate_latents(pipe)
     acceleration.compile_transformer(pipe, "full", mode="reduce-overhead")
     for _ in range(3):
-        torch.testing.assert_close(latents(pipe), expected, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(generate_latents(pipe), expected, atol=1e-3, rtol=1e-3)
 
 
 @GPU
@@ -309,8 +309,8 @@ def test_extra_memory():
         remove_dype(pipe)
         if config:
             apply_dype(pipe, config)
-        latents(pipe, 1024, 1024, steps=1)
+        generate_latents(pipe, 1024, 1024, steps=1)
         torch.cuda.reset_peak_memory_stats()
-        latents(pipe, 1024, 1024, steps=1)
+        generate_latents(pipe, 1024, 1024, steps=1)
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] - peaks[0] <= 2 * 4 * (64 * 64 + 16) * 16

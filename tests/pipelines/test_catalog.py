@@ -11,7 +11,7 @@ from dype.pipelines.catalog import MODELS, resolve_model
 from dype.sampling import records
 
 
-def test_z_image_from_the_command_line(own_folder, capsys):
+def test_z_image_from_the_command_line(in_tmp_path, capsys):
     """A folder gets its class's defaults; with --guidance a negative prompt has an effect."""
     FAMILIES["z-image"][0](**qwen3()).save_pretrained("tiny")
     size = ["--height", "128", "--width", "64", "--steps", "2", "--base_resolution", "64"]

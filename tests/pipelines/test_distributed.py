@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from conftest import TINY, run, table, tiny_transformer
+from conftest import TINY_DEMO, run, table, tiny_transformer
 from PIL import Image
 
 from dype.pipelines import distributed
 from dype.sampling import records
 
 ROOT = Path(__file__).parents[2]
-SINGLE = [*TINY, "--size", "64x96", "--device", "cpu"]
-SWEEP = [*TINY, "--device", "cpu", "--size", "64,96x64", "--output_dir", "out"]
+SINGLE = [*TINY_DEMO, "--size", "64x96", "--device", "cpu"]
+SWEEP = [*TINY_DEMO, "--device", "cpu", "--size", "64,96x64", "--output_dir", "out"]
 
 
 def run_python(*words, folder) -> subprocess.CompletedProcess:
@@ -71,7 +71,7 @@ def test_split_latents(two_processes, name):
             assert (generate(pipe, *size).flatten() - expected).abs().max() > 5e-4
 
 
-def test_split_image(two_processes, own_folder):
+def test_split_image(two_processes, in_tmp_path):
     """From the command line, two processes match one within one level of each color."""
     folder, _, result, _ = two_processes
     assert result.stdout.count("two.png") == 1  # because rank 0 alone prints
@@ -129,7 +129,7 @@ def test_shared_sweep(two_processes, monkeypatch):
     assert times == {path.name: path.stat().st_mtime_ns for path in Path("out").glob("seed_*")}
 
 
-def test_a_shared_sweep_matches_one_process(two_processes, own_folder):
+def test_a_shared_sweep_matches_one_process(two_processes, in_tmp_path):
     assert run(*SWEEP, "--seed", "0-2") == 0
     for path in Path("out").glob("seed_*.png"):
         assert abs(pixels(path) - pixels(two_processes[0] / "out" / path.name)).max() <= 1
@@ -153,7 +153,7 @@ MISTAKES = {  # flags, processes -> error
 
 
 @pytest.mark.parametrize(("flags", "count"), MISTAKES)
-def test_mistakes(flags, count, own_folder, capsys, monkeypatch):
+def test_mistakes(flags, count, in_tmp_path, capsys, monkeypatch):
     """Each mistake gives one sentence and exit code 2, before anything is loaded or joined."""
     monkeypatch.setenv("WORLD_SIZE", str(count))
     monkeypatch.setenv("RANK", "0")
@@ -167,14 +167,14 @@ def test_mistakes(flags, count, own_folder, capsys, monkeypatch):
     assert not capsys.readouterr().err  # because rank 0 alone reports
 
 
-def test_one_process_counts_no_gpus(own_folder, monkeypatch):
+def test_one_process_counts_no_gpus(in_tmp_path, monkeypatch):
     """Counting GPUs raises an error if torch was built for CUDA and there is no driver."""
     monkeypatch.setattr(torch.accelerator, "device_count", None)
     assert run(*SINGLE, "--output", "a.png") == 0
     assert run(*SWEEP, "--seed", "0") == 0
 
 
-def test_too_few_gpus(own_folder, capsys, monkeypatch):
+def test_too_few_gpus(in_tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
     assert run("--model", "demo", "--ulysses", "2") == 1

@@ -188,7 +188,7 @@ def test_encoders_with_a_device_override_run_once(offload):
     assert len(calls) == 2
 
 
-def test_text_encoder_device_from_the_command_line(own_folder):
+def test_text_encoder_device_from_the_command_line(in_tmp_path):
     """--text_encoder_device changes no pixel of a sweep of two images with guidance."""
     line = ["--model", "demo", "--size", "64", "--steps", "1", "--base_resolution", "32"]
     line += ["--seed", "0-1"]

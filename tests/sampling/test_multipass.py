@@ -6,7 +6,7 @@ import torch
 from conftest import quiet, tiny_components
 from diffusers import FluxPipeline
 from PIL import Image
-from tiny import FAMILIES, TEXT, qwen3, seeded
+from tiny import FAMILIES, TEXT, qwen3, random_tensor
 
 from dype import DyPEConfig, apply_dype, noise_schedule
 from dype.families import FAMILIES as CLASSES
@@ -27,12 +27,12 @@ def prompt_of(pipe):
     """Return a prompt; without text encoders, random embeddings as from `sample.encode_prompt`."""
     if pipe.text_encoder is not None:
         return "a red ring on teal leaves"
-    text, mask = seeded((1, TEXT, TEXT), 1), torch.ones(1, TEXT, dtype=torch.bool)
+    text, mask = random_tensor((1, TEXT, TEXT), 1), torch.ones(1, TEXT, dtype=torch.bool)
     return {
         "ZImagePipeline": {"prompt_embeds": [text[0]]},
         "QwenImagePipeline": {"prompt_embeds": text, "prompt_embeds_mask": mask.long()},
         "Krea2Pipeline": {
-            "prompt_embeds": seeded((1, TEXT, 2, TEXT), 1),
+            "prompt_embeds": random_tensor((1, TEXT, 2, TEXT), 1),
             "prompt_embeds_mask": mask,
         },
         "Flux2KleinPipeline": {"prompt_embeds": text},
@@ -154,8 +154,8 @@ def test_normalization_is_the_inverse_of_the_pipelines(pipe, monkeypatch):
     """A perfect transformer passes the latents of the encoder unchanged to the decoder."""
     vae = pipe.vae
     if hasattr(vae, "bn"):
-        vae.bn.running_mean.copy_(seeded((16,), 3))
-        vae.bn.running_var.copy_(seeded((16,), 4).abs() + 0.5)
+        vae.bn.running_mean.copy_(random_tensor((16,), 3))
+        vae.bn.running_var.copy_(random_tensor((16,), 4).abs() + 0.5)
     is_video = type(vae).__name__ == "AutoencoderKLQwenImage"
     if is_video:
         vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[2.0, 1.5, 0.5, 1.0])
@@ -273,7 +273,7 @@ def test_prompts_give_the_same_pixels_as_the_pipeline(name, monkeypatch):
         def encode(*args, prompt=None, **options):
             text = prompt if prompt is not None else args[0]
             text = text if isinstance(text, str) else text[0]
-            embeddings = seeded((1, *shape), sum(map(ord, text)))
+            embeddings = random_tensor((1, *shape), sum(map(ord, text)))
             mask = torch.ones(1, TEXT, dtype=torch.long if name == "qwen-image" else torch.bool)
             return embeddings if name == "flux2" else (embeddings, mask)
 

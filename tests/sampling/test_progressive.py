@@ -126,7 +126,7 @@ def test_progressive_passes_need_a_larger_image():
 SMALL = ["--model", "demo", "--size", "128", "--steps", "4", "--base_resolution", "64"]
 
 
-def test_command_line(own_folder, capsys, monkeypatch):
+def test_command_line(in_tmp_path, capsys, monkeypatch):
     """Name and record say the passes and their sigmas; --from generates the same pixels."""
     monkeypatch.setattr(sample, "switch_sigma", lambda *law: 0.7)
     assert run(*SMALL, "--progressive") == 0
@@ -142,7 +142,7 @@ def test_command_line(own_folder, capsys, monkeypatch):
     assert (pixels(again) == pixels(records.open_image(name))).all()
 
 
-def test_in_a_sweep(own_folder):
+def test_in_a_sweep(in_tmp_path):
     arguments = ["--multipass", "single,progressive", "--seed", "0", "--output_dir", "out"]
     assert run(*SMALL, *arguments) == 0
     assert [row["multipass"] for row in table()] == ["single", "progressive"]
@@ -156,6 +156,6 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
-def test_mistakes(flags, own_folder, capsys):
+def test_mistakes(flags, in_tmp_path, capsys):
     assert run(*SMALL, *flags.split()) == 2
     assert MISTAKES[flags] in capsys.readouterr().err

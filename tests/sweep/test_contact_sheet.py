@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, run
+from conftest import TINY_DEMO, run
 from PIL import Image, ImageDraw
 
 from dype.pipelines import memory
 from dype.sweep import contact_sheet, results
 
-pytestmark = pytest.mark.usefixtures("own_folder")
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 COLORS = {"a": (250, 0, 0), "b": (0, 250, 0), "c": (0, 0, 250), "s": (200, 200, 0)}
@@ -129,7 +129,7 @@ def test_the_summary_has_the_metrics():
 
 def test_grid_from_a_finished_folder(capsys):
     """--grid_from draws the same sheets again, without a model."""
-    assert run(*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 0
+    assert run(*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 0
     path = Path("out/comparison_64x64.png")
     before = path.read_bytes()
     path.unlink()

@@ -15,7 +15,7 @@ from dype.sampling.settings import RunSettings, image_settings
 from dype.sweep import grid
 from dype.sweep.run import estimate_work
 
-pytestmark = pytest.mark.usefixtures("own_folder")
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 def resolve_runs(*argv) -> list[RunSettings]:

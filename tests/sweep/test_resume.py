@@ -19,15 +19,15 @@ SWEEP += " --base_resolution 32 --output_dir out"
 CUES = [
     ["png", 1],
     ["png", 2],
-    ["draw", 2],
+    ["generate", 2],
     ["table", 2],
-    ["png_there", 1],
-    ["json_there", 1],
+    ["png_exists", 1],
+    ["json_exists", 1],
     ["json", 1],
     ["table", 1],
     ["png", 1],
-    ["draw", 1],
-    ["png_there", 2],
+    ["generate", 1],
+    ["png_exists", 2],
     ["sheets", 1],
 ]
 UNEQUAL = {"seconds", "peak_memory"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run, table
+from conftest import TINY_DEMO, run, table
 from PIL import Image
 
 from dype.sampling import records, sample
@@ -18,7 +18,7 @@ from dype.sampling import run as sampling_run
 from dype.sweep import results
 from dype.sweep import run as sweep_run
 
-pytestmark = pytest.mark.usefixtures("own_folder")
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 def test_a_sweep_from_one_command(capsys, monkeypatch):
@@ -30,7 +30,10 @@ def test_a_sweep_from_one_command(capsys, monkeypatch):
         return load(*args, **kwargs)
 
     monkeypatch.setattr(sampling_run, "load_pipeline", spy)
-    line = [*TINY, *shlex.split("--method yarn,base --seed 0-1 --size 64,64x96 --output_dir out")]
+    line = [
+        *TINY_DEMO,
+        *shlex.split("--method yarn,base --seed 0-1 --size 64,64x96 --output_dir out"),
+    ]
     assert run(*line) == 0
     rows = table()
     assert len(rows) == 8
@@ -56,7 +59,7 @@ def test_a_sweep_from_one_command(capsys, monkeypatch):
 
 def test_a_longer_list_adds_images(monkeypatch):
     """A longer list or another setting generates only new images; names do not change."""
-    line = [*TINY, "--size", "64", "--output_dir", "out"]
+    line = [*TINY_DEMO, "--size", "64", "--output_dir", "out"]
     assert run(*line, "--seed", "0-1") == 0
     first = table()
     seeds = []
@@ -90,7 +93,7 @@ def test_settings_without_a_column_of_their_own():
 
 def test_an_edited_prompts_file(monkeypatch):
     """New prompts are generated; images of removed prompts stay."""
-    line = [*TINY, "--size", "64", "--output_dir", "out", "--prompts_file", "prompts.txt"]
+    line = [*TINY_DEMO, "--size", "64", "--output_dir", "out", "--prompts_file", "prompts.txt"]
     Path("prompts.txt").write_text("a ring\na cross\n")
     assert run(*line) == 0
     before = {path.name: path.read_bytes() for path in Path("out").glob("seed_*.png")}
@@ -111,7 +114,7 @@ def test_an_edited_prompts_file(monkeypatch):
 
 def test_a_folder_of_an_earlier_version(capsys):
     """It can be read but not continued: one sentence says what to do, and nothing changes."""
-    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
+    line = [*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
     assert run(*line) == 0
     path = Path("out/results.csv")
     rows = [{k: v for k, v in row.items() if k != "settings"} for row in table()]
@@ -138,7 +141,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_foreign_image_stays(name, capsys):
     record, reason = BROKEN[name]
-    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
+    line = [*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
     assert run(*line) == 0
     path = next(Path("out").glob("seed_0*.png"))
     if record is None:
@@ -158,7 +161,7 @@ def test_a_foreign_image_stays(name, capsys):
 
 def test_a_metric_named_like_a_column():
     """A metric does not replace a column, and an unknown column is not a metric."""
-    assert run(*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 0
+    assert run(*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 0
     rows = [row | {"note": "nice"} for row in table()]
     results.write_table(Path("out/results.csv"), [*rows[0]], rows)
     entry = {"file": rows[0]["file"], "metric": "height", "value": "0.5", "protocol": ""}
@@ -169,7 +172,7 @@ def test_a_metric_named_like_a_column():
 
 def test_a_deleted_image_is_generated_again_under_its_name():
     """The JSON that is left does not change the name."""
-    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
+    line = [*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
     assert run(*line) == 0
     before = sorted(os.listdir("out"))
     path = next(Path("out").glob("seed_0*.png"))
@@ -183,7 +186,7 @@ def test_a_deleted_image_is_generated_again_under_its_name():
 
 def test_an_outdated_json_is_repaired():
     """A kill between the JSON and the image may leave one."""
-    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
+    line = [*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
     assert run(*line) == 0
     path = next(Path("out").glob("seed_0*.json"))
     expected = path.read_bytes()
@@ -204,7 +207,7 @@ def test_one_image_of_a_named_sweep_is_a_sweep(capsys):
 
 def test_an_image_of_other_settings_in_the_way(capsys):
     """The error names the flag that differs; --overwrite generates the image again."""
-    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
+    line = [*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
     assert run(*line) == 0
     path, second = sorted(Path("out").glob("seed_*.png"))
     path.write_bytes(second.read_bytes())
@@ -230,7 +233,7 @@ FAILURES = [
 
 
 def test_failures_are_recorded_and_the_sweep_continues(monkeypatch, capsys):
-    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-6"]
+    line = [*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-6"]
     generate = sample.generate
 
     def fail(*args, **kwargs):
@@ -257,19 +260,19 @@ def test_out_of_memory_suggests_a_cheaper_setting(monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(sample, "generate", fail)
-    assert run(*TINY, "--size", "64") == 1
+    assert run(*TINY_DEMO, "--size", "64") == 1
     err = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(r"run_dype.py: out of memory at a peak of .* GiB; try --tiled_vae on", err)
 
 
 def test_dry_run_prints_the_plan(capsys):
     """The plan has the number of images and, after a first image, a time; nothing is written."""
-    line = [*TINY, "--size", "64,128", "--output_dir", "out", "--seed", "0-1"]
+    line = [*TINY_DEMO, "--size", "64,128", "--output_dir", "out", "--seed", "0-1"]
     assert run(*line, "--dry_run") == 0
     out = capsys.readouterr().out
     assert "images 4, finished 0; a time estimate needs one finished image" in out
     assert not Path("out").exists()
-    assert run(*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 0
+    assert run(*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 0
     capsys.readouterr()
     assert run(*line, "--dry_run") == 0
     out = capsys.readouterr().out
@@ -281,7 +284,7 @@ def test_two_sweeps_in_one_folder(capsys):
     """The second sweep is told to wait; the lock ends with its process."""
     os.mkdir("out")
     code = "import fcntl, os, sys; fcntl.flock(os.open('out', 0), 2); print(flush=True); input()"
-    line = [*TINY, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
+    line = [*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
@@ -294,7 +297,7 @@ def test_two_sweeps_in_one_folder(capsys):
 
 def test_multipass_and_init_image_by_the_command_line():
     """Two passes equal a small image and --init_image; the record has the sigmas of each pass."""
-    line = [*TINY[:2], "--base_resolution", "32", "--steps", "4"]
+    line = [*TINY_DEMO[:2], "--base_resolution", "32", "--steps", "4"]
     assert (
         run(*line, "--size", "192x128", "--dype_multipass", "twopass", "--output", "two.png") == 0
     )
