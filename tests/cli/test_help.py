@@ -8,7 +8,6 @@ from PIL import Image
 
 from dype.cli import flags
 from dype.cli.settings import resolve
-from dype.pipelines.catalog import MODELS
 from dype.rope import METHODS
 from dype.sampling import records
 
@@ -35,13 +34,16 @@ def test_words_are_whole():
 
 
 def test_defaults_per_model():
-    """At most two exceptions are listed; more are in docs/models.md."""
-    lines = " ".join(HELP.split())
-    assert "Default: 1024 (qwen-image 1328, demo 256)" in lines
-    assert lines.count("Default: per model (docs/models.md)") == 3
-    for name in ("steps", "guidance", "height"):
-        values = {getattr(model, name) for model in MODELS.values()}
-        assert (len(values) > 3) == (name != "height")
+    """At most two exceptions are listed; docs/models.md has more."""
+    rows = {row.name: row for row in flags.ALL_FLAGS}
+    for name, default in {
+        "steps": "per model (docs/models.md)",
+        "base_resolution": "1024 (qwen-image 1328, demo 256)",
+        "method": "yarn (demo yarn_paper)",
+        "seed": "42",
+        "sweep": "none",
+    }.items():
+        assert flags.default_text(rows[name]) == default
 
 
 def test_every_method_has_a_line():
