@@ -48,7 +48,13 @@ class DyPEQwenEmbedRope(DyPEEmbedder, torch.nn.Module):
     def image_table(self, frames: int, height: int, width: int, device) -> torch.Tensor:
         """Return the generated image's table, complex64 [frames * height * width, D / 2].
 
-        The tokens are in row-major order; sizes are in tokens.
+        The tokens are in row-major order.
+
+        Args:
+            frames: Length of the first axis.
+            height: Rows.
+            width: Columns.
+            device: Of the table.
         """
         inv_freq, m = self.frequencies(self.grid, device)
         longest = max(height, width)

@@ -6,10 +6,10 @@ CUES is a JSON list of [FOLDER, EVENT, COUNT]. Each child works in FOLDER and is
 the COUNT-th event. A cue of [FOLDER] lets the child finish. The exit codes are printed as JSON.
 
 EVENT is one of:
-    draw                    before an image is generated
-    png, json, table        half-way through writing such a file
-    png_exists, json_exists   after the file has its final name
-    sheets                  before the contact sheets
+    generate                 before an image is generated
+    png, json, table         half-way through writing such a file
+    png_exists, json_exists  after the file has its final name
+    sheets                   before the contact sheets
 """
 
 import json
@@ -67,7 +67,7 @@ def set_trap(event: str, count: int) -> None:
     elif event == "sheets":
         run_dype.contact_sheet.write_contact_sheets = lambda *args: die()
     elif event in ("json_exists", "png_exists"):
-        ending = f".{event.removesuffix('_there')}"
+        ending = f".{event.removesuffix('_exists')}"
         replace = pathlib.Path.replace
 
         def replace_and_die(path, target):

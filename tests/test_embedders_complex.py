@@ -190,7 +190,7 @@ def test_nucleus_has_qwen_images_format(tables):
 
 @pytest.mark.parametrize("steps", [50, 100])
 def test_z_image_is_continuous_down_to_the_last_sigma(steps):
-    """Frequencies rise to stock without a jump; the authors' formula jumps at t = 0.159 and 0.044."""
+    """Frequencies rise to stock without a jump; the authors' jump at t = 0.159 and 0.044."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(steps)
     sigmas, config = scheduler.sigmas.tolist(), DyPEConfig("yarn")

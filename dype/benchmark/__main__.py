@@ -10,14 +10,13 @@ import argparse
 import json
 import platform
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from dype.benchmark import embedder, step
 from dype.config import DEFAULT_LAMBDA_S
-from dype.errors import Parser, UserError, WideHelp, run_command
+from dype.errors import Parser, UserError, run_command
 from dype.families import PIXELS_PER_TOKEN
 from dype.pipelines.acceleration import COMPILES, attention_backends, check_attention
 from dype.pipelines.devices import check_device, default_device, fast_dtype
@@ -42,7 +41,6 @@ def parser() -> Parser:
         prog="python -m dype.benchmark",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, **WideHelp.keywords),
     )
     flag = argument_parser.add_argument
     sizes = ", ".join(f"{name} {' '.join(map(str, sides))}" for name, sides in SIZES.items())

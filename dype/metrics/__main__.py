@@ -6,13 +6,11 @@ metrics.json and metrics.txt, with 95 % intervals. A later run skips the values 
 the same protocol. docs/metrics.md describes every metric.
 """
 
-import argparse
 import hashlib
 import sys
-from functools import partial
 from pathlib import Path
 
-from dype.errors import Parser, UserError, WideHelp, fail, raise_user_errors, run_command
+from dype.errors import Parser, UserError, fail, raise_user_errors, run_command
 from dype.metrics import inception_features, scores
 from dype.metrics.image_metrics import IMAGE_METRICS
 from dype.metrics.scores import METRICS
@@ -35,7 +33,6 @@ def parser() -> Parser:
         prog="python -m dype.metrics",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, **WideHelp.keywords),
     )
     flag = argument_parser.add_argument
     flag("folder", type=Path, metavar="FOLDER", help="folder of a finished sweep; has results.csv")

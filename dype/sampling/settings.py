@@ -133,7 +133,7 @@ class RunSettings:
         "taylorseer, magcache", "off", choices=tuple(CACHES),
     )
     ulysses: int = flag(
-        "number of GPUs that, under torchrun, share each image's tokens and exchange heads; 1 to 64",
+        "number of GPUs that, under torchrun, share an image's tokens and exchange heads; 1 to 64",
         1, low=1, high=64, **MACHINE_ONLY,
     )
     ring: int = flag(

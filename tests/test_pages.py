@@ -1,0 +1,101 @@
+"""Rules for the pages: short lines, one sentence a line, small tables, links to what exists."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("dype/**/*.md")]
+COLUMNS, TABLE_COLUMNS, CELLS, ROWS = 100, 160, 6, 12
+NO_END = re.compile(r"(Eq|Fig|Figs|vs|e\.g|i\.e|\d)\.$")  # a dot that ends no sentence
+SENTENCES = re.compile(r"(\S+[.!?])\s+(?=[A-Z`\[])")
+
+
+def without_code(text: str) -> list[str]:
+    """Return the lines of a page; those of code blocks are empty."""
+    text = re.sub(
+        r"^```.*?^```", lambda block: "\n" * block[0].count("\n"), text, flags=re.M | re.S
+    )
+    return ["" if line.startswith("    ") else line for line in text.splitlines()]
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    letters = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {words.replace(" ", "-") for words in letters}
+
+
+def find_faults(text: str) -> list[str]:
+    """Return the faults of a page, each with its line number."""
+    faults, rows = [], 0
+    for number, line in enumerate(without_code(text), 1):
+        if line.startswith("|"):
+            rows += 1
+            cells = re.sub(r"`[^`]*`|\\\|", "", line).strip().strip("|").split("|")
+            faults += [f"{number}: table of {len(cells)} columns"] * (len(cells) > CELLS)
+            faults += [f"{number}: table of more than {ROWS} rows"] * (rows == ROWS + 3)
+            faults += [f"{number}: long table line"] * (len(line) > TABLE_COLUMNS)
+            continue
+        rows = 0
+        words = re.sub(r"\]\([^)]*\)|https?://\S+", "", line)
+        faults += [f"{number}: line of {len(words)} columns"] * (len(words) > COLUMNS)
+        ends = [match[1] for match in SENTENCES.finditer(words)]
+        ends = [end for end in ends if not NO_END.search(end)]
+        faults += [f"{number}: two sentences, the first ends in {end!r}" for end in ends]
+    return faults
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_layout(path):
+    assert not find_faults(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 101, "|a" * 7 + "|", "| a |\n" * 15, "It stops. It goes on.", "| " + "a" * 160 + " |"],
+)
+def test_rules_see_faults(text):
+    assert len(find_faults(text)) == 1
+
+
+def test_code_and_links_may_be_long():
+    text = f"[a]({'x' * 100})\n\n    {'x' * 120}\n\n```\nA. B.\n```\n\nAs in Eq. 5.\n\n1. A list."
+    assert not find_faults(text)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    """Files and images exist; so do the headings that anchors name."""
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        if not target.startswith("http"):
+            name, _, anchor = target.partition("#")
+            page = (path.parent / name).resolve() if name else path
+            assert page.exists(), target
+            assert not anchor or anchor in anchors(page.read_text()), target
+
+
+def test_every_image_and_table_is_used():
+    """No file of docs/images and docs/data is left over."""
+    texts = "".join(page.read_text() for page in PAGES)
+    texts += "".join(path.read_text() for path in ROOT.glob("dype/**/*.py"))
+    for path in [*ROOT.glob("docs/images/*"), *ROOT.glob("docs/data/*")]:
+        assert path.name in texts, path
+
+
+def test_the_readme_is_short_and_quotes_the_benchmark():
+    """150 lines; the rows of its table are those of ground_truth.csv."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    with (ROOT / "docs/data/ground_truth.csv").open() as file:
+        results = {row["setting"]: row for row in csv.DictReader(file) if row["size"] == "512"}
+    lines = re.findall(r"^\| `(\w+)`: .+? \| (.+) \| (.+) \| (.+) \|$", text, re.MULTILINE)
+    assert len(lines) == 4
+    for setting, *cells in lines:
+        row = results[setting]
+        low, high = float(row["layout_low"]), float(row["layout_high"])
+        layout = f"{float(row['layout']):.2f} [{low:.2f}, {high:.2f}]"
+        assert cells == [layout, f"{float(row['spectrum']):.2f}", f"{float(row['joint']):.2f}"]
+        assert int(row["n"]) == 64
