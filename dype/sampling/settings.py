@@ -137,7 +137,7 @@ class RunSettings:
         1, low=1, high=64, **MACHINE_ONLY,
     )
     ring: int = flag(
-        "number of GPUs that, under torchrun, share each image's tokens and pass on keys and "
+        "number of GPUs that, under torchrun, share an image's tokens and pass on keys and "
         "values; 1 to 64, needs another --attention than native", 1, low=1, high=64,
         **MACHINE_ONLY,
     )
