@@ -149,7 +149,7 @@ def tables(monkeypatch):
     return calls
 
 
-# with a base of 32 px because 64 px, the smallest fast image, then exercises DyPE
+# with a base of 32 px, because an image of 64 px then extrapolates
 TINY_DEMO = ["--model", "demo", "--steps", "1", "--base_resolution", "32"]
 
 
