@@ -218,9 +218,16 @@ def tensor_on_device(values, device) -> torch.Tensor:
 def build_axes(
     dim: int, theta: float, trained_tokens: float, tokens, device, config, max_scale=None
 ) -> RopeAxis:
-    """Return a batch of axes of equal D and theta; arguments as of `axis_frequencies`.
+    """Return a batch of axes of equal D and theta, for one image.
 
-    tokens: one length per axis [A].
+    Args:
+        dim: D, even.
+        theta: Base of RoPE.
+        trained_tokens: L.
+        tokens: L' of each axis [A].
+        device: Of the tensors.
+        config: Settings of the encoding.
+        max_scale: Largest s over the axes of the image; None: over these.
     """
     scales = [scale(trained_tokens, count) for count in tokens]
     s_max = max(scales) if max_scale is None else max_scale

@@ -92,8 +92,9 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch):
         assert text in code
         code = code.replace(text, replacement)
     exec(code, {})
-    [image] = tmp_path.glob("*.png")
-    assert Image.open(image).size == (64, 64)
+    [path] = tmp_path.glob("*.png")
+    with Image.open(path) as image:
+        assert image.size == (64, 64)
 
 
 def test_the_model_cards_example_is_the_command_lines():

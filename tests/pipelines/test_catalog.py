@@ -48,7 +48,7 @@ def test_every_model_resolves(name, capsys):
         ("--model z-image --guidance 0 --negative_prompt fog", "ignored at --guidance 0"),
         ("--model z-image --max_shift 1", "schedule is static"),
         ("--model flux2-dev --negative_prompt fog", "ignored by flux2-dev"),
-        ("--model flux2-dev --shift model --max_shift 2", "a rule of its own"),
+        ("--model flux2-dev --shift model --max_shift 2", "its own rule"),
         ("--model qwen-image --true_cfg 1 --negative_prompt fog", "ignored at --true_cfg 1"),
         ("--model qwen-image --steps 1", "expected at least 2"),
         ("--model qwen-image --vae_device cpu", "is for FLUX.1 pipelines"),
