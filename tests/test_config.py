@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dype import DyPEConfig
-from dype.config import preset_settings
+from dype.config import DEFAULT_LAMBDA_S, preset_settings
 
 
 @pytest.mark.parametrize(
@@ -77,3 +77,17 @@ def test_presets_off_and_4k():
     assert four_k == DyPEConfig("vision_yarn", True, 2.0, 2.0, 1.0)
     with pytest.raises(ValueError, match="preset is '8k', expected one of off, auto, 4k"):
         preset_settings("8k", 512, 512, 1024)
+
+
+def test_names_with_dype():
+    """A name as in tables and files, `dy_yarn`, is yarn with DyPE; `base` has one form."""
+    assert DyPEConfig("dy_yarn") == DyPEConfig("yarn")
+    assert DyPEConfig("dy_yarn").name == "dy_yarn"
+    for method in DEFAULT_LAMBDA_S:
+        for dynamic in (True, False):
+            config = DyPEConfig(method, dype=dynamic)
+            assert DyPEConfig(config.name, dype=dynamic).to_dict() == config.to_dict()
+    with pytest.raises(ValueError, match="dype is False, expected True with 'dy_yarn'"):
+        DyPEConfig("dy_yarn", dype=False)
+    with pytest.raises(ValueError, match="method is 'dy_base', expected one of dy_pi"):
+        DyPEConfig("dy_base")
