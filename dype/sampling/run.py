@@ -96,8 +96,8 @@ def generate_with_record(
     start = time.perf_counter()
     split = nullcontext()
     if run.processes > 1:
-        evenly = distributed.CONTEXT_PARALLEL_PIPELINES[run.entry.pipeline]
-        split = distributed.context_parallel(pipe.transformer, run.ulysses, run.ring, evenly)
+        equal_shards = distributed.CONTEXT_PARALLEL_PIPELINES[run.entry.pipeline]
+        split = distributed.context_parallel(pipe.transformer, run.ulysses, run.ring, equal_shards)
     with acceleration.use_attention(run.attention), split:
         image = multipass.run_passes(pipe, prompt, run.passes, **call)
     seconds = time.perf_counter() - start

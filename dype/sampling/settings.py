@@ -25,13 +25,13 @@ class RunSettings:
 
     # fmt: off
     prompt: str = flag(
-        "one or more prompts (default: the authors' dark-fantasy scene; demo: "
-        f"{MODELS['demo'].prompt})", metavar="TEXT", group="image",
+        "one or more prompts (default: the authors' dark-fantasy scene (demo: "
+        f"{MODELS['demo'].prompt}))", metavar="TEXT", group="image",
         parser_options={"nargs": "+", "action": "extend"},
     )
     negative_prompt: str | None = flag(
         "negative prompt; needs classifier-free guidance, by --true_cfg or by a model's --guidance "
-        "(default: none; qwen-image \" \", demo \"\")", metavar="TEXT",
+        "(default: none (qwen-image \" \", demo \"\"))", metavar="TEXT",
     )
     height: int = flag("image height in px; 64 to 16384, multiple of 16", **SIDE_LIMITS)
     width: int = flag("image width in px; 64 to 16384, multiple of 16", **SIDE_LIMITS)
@@ -62,8 +62,8 @@ class RunSettings:
         "passes; single, twopass (half the size, then upscale and refine), threepass (a quarter, "
         "half, full), progressive", "single", choices=tuple(PASS_SCALES), label="{}",
         group="multi-pass", aliases=("--dype_multipass",), switches=(
-            ("--progressive", "progressive", "as --multipass progressive: the base resolution "
-             "first, then only the full-size steps that add visible detail"),
+            ("--progressive", "progressive", "same as --multipass progressive; the base "
+             "resolution first, then only the full-size steps that add visible detail"),
         ),
     )
     pass2_strength: float = flag(
