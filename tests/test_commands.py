@@ -11,7 +11,7 @@ from dype.benchmark import __main__ as benchmark
 from dype.cli import flags
 from dype.cli.settings import resolve
 from dype.demo import evaluate, train, trajectories
-from dype.demo.experiments import setting
+from dype.demo.experiments import parse_setting
 from dype.figures import __main__ as figures
 from dype.metrics import __main__ as metrics
 
@@ -90,7 +90,7 @@ def test_settings_of_the_benchmark(page):
         _, _, program, *words = shlex.split(command)
         if program == "dype.demo.evaluate" and "--help" not in words:
             for text in evaluate.parser().parse_args(words).settings:
-                assert text.isupper() or setting(text).name == text
+                assert text.isupper() or parse_setting(text).name == text
 
 
 RUN = {  # page -> words of the command to run; the space makes a second key for one page

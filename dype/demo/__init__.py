@@ -1,1 +1,1 @@
-"""The demo model: its scenes, its training, and how its images are judged."""
+"""The demo model: scenes, training, and scores of its images."""

@@ -1,12 +1,16 @@
-"""The ground-truth table: `python -m dype.demo.evaluate`, in under two hours on two CPU cores.
+"""Score the demo model against rendered truth: `python -m dype.demo.evaluate`.
 
-Generates seeded prompts with the demo model under many settings, and scores layout, texture and
-both against rendered scenes of the same size. An image that is there is not generated again. A
-setting is `base`, or a method without DyPE (`yarn`) or with it (`dy_yarn`); `dy_yarn:1:2` says
-lambda_s and lambda_t, and `:NAME=VALUE` DyPEConfig's other numbers. Then comes a control:
-`:reversed` (time runs the wrong way), `:model` (the model's own noise schedule instead of the
-capped one) or `:progressive` (as `run_dype.py --progressive`). Prompts of seed 0 are there to
-report, those of another seed to choose by. Needs requirements-dev.txt.
+The command generates images of seeded prompts under many settings, and compares them with rendered
+scenes of the same size. It prints a table of scores of layout and texture, and a table of paired
+differences. The default table takes under two hours on two CPU cores. Existing images are not
+generated again. The packages of requirements-dev.txt are needed.
+
+SETTING is base or [dy_]METHOD[:LAMBDA_S[:LAMBDA_T]][:NAME=VALUE...][:CONTROL]
+  yarn, dy_yarn  a method, static or with DyPE
+  dy_yarn:1:2    lambda_s 1 and lambda_t 2
+  NAME=VALUE     a field of DyPEConfig, such as yarn_paper:alpha=2
+  CONTROL        reversed: the encoding of 1 - sigma; model: mu by the rule of the model's
+                 scheduler, not capped; progressive: as run_dype.py --progressive
 """
 
 import hashlib
@@ -29,7 +33,14 @@ import torch
 from tqdm import tqdm
 
 from dype.config import check_choice, check_number
-from dype.demo.experiments import Cell, couples, paths_of, plan, setting, shown_size
+from dype.demo.experiments import (
+    Cell,
+    format_size,
+    image_paths,
+    parse_setting,
+    plan_cells,
+    requested_pairs,
+)
 from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, sample_scene
 from dype.errors import Parser, raise_user_errors, run_command
 from dype.patch import apply_dype
@@ -47,157 +58,197 @@ except ModuleNotFoundError as error:
 
 DEMO = MODELS["demo"]
 PROCESSES = min(os.cpu_count() or 1, 8)
-FORMATS = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float32")
+EXAMPLES = """examples:
+  python -m dype.demo.evaluate --quick
+  python -m dype.demo.evaluate base yarn_paper dy_yarn_paper --size 512 --count 16
+  python -m dype.demo.evaluate dy_pi:1:1 dy_pi:1:1:reversed --seed 1 --count 8
+  python -m dype.demo.evaluate --full --drawn --save outputs/truth.json
+"""
 
 
-def sampled(args) -> list[Scene]:
-    """The scenes that the prompts ask for, 64 or as many as wanted."""
+def sample_scenes(args) -> list[Scene]:
+    """Return the scenes of the prompts, at least 64, so that --count does not change the first."""
     rng = np.random.default_rng(args.seed)
     triples = HELD_OUT if args.held_out else TRIPLES
     return [sample_scene(rng, triples) for _ in range(max(64, args.count))]
 
 
-def folder_of(args) -> Path:
-    """Of the images of a seed."""
+def seed_folder(args) -> Path:
+    """Return the folder of the images of --seed."""
     return args.out / f"seed_{args.seed}{'_held_out' * args.held_out}"
 
 
-def passes_of(cell: Cell, steps: int) -> list[dict]:
-    """For `run_passes`. Raises ValueError for a size that progressive passes do not begin below."""
+def resolve_cell_passes(cell: Cell, steps: int) -> list[dict]:
+    """Return the passes of a cell for `run_passes`.
+
+    Raises ValueError for a size at which progressive passes cannot begin smaller.
+    """
     name = "progressive" if cell.setting.control == "progressive" else "single"
     return multipass.resolve_passes(name, *cell.size, steps, (), DEMO.base_resolution)
 
 
-def draw(cell: Cell, i: int, path: Path, caption: str, args) -> None:
-    """Draw an image of the i-th prompt, from noise of seed 10000 `--seed` + i."""
-    pipe, hook = pipeline(args.weights), nullcontext()
+def generate_image(cell: Cell, index: int, path: Path, caption: str, args) -> None:
+    """Generate an image and write it to `path`, with noise of seed 10000 `--seed` + index.
+
+    Args:
+        cell: setting and size.
+        index: number of the prompt, from 0.
+        path: PNG file to write.
+        caption: the prompt.
+        args: parsed flags, with --dtype settled.
+    """
+    pipe, hook = cached_pipeline(args.weights), nullcontext()
     apply_dype(pipe, cell.setting.config)
     if cell.setting.control == "reversed":
-        hook = pipe.transformer.register_forward_pre_hook(reverse, with_kwargs=True)
+        hook = pipe.transformer.register_forward_pre_hook(reverse_time_hook, with_kwargs=True)
     with autocast(pipe.device, args.dtype), hook:
-        picture = multipass.run_passes(
+        image = multipass.run_passes(
             pipe,
             caption,
-            passes_of(cell, args.steps),
+            resolve_cell_passes(cell, args.steps),
             negative_prompt=DEMO.negative_prompt,
             true_cfg=args.true_cfg,
             guidance=DEMO.guidance,
             max_sequence_length=DEMO.max_sequence_length,
-            seed=10_000 * args.seed + i,
+            seed=10_000 * args.seed + index,
         )
     content = io.BytesIO()
-    picture.save(content, "png")
+    image.save(content, "png")
     path.parent.mkdir(parents=True, exist_ok=True)
     records.write_atomically({path: content.getvalue()})
 
 
-def reverse(transformer, args, kwargs) -> None:
-    """A later pre-hook than DyPE's own: the encoding at 1 - sigma."""
+def reverse_time_hook(transformer, args, kwargs) -> None:
+    """Set the encoding to 1 - sigma; a pre-hook that runs after DyPE's."""
     transformer.pos_embed.set_timestep(1 - kwargs["timestep"].flatten()[0])
 
 
 @cache
-def pipeline(weights: Path):
-    """Loaded once in a process."""
+def cached_pipeline(weights: Path):
+    """Load a pipeline, once per process."""
     pipe = load_pipeline(str(weights), dtype=DEMO.dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def start() -> None:
-    """A worker process: one thread; Ctrl-C is the parent's to handle."""
+def init_worker() -> None:
+    """Set one thread for a worker process, and leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
-def draw_all(jobs: list[tuple], processes: int) -> Iterator[None]:
-    """Draw in this process, or in several: small matrices don't keep many threads busy."""
+def generate_images(jobs: list[tuple], processes: int) -> Iterator[None]:
+    """Run `generate_image` for every job; yield after each.
+
+    Several processes are faster than several threads because the matrices are small.
+    """
     if processes == 1:
-        yield from starmap(draw, jobs)
+        yield from starmap(generate_image, jobs)
     elif jobs:
-        with ProcessPoolExecutor(processes, get_context("spawn"), start) as pool:
-            yield from pool.map(draw, *zip(*jobs, strict=True))
+        with ProcessPoolExecutor(processes, get_context("spawn"), init_worker) as pool:
+            yield from pool.map(generate_image, *zip(*jobs, strict=True))
 
 
 def parser() -> Parser:
-    made = Parser(prog="python -m dype.demo.evaluate", description=__doc__)
-    flag = made.add_argument
-    flag("settings", nargs="*", metavar="SETTING", help="instead of the table's")
-    flag("--quick", action="store_true", help="a table in under 5 minutes")
-    flag("--full", action="store_true", help="everything, at sizes up to 6x: half a day")
-    flag("--cutoff", action="store_true", help="as the default, with the cutoffs held against "
-         "their rivals, also at 2:1")  # fmt: skip
-    flag("--drawn", action="store_true", help="score what is there, draw nothing")
-    flag("--size", default="512", metavar="WxH", help="of the settings, width x height in px, or "
-         "one number for both (default: 512)")  # fmt: skip
-    flag("--count", type=int, default=64, metavar="N", help="prompts of each (default: 64)")
-    flag("--seed", type=int, default=0, metavar="N", help="of the prompts (default: 0, to report)")
-    flag("--against", nargs="+", default=[], metavar="SETTING", help="of those drawn: hold every "
-         "other one against these (default: against its own static form and `base`)")  # fmt: skip
-    flag("--held_out", action="store_true", help="only triples never trained on")
-    flag("--steps", type=int, default=DEMO.steps, metavar="N", help=f"(default: {DEMO.steps})")
-    flag("--true_cfg", type=float, default=DEMO.true_cfg, metavar="X", help="(default: "
-         f"{DEMO.true_cfg:g})")  # fmt: skip
-    flag("--dtype", choices=FORMATS, help="autocast to bfloat16 or not (default: "
-         "as what is there, else bfloat16 where the device has it)")  # fmt: skip
+    """Return the parser of the command line."""
+    argument_parser = Parser(
+        prog="python -m dype.demo.evaluate", description=__doc__, epilog=EXAMPLES
+    )
+    flag = argument_parser.add_argument
+    flag("settings", nargs="*", metavar="SETTING", help="settings to compare (default: a table)")
+    flag("--quick", action="store_true", help="small table; under 5 minutes")
+    flag("--full", action="store_true", help="table of all settings, up to 6x; half a day")
+    flag("--cutoff", action="store_true", help="table of all methods, with a comparison of cutoff "
+         "and yarn_paper that includes 2:1 images")  # fmt: skip
+    flag("--drawn", action="store_true", help="scores of existing images; generates none")
+    flag("--size", default="512", metavar="WxH", help="width x height of the SETTINGs' images "
+         "in px, or one number for a square; 64 to 4096, multiples of 16 "
+         "(default: %(default)s)")  # fmt: skip
+    flag("--count", type=int, default=64, metavar="N", help="number of prompts per setting; 1 or "
+         "more (default: %(default)s)")  # fmt: skip
+    flag("--seed", type=int, default=0, metavar="N", help="seed of the prompts; we report 0 and "
+         "select settings on others (default: %(default)s)")  # fmt: skip
+    flag("--against", nargs="+", default=[], metavar="SETTING", help="baselines of the paired "
+         "differences, among the SETTINGs (default: the static form and base)")  # fmt: skip
+    flag("--held_out", action="store_true", help="prompts that training left out")
+    flag("--steps", type=int, default=DEMO.steps, metavar="N", help="sampling steps; 1 or more "
+         "(default: %(default)s)")  # fmt: skip
+    flag("--true_cfg", type=float, default=DEMO.true_cfg, metavar="X", help="classifier-free "
+         "guidance by two denoiser calls (default: %(default)g)")  # fmt: skip
+    flag("--dtype", choices=DTYPES, metavar="DTYPE", help="number format of matrix products; "
+         f"{', '.join(DTYPES)} (default: as in --out, else the faster one)")  # fmt: skip
     flag("--out", type=Path, default=Path("outputs/ground_truth"), metavar="FOLDER",
-         help="of the images (default: outputs/ground_truth)")  # fmt: skip
+         help="folder of the images (default: %(default)s)")  # fmt: skip
     flag("--weights", type=Path, default=Path(DEMO.repo), metavar="FOLDER",
-         help="of another training's pipeline (default: the demo's)")  # fmt: skip
-    flag("--processes", type=int, default=PROCESSES, metavar="N",
-         help=f"that draw at once (default: {PROCESSES}, one per core up to 8)")  # fmt: skip
-    flag("--save", type=Path, metavar="FILE.json", help="the numbers, for dype.figures; also as "
-         "FILE.csv and the paired differences as FILE_pairs.csv")  # fmt: skip
-    flag("--strip", type=Path, metavar="FILE", help="PNG or JPEG of six images per setting")
-    return made
+         help="folder of a trained pipeline (default: the demo's weights)")  # fmt: skip
+    flag("--processes", type=int, default=PROCESSES, metavar="N", help="number of images to "
+         "generate at once; 1 or more (default: one per core, up to 8)")  # fmt: skip
+    flag("--save", type=Path, metavar="FILE.json", help="file of the results, for dype.figures; "
+         "also writes FILE.csv, and FILE_pairs.csv with the paired differences")  # fmt: skip
+    flag("--strip", type=Path, metavar="FILE", help="PNG or JPEG file with six images per setting")
+    return argument_parser
 
 
 def weights_hash(weights: Path) -> str:
-    """The transformer's, to tell one training from another."""
+    """Return a hash of the transformer's weights, to tell one training from another."""
     path = weights / "transformer" / "diffusion_pytorch_model.safetensors"
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def agreed(args) -> dict:
-    """The protocol, what every image of a folder has in common; settles --dtype.
+def check_protocol(args) -> dict:
+    """Return the protocol that all images in --out share, and set --dtype to its value.
 
-    Written to the folder, or held against what is there. Raises ValueError, OSError.
+    Writes the protocol to --out if there is none. Raises ValueError if the one in --out differs,
+    and OSError.
     """
     protocol = {name: getattr(args, name) for name in ("steps", "true_cfg", "dtype")}
     protocol["weights"] = weights_hash(args.weights)
     path = args.out / "protocol.json"
-    before = left_there(path, dict)
-    go_on(args.out, before, protocol)
+    earlier = read_earlier(path, dict)
+    match_protocol(args.out, earlier, protocol)
     args.dtype = protocol["dtype"]
-    if before is None:
+    if earlier is None:
         args.out.mkdir(parents=True, exist_ok=True)
         records.write_atomically({path: json.dumps(protocol).encode()})
     return protocol
 
 
-def left_there(path: Path, parts: Callable):
-    """`parts` of the JSON of an earlier run; None if there was none. Raises ValueError, OSError."""
+def read_earlier(path: Path, convert: Callable):
+    """Return `convert` of the JSON of an earlier run, or None if there is no file.
+
+    Raises ValueError if it is another kind of file, and OSError.
+    """
     try:
-        return parts(json.loads(path.read_bytes())) if path.exists() else None
+        return convert(json.loads(path.read_bytes())) if path.exists() else None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not of this program; move it away") from error
+        raise ValueError(f"{path} is not a file of this program; move it away") from error
 
 
-def go_on(path: Path, before: dict | None, now: dict) -> None:
-    """Settle the dtype of `now`, the protocol; ValueError if what is there had another one."""
-    known = (before or {}).get("dtype")
-    if now["dtype"] is None:
-        now["dtype"] = known if known in FORMATS else fast_dtype(default_device())
-    for name, value in now.items():
-        if before is not None and before.get(name) != value:
+def match_protocol(path: Path, earlier: dict | None, protocol: dict) -> None:
+    """Set the dtype of `protocol` if it is None, and compare it with that of an earlier run.
+
+    Args:
+        path: file or folder of the earlier run, for the sentence.
+        earlier: protocol of the earlier run, or None.
+        protocol: protocol of this run.
+
+    Raises:
+        ValueError: the two differ.
+    """
+    dtype = (earlier or {}).get("dtype")
+    if protocol["dtype"] is None:
+        protocol["dtype"] = dtype if dtype in DTYPES else fast_dtype(default_device())
+    for name, value in protocol.items():
+        if earlier is not None and earlier.get(name) != value:
             raise ValueError(
-                f"{name} is {value!r}, but {path} was drawn with {before.get(name)!r}, "
+                f"{name} is {value!r}, but {path} was generated with {earlier.get(name)!r}, "
                 "expected the same, or another --out"
             )
 
 
-def asked(args) -> list[Cell]:
-    """The cells that the flags ask for. Raises ValueError."""
+def requested_cells(args) -> list[Cell]:
+    """Return the cells that the flags ask for. Raise ValueError for wrong flags."""
     if args.quick + args.full + args.cutoff + bool(args.settings) > 1:
         raise ValueError("--quick, --full, --cutoff and SETTINGS, expected at most one of them")
     for name, least in (("count", 1), ("steps", 1), ("seed", 0), ("processes", 1)):
@@ -214,66 +265,71 @@ def asked(args) -> list[Cell]:
     for side in size:
         check_number("--size", side, 64, 4096, multiple=16)
     if args.settings:
-        cells = [Cell(size, setting(one), args.count) for one in args.settings]
+        cells = [Cell(size, parse_setting(text), args.count) for text in args.settings]
         for cell in cells:
-            passes_of(cell, args.steps)
+            resolve_cell_passes(cell, args.steps)
     else:
-        plans = [name for name in ("quick", "full", "cutoff") if getattr(args, name)]
-        cells = plan(*plans or ["default"])
+        tables = [name for name in ("quick", "full", "cutoff") if getattr(args, name)]
+        cells = plan_cells(*tables or ["default"])
     if args.against and not args.settings:
         raise ValueError("--against, expected SETTINGS with it")
-    for one in args.against:
-        check_choice(
-            "--against", setting(one).name, dict.fromkeys(cell.setting.name for cell in cells)
-        )
-    return there(cells, args) if args.drawn else cells
+    names = dict.fromkeys(cell.setting.name for cell in cells)
+    for text in args.against:
+        check_choice("--against", parse_setting(text).name, names)
+    return existing_cells(cells, args) if args.drawn else cells
 
 
-def there(cells: list[Cell], args) -> list[Cell]:
-    """The cells with as many images as have been drawn. Raises ValueError if there are none."""
-    found, short = [], []
+def existing_cells(cells: list[Cell], args) -> list[Cell]:
+    """Return the cells with the number of their existing images, without those that have none.
+
+    Prints the incomplete ones. Raises ValueError if no image exists.
+    """
+    existing, incomplete = [], []
     for cell in cells:
-        count = len(list(takewhile(Path.exists, paths_of(cell, folder_of(args)))))
+        count = len(list(takewhile(Path.exists, image_paths(cell, seed_folder(args)))))
         if count > 0:
-            found.append(cell._replace(count=count))
+            existing.append(cell._replace(count=count))
         if count < cell.count:
-            short.append(f"{cell.setting.name} {shown_size(cell.size)} px {count}")
-    if short and found:
-        print(f"not all drawn: {', '.join(short)}")
-    if not found:
+            incomplete.append(f"{cell.setting.name} {format_size(cell.size)} px {count}")
+    if incomplete and existing:
+        print(f"incomplete: {', '.join(incomplete)}")
+    if not existing:
         raise ValueError(f"{args.out} has none of these images, expected some with --drawn")
-    return found
+    return existing
 
 
 @raise_user_errors()
 def run(args) -> None:
-    """Draw what is not there, score, print and write. Raises ValueError, OSError."""
-    cells = asked(args)
-    protocol = agreed(args)
+    """Generate missing images, score all, print and write the tables.
+
+    Raises UserError and OSError.
+    """
+    cells = requested_cells(args)
+    protocol = check_protocol(args)
     print(f"dtype {args.dtype}")
-    scenes, folder = sampled(args), folder_of(args)
+    scenes, folder = sample_scenes(args), seed_folder(args)
     jobs = [
-        (cell, i, path, scenes[i].caption, args)
+        (cell, index, path, scenes[index].caption, args)
         for cell in cells
-        for i, path in enumerate(paths_of(cell, folder))
+        for index, path in enumerate(image_paths(cell, folder))
         if not path.exists()
     ]
-    vae, count = pipeline(args.weights).vae, sum(cell.count for cell in cells)
+    vae, count = cached_pipeline(args.weights).vae, sum(cell.count for cell in cells)
     with tqdm(total=count, initial=count - len(jobs), unit="image", disable=args.drawn) as bar:
-        for _ in draw_all(jobs, args.processes):
+        for _ in generate_images(jobs, args.processes):
             bar.update()
-    held = couples(args.settings, args.against, args.cutoff)
-    found = report.table(vae, cells, scenes, folder, held)
-    print(report.printed(found["rows"], report.ROW[:3], signed=False))
-    if found["pairs"]:
+    pairs = requested_pairs(args.settings, args.against, args.cutoff)
+    tables = report.score_cells(vae, cells, scenes, folder, pairs)
+    print(report.to_markdown(tables["rows"], report.ROW_COLUMNS[:3], signed=False))
+    if tables["pairs"]:
         print()
-        print(report.printed(found["pairs"], report.PAIR, signed=True))
+        print(report.to_markdown(tables["pairs"], report.PAIR_COLUMNS, signed=True))
     files = {}
     if args.save:
         protocol |= {"seed": args.seed, "held_out": args.held_out}
-        files = files_to_save(args.save, protocol, found)
+        files = files_to_save(args.save, protocol, tables)
     if args.strip:
-        files[args.strip] = report.strips(cells, folder, args.strip)
+        files[args.strip] = report.draw_image_strips(cells, folder, args.strip)
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
     records.write_atomically(files)
@@ -282,28 +338,36 @@ def run(args) -> None:
 
 
 def files_to_save(path: Path, protocol: dict, tables: dict) -> dict[Path, bytes]:
-    """Format the JSON of --save, and its rows and its pairs as CSV files beside it."""
+    """Return the contents of the files of --save, by path.
+
+    Args:
+        path: JSON file; the two CSV files are beside it.
+        protocol: protocol of the images.
+        tables: tables of `report.score_cells`.
+    """
     return {
-        path: by_rows(json.dumps(protocol), **tables),
-        path.with_suffix(".csv"): report.to_csv(tables["rows"], report.ROW),
-        path.with_name(f"{path.stem}_pairs.csv"): report.to_csv(tables["pairs"], report.PAIR),
+        path: to_json(json.dumps(protocol), **tables),
+        path.with_suffix(".csv"): report.to_csv(tables["rows"], report.ROW_COLUMNS),
+        path.with_name(f"{path.stem}_pairs.csv"): report.to_csv(
+            tables["pairs"], report.PAIR_COLUMNS
+        ),
     }
 
 
-def by_rows(protocol: str, **tables: list[dict]) -> bytes:
-    """JSON with a row to a line; protocol: as JSON already."""
-    parts = [f'"protocol": {protocol}']
+def to_json(protocol: str, **tables: list[dict]) -> bytes:
+    """Return JSON of tables with one row per line; `protocol` is JSON text."""
+    entries = [f'"protocol": {protocol}']
     for name, rows in tables.items():
         lines = ",\n".join(json.dumps(row) for row in rows)
-        parts.append(f'"{name}": [\n{lines}\n]')
-    return ("{" + ",\n".join(parts) + "}\n").encode()
+        entries.append(f'"{name}": [\n{lines}\n]')
+    return ("{" + ",\n".join(entries) + "}\n").encode()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
-    rest = "the same command draws the rest"
+    """Run the command line and return the exit code, as `run_command` has it."""
+    next_step = "the same command generates the rest"
     return run_command(
-        "dype.demo.evaluate", lambda: run(parser().parse_args(argv)), interrupted=rest
+        "dype.demo.evaluate", lambda: run(parser().parse_args(argv)), interrupted=next_step
     )
 
 

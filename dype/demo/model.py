@@ -1,4 +1,4 @@
-"""The demo pipeline's parts, untrained: FLUX's own classes and head layout at toy size."""
+"""Untrained parts of the demo pipeline: FLUX's classes and head layout at toy size."""
 
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -18,9 +18,9 @@ TEXT_WIDTH = 128
 
 
 def tokenizer(start: str | None) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: `start` words <eos>, padded; unknown words are <unk>.
+    """Return a word-level tokenizer: `start` words <eos>, padded; unknown words are <unk>.
 
-    Its words are all that a caption can hold, sorted.
+    Its vocabulary is every word of the captions, sorted.
     """
     lights = {word for light in LIGHTS for word in light.replace(",", " ").split()}
     words = sorted({"a", "on", "leaves", ",", *lights, *COLORS, *SHAPES})
@@ -42,7 +42,10 @@ def tokenizer(start: str | None) -> PreTrainedTokenizerFast:
 
 
 def vae() -> AutoencoderKL:
-    """FLUX's autoencoder class, factor 8. No attention: 1024 px would be out of its range."""
+    """Return an autoencoder of FLUX's class, factor 8, without attention.
+
+    Attention trained at 256 px would meet sequences out of its range at 1024 px.
+    """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -60,7 +63,7 @@ def vae() -> AutoencoderKL:
 
 
 def transformer() -> FluxTransformer2DModel:
-    """FLUX's transformer class with its head layout: 128 dimensions, axes 16 / 56 / 56."""
+    """Return a transformer of FLUX's class and head layout: 128 dimensions, axes 16 / 56 / 56."""
     return FluxTransformer2DModel(
         patch_size=1,
         in_channels=4 * LATENT_CHANNELS,
@@ -76,7 +79,7 @@ def transformer() -> FluxTransformer2DModel:
 
 
 def text_encoders() -> dict:
-    """The keys text_encoder, tokenizer (CLIP) and text_encoder_2, tokenizer_2 (T5)."""
+    """Return text_encoder and tokenizer (CLIP), text_encoder_2 and tokenizer_2 (T5), by name."""
     clip, t5 = tokenizer("<bos>"), tokenizer(None)
     clip_config = CLIPTextConfig(
         vocab_size=len(clip),
@@ -111,7 +114,7 @@ def text_encoders() -> dict:
 
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """FLUX's dynamic shift at the demo's scale: mu 1.15 at 256 px, 3.23 at 512, 11.55 at 1024."""
+    """Return FLUX's scheduler at the demo's scale: mu 1.15, 3.23, 11.55 at 256, 512, 1024 px."""
     return FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         shift=3.0,

@@ -1,4 +1,4 @@
-"""The ground-truth table: how images are scored, and how that is shown."""
+"""Tables and image strips of the ground-truth benchmark."""
 
 import csv
 import io
@@ -11,98 +11,137 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from dype.demo import scores
-from dype.demo.experiments import Cell, Setting, compared, paths_of, shown_size, uses_lambdas
+from dype.demo.experiments import (
+    Cell,
+    Setting,
+    default_pairs,
+    format_size,
+    image_paths,
+    uses_lambdas,
+)
 from dype.demo.scenes import Scene, render
 from dype.sampling import records
 
 # columns before the scores
-ROW = ("size", "setting", "n", "method", "dype", "lambda_s", "lambda_t", "control")
-PAIR = ("size", "setting", "against", "n")
+ROW_COLUMNS = ("size", "setting", "n", "method", "dype", "lambda_s", "lambda_t", "control")
+PAIR_COLUMNS = ("size", "setting", "against", "n")
 
 
-def table(vae, cells: list[Cell], scenes: list[Scene], folder: Path, couples=()) -> dict:
-    """Every cell's scores, the floors among them, and the paired differences.
+def score_cells(vae, cells: list[Cell], scenes: list[Scene], folder: Path, pairs=()) -> dict:
+    """Return the scores of every cell and of the truth as "rows", paired differences as "pairs".
 
-    folder: of the seed's images. couples: names of (a setting, what it is held against), in place
-    of `compared`'s.
+    Args:
+        vae: autoencoder that rendered truth passes through.
+        cells: cells with finished images.
+        scenes: scene of each prompt, at least as many as the largest cell has.
+        folder: folder of the seed.
+        pairs: (setting, baseline) names to compare; empty: `default_pairs` of each size.
     """
-    rows, pairs = [], []
+    rows, differences = [], []
     for size in dict.fromkeys(cell.size for cell in cells):
-        some = {cell.setting.name: cell for cell in cells if cell.size == size}
-        scored = scenes[: max(cell.count for cell in some.values())]
-        drawn, (truth, found) = {}, floors(vae, scored, size)
-        rows += [cell_row(size, name, None, *of) for name, of in found.items()]
-        named = shown_size(size)
-        for name, cell in tqdm(some.items(), f"scores {named}", leave=False):
-            pictures = [opened(path) for path in paths_of(cell, folder)]
-            drawn[name] = scores.judged(pictures, scored[: cell.count])
-            rows.append(cell_row(size, name, cell.setting, drawn[name], truth))
-        known = [couple for couple in couples if some.keys() >= {*couple}]
-        held = tqdm(known if couples else compared(some), f"pairs {named}", leave=False)
-        for name, other in held:
-            n = min(some[name].count, some[other].count)
-            sets = [scores.taken(of, np.arange(n)) for of in (drawn[name], drawn[other], truth)]
-            row = {"size": named, "setting": name, "against": other, "n": n}
-            pairs.append(row | scores.difference(*sets))
-    return {"rows": rows, "pairs": pairs}
+        cells_by_name = {cell.setting.name: cell for cell in cells if cell.size == size}
+        size_scenes = scenes[: max(cell.count for cell in cells_by_name.values())]
+        truth, baselines = truth_baselines(vae, size_scenes, size)
+        rows += [score_row(size, name, None, *sets) for name, sets in baselines.items()]
+        label, statistics = format_size(size), {}
+        for name, cell in tqdm(cells_by_name.items(), f"scores {label}", leave=False):
+            images = [read_image(path) for path in image_paths(cell, folder)]
+            statistics[name] = scores.measure(images, size_scenes[: cell.count])
+            rows.append(score_row(size, name, cell.setting, statistics[name], truth))
+        size_pairs = [pair for pair in pairs if cells_by_name.keys() >= {*pair}]
+        size_pairs = size_pairs if pairs else default_pairs(cells_by_name)
+        for name, baseline in tqdm(size_pairs, f"pairs {label}", leave=False):
+            n = min(cells_by_name[name].count, cells_by_name[baseline].count)
+            sets = statistics[name], statistics[baseline], truth
+            sets = [scores.select(images, np.arange(n)) for images in sets]
+            row = {"size": label, "setting": name, "against": baseline, "n": n}
+            differences.append(row | scores.paired_differences(*sets))
+    return {"rows": rows, "pairs": differences}
 
 
-def floors(vae, scenes: list[Scene], size: tuple[int, int]) -> tuple[scores.Judged, dict]:
-    """What images are held against, rendered truth through the autoencoder; and what truth has.
+def truth_baselines(
+    vae, scenes: list[Scene], size: tuple[int, int]
+) -> tuple[scores.ImageStatistics, dict]:
+    """Return the truth that images are compared with, and the rows that score truth itself.
 
-    `truth` is other leaves on the same scenes against these; `truth_vae` both through the
-    autoencoder: as near as the model could come; `vae` what the autoencoder alone costs.
+    The truth is the rendered scenes after a round trip through the autoencoder. The rows are
+    `truth`: the scenes with other leaves, both without the autoencoder; `truth_vae`: with other
+    leaves, both through it, the best that a model can reach; `vae`: with other leaves through the
+    autoencoder, against truth without it, the cost of the autoencoder.
+
+    Args:
+        vae: autoencoder.
+        scenes: scenes to render.
+        size: (height, width), px.
+
+    Returns:
+        Statistics of the truth; (statistics of a row, statistics it is compared with) by name.
     """
-    judged, decibels, named = {}, [], shown_size(size)
-    for name, more in (("these", 0), ("others", 1)):
-        leaves = [replace(scene, seed=scene.seed + more) for scene in scenes]
-        pictures = [render(one, *size) for one in tqdm(leaves, f"truth {named}", leave=False)]
-        through = [round_trip(vae, one) for one in pictures]
-        judged |= {name: scores.judged(pictures, scenes)}
-        judged |= {f"{name}_vae": scores.judged(through, scenes)}
-        decibels += map(psnr, pictures, through)
-    print(f"{named} px: round trip {np.mean(decibels):.1f} dB, deviation {np.std(decibels):.1f}")
-    return judged["these_vae"], {
-        "truth": (judged["others"], judged["these"]),
-        "truth_vae": (judged["others_vae"], judged["these_vae"]),
-        "vae": (judged["others_vae"], judged["these"]),
+    statistics, decibels, label = {}, [], format_size(size)
+    for name, seed_offset in (("same_leaves", 0), ("other_leaves", 1)):
+        variants = [replace(scene, seed=scene.seed + seed_offset) for scene in scenes]
+        images = [render(scene, *size) for scene in tqdm(variants, f"truth {label}", leave=False)]
+        decoded = [round_trip(vae, image) for image in images]
+        statistics |= {name: scores.measure(images, scenes)}
+        statistics |= {f"{name}_vae": scores.measure(decoded, scenes)}
+        decibels += map(psnr, images, decoded)
+    print(f"{label} px: round trip {np.mean(decibels):.1f} dB, deviation {np.std(decibels):.1f}")
+    return statistics["same_leaves_vae"], {
+        "truth": (statistics["other_leaves"], statistics["same_leaves"]),
+        "truth_vae": (statistics["other_leaves_vae"], statistics["same_leaves_vae"]),
+        "vae": (statistics["other_leaves_vae"], statistics["same_leaves"]),
     }
 
 
-def opened(path: Path) -> np.ndarray:
-    """An image, uint8 [H, W, 3]. Raises OSError, saying what to do."""
+def read_image(path: Path) -> np.ndarray:
+    """Return an image, uint8 [H, W, 3]. Raise OSError that says what to do."""
     try:
         return np.asarray(records.open_image(path))
     except OSError as error:
-        raise OSError(f"{path} cannot be read; delete it to have it drawn again") from error
+        raise OSError(f"{path} cannot be read; delete it to generate it again") from error
 
 
-def cell_row(size, name: str, of: Setting | None, found, truth) -> dict:
-    n = len(found.right)
-    row = {"size": shown_size(size), "setting": name, "n": n, "control": ""}
+def score_row(size: tuple[int, int], name: str, setting: Setting | None, images, truth) -> dict:
+    """Return a row of the table.
+
+    Args:
+        size: (height, width), px.
+        name: name of the setting or of the truth.
+        setting: None for truth.
+        images: `scores.ImageStatistics` of n images.
+        truth: the same of n or more scenes, of which the first n count.
+    """
+    n = len(images.is_right)
+    row = {"size": format_size(size), "setting": name, "n": n, "control": ""}
     row |= dict.fromkeys(("method", "dype", "lambda_s", "lambda_t"))
-    if of is not None:
-        config = of.config
-        row |= {"control": of.control, "method": config.method, "dype": config.dype}
+    if setting is not None:
+        config = setting.config
+        row |= {"control": setting.control, "method": config.method, "dype": config.dype}
         if uses_lambdas(config):
             row |= {"lambda_s": config.lambda_s, "lambda_t": config.dype_exponent}
-    return row | scores.score(found, scores.taken(truth, np.arange(n)))
+    return row | scores.score(images, scores.select(truth, np.arange(n)))
 
 
-def printed(rows: list[dict], columns: tuple[str, ...], signed: bool) -> str:
-    """Rows as a Markdown table."""
+def to_markdown(rows: list[dict], columns: tuple[str, ...], signed: bool) -> str:
+    """Return rows as a Markdown table of these columns and every score.
+
+    Args:
+        rows: rows or pairs of `score_cells`.
+        columns: columns before the scores.
+        signed: write scores with their sign, for differences.
+    """
     heads = [*columns, *scores.SCORES]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
-        parts = [f"`{row[name]}`" if isinstance(row[name], str) else str(row[name])
-                 for name in columns]  # fmt: skip
-        parts += [scores.shown(row[name], signed) for name in scores.SCORES]
-        lines.append(f"| {' | '.join(parts)} |")
+        values = [row[name] for name in columns]
+        texts = [f"`{value}`" if isinstance(value, str) else str(value) for value in values]
+        texts += [scores.format_interval(row[name], signed) for name in scores.SCORES]
+        lines.append(f"| {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
 def to_csv(rows: list[dict], columns: tuple[str, ...]) -> bytes:
-    """Format rows as CSV: the columns, then every score and the ends of its interval.
+    """Return rows as CSV: the columns, then every score and the ends of its interval.
 
     A score `layout` has the columns `layout`, `layout_low` and `layout_high`.
     """
@@ -118,31 +157,40 @@ def to_csv(rows: list[dict], columns: tuple[str, ...]) -> bytes:
 
 
 @torch.no_grad()
-def round_trip(vae, picture: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] through encoder and decoder."""
-    x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
+def round_trip(vae, image: np.ndarray) -> np.ndarray:
+    """Encode and decode an image; both are uint8 [H, W, 3]."""
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
     out = vae(x).sample[0].permute(1, 2, 0)
     return ((out + 1) * 127.5).round().clamp(0, 255).byte().numpy()
 
 
-def psnr(picture: np.ndarray, other: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 images, dB."""
-    return float(10 * np.log10(255**2 / np.mean((picture.astype(float) - other) ** 2)))
+def psnr(image: np.ndarray, reference: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio of two uint8 images, dB."""
+    return float(10 * np.log10(255**2 / np.mean((image.astype(float) - reference) ** 2)))
 
 
-def strips(cells: list[Cell], folder: Path, path: Path) -> bytes:
-    """A labeled row of the first six images per cell, in the format of the path's suffix."""
+def draw_image_strips(cells: list[Cell], folder: Path, path: Path) -> bytes:
+    """Draw a labeled strip of the first six images of each cell.
+
+    Args:
+        cells: cells with finished images.
+        folder: folder of the seed.
+        path: file to write to; its suffix says the format.
+
+    Returns:
+        Content of the file.
+    """
     font, side, bar = ImageFont.load_default(16), 160, 26
     sheet = Image.new("RGB", (6 * side, len(cells) * (side + bar)), "white")
     pen = ImageDraw.Draw(sheet)
     for row, cell in enumerate(cells):
         top = row * (side + bar)
-        pen.text((4, top + 5), f"{cell.setting.name}, {shown_size(cell.size)} px", "black", font)
-        for column, place in enumerate(paths_of(cell, folder)[:6]):
-            picture = Image.fromarray(opened(place))
-            small = picture.resize((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(small, (column * side, top + bar))
+        pen.text((4, top + 5), f"{cell.setting.name}, {format_size(cell.size)} px", "black", font)
+        for column, image_path in enumerate(image_paths(cell, folder)[:6]):
+            image = Image.fromarray(read_image(image_path))
+            thumbnail = image.resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(thumbnail, (column * side, top + bar))
     content = io.BytesIO()
-    kind = Image.registered_extensions()[path.suffix.lower()]
-    sheet.save(content, kind, optimize=True, quality=80)
+    file_format = Image.registered_extensions()[path.suffix.lower()]
+    sheet.save(content, file_format, optimize=True, quality=80)
     return content.getvalue()

@@ -1,10 +1,10 @@
 """Procedural scenes in resolution-free coordinates: the training data and the ground truth.
 
-One large object of one color stands on a ground of another. Both are covered with dead leaves,
-overlapping disks whose radii follow an r^-3 law, so that the texture has no scale of its own, as
-natural images have none (Lee, Mumford and Huang 2001). A larger rendering of the same scene shows
-the same leaves, with finer ones on top: the smallest radius is `FINEST` pixels at every size, and
-every octave of radii covers the coarser ones alike, so that one pixel looks like any other's.
+One large object of one color stands on a ground of another color. Dead leaves cover both:
+overlapping disks whose radii follow an r^-3 law, so that the texture has no scale, like natural
+images (Lee, Mumford and Huang 2001). A larger rendering of a scene shows the same leaves and finer
+ones on top. The smallest radius is `FINEST` pixels at every size, and every octave of radii covers
+the same area, so that all sizes have the same statistics per pixel.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ LIGHTS = {"": None, ", lit from above": 1.0, ", lit from below": -1.0}
 FINEST = 4.0  # smallest leaf radius, pixels
 LARGEST = 1 / 8  # largest leaf radius, in units of the image's side
 COVERAGE = 0.7  # summed leaf area per octave of radius, in units of the image's area
-CONTRAST = 0.28  # leaves are up to this much lighter or darker than their color (log units)
-TINT = 12  # and up to this far from it in each channel (8-bit units)
+CONTRAST = 0.28  # largest difference of a leaf's brightness from its color (log units)
+TINT = 12  # largest further difference in each channel (8-bit units)
 GRADIENT = 0.2  # relative change of brightness from the middle to the lit edge
 SUPERSAMPLING = 2
 
@@ -40,7 +40,7 @@ HELD_OUT = tuple(
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows; lengths in units of its side, origin at the top left."""
+    """Content of an image; lengths in units of its side, origin at the top left."""
 
     shape: str
     color: str
@@ -54,6 +54,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
+        """Return the prompt of the scene."""
         return f"a {self.color} {self.shape} on {self.ground} leaves{self.light}"
 
 
@@ -68,7 +69,7 @@ def sample_scene(rng: np.random.Generator, triples=TRIPLES) -> Scene:
 
 
 def outline(scene: Scene, size: int) -> Image.Image:
-    """The object's mask, [size, size] in 8-bit gray, not antialiased."""
+    """Return the object's mask, [size, size] in 8-bit gray, not antialiased."""
     mask = Image.new("L", (size, size))
     draw = ImageDraw.Draw(mask)
     x, y, r = scene.x * size, scene.y * size, scene.radius * size
@@ -91,12 +92,12 @@ def outline(scene: Scene, size: int) -> Image.Image:
 
 
 def leaves(seed: int, finest: float) -> list[tuple[float, float, float, float, np.ndarray]]:
-    """Leaves of radius `finest` and above, deepest first, as (depth, x, y, radius, jitter).
+    """Return leaves of radius `finest` and above, deepest first: (depth, x, y, radius, jitter).
 
-    Each octave of radii has a random stream of its own and lies on the coarser ones, so that a
+    Each octave of radii has a separate random stream and lies on the coarser octaves, so that a
     smaller `finest` only adds leaves. `jitter` is log brightness and three tints, in [-1, 1].
     """
-    found = []
+    rows = []
     for octave in range(int(np.ceil(np.log2(LARGEST / finest)))):
         rng = np.random.default_rng([seed, octave])
         largest = LARGEST / 2**octave
@@ -107,36 +108,47 @@ def leaves(seed: int, finest: float) -> list[tuple[float, float, float, float, n
         xy = rng.uniform(-LARGEST, 1 + LARGEST, (count, 2))
         depth, jitter = octave + rng.random(count), rng.uniform(-1, 1, (count, 4))
         keep = r >= finest
-        found += zip(depth[keep], *xy[keep].T, r[keep], jitter[keep], strict=True)
-    return sorted(found, key=lambda leaf: leaf[0])
+        rows += zip(depth[keep], *xy[keep].T, r[keep], jitter[keep], strict=True)
+    return sorted(rows, key=lambda leaf: leaf[0])
 
 
 def texture(color: str, seed: int, size: int, finest: float) -> Image.Image:
-    """Dead leaves around one color, [size, size] RGB, not antialiased."""
+    """Draw dead leaves around one color, [size, size] RGB, not antialiased.
+
+    Args:
+        color: a key of COLORS.
+        seed: seed of the leaves.
+        size: side, px.
+        finest: smallest radius, in units of the side.
+    """
     base = np.array(COLORS[color], float)
-    picture = Image.new("RGB", (size, size), tuple(COLORS[color]))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (size, size), tuple(COLORS[color]))
+    draw = ImageDraw.Draw(image)
     for _, x, y, r, jitter in leaves(seed, finest):
         rgb = base * np.exp(CONTRAST * jitter[0]) + TINT * jitter[1:]
         box = ((x - r) * size, (y - r) * size, (x + r) * size, (y + r) * size)
         draw.ellipse(box, fill=tuple(int(c) for c in rgb.clip(0, 255)))
-    return picture
+    return image
 
 
 def render(scene: Scene, height: int, width: int | None = None) -> np.ndarray:
-    """The scene as an image, uint8 [height, width, 3]; width: `height`, if not given.
+    """Render a scene, uint8 [height, width, 3].
 
-    In an image that is not square the object is stretched with it, as encodings with a scale for
-    each axis do (one that kept its shape would be another truth, not judged here), and the leaves
-    are those of the longer side, cut off.
+    An image that is not square shows a stretched object, as encodings with a scale per axis
+    generate it. Its leaves are those of a square of the longer side, cropped.
+
+    Args:
+        scene: content.
+        height: px.
+        width: px; None: `height`.
     """
     width = height if width is None else width
     fine, finest = max(height, width) * SUPERSAMPLING, FINEST / max(height, width)
-    shown = width * SUPERSAMPLING, height * SUPERSAMPLING
-    picture = texture(scene.ground, 2 * scene.seed, fine, finest).crop((0, 0, *shown))
-    inside = texture(scene.color, 2 * scene.seed + 1, fine, finest).crop((0, 0, *shown))
-    picture.paste(inside, mask=outline(scene, fine).resize(shown, Image.Resampling.NEAREST))
-    pixels = np.asarray(picture.reduce(SUPERSAMPLING), np.float32)
+    fine_size = width * SUPERSAMPLING, height * SUPERSAMPLING
+    image = texture(scene.ground, 2 * scene.seed, fine, finest).crop((0, 0, *fine_size))
+    inside = texture(scene.color, 2 * scene.seed + 1, fine, finest).crop((0, 0, *fine_size))
+    image.paste(inside, mask=outline(scene, fine).resize(fine_size, Image.Resampling.NEAREST))
+    pixels = np.asarray(image.reduce(SUPERSAMPLING), np.float32)
     depth = (np.arange(height, dtype=np.float32) + 0.5) / height  # 0 at the top
     light = 1 + GRADIENT * scene.strength * (1 - 2 * depth)
     return (pixels * light[:, None, None]).clip(0, 255).astype(np.uint8)

@@ -1,9 +1,9 @@
-"""What happens along the demo's sampling trajectories: `python -m dype.demo.trajectories`.
+"""Measure the demo model while it samples: `python -m dype.demo.trajectories`.
 
-Draws a few seeded prompts and writes down, at every step, the radial power spectrum of the latents
-x_t (at the base resolution) and the entropy of attention (there, and at larger sizes under `base`
-and static and dynamic `yarn_paper`), for `python -m dype.figures fig2a`, `fig2b` and `fig18`.
-Every image is saved when it is done, so that an interrupted run goes on where it was.
+The command generates images of a few seeded prompts. At every step it measures the entropy of
+attention and, at the base resolution, the radial power spectrum of the latents x_t. Larger sizes
+are measured under base, yarn_paper and dy_yarn_paper. `python -m dype.figures` draws the results as
+fig2a, fig2b, fig18 and eq11. Every finished image is saved, so that a stopped run continues.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from dype.config import check_number
-from dype.demo.evaluate import by_rows, go_on, left_there, weights_hash
-from dype.demo.experiments import SCALING, setting
+from dype.demo.evaluate import DTYPES, match_protocol, read_earlier, to_json, weights_hash
+from dype.demo.experiments import SCALING_SETTINGS, parse_setting
 from dype.demo.scenes import sample_scene
 from dype.errors import Parser, UserError, raise_user_errors, run_command
 from dype.patch import apply_dype
@@ -32,47 +32,63 @@ from dype.sampling import records
 from dype.sampling.latents import power_spectrum
 
 DEMO = MODELS["demo"]
-SETTINGS = {parsed.name: parsed.config for parsed in map(setting, SCALING)}
-COUNTS = {256: 16, 512: 4, 1024: 2}  # px -> prompts
-QUERIES = 512  # per head, drawn at random where there are more
+CONFIGS = {setting.name: setting.config for setting in map(parse_setting, SCALING_SETTINGS)}
+COUNTS = {256: 16, 512: 4, 1024: 2}  # px -> number of prompts
+QUERIES = 512  # per head, at most; a random subset where there are more
+EXAMPLES = """examples:
+  python -m dype.demo.trajectories --out outputs/trajectories.json
+  python -m dype.demo.trajectories --sizes 256 --counts 16 --true_cfg 1 --out outputs/cfg1.json
+  python -m dype.figures fig18 --trajectories outputs/trajectories.json
+"""
 
 
 def normalized_entropy(query: torch.Tensor, key: torch.Tensor) -> float:
-    """-sum p ln p / ln S of p = softmax(q k / sqrt(d)), the mean over batch, heads and queries.
+    """Return -sum p ln p / ln S of p = softmax(q k / sqrt(d)), the mean over all queries.
 
-    [B, heads, S, d] each; 1 is uniform attention over the S keys, 0 attention to one of them.
+    1 is uniform attention over the S keys, 0 attention to one of them.
+
+    Args:
+        query: [B, heads, S, d].
+        key: [B, heads, S, d].
     """
     if query.shape[-2] > QUERIES:
-        chosen = torch.randperm(query.shape[-2], generator=torch.Generator().manual_seed(0))
-        query = query[..., chosen[:QUERIES].to(query.device), :]
+        index = torch.randperm(query.shape[-2], generator=torch.Generator().manual_seed(0))
+        query = query[..., index[:QUERIES].to(query.device), :]
     with torch.autocast(query.device.type, enabled=False):
         logits = query.float() @ key.float().transpose(-1, -2) / query.shape[-1] ** 0.5
         entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
     return float(entropy.mean() / np.log(key.shape[-2]))
 
 
-class Watch(TorchFunctionMode):
-    """Notes x_t and the attention entropies at every step of a pipeline, from its first denoiser
-    call there (true CFG makes two: the prompt's, then the negative one's).
+class TrajectoryRecorder(TorchFunctionMode):
+    """Record x_t and the attention entropies at every step of a pipeline.
 
-    Sees queries and keys as attention gets them: normalized, rotated, times m. After the last call
-    nothing else may attend: the pipeline is to return latents.
+    Of the denoiser calls at one sigma it records the first, which has the positive prompt under
+    true CFG. It sees queries and keys as attention gets them: normalized, rotated, times m. Nothing
+    may call attention after the last denoiser call, so the pipeline has to return latents.
+
+    Attributes:
+        states: x_t by sigma.
+        entropies: by sigma, one value per attention layer.
+        current_entropies: the list of the current denoiser call, or None if it is not recorded.
     """
 
     def __init__(self, transformer):
         super().__init__()
-        self.states, self.entropies, self.open = {}, {}, None
-        self.hook = transformer.register_forward_pre_hook(self.enter, with_kwargs=True)
+        self.states, self.entropies, self.current_entropies = {}, {}, None
+        self.hook = transformer.register_forward_pre_hook(self.on_call, with_kwargs=True)
 
-    def enter(self, module, args, kwargs):
+    def on_call(self, module, args, kwargs):
+        """Record x_t if its sigma is new; a pre-hook of the transformer."""
         sigma = float(kwargs["timestep"][0])
-        self.open = None if sigma in self.states else self.entropies.setdefault(sigma, [])
+        is_new = sigma not in self.states
+        self.current_entropies = self.entropies.setdefault(sigma, []) if is_new else None
         self.states.setdefault(sigma, kwargs["hidden_states"].detach().float())
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention and self.open is not None:
-            found = dict(zip(("query", "key"), args, strict=False)) | (kwargs or {})
-            self.open.append(normalized_entropy(found["query"], found["key"]))
+        if function is F.scaled_dot_product_attention and self.current_entropies is not None:
+            inputs = dict(zip(("query", "key"), args, strict=False)) | (kwargs or {})
+            self.current_entropies.append(normalized_entropy(inputs["query"], inputs["key"]))
         return function(*args, **(kwargs or {}))
 
     def __exit__(self, *error):
@@ -80,10 +96,22 @@ class Watch(TorchFunctionMode):
         return super().__exit__(*error)
 
 
-def trajectory(pipe, caption: str, seed: int, size: int, protocol: dict) -> dict:
-    """One image: sigmas [steps + 1] down to 0, spectra of x_t there, and entropy [steps]."""
-    with Watch(pipe.transformer) as seen, autocast(pipe.device, protocol["dtype"]):
-        last = pipe(
+def measure_trajectory(pipe, caption: str, seed: int, size: int, protocol: dict) -> dict:
+    """Generate an image and return the measurements.
+
+    Args:
+        pipe: demo pipeline with DyPE applied.
+        caption: the prompt.
+        seed: seed of the noise.
+        size: side of the square image, px.
+        protocol: steps, true_cfg and dtype.
+
+    Returns:
+        sigmas [steps + 1] down to 0 and entropy [steps]; at the base resolution also the spectra of
+        x_t [steps + 1, rings].
+    """
+    with TrajectoryRecorder(pipe.transformer) as recorder, autocast(pipe.device, protocol["dtype"]):
+        latents = pipe(
             caption,
             negative_prompt=DEMO.negative_prompt,
             true_cfg_scale=protocol["true_cfg"],
@@ -95,58 +123,73 @@ def trajectory(pipe, caption: str, seed: int, size: int, protocol: dict) -> dict
             generator=torch.Generator().manual_seed(seed),
             output_type="latent",
         ).images
-    sigmas = pipe.scheduler.sigmas.tolist()  # what the transformer was given is rounded to bfloat16
-    assert len(seen.states) == len(sigmas) - 1
-    found = {"sigmas": [round(sigma, 6) for sigma in sigmas]}
-    found["entropy"] = [round(float(np.mean(values)), 6) for values in seen.entropies.values()]
+    # The recorder's sigmas are not exact, because the transformer gets them in bfloat16.
+    sigmas = pipe.scheduler.sigmas.tolist()
+    assert len(recorder.states) == len(sigmas) - 1
+    result = {"sigmas": [round(sigma, 6) for sigma in sigmas]}
+    result["entropy"] = [round(float(np.mean(row)), 6) for row in recorder.entropies.values()]
     if size == DEMO.base_resolution:
-        states = [*seen.states.values(), last.float()]
-        pixels = [pipe._unpack_latents(x, size, size, pipe.vae_scale_factor)[0] for x in states]
-        rows = [power_spectrum(x).mean(0) for x in pixels]
-        found["spectra"] = [[float(f"{s:.5g}") for s in row] for row in rows]
-    return found
+        states = [*recorder.states.values(), latents.float()]
+        states = [pipe._unpack_latents(x, size, size, pipe.vae_scale_factor)[0] for x in states]
+        spectra = [power_spectrum(x).mean(0) for x in states]
+        result["spectra"] = [[float(f"{s:.5g}") for s in spectrum] for spectrum in spectra]
+    return result
 
 
-def plan(counts: dict[int, int], seed: int) -> list[dict]:
-    """What is drawn, the small sizes first: size, setting, prompt and seed of each image."""
+def plan_images(counts: dict[int, int], seed: int) -> list[dict]:
+    """Return size, setting, prompt and seed of each image, small sizes first.
+
+    Args:
+        counts: px -> number of prompts.
+        seed: seed of the prompts.
+    """
     rng = np.random.default_rng(seed)
     captions = [sample_scene(rng).caption for _ in range(max(counts.values()))]
-    found = []
+    images = []
     for size, count in sorted(counts.items()):
-        names = ["base"] if size == DEMO.base_resolution else SETTINGS
+        names = ["base"] if size == DEMO.base_resolution else CONFIGS
         for i, name in product(range(count), names):
-            found.append({"size": size, "setting": name, "prompt": captions[i], "seed": i})
-    return found
+            images.append({"size": size, "setting": name, "prompt": captions[i], "seed": i})
+    return images
 
 
 def parser() -> Parser:
-    made = Parser(
-        prog="python -m dype.demo.trajectories",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    """Return the parser of the command line."""
+    argument_parser = Parser(
+        prog="python -m dype.demo.trajectories", description=__doc__, epilog=EXAMPLES
     )
-    made.add_argument("--out", type=Path, default=Path("docs/data/trajectories.json"))
-    made.add_argument("--sizes", nargs="+", type=int, default=[*COUNTS], help="px")
-    made.add_argument("--counts", nargs="+", type=int, default=[*COUNTS.values()], help="prompts")
-    made.add_argument("--seed", type=int, default=0, help="of the prompts")
-    made.add_argument("--steps", type=int, default=DEMO.steps)
-    made.add_argument("--true_cfg", type=float, default=DEMO.true_cfg)
-    made.add_argument("--dtype", choices=("bfloat16", "float32"), help="None: as what is there, "
-                      "else bfloat16 where the device has it")  # fmt: skip
-    return made
+    flag = argument_parser.add_argument
+    flag("--out", type=Path, default=Path("docs/data/trajectories.json"), metavar="FILE",
+         help="JSON file of the measurements; continues it if it exists "
+         "(default: %(default)s)")  # fmt: skip
+    flag("--sizes", nargs="+", type=int, default=[*COUNTS], metavar="PX", help="sides of square "
+         "images; 64 to 4096, multiples of 16 "
+         f"(default: {' '.join(map(str, COUNTS))})")  # fmt: skip
+    flag("--counts", nargs="+", type=int, default=[*COUNTS.values()], metavar="N", help="number "
+         "of prompts for each of --sizes; 1 to 1000 "
+         f"(default: {' '.join(map(str, COUNTS.values()))})")  # fmt: skip
+    flag("--seed", type=int, default=0, metavar="N", help="seed of the prompts; image i has noise "
+         "of seed i (default: %(default)s)")  # fmt: skip
+    flag("--steps", type=int, default=DEMO.steps, metavar="N", help="sampling steps; 1 to 1000 "
+         "(default: %(default)s)")  # fmt: skip
+    flag("--true_cfg", type=float, default=DEMO.true_cfg, metavar="X", help="classifier-free "
+         "guidance by two denoiser calls; 1 is off (default: %(default)g)")  # fmt: skip
+    flag("--dtype", choices=DTYPES, metavar="DTYPE", help="number format of matrix products; "
+         f"{', '.join(DTYPES)} (default: as in --out, else the faster one)")  # fmt: skip
+    return argument_parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
-    rest = "run it again for the rest"
+    """Run the command line and return the exit code, as `run_command` has it."""
+    next_step = "the same command generates the rest"
     return run_command(
-        "dype.demo.trajectories", lambda: run(parser().parse_args(argv)), interrupted=rest
+        "dype.demo.trajectories", lambda: run(parser().parse_args(argv)), interrupted=next_step
     )
 
 
 @raise_user_errors()
 def run(args: argparse.Namespace) -> None:
-    """Draw what is not there yet. Raises UserError, ValueError, OSError."""
+    """Generate and measure the missing images. Raises UserError and OSError."""
     if len(args.sizes) != len(args.counts):
         raise UserError(f"--counts has {len(args.counts)} numbers, expected {len(args.sizes)}")
     check_number("--steps", args.steps, 1, 1000, integer=True)
@@ -156,26 +199,25 @@ def run(args: argparse.Namespace) -> None:
     protocol = {"model": "demo", "steps": args.steps, "true_cfg": args.true_cfg, "shift": "cap"}
     protocol |= {"dtype": args.dtype, "prompts_seed": args.seed, "queries": QUERIES}
     protocol["weights"] = weights_hash(Path(DEMO.repo))
-    earlier = left_there(args.out, lambda saved: (dict(saved["protocol"]), list(saved["pictures"])))
-    known, pictures = earlier or (None, [])
-    go_on(args.out, known, protocol)
-    wanted = plan(dict(zip(args.sizes, args.counts, strict=True)), args.seed)
-    rest = [one for one in wanted if not any(one.items() <= row.items() for row in pictures)]
-    there = f"trajectories {len(wanted)}, there already {len(wanted) - len(rest)}"
-    print(f"{args.out}: {there}; dtype {protocol['dtype']}")
-    if not rest:
+    earlier = read_earlier(args.out, lambda file: (dict(file["protocol"]), list(file["pictures"])))
+    earlier_protocol, rows = earlier or (None, [])
+    match_protocol(args.out, earlier_protocol, protocol)
+    images = plan_images(dict(zip(args.sizes, args.counts, strict=True)), args.seed)
+    missing = [image for image in images if not any(image.items() <= row.items() for row in rows)]
+    counts = f"trajectories {len(images)}, finished {len(images) - len(missing)}"
+    print(f"{args.out}: {counts}; dtype {protocol['dtype']}")
+    if not missing:
         return
     protocol |= {"torch": torch.__version__, "device": platform.machine()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline("demo")
     pipe.set_progress_bar_config(disable=True)
-    for one in tqdm(rest):
-        apply_dype(pipe, SETTINGS[one["setting"]])
-        found = trajectory(pipe, one["prompt"], one["seed"], one["size"], protocol)
-        pictures.append(one | found)
-        records.write_atomically(
-            {args.out: by_rows(json.dumps(protocol, indent=1), pictures=pictures)}
-        )
+    for image in tqdm(missing):
+        apply_dype(pipe, CONFIGS[image["setting"]])
+        result = measure_trajectory(pipe, image["prompt"], image["seed"], image["size"], protocol)
+        rows.append(image | result)
+        content = to_json(json.dumps(protocol, indent=1), pictures=rows)
+        records.write_atomically({args.out: content})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""The paper's figures, and three that it lacks: `python -m dype.figures NAME [--out FILE]`.
+"""Draw a figure: `python -m dype.figures NAME`. It generates no image.
 
-Nothing is drawn with a model here. fig6, fig7 and ratios follow from the formulas; fig2a, fig2b,
-fig5, fig18, eq11 and frontier read numbers saved in docs/data, and the others the images of a
-finished sweep: `python -m dype.figures fig3 outputs/sweep`. Needs the packages of
-requirements-dev.txt.
+fig6, fig7 and ratios follow from formulas.
+fig2a, fig2b, fig18 and eq11 show measurements of dype.demo.trajectories in docs/data.
+fig5 and frontier show results of dype.demo.evaluate in docs/data.
+The other figures show images of a sweep, with enlarged crops. They need its FOLDER.
+fig1 to fig18 are figures of the paper; eq11, frontier and ratios are not.
+The packages of requirements-dev.txt are needed.
 """
 
 import argparse
@@ -34,55 +36,68 @@ FIGURES = {
 }
 
 
+EXAMPLES = """examples:
+  python -m dype.figures fig2b
+  python -m dype.figures fig5 --settings base pi dy_pi:1:1 --score layout
+  python -m dype.figures fig3 outputs/sweep --where seed=1 --crops 0.1,0.1,0.2 0.7,0.7,0.2
+  python -m dype.figures fig1 outputs/sweep --methods base,pi,dy_pi --out outputs/pi.jpg
+"""
+FLAG_NAMES = {"folder": "FOLDER", "filters": "--where"}  # argument -> flag, where they differ
+
+
 def parser() -> Parser:
-    made = Parser(
-        prog="python -m dype.figures",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    flag = made.add_argument
-    flag("name", metavar="NAME", choices=FIGURES, help=", ".join(FIGURES))
-    flag("folder", metavar="FOLDER", nargs="?", type=Path, help="of a finished sweep")
-    file = {"metavar": "FILE", "type": Path}
-    flag("--out", **file, help="(default: outputs/figures/NAME.png)")
-    flag("--trajectories", **file, help=f"(default: {saved_numbers.TRAJECTORIES})")
-    flag("--unguided", **file, help=f"(default: {saved_numbers.UNGUIDED})")
-    flag("--ground_truth", **file, help=f"(default: {saved_numbers.GROUND_TRUTH})")
-    flag("--score", metavar="WORD", help=f"{', '.join(saved_numbers.SCORES)} (default: joint)")
-    standard = " ".join(saved_numbers.FORMS)
-    flag("--settings", metavar="NAME", nargs="+", help=f"(default: {standard})")
-    usual = f"(default: {image_rows.MIDDLE}; fig16 none)"
-    shares = f"shares of width, height and the shorter side {usual}"
-    flag("--crops", metavar="X,Y,SIZE", nargs="*", help=shares)
-    flag("--methods", metavar="NAME,...", nargs="+", help="side by side (default: the paper's)")
-    columns = "of results.csv, as seed=1 (default: the largest size and the first seed)"
-    flag("--where", metavar="COLUMN=VALUE", nargs="+", help=columns)
-    return made
+    """Return the parser of the command line."""
+    argument_parser = Parser(prog="python -m dype.figures", description=__doc__, epilog=EXAMPLES)
+    flag = argument_parser.add_argument
+    flag("name", metavar="NAME", choices=FIGURES, help=f"name of the figure; {', '.join(FIGURES)}")
+    flag("folder", metavar="FOLDER", nargs="?", type=Path, help="folder of a finished sweep")
+    flag("--out", metavar="FILE", type=Path, help="file of the figure; in "
+         f"{', '.join(style.FORMATS)} (default: outputs/figures/NAME.png)")  # fmt: skip
+    flag("--trajectories", metavar="FILE", type=Path, help="measurements for fig2a, fig2b, fig18 "
+         f"and eq11 (default: {saved_numbers.TRAJECTORIES})")  # fmt: skip
+    flag("--unguided", metavar="FILE", type=Path, help="measurements with true CFG 1 for eq11 "
+         f"(default: {saved_numbers.UNGUIDED})")  # fmt: skip
+    flag("--ground_truth", metavar="FILE", type=Path, help="results for fig5 and frontier "
+         f"(default: fig5 {saved_numbers.GROUND_TRUTH}, frontier "
+         f"{saved_numbers.CUTOFF})")  # fmt: skip
+    flag("--score", metavar="NAME", help="score on the y axis; fig5: "
+         f"{', '.join(saved_numbers.SCORES)}; frontier: spectrum, patches (default: fig5 joint, "
+         "frontier spectrum)")  # fmt: skip
+    flag("--settings", metavar="NAME", nargs="+", help="settings of fig5; names in its results "
+         f"(default: {' '.join(saved_numbers.SETTING_COLORS)})")  # fmt: skip
+    flag("--crops", metavar="X,Y,SIZE", nargs="*", help="squares to enlarge; left, top and side "
+         "in shares of the width, the height and the shorter side (default: "
+         f"{image_rows.MIDDLE}; fig16 none; fig17 three)")  # fmt: skip
+    flag("--methods", metavar="NAME,...", nargs="+", help="methods from left to right; as in "
+         "results.csv (default: the paper's)")  # fmt: skip
+    flag("--where", dest="filters", metavar="COLUMN=VALUE", nargs="+", help="images to show; by "
+         "columns of results.csv (default: the largest size and the first seed)")  # fmt: skip
+    return argument_parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
+    """Run the command line and return the exit code, as `run_command` has it."""
     return run_command("dype.figures", lambda: run(parser().parse_args(argv)))
 
 
 @raise_user_errors()
 def run(args: argparse.Namespace) -> None:
-    """Draw and save. Raises UserError, also for flags that the figure has no use for; OSError."""
+    """Draw and save a figure. Raises UserError, also for flags of other figures, and OSError."""
     out = args.out or Path("outputs/figures") / f"{args.name}.png"
     if out.suffix.lower() not in style.FORMATS:
         raise UserError(f"--out is {out}, expected a name in {', '.join(style.FORMATS)}")
     function = FIGURES[args.name]
-    known = inspect.signature(function).parameters
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    for name in given.keys() - known.keys() - {"name", "out"}:
+    accepted = inspect.signature(function).parameters
+    explicit = {name: value for name, value in vars(args).items() if value is not None}
+    for name in explicit.keys() - accepted.keys() - {"name", "out"}:
         users = [n for n, f in FIGURES.items() if name in inspect.signature(f).parameters]
-        flag = "FOLDER" if name == "folder" else f"--{name}"
+        flag = FLAG_NAMES.get(name, f"--{name}")
         raise UserError(f"{flag} is for {', '.join(users)}, expected none with {args.name}")
-    if "folder" in known and "folder" not in given:
+    if "folder" in accepted and "folder" not in explicit:
         raise UserError(f"{args.name} shows images, expected the FOLDER of a finished sweep")
     with matplotlib.rc_context(style.STYLE):
-        made = function(**{name: given[name] for name in given.keys() & known.keys()})
-        style.save(made, out, palette="folder" not in known)
+        figure = function(**{name: explicit[name] for name in explicit.keys() & accepted.keys()})
+        style.save(figure, out, palette="folder" not in accepted)
     print(out)
 
 

@@ -1,4 +1,4 @@
-"""Rows of images with enlarged crops, from a finished sweep's folder."""
+"""Figures of images in rows, with enlarged crops, from the folder of a finished sweep."""
 
 import textwrap
 from functools import partial
@@ -15,12 +15,13 @@ from dype.sampling import records
 from dype.sweep.results import COLUMNS, read_rows
 
 MIDDLE = "0.4,0.4,0.2"
-CORNERS = ("method", "prompt", "file", "seconds", "peak_memory", "error")  # no filters
-FILTERS = [name for name in COLUMNS if name not in CORNERS]  # of --where
-FRAMES = (style.ORANGE, style.SKY, style.VERMILLION, style.GREEN)
+NOT_FILTERABLE = ("method", "prompt", "file", "seconds", "peak_memory", "error")
+FILTERABLE = [name for name in COLUMNS if name not in NOT_FILTERABLE]  # columns of --where
+FRAME_COLORS = (style.ORANGE, style.SKY, style.VERMILLION, style.GREEN)
 GAP, LINE = 0.04, 0.14  # inches
-PIXELS = 1000  # of a whole image's longer side, at most
-PAPER_FIGURES = {  # the methods side by side, as in results.csv; prompts one above the other; crops
+MAX_PIXELS = 1000  # of a whole image's longer side
+# figure -> methods from left to right, as in results.csv; number of prompts; crops
+PAPER_FIGURES = {
     "fig1": ("base,yarn,dy_yarn", 1, [MIDDLE]),
     "fig3": ("yarn,dy_yarn", 2, [MIDDLE]),
     "fig4": ("ntk,dy_ntk,yarn,dy_yarn", 2, [MIDDLE]),
@@ -33,8 +34,12 @@ PAPER_FIGURES = {  # the methods side by side, as in results.csv; prompts one ab
 
 
 def crop_box(text: str, size: tuple[int, int]) -> tuple[int, int, int]:
-    """X,Y,SIZE in shares of width, height and shorter side: the top left corner and the side of a
-    square, px. Raises ValueError."""
+    """Return left, top and side of a square crop, px. Raise ValueError if it is not in the image.
+
+    Args:
+        text: X,Y,SIZE in shares of the width, the height and the shorter side.
+        size: (width, height) of the image, px.
+    """
     width, height = size
     try:
         x, y, side = map(float, text.split(","))
@@ -48,120 +53,186 @@ def crop_box(text: str, size: tuple[int, int]) -> tuple[int, int, int]:
     return x, y, side
 
 
-def filter_rows(rows: list[dict], where: list[str]) -> list[dict]:
-    """The rows with these values; an empty one, as lambda_t of a static method, is with any."""
-    for text in where:
+def filter_rows(rows: list[dict], filters: list[str]) -> list[dict]:
+    """Return the rows of the filters, of the largest size and of the first seed among them.
+
+    An empty value, as the lambda_t of a static method, matches any filter.
+
+    Args:
+        rows: rows of results.csv.
+        filters: COLUMN=VALUE texts of --where.
+
+    Raises:
+        ValueError: a filter has an unknown column or value.
+    """
+    for text in filters:
         name, _, value = text.partition("=")
-        if name not in FILTERS or not value:
-            raise ValueError(f"--where is {text!r}, expected {', '.join(FILTERS)}, as seed=1")
-        there = list(dict.fromkeys(one[name] for one in rows if one[name]))
-        if value not in there:
-            raise ValueError(f"--where is {text!r}, expected one of {', '.join(there) or 'none'}")
-        rows = [one for one in rows if one[name] in ("", value)]
-    largest = max(int(one["height"]) * int(one["width"]) for one in rows)
-    rows = [one for one in rows if int(one["height"]) * int(one["width"]) == largest]
-    return [one for one in rows if one["seed"] == rows[0]["seed"]]
+        if name not in FILTERABLE or not value:
+            raise ValueError(f"--where is {text!r}, expected {', '.join(FILTERABLE)}, as seed=1")
+        values = list(dict.fromkeys(row[name] for row in rows if row[name]))
+        if value not in values:
+            raise ValueError(f"--where is {text!r}, expected one of {', '.join(values) or 'none'}")
+        rows = [row for row in rows if row[name] in ("", value)]
+    largest = max(int(row["height"]) * int(row["width"]) for row in rows)
+    rows = [row for row in rows if int(row["height"]) * int(row["width"]) == largest]
+    return [row for row in rows if row["seed"] == rows[0]["seed"]]
 
 
 def select_grid(rows: list[dict], methods: list[str], prompts: int) -> list[list[dict]]:
-    """For each of the first prompts, one row per method. Raises ValueError."""
+    """Return one line per prompt, with one row per method.
+
+    Args:
+        rows: rows of results.csv.
+        methods: methods from left to right.
+        prompts: number of prompts, the first ones of `rows`.
+
+    Raises:
+        ValueError: a prompt has no image of a method, or several that differ in a setting.
+    """
     grid = []
-    for text in list(dict.fromkeys(one["prompt"] for one in rows))[:prompts]:
+    for text in list(dict.fromkeys(row["prompt"] for row in rows))[:prompts]:
         line = []
         for method in methods:
-            found = [one for one in rows if (one["method"], one["prompt"]) == (method, text)]
-            if not found:
+            matches = [row for row in rows if (row["method"], row["prompt"]) == (method, text)]
+            if not matches:
                 raise ValueError(f"there is no image of {method} for {text!r}")
-            for name in FILTERS:
-                values = list(dict.fromkeys(one[name] for one in found))
+            for name in FILTERABLE:
+                values = list(dict.fromkeys(row[name] for row in matches))
                 if len(values) > 1:
                     raise ValueError(
                         f"there are images of {method} with {name} {', '.join(values)}; expected "
                         f"one of them by --where {name}={values[0]}"
                     )
-            line.append(found[0])
+            line.append(matches[0])
         grid.append(line)
     return grid
 
 
-def image_rows_figure(name: str, folder: Path, crops=None, methods=None, where=()) -> Figure:
-    """The images of one of the paper's figures, from results.csv. Raises ValueError."""
-    usual, prompts, usual_crops = PAPER_FIGURES[name]
-    methods = [one for word in methods or [usual] for one in word.split(",") if one]
-    rows = [one for one in read_rows(folder) if not one["error"]]
+def image_rows_figure(name: str, folder: Path, crops=None, methods=None, filters=()) -> Figure:
+    """Draw one of the paper's figures from a sweep.
+
+    Args:
+        name: a key of PAPER_FIGURES.
+        folder: folder of a finished sweep.
+        crops: X,Y,SIZE texts; None: those of the figure.
+        methods: lists of methods joined by commas; None: those of the figure.
+        filters: COLUMN=VALUE texts.
+
+    Raises:
+        ValueError: the folder has no such images.
+    """
+    default_methods, prompts, default_crops = PAPER_FIGURES[name]
+    methods = [word for text in methods or [default_methods] for word in text.split(",") if word]
+    rows = [row for row in read_rows(folder) if not row["error"]]
     if not rows:
         raise ValueError(f"{folder} has no finished sweep, expected images and results.csv")
-    there = list(dict.fromkeys(one["method"] for one in rows))
+    existing = list(dict.fromkeys(row["method"] for row in rows))
     for method in methods:
-        if method not in there:
+        if method not in existing:
             raise ValueError(
                 f"{folder} has no image of {method}, which {name} shows; it has "
-                f"{', '.join(there)}: draw the rest, or name others by --methods"
+                f"{', '.join(existing)}: generate the rest, or name others by --methods"
             )
-    grid = select_grid(filter_rows(rows, where), methods, prompts)
-    return draw_grid(grid, folder, usual_crops if crops is None else crops)
+    grid = select_grid(filter_rows(rows, filters), methods, prompts)
+    return draw_grid(grid, folder, default_crops if crops is None else crops)
 
 
 def draw_grid(grid: list[list[dict]], folder: Path, crops: list[str]) -> Figure:
-    """A block per prompt: its words, the images, their crops below."""
+    """Draw a block per prompt: the prompt, the images, and their crops below.
+
+    Args:
+        grid: rows of results.csv, a line per prompt, a column per method.
+        folder: folder of the sweep.
+        crops: X,Y,SIZE texts.
+    """
     width = (style.DOUBLE - GAP * (len(grid[0]) + 1)) / len(grid[0])
-    small = (width - GAP * (len(crops) - 1)) / max(1, len(crops))
-    aspect = max(int(one["height"]) / int(one["width"]) for line in grid for one in line)
-    block = LINE + GAP + width * aspect + (GAP + small if crops else 0) + 2 * GAP
-    head = LINE + 2 * GAP
+    crop_width = (width - GAP * (len(crops) - 1)) / max(1, len(crops))
+    aspect = max(int(row["height"]) / int(row["width"]) for line in grid for row in line)
+    block = LINE + GAP + width * aspect + (GAP + crop_width if crops else 0) + 2 * GAP
+    head = 2 * LINE + 2 * GAP
     height = head + block * len(grid)
-    made = Figure(figsize=(style.DOUBLE, height))
-    inches = {"transform": made.dpi_scale_trans, "va": "bottom"}  # from the lower left corner
-    for row, line in enumerate(grid):
-        top, first = head + row * block, line[0]
-        words = f"{first['prompt']}, seed {first['seed']}, {first['width']}x{first['height']}"
-        words = textwrap.shorten(words, 110, placeholder=" ...")
-        made.text(GAP, height - top - LINE, words, **inches, color="dimgray")
-        for column, one in enumerate(line):
-            left, at = GAP + column * (width + GAP), top + LINE + GAP
-            image, label = open_with_label(folder / one["file"])
-            if row == 0:
-                made.text(left, height - head + GAP, label, **inches, weight="bold")
-            axes = place_image(made, image, left, at, width, width * aspect)
+    figure = Figure(figsize=(style.DOUBLE, height))
+    inches = {"transform": figure.dpi_scale_trans, "va": "bottom"}  # from the lower left corner
+    for line_index, line in enumerate(grid):
+        top, first = head + line_index * block, line[0]
+        caption = f"{first['prompt']}, seed {first['seed']}, {first['width']}x{first['height']}"
+        caption = textwrap.shorten(caption, 110, placeholder=" ...")
+        figure.text(GAP, height - top - LINE, caption, **inches, color="dimgray")
+        for column, row in enumerate(line):
+            left, image_top = GAP + column * (width + GAP), top + LINE + GAP
+            image, config = open_with_config(folder / row["file"])
+            if line_index == 0:
+                form, name = column_title(config)
+                figure.text(left, height - LINE, form, **inches, weight="bold")
+                figure.text(left, height - 2 * LINE, name, **inches)
+            axes = place_image(figure, image, left, image_top, width, width * aspect)
             for k, text in enumerate(crops):
                 x, y, side = crop_box(text, image.size)
-                part = image.crop((x, y, x + side, y + side))
-                corner = left + k * (small + GAP), at + width * aspect + GAP
-                frame(place_image(made, part, *corner, small, small), 0, 0, side, k, 3)
-                frame(axes, x, y, side, k, 1.2)
-    return made
+                crop = image.crop((x, y, x + side, y + side))
+                corner = left + k * (crop_width + GAP), image_top + width * aspect + GAP
+                crop_axes = place_image(figure, crop, *corner, crop_width, crop_width)
+                draw_frame(crop_axes, (0, 0, side), k, 3)
+                draw_frame(axes, (x, y, side), k, 1.2)
+    return figure
 
 
 def place_image(
-    made: Figure, image: Image.Image, left: float, top: float, width: float, height: float
+    figure: Figure, image: Image.Image, left: float, top: float, width: float, height: float
 ):
-    """An image, its upper left corner so far from the figure's, inches; the axes count its px."""
-    across, down = made.get_size_inches()
-    axes = made.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
+    """Add an image to a figure and return its axes, which count the image's px.
+
+    Args:
+        figure: figure to draw on.
+        image: any size; drawn with at most MAX_PIXELS a side.
+        left: inches from the left edge of the figure.
+        top: inches from the upper edge.
+        width: inches.
+        height: inches.
+    """
+    total_width, total_height = figure.get_size_inches()
+    bottom = 1 - (top + height) / total_height
+    axes = figure.add_axes((left / total_width, bottom, width / total_width, height / total_height))
     axes.set_axis_off()
-    small = image.copy()
-    small.thumbnail((PIXELS, PIXELS), Image.Resampling.LANCZOS)
-    axes.imshow(np.asarray(small), extent=(0, image.width, image.height, 0))
+    thumbnail = image.copy()
+    thumbnail.thumbnail((MAX_PIXELS, MAX_PIXELS), Image.Resampling.LANCZOS)
+    axes.imshow(np.asarray(thumbnail), extent=(0, image.width, image.height, 0))
     return axes
 
 
-def frame(axes, x: int, y: int, side: int, k: int, width: float) -> None:
-    """The square of the k-th crop, its line `width` points wide, on white to be seen anywhere."""
-    for color, wide in (("white", width + 1.6), (FRAMES[k % len(FRAMES)], width)):
-        axes.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor=color, linewidth=wide))
+def draw_frame(axes, box: tuple[int, int, int], k: int, line_width: float) -> None:
+    """Draw the frame of a crop, on a white line that stands out from any image.
+
+    Args:
+        axes: axes of an image.
+        box: left, top, side, px.
+        k: index of the crop, which says the color.
+        line_width: points.
+    """
+    x, y, side = box
+    color = FRAME_COLORS[k % len(FRAME_COLORS)]
+    for edge, width in (("white", line_width + 1.6), (color, line_width)):
+        axes.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor=edge, linewidth=width))
 
 
-def open_with_label(path: Path) -> tuple[Image.Image, str]:
-    """An image and its label, from the settings that it carries. Raises ValueError."""
+def open_with_config(path: Path) -> tuple[Image.Image, DyPEConfig]:
+    """Return an image and the config in its record. Raise ValueError if it has none."""
     try:
         config = DyPEConfig.from_dict(records.read_record(path)["config"])
-        image = records.read_png(path)
+        return records.read_png(path), config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be shown: {error}") from error
-    label = config.name
-    if config.dype and DEFAULT_LAMBDA_S[config.method] is not None:
-        label += rf", $\lambda_s$ {config.lambda_s:g}, $\lambda_t$ {config.dype_exponent:g}"
-    return image, label
+
+
+def column_title(config: DyPEConfig) -> tuple[str, str]:
+    """Return "stock", "static" or "with DyPE", and the method with lambdas that are not default."""
+    form = "stock" if config.method == "base" else "with DyPE" if config.dype else "static"
+    name, default = config.name, DyPEConfig(config.method)
+    if form == "with DyPE" and DEFAULT_LAMBDA_S[config.method] is not None:
+        if config.lambda_s != default.lambda_s:
+            name += rf", $\lambda_s$ {config.lambda_s:g}"
+        if config.dype_exponent != default.dype_exponent:
+            name += rf", $\lambda_t$ {config.dype_exponent:g}"
+    return form, name
 
 
 FIGURES = {name: partial(image_rows_figure, name) for name in PAPER_FIGURES}

@@ -1,8 +1,8 @@
-"""Figures of saved numbers: of the demo's sampling and of its ground-truth tables.
+"""Figures of saved numbers: measurements of the demo's sampling, and its ground-truth tables.
 
-`python -m dype.demo.trajectories` wrote the first, `python -m dype.demo.evaluate --save` the
-second, whose rows are settings at one size, by the names that it takes (`base`, `yarn`, `dy_yarn`,
-`dy_pi:1:1:reversed`), and rendered truth: `truth`, `truth_vae`, `vae`.
+`python -m dype.demo.trajectories` writes the measurements, `python -m dype.demo.evaluate` the
+tables. A row of a table is a setting at one size, such as `dy_pi:1:1`, or rendered truth: `truth`,
+`truth_vae`, `vae`.
 """
 
 import json
@@ -16,13 +16,13 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from dype.config import check_choice
-from dype.demo.experiments import BASE, RIVALS, setting
+from dype.demo.experiments import BASE, CUTOFF_COMPARISON, parse_setting
 from dype.figures import formulas, style
 
 COMMAND = "python -m dype.demo.trajectories"
 TRAJECTORIES = Path("docs/data/trajectories.json")
-UNGUIDED = Path("docs/data/trajectories_cfg1.json")  # the same without guidance
-FORMS = {  # setting -> color: of fig18, and the settings of fig5 by default
+UNGUIDED = Path("docs/data/trajectories_cfg1.json")  # without classifier-free guidance
+SETTING_COLORS = {  # of fig18; its settings are the default of fig5
     "base": style.BLACK,
     "yarn_paper": style.ORANGE,
     "dy_yarn_paper": style.BLUE,
@@ -30,7 +30,16 @@ FORMS = {  # setting -> color: of fig18, and the settings of fig5 by default
 
 
 def read(path: Path, key: str, command: str):
-    """What a run saved, by its key. Raises ValueError if the file is none of its kind."""
+    """Return the value of a key in a JSON file.
+
+    Args:
+        path: file.
+        key: "protocol", "pictures" or "rows".
+        command: command that writes such files, for the sentence.
+
+    Raises:
+        ValueError: there is no such file, or it is of another kind.
+    """
     try:
         return json.loads(Path(path).read_text("utf-8"))[key]
     except FileNotFoundError:
@@ -40,142 +49,150 @@ def read(path: Path, key: str, command: str):
 
 
 def finished_images(path: Path, size: int, setting: str = "base") -> list[dict]:
-    """The trajectories of one size and setting. Raises ValueError if there are none."""
+    """Return the measured images of one setting. Raise ValueError if there are none.
+
+    Args:
+        path: file of measurements.
+        size: side, px.
+        setting: name of the setting.
+    """
     rows = read(path, "pictures", COMMAND)
-    found = [one for one in rows if (one["size"], one["setting"]) == (size, setting)]
-    if not found:
-        raise ValueError(f"{path} has no {setting} at {size} px; expected it to be run through")
-    return found
+    images = [row for row in rows if (row["size"], row["setting"]) == (size, setting)]
+    if not images:
+        raise ValueError(f"{path} has no {setting} at {size} px, expected some; run {COMMAND}")
+    return images
 
 
 def mean_spectra(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """f [N] in shares of Nyquist, t [steps + 1] from 1 to 0, mean S over the prompts [t, f]."""
-    found = finished_images(path, BASE)
-    mean = np.mean([one["spectra"] for one in found], axis=0)
-    return np.arange(1, mean.shape[1] + 1) / mean.shape[1], np.array(found[0]["sigmas"]), mean
+    """Return f [N] in shares of Nyquist, t [steps + 1] from 1 to 0, and mean S [steps + 1, N]."""
+    images = finished_images(path, BASE)
+    mean = np.mean([image["spectra"] for image in images], axis=0)
+    return np.arange(1, mean.shape[1] + 1) / mean.shape[1], np.array(images[0]["sigmas"]), mean
 
 
-GENERIC = (0.01, 2.0)  # C and omega of the first panels: from 100 times the noise to 1/100
+GENERIC = (0.01, 2.0)  # C and omega of the first panels; their S(f, 0) falls from 100 to 1/100
 
 
-def three_panels(label: str) -> tuple[Figure, np.ndarray]:
-    """The panels of fig2a and fig2b, without lines: the figure and its axes."""
-    made, grid = style.subplots(style.DOUBLE, 2.5, 1, 3)
+def make_three_panels(label: str) -> tuple[Figure, np.ndarray]:
+    """Return the figure and the empty axes of fig2a and fig2b; `label` is that of the y axis."""
+    figure, grid = style.subplots(style.DOUBLE, 2.5, 1, 3)
     grid[2].sharey(grid[1])
     grid[2].tick_params(labelleft=False)
     grid[0].set_ylabel(label)
     grid[0].set_title("Eq. 11 of $0.01/f^2$")
     grid[1].set_title("Eq. 11 of the demo's latents")
     grid[2].set_title("the demo, sampled")
-    return made, grid
+    return figure, grid
 
 
 def fig2a(trajectories: Path = TRAJECTORIES) -> Figure:
-    """Power of x_t over frequency: Eq. 11 of C / f^omega and of the demo's latents, and measured.
+    """Draw the power of x_t over frequency: Eq. 11 of C / f^omega, of the demo's latents; measured.
 
-    The guide in the last two is the straight line through the latents' spectrum.
+    The guide of the last two panels is a straight line fitted to the latents' spectrum.
     """
-    f, levels, power = mean_spectra(trajectories)
-    made, grid = three_panels("power (noise: 1)")
-    fine, t = np.geomspace(0.01, 1, 100), levels[:, None]
+    f, sigmas, power = mean_spectra(trajectories)
+    figure, grid = make_three_panels("power (noise: 1)")
+    fine, t = np.geomspace(0.01, 1, 100), sigmas[:, None]
     c, omega = GENERIC
-    formulas.spectra_panel(grid[0], fine, levels, formulas.noisy_power(c / fine**omega, t), GENERIC)
-    slope, at = np.polyfit(np.log(f), np.log(power[-1]), 1)
-    guide = np.exp(at), -slope
-    formulas.spectra_panel(grid[1], f, levels, formulas.noisy_power(power[-1], t), guide)
-    formulas.spectra_panel(grid[2], f, levels, power, guide)
+    formulas.draw_spectra(grid[0], fine, sigmas, formulas.noisy_power(c / fine**omega, t), GENERIC)
+    slope, intercept = np.polyfit(np.log(f), np.log(power[-1]), 1)
+    guide = np.exp(intercept), -slope
+    formulas.draw_spectra(grid[1], f, sigmas, formulas.noisy_power(power[-1], t), guide)
+    formulas.draw_spectra(grid[2], f, sigmas, power, guide)
     grid[0].legend(loc="upper right", borderpad=0)
     grid[1].legend(handles=grid[1].lines[-1:], loc="upper right", borderpad=0)
     colors = ScalarMappable(Normalize(0, 1), "viridis_r")
-    made.colorbar(colors, ax=grid, label="t = sigma", **style.BAR).ax.invert_yaxis()
-    return made
+    figure.colorbar(colors, ax=grid, label="t = sigma", **style.COLOR_BAR).ax.invert_yaxis()
+    return figure
 
 
 def fig2b(trajectories: Path = TRAJECTORIES) -> Figure:
-    """gamma over t and frequency (Eq. 12): of Eq. 11 as in fig2a, and measured."""
-    f, levels, power = mean_spectra(trajectories)
-    made, grid = three_panels("frequency (1: Nyquist)")
+    """Draw gamma (Eq. 12) over t and frequency for the three panels of fig2a."""
+    f, sigmas, power = mean_spectra(trajectories)
+    figure, grid = make_three_panels("frequency (1: Nyquist)")
     fine, t = np.geomspace(0.01, 1, 161), np.linspace(1, 0, 161)
     c, omega = GENERIC
-    picture, noise = power[-1][:, None], power[0][:, None]
-    for axes, x, start in ((grid[0], fine, c / fine[:, None] ** omega), (grid[1], f, picture)):
+    image, noise = power[-1][:, None], power[0][:, None]
+    for axes, x, start in ((grid[0], fine, c / fine[:, None] ** omega), (grid[1], f, image)):
         gamma = formulas.progress(formulas.noisy_power(start, t), start, 1.0)
-        formulas.progress_panel(axes, x, t, gamma)
-    gamma = formulas.progress(power.T, picture, noise)
-    mesh = formulas.progress_panel(grid[2], f, levels, gamma)
+        formulas.draw_progress(axes, x, t, gamma)
+    gamma = formulas.progress(power.T, image, noise)
+    mesh = formulas.draw_progress(grid[2], f, sigmas, gamma)
     label = r"$\gamma$ (1: noise, 0: the image)"
-    made.colorbar(mesh, ax=grid, label=label, extend="both", **style.BAR)
-    return made
+    figure.colorbar(mesh, ax=grid, label=label, extend="both", **style.COLOR_BAR)
+    return figure
 
 
 def eq11(trajectories: Path = TRAJECTORIES, unguided: Path = UNGUIDED) -> Figure:
-    """How far sampled spectra are from Eq. 11 of their own ends, ring by ring, over t."""
-    made, grid = style.subplots(style.DOUBLE, 2.4, 1, 2, sharey=True)
+    """Draw measured power over Eq. 11 of its two ends, a line per ring, over t."""
+    figure, grid = style.subplots(style.DOUBLE, 2.4, 1, 2, sharey=True)
     for axes, path in zip(grid, (trajectories, unguided), strict=True):
-        f, levels, power = mean_spectra(path)
-        expected = formulas.noisy_power(power[-1], levels[:, None], power[0])
+        f, sigmas, power = mean_spectra(path)
+        expected = formulas.noisy_power(power[-1], sigmas[:, None], power[0])
         axes.axhline(1, color=style.GRAY, linewidth=0.6)
         for ring in np.arange(len(f))[::-1]:
-            named = ring in (0, 1, 2, 3, 7, len(f) - 1)
-            label = f"{ring + 1}/{len(f)}" if named else None
+            has_label = ring in (0, 1, 2, 3, 7, len(f) - 1)
+            label = f"{ring + 1}/{len(f)}" if has_label else None
             color = style.sigma_color(1 - np.log(f[ring]) / np.log(f[0]))
-            axes.plot(levels, power[:, ring] / expected[:, ring], color=color, label=label)
+            axes.plot(sigmas, power[:, ring] / expected[:, ring], color=color, label=label)
         axes.set_title(f"true CFG {read(path, 'protocol', COMMAND)['true_cfg']:g}")
-        style.noise_axis(axes)
+        style.set_sigma_axis(axes)
     grid[0].set_ylabel("power / Eq. 11")
-    shown = grid[0].get_legend_handles_labels()
-    made.legend(*shown, loc="outside right center", title="frequency", reverse=True)
-    return made
+    entries = grid[0].get_legend_handles_labels()
+    figure.legend(*entries, loc="outside right center", title="frequency", reverse=True)
+    return figure
 
 
 def fig18(trajectories: Path = TRAJECTORIES) -> Figure:
-    """Attention's normalized entropy less that at the base resolution, prompt by prompt, over t."""
-    sizes = sorted({one["size"] for one in read(trajectories, "pictures", COMMAND)} - {BASE})
+    """Draw the entropy of attention minus that of the prompt at the base resolution, over t."""
+    sizes = sorted({row["size"] for row in read(trajectories, "pictures", COMMAND)} - {BASE})
     if not sizes:
         raise ValueError(f"{trajectories} has {BASE} px alone, expected larger sizes too")
-    own = {
-        (one["prompt"], one["seed"]): one["entropy"] for one in finished_images(trajectories, BASE)
-    }
+    base_images = finished_images(trajectories, BASE)
+    base_entropy = {(image["prompt"], image["seed"]): image["entropy"] for image in base_images}
     width = style.DOUBLE if len(sizes) > 1 else style.SINGLE
-    made, [grid] = style.subplots(width, 2.6, 1, len(sizes), sharey=True, squeeze=False)
+    figure, [grid] = style.subplots(width, 2.6, 1, len(sizes), sharey=True, squeeze=False)
     for axes, size in zip(grid, sizes, strict=True):
         axes.axhline(0, color=style.GRAY, linewidth=0.6)
-        for name, color in FORMS.items():
-            found = finished_images(trajectories, size, name)
-            each = [np.subtract(x["entropy"], own[x["prompt"], x["seed"]]) for x in found]
-            t, mean = found[0]["sigmas"][:-1], np.mean(each, axis=0)
-            axes.plot(t, np.transpose(each), color=color, linewidth=0.5, alpha=0.4)
+        for name, color in SETTING_COLORS.items():
+            images = finished_images(trajectories, size, name)
+            deviations = [
+                np.subtract(image["entropy"], base_entropy[image["prompt"], image["seed"]])
+                for image in images
+            ]
+            t, mean = images[0]["sigmas"][:-1], np.mean(deviations, axis=0)
+            axes.plot(t, np.transpose(deviations), color=color, linewidth=0.5, alpha=0.4)
             axes.plot(t, mean, color=color, label=f"{name}: {abs(mean).mean():.4f}")
-        axes.set_title(f"{size} px ({size / BASE:g}x), {len(found)} prompts")
-        style.noise_axis(axes)
+        axes.set_title(f"{size} px ({size / BASE:g}x), {len(images)} prompts")
+        style.set_sigma_axis(axes)
         axes.legend(loc="upper right", title="mean absolute deviation", title_fontsize=7)
     low, high = grid[0].get_ylim()
-    grid[0].set_ylim(low, high + 0.4 * (high - low))  # the legend's
-    grid[0].set_ylabel(f"entropy less that at {BASE} px")
-    return made
+    grid[0].set_ylim(low, high + 0.4 * (high - low))  # room for the legend
+    grid[0].set_ylabel(f"entropy minus that at {BASE} px")
+    return figure
 
 
 GROUND_TRUTH = Path("docs/data/ground_truth.json")
-SCORES = {  # -> what it is
+SCORES = {  # -> label
     "joint": "joint score",
-    "layout": "share with the layout right",
-    "overlap": "overlap with the asked shape",
+    "layout": "share of right layouts",
+    "overlap": "overlap with the requested shape",
     "spectrum": "distance of spectra (0: truth)",
     "patches": "distance of patches (0: truth)",
 }
-TRUTH = {"truth_vae": "truth, by the VAE"}  # as near as the model could come
+TRUTH = {"truth_vae": "truth through the VAE"}  # the best that the model can reach
 CUTOFF = Path("docs/data/cutoff.json")
-WITH_INTERVALS = [setting(one).name for one in RIVALS[:4]]  # with their intervals
+WITH_INTERVALS = [parse_setting(text).name for text in CUTOFF_COMPARISON[:4]]
 SELECTED = WITH_INTERVALS[1]  # on other prompts
 ATTENTION_SUFFIX = re.compile(":attention_[a-z]+=[^:]+")
-PLAIN = {"color": style.BLACK, "marker": "x"}
+BASE_STYLE = {"color": style.BLACK, "marker": "x"}
 COLORS = (style.ORANGE, style.BLUE, style.GREEN, style.VERMILLION, style.PURPLE, style.SKY)
 MARKERS = "soD^vP"
-LOOKS = [{"color": COLORS[i % 6], "marker": MARKERS[(i + i // 6) % 6]} for i in range(36)]
+MARKER_STYLES = [{"color": COLORS[i % 6], "marker": MARKERS[(i + i // 6) % 6]} for i in range(36)]
 
 
 def read_square_rows(path: Path, command: str) -> list[dict]:
-    """The rows of square images but for the controls. Raises ValueError if there are none."""
+    """Return the rows of square images, without controls. Raise ValueError if there are none."""
     rows = read(path, "rows", command)
     rows = [row for row in rows if not row["control"] and isinstance(row["size"], int)]
     if not rows:
@@ -183,65 +200,85 @@ def read_square_rows(path: Path, command: str) -> list[dict]:
     return rows
 
 
-def fig5(ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=tuple(FORMS)) -> Figure:
-    """A score over the size with its intervals: `base`, a static method and its dynamic form."""
+def fig5(
+    ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=tuple(SETTING_COLORS)
+) -> Figure:
+    """Draw a score over the size, with intervals, for several settings.
+
+    Args:
+        ground_truth: JSON file of results.
+        score: a key of SCORES.
+        settings: names of settings in the file.
+    """
     check_choice("--score", score, SCORES)
     rows = read_square_rows(
         ground_truth, f"python -m dype.demo.evaluate --drawn --save {GROUND_TRUTH}"
     )
     for name in settings:
-        check_choice("--settings", name, list(dict.fromkeys(one["setting"] for one in rows)))
-    made, axes = style.subplots(style.SINGLE, 2.6)
-    looks = cycle(LOOKS[:6])
-    drawn = {"truth_vae": {"color": style.GRAY, "linestyle": ":"}}
-    drawn |= {name: PLAIN if name == "base" else next(looks) for name in settings}
-    stock = {one["size"]: one for one in rows if one["size"] == BASE and one["setting"] == "base"}
-    for name, look in drawn.items():
-        found = {} if name in TRUTH else dict(stock)  # where nothing is stretched all are stock
-        found |= {one["size"]: one for one in rows if one["setting"] == name}
-        if found:
-            x = [size / BASE for size in sorted(found)]
-            scores = [found[size][score] for size in sorted(found)]
-            means, spans = ([one[key] for one in scores] for key in ("mean", "interval"))
-            axes.plot(x, means, label=TRUTH.get(name, name), markersize=4, **look)
-            axes.vlines(x, *zip(*spans, strict=True), look["color"], lw=0.8)
-    sizes = sorted({one["size"] for one in rows})
+        check_choice("--settings", name, list(dict.fromkeys(row["setting"] for row in rows)))
+    figure, axes = style.subplots(style.SINGLE, 2.6)
+    marker_styles = cycle(MARKER_STYLES[:6])
+    line_styles = {"truth_vae": {"color": style.GRAY, "linestyle": ":"}}
+    for name in settings:
+        line_styles[name] = BASE_STYLE if name == "base" else next(marker_styles)
+    stock = {row["size"]: row for row in rows if row["size"] == BASE and row["setting"] == "base"}
+    for name, line_style in line_styles.items():
+        # At the base resolution every setting is stock.
+        by_size = {} if name in TRUTH else dict(stock)
+        by_size |= {row["size"]: row for row in rows if row["setting"] == name}
+        if by_size:
+            x = [size / BASE for size in sorted(by_size)]
+            results = [by_size[size][score] for size in sorted(by_size)]
+            means, intervals = ([result[key] for result in results] for key in ("mean", "interval"))
+            axes.plot(x, means, label=TRUTH.get(name, name), markersize=4, **line_style)
+            axes.vlines(x, *zip(*intervals, strict=True), line_style["color"], lw=0.8)
+    sizes = sorted({row["size"] for row in rows})
     axes.set_xticks([s / BASE for s in sizes], labels=[f"{s / BASE:g}x\n{s}" for s in sizes])
-    axes.set(xlabel="side, times the trained one and px", ylabel=SCORES[score])
-    made.legend(loc="outside upper center", ncols=2)
-    return made
+    axes.set(xlabel="side (times the trained side, px)", ylabel=SCORES[score])
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
 
 
 def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
-    """Overlap with the asked shape against texture, a panel per square size; both axes' best is
-    top right.
+    """Draw overlap against texture, a panel per square size and a point per setting.
 
-    A point per setting; those that differ by their attention scale alone are joined, and a dotted
-    line leads from a static form to its dynamic ones. WITH_INTERVALS ones have their intervals,
-    the chosen one a ring.
+    The best of both is top right. A line joins settings that differ in their attention scale alone.
+    A dotted line leads from a static method to its forms with DyPE. The settings of WITH_INTERVALS
+    have intervals, and SELECTED has a ring.
+
+    Args:
+        ground_truth: JSON file of results.
+        score: "spectrum" or "patches".
     """
     check_choice("--score", score, ("spectrum", "patches"))
     rows = read_square_rows(ground_truth, f"python -m dype.demo.evaluate --cutoff --save {CUTOFF}")
-    sizes = sorted({one["size"] for one in rows} - {BASE}) or [BASE]
+    sizes = sorted({row["size"] for row in rows} - {BASE}) or [BASE]
     methods = dict.fromkeys(row["method"] for row in rows if row["method"] not in (None, "base"))
-    looks = dict(zip(methods, LOOKS, strict=False))
-    looks |= {"base": PLAIN, "cutoff": {"color": style.BLACK, "marker": "D"}}
-    made, _ = style.subplots(style.SINGLE, 1.1 + 2.3 * len(sizes), len(sizes))
-    found = {}
-    for axes, size in zip(made.axes, sizes, strict=True):
-        here = [one for one in rows if one["size"] == size]
-        frontier_panel(axes, here, looks, score)
+    method_styles = dict(zip(methods, MARKER_STYLES, strict=False))
+    method_styles |= {"base": BASE_STYLE, "cutoff": {"color": style.BLACK, "marker": "D"}}
+    figure, _ = style.subplots(style.SINGLE, 1.1 + 2.3 * len(sizes), len(sizes))
+    legend = {}
+    for axes, size in zip(figure.axes, sizes, strict=True):
+        size_rows = [row for row in rows if row["size"] == size]
+        draw_frontier(axes, size_rows, method_styles, score)
         axes.set(title=f"{size} px ({size / BASE:g}x)", ylabel=SCORES[score])
         axes.invert_yaxis()
-        found |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    made.axes[-1].set_xlabel(SCORES["overlap"])
+        legend |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    figure.axes[-1].set_xlabel(SCORES["overlap"])
     title = "filled: as named; open: without dy_, static"
-    made.legend(found.values(), found, loc="outside lower center", ncols=2, title=title)
-    return made
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=2, title=title)
+    return figure
 
 
-def frontier_panel(axes, rows: list[dict], looks: dict, score: str) -> None:
-    """One size: its rows, looks by method."""
+def draw_frontier(axes, rows: list[dict], method_styles: dict, score: str) -> None:
+    """Draw the points and lines of one size.
+
+    Args:
+        axes: axes to draw on.
+        rows: rows of the size.
+        method_styles: color and marker by method.
+        score: "spectrum" or "patches".
+    """
 
     def point(row):
         return row["overlap"]["mean"], row[score]["mean"]
@@ -251,25 +288,26 @@ def frontier_panel(axes, rows: list[dict], looks: dict, score: str) -> None:
         families.setdefault(ATTENTION_SUFFIX.sub("", row["setting"]), []).append(row)
     for family in families.values():
         if len(family) > 1:
-            color = looks[family[0]["method"]]["color"]
+            color = method_styles[family[0]["method"]]["color"]
             axes.plot(*zip(*map(point, family), strict=True), color=color, lw=0.6, zorder=1)
     static = {row["method"]: row for row in rows if row["method"] and not row["dype"]}
     for row in rows:
-        at, method, name = point(row), row["method"], row["setting"]
+        x, y, method, name = *point(row), row["method"], row["setting"]
         if name in TRUTH:
-            axes.plot(*at, "*", color=style.BLACK, ms=7, label=TRUTH[name])
+            axes.plot(x, y, "*", color=style.BLACK, ms=7, label=TRUTH[name])
         if not method:
             continue
-        look = looks[method]
+        marker, color = method_styles[method], method_styles[method]["color"]
         if row["dype"] and method in static and not ATTENTION_SUFFIX.search(name):
-            ends = zip(point(static[method]), at, strict=True)
-            axes.plot(*ends, ":", color=look["color"], lw=0.8, zorder=1)
+            ends = zip(point(static[method]), (x, y), strict=True)
+            axes.plot(*ends, ":", color=color, lw=0.8, zorder=1)
         if row["dype"] or method == "base":
-            axes.plot(*at, **look, ms=4, ls="", label=f"dy_{method}" if row["dype"] else method)
+            label = f"dy_{method}" if row["dype"] else method
+            axes.plot(x, y, **marker, ms=4, ls="", label=label)
         else:
-            axes.plot(*at, **look, ms=4, ls="", mfc="white")
+            axes.plot(x, y, **marker, ms=4, ls="", mfc="white")
         if name in WITH_INTERVALS:
-            axes.hlines(at[1], *row["overlap"]["interval"], look["color"], lw=0.8)
-            axes.vlines(at[0], *row[score]["interval"], look["color"], lw=0.8)
+            axes.hlines(y, *row["overlap"]["interval"], color, lw=0.8)
+            axes.vlines(x, *row[score]["interval"], color, lw=0.8)
         if name == SELECTED:
-            axes.plot(*at, "o", color=style.BLACK, mfc="none", ms=9, label="chosen")
+            axes.plot(x, y, "o", color=style.BLACK, mfc="none", ms=9, label="chosen")

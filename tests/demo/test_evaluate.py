@@ -1,4 +1,4 @@
-"""The ground-truth table: its scores, intervals and pairs, and how its images are drawn."""
+"""The ground-truth table: its scores, intervals and pairs, and the generation of its images."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 
 from dype.config import DyPEConfig
 from dype.demo import evaluate, experiments, report, scores
-from dype.demo.experiments import Cell, setting
+from dype.demo.experiments import Cell, parse_setting
 from dype.demo.layout_check import check
 from dype.demo.scenes import render, sample_scene
 from dype.demo.scores import log_spectrum, patch_features
@@ -21,22 +21,22 @@ from dype.metrics import intervals
 from dype.rope import METHODS, axis_frequencies
 
 
-def scenes(count, seed=7):
+def make_scenes(count, seed=7):
     rng = np.random.default_rng(seed)
     return [sample_scene(rng) for _ in range(count)]
 
 
-def blurred(picture):
-    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(2)))
+def blur(image):
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(2)))
 
 
-def alike(values):
-    """A set whose images have nothing but these numbers, whatever is asked of them."""
-    return scores.Judged(*[values] * 5)
+def constant_statistics(values):
+    """Statistics that have these values in every field."""
+    return scores.ImageStatistics(*[values] * 5)
 
 
 def test_spectrum():
-    """White noise is flat, a wave is in its own band, and twice the contrast is ln 4 everywhere."""
+    """White noise is flat, a wave is in its band, and twice the contrast adds ln 4 everywhere."""
     noise = np.random.default_rng(0).normal(128, 20, (128, 128, 1)).repeat(3, 2)
     flat = log_spectrum(noise)
     assert len(flat) == 16  # 4 octaves, from 4 to 64 cycles per image
@@ -44,33 +44,34 @@ def test_spectrum():
     wave = 128 + 50 * np.cos(2 * np.pi * 17 * np.arange(128) / 128)
     wave = np.broadcast_to(wave[:, None, None], noise.shape)
     assert log_spectrum(wave).argmax() == 8  # [16, 19) cycles
-    assert scores.spectrum(alike(flat[None]), alike(flat[None])) == 0
     doubled = log_spectrum(2 * noise - noise.mean())
-    found = scores.spectrum(alike(doubled[None]), alike(flat[None]))
-    assert found == pytest.approx(np.log(4))
+    flat, doubled = constant_statistics(flat[None]), constant_statistics(doubled[None])
+    assert scores.spectrum_distance(flat, flat) == 0
+    assert scores.spectrum_distance(doubled, flat) == pytest.approx(np.log(4))
 
 
 def test_patch_distance_is_frechets(monkeypatch):
-    """Against scipy's matrix root of the product; |shift|^2 for a moved set, 0 for the same."""
+    """As with scipy's matrix root of the product; |shift|^2 for a moved set, 0 for the same."""
 
-    def picture_of(features):
-        monkeypatch.setattr(scores, "patch_features", lambda picture: features)
-        [scene] = scenes(1)
-        return scores.judged([render(scene, 64)], [scene])
+    def measure_features(features):
+        monkeypatch.setattr(scores, "patch_features", lambda image: features)
+        [scene] = make_scenes(1)
+        return scores.measure([render(scene, 64)], [scene])
 
     rng = np.random.default_rng(0)
-    some, others = rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6)), rng.normal(1, 2, (400, 6))
-    picture, truth = picture_of(some), picture_of(others)
-    root = scipy.linalg.sqrtm(np.cov(some.T, bias=True) @ np.cov(others.T, bias=True)).real
-    traces = np.trace(np.cov(some.T, bias=True)) + np.trace(np.cov(others.T, bias=True))
-    expected = np.sum((some.mean(0) - others.mean(0)) ** 2) + traces - 2 * np.trace(root)
-    assert scores.patches(picture, truth) == pytest.approx(1000 * expected, rel=1e-9)
-    assert scores.patches(picture, picture) == pytest.approx(0, abs=1e-6)
-    assert scores.patches(picture, picture_of(some + 2)) == pytest.approx(24_000)
+    first, second = rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6)), rng.normal(1, 2, (400, 6))
+    images, truth = measure_features(first), measure_features(second)
+    root = scipy.linalg.sqrtm(np.cov(first.T, bias=True) @ np.cov(second.T, bias=True)).real
+    traces = np.trace(np.cov(first.T, bias=True)) + np.trace(np.cov(second.T, bias=True))
+    expected = np.sum((first.mean(0) - second.mean(0)) ** 2) + traces - 2 * np.trace(root)
+    assert scores.patch_distance(images, truth) == pytest.approx(1000 * expected, rel=1e-9)
+    assert scores.patch_distance(images, images) == pytest.approx(0, abs=1e-6)
+    moved = measure_features(first + 2)
+    assert scores.patch_distance(images, moved) == pytest.approx(24_000)
 
 
 def test_patch_features():
-    """None on one color; as strong on a dark ground as on a light one; 32 px patches."""
+    """Features are 0 on one color and alike on dark and light grounds; patches have 32 px."""
     flat = np.full((64, 96, 3), 90, np.uint8)
     assert patch_features(flat).shape == (6, 32)
     assert abs(patch_features(flat)).max() < 1e-5
@@ -79,13 +80,13 @@ def test_patch_features():
     np.testing.assert_allclose(light, dark, rtol=0.05)
 
 
-def test_scores_of_truth_and_of_what_is_wrong():
+def test_scores_of_right_and_wrong_images():
     """Other leaves are as good as the truth, blur spoils the texture, other shapes the layout."""
-    some = scenes(6)
-    truth = scores.judged([render(scene, 256) for scene in some], some)
-    pictures = [render(replace(scene, seed=scene.seed + 1), 256) for scene in some]
-    other = scores.judged(pictures, some)
-    blur = scores.judged([blurred(picture) for picture in pictures], some)
+    scenes = make_scenes(6)
+    truth = scores.measure([render(scene, 256) for scene in scenes], scenes)
+    images = [render(replace(scene, seed=scene.seed + 1), 256) for scene in scenes]
+    right = scores.measure(images, scenes)
+    blurred = scores.measure([blur(image) for image in images], scenes)
     shapes = {
         "disk": "cross",
         "square": "ring",
@@ -93,85 +94,85 @@ def test_scores_of_truth_and_of_what_is_wrong():
         "ring": "cross",
         "cross": "disk",
     }
-    wrong = [replace(scene, shape=shapes[scene.shape]) for scene in some]
-    wrong = scores.judged([render(scene, 256) for scene in wrong], some)
-    assert scores.layout(other, truth) == scores.layout(blur, truth) == 1
-    assert scores.layout(wrong, truth) == scores.joint(wrong, truth) == 0
-    assert scores.overlap(other, truth) > 0.85 > scores.overlap(wrong, truth)
-    for score in (scores.spectrum, scores.patches):
-        assert score(truth, truth) == pytest.approx(0, abs=1e-6)
-        assert score(blur, truth) > 5 * score(other, truth)
-    expected = np.exp(-scores.spectrum(blur, truth))
-    assert scores.joint(blur, truth) == pytest.approx(expected)
+    wrong = [replace(scene, shape=shapes[scene.shape]) for scene in scenes]
+    wrong = scores.measure([render(scene, 256) for scene in wrong], scenes)
+    assert scores.layout_share(right, truth) == scores.layout_share(blurred, truth) == 1
+    assert scores.layout_share(wrong, truth) == scores.joint_score(wrong, truth) == 0
+    assert scores.mean_overlap(right, truth) > 0.85 > scores.mean_overlap(wrong, truth)
+    for distance in (scores.spectrum_distance, scores.patch_distance):
+        assert distance(truth, truth) == pytest.approx(0, abs=1e-6)
+        assert distance(blurred, truth) > 5 * distance(right, truth)
+    expected = np.exp(-scores.spectrum_distance(blurred, truth))
+    assert scores.joint_score(blurred, truth) == pytest.approx(expected)
 
 
 def test_bootstrap_covers_the_mean(monkeypatch):
-    """About 95 of 100 intervals hold the true mean; the width is that of theory."""
-    monkeypatch.setattr(scores, "DRAWS", 300)
+    """About 95 of 100 intervals contain the true mean, and have the width of theory."""
+    monkeypatch.setattr(scores, "RESAMPLES", 300)
     rng, covered, widths = np.random.default_rng(1), 0, []
     for _ in range(200):
         sample = rng.normal(3, 2, 60)
-        found = scores.bootstrap(lambda of: of.overlap.mean(), alike(sample))
-        low, high = found["interval"]
+        result = scores.bootstrap(lambda images: images.overlap.mean(), constant_statistics(sample))
+        low, high = result["interval"]
         covered += low < 3 < high
         widths.append(high - low)
-        assert found["mean"] == sample.mean()
+        assert result["mean"] == sample.mean()
     assert 180 <= covered <= 198
     assert np.mean(widths) == pytest.approx(2 * 1.96 * 2 / 60**0.5, rel=0.05)
 
 
 def test_differences_are_paired():
-    """0 between equals; a constant gap has no width, however far the images differ."""
-    some = scenes(4)
-    truth = scores.judged([render(scene, 128) for scene in some], some)
-    same = scores.difference(truth, truth, truth)
-    layout = same.pop("layout")
-    assert all(found == {"mean": 0, "interval": [0, 0]} for found in same.values())
+    """Equal sets have 0; a constant gap has an interval of no width."""
+    scenes = make_scenes(4)
+    truth = scores.measure([render(scene, 128) for scene in scenes], scenes)
+    differences = scores.paired_differences(truth, truth, truth)
+    layout = differences.pop("layout")
+    assert all(result == {"mean": 0, "interval": [0, 0]} for result in differences.values())
     assert layout["mean"] == 0
     assert layout["interval"] == pytest.approx([-1.96 / 6, 1.96 / 6])  # n + 2 = 6
     worse = truth._replace(overlap=truth.overlap - 0.25)
-    found = scores.difference(worse, truth, truth)["overlap"]
-    assert [found["mean"], *found["interval"]] == pytest.approx([-0.25] * 3)
+    result = scores.paired_differences(worse, truth, truth)["overlap"]
+    assert [result["mean"], *result["interval"]] == pytest.approx([-0.25] * 3)
 
 
-def test_intervals_of_distances_hold_the_value(monkeypatch):
-    """A set drawn with replacement is farther off: percentiles would lie beside a small distance.
+def test_intervals_of_distances_contain_the_value(monkeypatch):
+    """The interval of a distance always contains it, also a small one, unlike percentiles.
 
-    Two sets of one law, and sets 0.5 apart: the intervals hold the value always, and the distance
-    that many images would have in 85 of 100 and more.
+    For sets whose laws are 0.5 apart it contains the expected distance in 85 of 100 cases or more.
     """
-    monkeypatch.setattr(scores, "DRAWS", 200)
-    rng, held = np.random.default_rng(2), 0
+    monkeypatch.setattr(scores, "RESAMPLES", 200)
+    rng, covered = np.random.default_rng(2), 0
     for _ in range(100):
-        some, others = rng.normal(0.5, 1, (32, 16)), rng.normal(0, 1, (32, 16))
-        for these, true in ((some, 0.5), (rng.normal(0, 1, (32, 16)), 0)):
-            found = scores.bootstrap(scores.spectrum, alike(these), alike(others), distance=True)
-            low, high = found["interval"]
-            assert low <= found["mean"] <= high
-            held += true == 0.5 and low < np.hypot(0.5, (2 / 32) ** 0.5) < high
-    assert held >= 85
+        far, truth = rng.normal(0.5, 1, (32, 16)), rng.normal(0, 1, (32, 16))
+        for values, shift in ((far, 0.5), (rng.normal(0, 1, (32, 16)), 0)):
+            sets = constant_statistics(values), constant_statistics(truth)
+            result = scores.bootstrap(scores.spectrum_distance, *sets, is_set_score=True)
+            low, high = result["interval"]
+            assert low <= result["mean"] <= high
+            covered += shift == 0.5 and low < np.hypot(0.5, (2 / 32) ** 0.5) < high
+    assert covered >= 85
 
 
-def test_shares_of_the_same_pictures(monkeypatch):
+def test_shares_of_the_same_images(monkeypatch):
     """The paired interval covers the true gain, also where few images differ."""
     rng, covered = np.random.default_rng(3), 0
     for _ in range(400):
-        other = rng.random(32) < 0.9
-        right = np.where(rng.random(32) < 0.1, True, other)  # mends a tenth of what is wrong
-        low, high = intervals.paired_shares(right.astype(float), other.astype(float))
+        baseline = rng.random(32) < 0.9
+        right = np.where(rng.random(32) < 0.1, True, baseline)  # a tenth of the wrong ones is right
+        low, high = intervals.paired_shares(right.astype(float), baseline.astype(float))
         covered += low < 0.1 * 0.1 < high
     assert covered >= 380
 
 
 def test_wilson():
     right, texture = np.array([1.0] * 90 + [0.0] * 10), np.ones((100, 2, 2))
-    of = scores.Judged(right, right, texture[:, 0], texture[:, 0], texture)
-    found = scores.score(of, of)["layout"]
-    assert [found["mean"], *found["interval"]] == pytest.approx([0.9, 0.826, 0.945], abs=5e-4)
-    assert scores.shown(found) == "0.90 [0.83, 0.94]"
+    images = scores.ImageStatistics(right, right, texture[:, 0], texture[:, 0], texture)
+    result = scores.score(images, images)["layout"]
+    assert [result["mean"], *result["interval"]] == pytest.approx([0.9, 0.826, 0.945], abs=5e-4)
+    assert scores.format_interval(result) == "0.90 [0.83, 0.94]"
 
 
-NAMES = {  # what is asked for -> its name, None: the same
+NAMES = {  # text -> name of the setting, None: the text
     "base": None,
     "base:model": None,
     "yarn": None,
@@ -193,24 +194,24 @@ NAMES = {  # what is asked for -> its name, None: the same
 
 @pytest.mark.parametrize("text", NAMES)
 def test_settings(text):
-    """A name is read again as what it names, and begins with the config's own name."""
-    found = setting(text)
-    assert found.name == (NAMES[text] or text)
-    again = setting(found.name)
-    assert (again.name, again.control, again.more) == (found.name, found.control, found.more)
-    same = [replace(one.config, dype_scale=one.config.lambda_s) for one in (again, found)]
-    assert same[0] == same[1]
-    assert found.name.split(":")[0] == found.config.name
-    assert found.config.dype == text.startswith("dy_")
-    assert found.config.shift == ("model" if text.endswith(":model") else None)
+    """A name is the text of the same setting, and begins with the name of the config."""
+    setting = parse_setting(text)
+    assert setting.name == (NAMES[text] or text)
+    again = parse_setting(setting.name)
+    assert again._replace(config=None) == setting._replace(config=None)
+    configs = [replace(s.config, dype_scale=s.config.lambda_s) for s in (again, setting)]
+    assert configs[0] == configs[1]
+    assert setting.name.split(":")[0] == setting.config.name
+    assert setting.config.dype == text.startswith("dy_")
+    assert setting.config.shift == ("model" if text.endswith(":model") else None)
 
 
 def test_numbers_of_settings():
-    config = setting("dy_pi:1:0.5").config
+    config = parse_setting("dy_pi:1:0.5").config
     assert (config.lambda_s, config.dype_exponent) == (1, 0.5)
-    config = setting("dy_cutoff:cutoff=0.5:attention_scale=0.3:attention_path=rising").config
+    config = parse_setting("dy_cutoff:cutoff=0.5:attention_scale=0.3:attention_path=rising").config
     assert (config.cutoff, config.attention_scale, config.attention_path) == (0.5, 0.3, "rising")
-    assert setting("yarn_paper:alpha=2.0").config.alpha == 2
+    assert parse_setting("yarn_paper:alpha=2.0").config.alpha == 2
 
 
 FOLDERS = {
@@ -225,38 +226,38 @@ FOLDERS = {
 }
 
 
-def test_images_of_before_are_found():
-    """Folders have the settings' older names, of which none is another setting's."""
-    assert {text: setting(text).folder for text in FOLDERS} == FOLDERS
-    settings = {cell.setting.name: cell.setting.folder for cell in experiments.plan("cutoff")}
+def test_images_of_older_versions_are_found():
+    """Folders have the settings' older names, and no two settings share a folder."""
+    assert {text: parse_setting(text).folder for text in FOLDERS} == FOLDERS
+    settings = {cell.setting.name: cell.setting.folder for cell in experiments.plan_cells("cutoff")}
     assert len({*settings.values()}) == len(settings)
 
 
 def test_static_forms():
-    """Of every method the first whose static frequencies and m are the same."""
+    """STATIC_FORMS has the first method with the same static frequencies and m."""
 
-    def table(name):
+    def static_table(name):
         f, m = axis_frequencies(56, 10000.0, 16, 64, 1.0, DyPEConfig(name, dype=False))
         return [*f.tolist(), m.item()]
 
     for method in METHODS:
-        first = next(name for name in METHODS if table(name) == table(method))
-        assert experiments.STATIC[method] == first
+        first = next(name for name in METHODS if static_table(name) == static_table(method))
+        assert experiments.STATIC_FORMS[method] == first
 
 
 def test_the_table_holds_every_method():
     """At 2x all methods, dynamic and static; at 4x base and three methods in both forms."""
-    cells = experiments.plan("default")
-    at = {s: [cell for cell in cells if cell.size == (s, s)] for s in (256, 512, 1024)}
-    assert [cell.setting.name for cell in at[256]] == ["base"]
-    twice = {(cell.setting.config.method, cell.setting.config.dype) for cell in at[512]}
-    assert {method for method, dynamic in twice if dynamic} == METHODS.keys() - {"base"}
-    static = experiments.STATIC
-    assert {(static[method], False) for method in METHODS if method != "base"} <= twice
-    assert {cell.count for cell in at[512]} == {64}
-    assert len(at[1024]) == 1 + 3 * 2
-    names = {cell.setting.name: cell for cell in at[512]}
-    pairs = experiments.compared(names)
+    cells = experiments.plan_cells("default")
+    by_size = {s: [cell for cell in cells if cell.size == (s, s)] for s in (256, 512, 1024)}
+    assert [cell.setting.name for cell in by_size[256]] == ["base"]
+    forms = {(cell.setting.config.method, cell.setting.config.dype) for cell in by_size[512]}
+    assert {method for method, dynamic in forms if dynamic} == METHODS.keys() - {"base"}
+    static = experiments.STATIC_FORMS
+    assert {(static[method], False) for method in METHODS if method != "base"} <= forms
+    assert {cell.count for cell in by_size[512]} == {64}
+    assert len(by_size[1024]) == 1 + 3 * 2
+    names = {cell.setting.name: cell for cell in by_size[512]}
+    pairs = experiments.default_pairs(names)
     assert ("dy_yarn_power", "yarn") in pairs
     assert ("dy_tasr", "tasr") in pairs
     assert ("pi", "base") in pairs
@@ -264,39 +265,39 @@ def test_the_table_holds_every_method():
 
 
 def test_the_table_of_the_cutoffs():
-    """All methods at 2x; the chosen and their rivals at every size, square and 2:1."""
-    cells = experiments.plan("cutoff")
-    at = {}
+    """All methods at 2x; the compared settings at every size, square and 2:1."""
+    cells = experiments.plan_cells("cutoff")
+    by_size = {}
     for cell in cells:
-        at.setdefault(cell.size, []).append(cell.setting.name)
-    assert [*at] == [(512, 512), (1024, 1024), (256, 512), (512, 1024)]
-    rivals = {setting(one).name for one in experiments.RIVALS}
-    assert len(rivals) == 5
-    assert all(rivals <= {*names} and len({*names}) == len(names) for names in at.values())
+        by_size.setdefault(cell.size, []).append(cell.setting.name)
+    assert [*by_size] == [(512, 512), (1024, 1024), (256, 512), (512, 1024)]
+    compared = {parse_setting(text).name for text in experiments.CUTOFF_COMPARISON}
+    assert len(compared) == 5
+    assert all(compared <= {*names} and len({*names}) == len(names) for names in by_size.values())
     assert {cell.setting.config.method for cell in cells if cell.size == (512, 512)} == {*METHODS}
-    held, named = experiments.couples([], [], cutoff=True), {cell.setting.name for cell in cells}
-    assert {name for pair in held for name in pair} <= named
-    assert ("dy_cutoff:model", "dy_cutoff") in held
-    assert ("dy_cutoff:model", "dy_yarn_paper:model") in held
-    assert ("dy_cutoff", "dy_yarn_paper") in held
+    pairs = experiments.requested_pairs([], [], is_cutoff_table=True)
+    assert {name for pair in pairs for name in pair} <= {cell.setting.name for cell in cells}
+    assert ("dy_cutoff:model", "dy_cutoff") in pairs
+    assert ("dy_cutoff:model", "dy_yarn_paper:model") in pairs
+    assert ("dy_cutoff", "dy_yarn_paper") in pairs
 
 
-def test_a_size_that_is_not_square(tmp_path, short):
-    """Width first, in the flag, the folder and the table; all others are held against one."""
+def test_size_not_square(tmp_path, small_base):
+    """Width is first in the flag, the folder and the table; --against names the baseline."""
     words = "pi base --against base --size 128x64 --steps 1 --count 1 --processes 1"
     out = ["--out", str(tmp_path), "--save", str(tmp_path / "saved.json")]
     assert evaluate.main([*words.split(), *out]) == 0
-    with Image.open(tmp_path / "seed_0" / "128x64" / "pi_static" / "000.png") as picture:
-        assert picture.size == (128, 64)
-    found = json.loads((tmp_path / "saved.json").read_text())
-    assert {row["size"] for row in found["rows"]} == {"128x64"}
-    [pair] = found["pairs"]
+    with Image.open(tmp_path / "seed_0" / "128x64" / "pi_static" / "000.png") as image:
+        assert image.size == (128, 64)
+    saved = json.loads((tmp_path / "saved.json").read_text())
+    assert {row["size"] for row in saved["rows"]} == {"128x64"}
+    [pair] = saved["pairs"]
     assert (pair["setting"], pair["against"]) == ("pi", "base")
 
 
-def test_truth_that_is_not_square():
-    """The layout of the square scene, stretched; the leaves and their spectrum are those of it."""
-    for scene in scenes(4):
+def test_truth_not_square():
+    """The layout is that of the square scene, stretched; the leaves and their spectrum stay."""
+    for scene in make_scenes(4):
         square, wide = render(scene, 256), render(scene, 128, 256)
         assert wide.shape == (128, 256, 3)
         assert (render(scene, 256, 256) == square).all()
@@ -310,11 +311,11 @@ def test_truth_that_is_not_square():
     np.testing.assert_allclose(log_spectrum(wide), np.log(halves))
 
 
-def test_controls_are_held_against_what_they_control():
-    some = ["dy_yarn", "dy_yarn:reversed", "yarn", "dy_yarn:model", "yarn:model", "base"]
-    some += ["dy_yarn:attention_scale=0.3", "yarn:attention_scale=0.3"]
-    names = {setting(text).name: Cell((64, 64), setting(text), 1) for text in some}
-    pairs = experiments.compared(names)
+def test_controls_are_compared_with_their_settings():
+    texts = ["dy_yarn", "dy_yarn:reversed", "yarn", "dy_yarn:model", "yarn:model", "base"]
+    texts += ["dy_yarn:attention_scale=0.3", "yarn:attention_scale=0.3"]
+    settings = [parse_setting(text) for text in texts]
+    pairs = experiments.default_pairs({s.name: Cell((64, 64), s, 1) for s in settings})
     assert ("dy_yarn:reversed", "dy_yarn") in pairs
     assert ("dy_yarn:reversed", "yarn") in pairs
     assert ("dy_yarn:model", "dy_yarn") in pairs
@@ -328,81 +329,80 @@ SMALL = ["--size", "64", "--steps", "2", "--count", "3", "--processes", "1"]
 
 
 @pytest.fixture(autouse=True)
-def fresh():
-    """A pipeline that no other test has had, as a process has."""
-    evaluate.pipeline.cache_clear()
+def new_pipeline():
+    """Load a pipeline in each test, as a process does."""
+    evaluate.cached_pipeline.cache_clear()
 
 
 @pytest.fixture
-def short(monkeypatch):
-    """Settings at the demo's base resolution would be stock at 64 px: here it is 32 px."""
+def small_base(monkeypatch):
+    """Set a base resolution of 32 px, because at the demo's every image of 64 px is stock."""
     monkeypatch.setattr(experiments, "BASE", 32)
-    monkeypatch.setattr(scores, "DRAWS", 20)
+    monkeypatch.setattr(scores, "RESAMPLES", 20)
 
 
-def drawn(folder):
+def read_pngs(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.png")}
 
 
-def test_table_of_a_run_that_was_interrupted(tmp_path, monkeypatch, capsys, short):
-    """What is there stays, what is missing is drawn, and both are as in one go."""
+def test_interrupted_run(tmp_path, monkeypatch, capsys, small_base):
+    """Existing images stay, missing ones are generated, and all are those of a single run."""
     words = [*SMALL, "base", "dy_pi", "pi", "dy_pi:reversed"]
     assert evaluate.main([*words, "--out", str(tmp_path / "whole")]) == 0
-    printed = capsys.readouterr().out
+    whole_output = capsys.readouterr().out
     write, left = evaluate.records.write_atomically, [5]
 
-    def killed(contents):
+    def write_or_interrupt(contents):
         if any(path.suffix == ".png" for path in contents):
             left[0] -= 1
             if left[0] == 0:
                 raise KeyboardInterrupt
         write(contents)
 
-    monkeypatch.setattr(evaluate.records, "write_atomically", killed)
+    monkeypatch.setattr(evaluate.records, "write_atomically", write_or_interrupt)
     parts = [*words, "--out", str(tmp_path / "parts")]
     assert evaluate.main(parts) == 130
-    assert capsys.readouterr().err.endswith("interrupted; the same command draws the rest\n")
-    assert len(drawn(tmp_path / "parts")) == 4
-    evaluate.pipeline.cache_clear()
+    assert capsys.readouterr().err.endswith("interrupted; the same command generates the rest\n")
+    assert len(read_pngs(tmp_path / "parts")) == 4
+    evaluate.cached_pipeline.cache_clear()
     assert evaluate.main([*parts, "--drawn"]) == 0
     out = capsys.readouterr().out
     assert "| 64 | `base` | 3 |" in out
     assert "| 64 | `dy_pi` | 1 |" in out
-    assert "not all drawn: dy_pi 64 px 1, pi 64 px 0, dy_pi:reversed 64 px 0" in out
+    assert "incomplete: dy_pi 64 px 1, pi 64 px 0, dy_pi:reversed 64 px 0" in out
     assert "| `pi` |" not in out
     assert evaluate.main([*parts, "--save", str(tmp_path / "saved.json")]) == 0
-    assert left[0] == -8  # images that the second run drew: 12 less the 4 of the first
-    assert drawn(tmp_path / "parts") == drawn(tmp_path / "whole")
+    assert left[0] == -8  # images of the second run: 12 less the 4 of the first
+    assert read_pngs(tmp_path / "parts") == read_pngs(tmp_path / "whole")
     files = [tmp_path / name for name in ("saved.json", "saved.csv", "saved_pairs.csv")]
-    assert capsys.readouterr().out == printed + "".join(f"{path}\n" for path in files)
-    found = json.loads((tmp_path / "saved.json").read_text())
-    names = [row["setting"] for row in found["rows"]]
+    assert capsys.readouterr().out == whole_output + "".join(f"{path}\n" for path in files)
+    saved = json.loads((tmp_path / "saved.json").read_text())
+    names = [row["setting"] for row in saved["rows"]]
     assert names == ["truth", "truth_vae", "vae", "base", "dy_pi", "pi", "dy_pi:reversed"]
     rows = list(csv.DictReader(files[1].read_text().splitlines()))
     assert [row["setting"] for row in rows] == names
     assert rows[4]["lambda_s"] == "2.0"
-    spans = zip(found["rows"][4]["overlap"]["interval"], ("low", "high"), strict=True)
+    spans = zip(saved["rows"][4]["overlap"]["interval"], ("low", "high"), strict=True)
     for value, end in spans:
         assert float(rows[4][f"overlap_{end}"]) == pytest.approx(value, rel=1e-5)
     pairs = list(csv.DictReader(files[2].read_text().splitlines()))
-    held = [[(row["setting"], row["against"]) for row in some] for some in (pairs, found["pairs"])]
-    assert held[0] == held[1]
-    assert found["rows"][1]["layout"]["mean"] == 1
-    assert found["rows"][1]["spectrum"]["mean"] > 0.01  # other leaves, not the same
-    assert found["protocol"]["steps"] == 2
-    pictures = drawn(tmp_path / "whole").values()
-    assert len(set(pictures)) == 12
+    csv_pairs = [(row["setting"], row["against"]) for row in pairs]
+    assert csv_pairs == [(row["setting"], row["against"]) for row in saved["pairs"]]
+    assert saved["rows"][1]["layout"]["mean"] == 1
+    assert saved["rows"][1]["spectrum"]["mean"] > 0.01  # because the leaves differ
+    assert saved["protocol"]["steps"] == 2
+    assert len(set(read_pngs(tmp_path / "whole").values())) == 12
 
 
-def test_two_processes_draw_what_one_does(tmp_path):
+def test_two_processes_generate_the_same_images(tmp_path):
     words = ["base", "dy_pi", "--size", "64", "--steps", "1", "--count", "2", "--out"]
     assert evaluate.main([*words, str(tmp_path / "one"), "--processes", "1"]) == 0
     assert evaluate.main([*words, str(tmp_path / "two"), "--processes", "2"]) == 0
-    assert len(drawn(tmp_path / "two")) == 4
+    assert len(read_pngs(tmp_path / "two")) == 4
     pairs = zip(*(sorted((tmp_path / name).rglob("*.png")) for name in ("one", "two")), strict=True)
     for first, second in pairs:
-        gap = abs(report.opened(first).astype(int) - report.opened(second))
-        assert gap.max() <= 2  # of 255: another number of threads rounds otherwise
+        gap = abs(report.read_image(first).astype(int) - report.read_image(second))
+        assert gap.max() <= 2  # of 255, because rounding depends on the number of threads
 
 
 BAD = {
@@ -419,7 +419,7 @@ BAD = {
     "dy_yarn:cutoff=2": "'dy_yarn:cutoff=2', expected no cutoff: it has no effect there",
     "dy_yarn:attention_path=up": "attention_path is 'up', expected one of",
     "dy_yarn:attention_path=rising": "attention_path is 'rising', expected an attention_scale",
-    # as they were spelled before
+    # spellings of older versions
     "yarn_paper:static": "'yarn_paper:static' is an old spelling, expected 'yarn_paper'",
     "yarn:static:model": "'yarn:static:model' is an old spelling, expected 'yarn:model'",
     "pi:1:1": "'pi:1:1' is static and ignores a part, expected 'dy_pi:1:1'",
@@ -447,9 +447,9 @@ BAD = {
     "base --out there/protocol.json": "--out is there/protocol.json, expected a folder",
     "base --strip a.xyz": "--strip is a.xyz, expected",
     "base --save a.csv": "--save is a.csv, expected a name in .json",
-    "base --size 64 --steps 3 --out there": "steps is 3, but there was drawn with 20",
-    "base --out odd": "odd/protocol.json is not of this program",
-    "base --out bare": "steps is 20, but bare was drawn with None",
+    "base --size 64 --steps 3 --out there": "steps is 3, but there was generated with 20",
+    "base --out odd": "odd/protocol.json is not a file of this program",
+    "base --out bare": "steps is 20, but bare was generated with None",
     "base --out other": "dtype is ",
     "--sizes 64": "unrecognized arguments",
     "--drawn --out nowhere": "nowhere has none of these images",
@@ -458,15 +458,15 @@ BAD = {
 
 @pytest.mark.parametrize("words", BAD)
 def test_bad_input(words, tmp_path, monkeypatch, capsys):
-    """One sentence, exit code 2, before anything is loaded or written."""
+    """Wrong input gives one sentence and exit code 2, before anything is loaded or written."""
     monkeypatch.chdir(tmp_path)
     weights = evaluate.weights_hash(Path(evaluate.DEMO.repo))
-    other = json.dumps({"steps": 20, "true_cfg": 5.0, "dtype": ["x"], "weights": weights})
-    texts = {"there": '{"steps": 20}', "odd": "[1]", "bare": "{}", "other": other}
+    no_dtype = json.dumps({"steps": 20, "true_cfg": 5.0, "dtype": ["x"], "weights": weights})
+    texts = {"there": '{"steps": 20}', "odd": "[1]", "bare": "{}", "other": no_dtype}
     for name, text in texts.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "protocol.json").write_text(text)
-    monkeypatch.setattr(evaluate, "pipeline", None)
+    monkeypatch.setattr(evaluate, "cached_pipeline", None)
     assert evaluate.main(words.split()) == 2
     err = capsys.readouterr().err
     assert err.startswith("dype.demo.evaluate: ")
@@ -475,8 +475,8 @@ def test_bad_input(words, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "odd", "other", "there"]
 
 
-def test_a_picture_that_is_cut_off(tmp_path, capsys, short):
-    """Named, exit code 1; deleted, it is drawn again."""
+def test_truncated_image(tmp_path, capsys, small_base):
+    """It gives a sentence with its name and exit code 1; after its deletion it is generated."""
     words = ["base", *SMALL, "--count", "1", "--out", str(tmp_path)]
     assert evaluate.main(words) == 0
     [path] = tmp_path.rglob("*.png")
@@ -490,39 +490,40 @@ def test_a_picture_that_is_cut_off(tmp_path, capsys, short):
 
 
 def test_each_prompt_has_its_noise(tmp_path, monkeypatch):
-    """Seed 10000 of the prompts' seed + i: halves of different prompts share none."""
-    seen = []
+    """The seed is 10000 times --seed, plus i, so that no two prompts share noise."""
+    calls = []
 
-    def note(pipe, caption, passes, seed, **more):
-        seen.append((caption, seed, passes))
+    def record_call(pipe, caption, passes, seed, **settings):
+        calls.append((caption, seed, passes))
         return Image.new("RGB", (64, 64))
 
-    monkeypatch.setattr(evaluate, "pipeline", lambda weights: SimpleNamespace(device="cpu"))
+    monkeypatch.setattr(evaluate, "cached_pipeline", lambda weights: SimpleNamespace(device="cpu"))
     monkeypatch.setattr(evaluate, "apply_dype", lambda *_: None)
-    monkeypatch.setattr(evaluate.multipass, "run_passes", note)
+    monkeypatch.setattr(evaluate.multipass, "run_passes", record_call)
     args = evaluate.parser().parse_args(["base", "--seed", "3"])
-    scenes = evaluate.sampled(args)
-    cell = Cell((64, 64), setting("base"), 2)
+    captions = [scene.caption for scene in evaluate.sample_scenes(args)]
+    cell = Cell((64, 64), parse_setting("base"), 2)
     for i in range(2):
-        evaluate.draw(cell, i, tmp_path / f"{i}.png", scenes[i].caption, args)
-    whole = [{"height": 64, "width": 64, "steps": 20}]
-    assert seen == [(scenes[0].caption, 30_000, whole), (scenes[1].caption, 30_001, whole)]
+        evaluate.generate_image(cell, i, tmp_path / f"{i}.png", captions[i], args)
+    passes = [{"height": 64, "width": 64, "steps": 20}]
+    assert calls == [(captions[0], 30_000, passes), (captions[1], 30_001, passes)]
 
 
 @pytest.mark.parametrize("control", ["", ":reversed"])
-def test_reversed_time(control, tmp_path, short):
-    """The control hands the encoding 1 - sigma at every call."""
+def test_reversed_time(control, tmp_path, small_base):
+    """The control sets the encoding to 1 - sigma at every call."""
     args = evaluate.parser().parse_args([*SMALL, "base"])
-    pipe = evaluate.pipeline(args.weights)
-    seen = []
+    pipe = evaluate.cached_pipeline(args.weights)
+    sigmas = []
 
-    def note(transformer, inputs, kwargs):
+    def record_sigma(transformer, inputs, kwargs, output):
         sigma = float(kwargs["timestep"][0])
-        seen.append((1 - sigma if control else sigma, float(transformer.pos_embed.sigma)))
+        sigmas.append((1 - sigma if control else sigma, float(transformer.pos_embed.sigma)))
 
-    cell = Cell((64, 64), setting("dy_pi" + control), 1)
-    pipe.transformer.register_forward_hook(lambda m, a, k, out: note(m, a, k), with_kwargs=True)
-    evaluate.draw(cell, 0, tmp_path / "0.png", evaluate.sampled(args)[0].caption, args)
-    assert len(seen) == 2 * 2  # steps, with and without the prompt
-    for expected, sigma in seen:
+    cell = Cell((64, 64), parse_setting("dy_pi" + control), 1)
+    pipe.transformer.register_forward_hook(record_sigma, with_kwargs=True)
+    caption = evaluate.sample_scenes(args)[0].caption
+    evaluate.generate_image(cell, 0, tmp_path / "0.png", caption, args)
+    assert len(sigmas) == 2 * 2  # steps, with and without the prompt
+    for expected, sigma in sigmas:
         assert sigma == pytest.approx(expected, abs=1e-6)
