@@ -32,7 +32,9 @@ IRREGULAR_PARTICIPLES = word_set(
     "stuck swept taken taught thought thrown told understood won worn woven written"
 )
 # participles that may stand before a noun, because `paired_shares` names the shares
-ADJECTIVES = word_set("batched cached compiled finished implied normalized paired scaled")
+ADJECTIVES = word_set(
+    "batched cached compiled finished implied normalized paired rendered requested scaled"
+)
 NOUN_CLAUSE = re.compile(r"What|Whether|The same|As |Where|How|Those|That")
 BRITISH = re.compile(  # each in brackets once, so that this line does not match itself
     r"colo[u]r|gr[e]y|cent[r]e|licen[c]e|normali[s]|behavio[u]r|neighbo[u]r", re.IGNORECASE

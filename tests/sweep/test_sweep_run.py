@@ -29,10 +29,8 @@ def test_a_sweep_from_one_command(capsys, monkeypatch):
         return load(*args, **kwargs)
 
     monkeypatch.setattr(sampling_run, "load_pipeline", spy)
-    line = [
-        *TINY_DEMO,
-        *shlex.split("--method yarn,base --seed 0-1 --size 64,64x96 --output_dir out"),
-    ]
+    flags = "--method yarn,base --seed 0-1 --size 64,64x96 --output_dir out"
+    line = [*TINY_DEMO, *flags.split()]
     assert run(*line) == 0
     rows = table()
     assert len(rows) == 8
