@@ -1,10 +1,18 @@
-"""Rules for the pages: short lines, one sentence a line, small tables, links to what exists."""
+"""Rules for the pages: short lines, one sentence a line, small tables, links to what exists.
+
+Their numbers are those of the files in docs/data.
+"""
 
 import csv
+import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from dype.config import DEFAULT_LAMBDA_S
+from dype.demo import evaluate, scores
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("dype/**/*.md")]
@@ -99,3 +107,62 @@ def test_the_readme_is_short_and_quotes_the_benchmark():
         layout = f"{float(row['layout']):.2f} [{low:.2f}, {high:.2f}]"
         assert cells == [layout, f"{float(row['spectrum']):.2f}", f"{float(row['joint']):.2f}"]
         assert int(row["n"]) == 64
+
+
+def test_numbers_of_the_paper():
+    """paper_tables.csv has so many rows of each table; reproduce.md quotes those at 4096 px."""
+    with (ROOT / "docs/data/paper_tables.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = "table,model,set,size_wxh,method,lambda_s,lambda_t,metric,value"
+    assert [*rows[0]] == columns.split(",")
+    counts = {"1": 168, "3": 8, "6": 42, "7": 15, "8": 12, "10": 6, "fig18": 3, "sega": 12}
+    assert Counter(row["table"] for row in rows) == counts
+    assert len({tuple(row.values())[:-1] for row in rows}) == len(rows)
+    for row in rows:
+        assert re.fullmatch(r"-?\d+\.\d+", row["value"])
+        assert row["method"] != "dy_base"
+        assert row["method"].removeprefix("dy_") in DEFAULT_LAMBDA_S
+        assert re.fullmatch(r"\d+x\d+", row["size_wxh"]) or row["table"] == "8"
+        assert bool(row["lambda_s"]) == bool(row["lambda_t"])
+    text = (ROOT / "docs/reproduce.md").read_text()
+    lines = re.findall(r"^\| `(\w+)` \| (-?\d.*) \| (-?\d.*) \|$", text, re.MULTILINE)
+    assert len(lines) == 6
+    for method, *cells in lines:
+        place = {"table": "1", "size_wxh": "4096x4096", "method": method}
+        for name, cell in zip(("drawbench", "aesthetic-4k"), cells, strict=True):
+            keys = (place | {"set": name}).items()
+            assert cell == ", ".join(row["value"] for row in rows if row.items() >= keys)
+
+
+@pytest.mark.parametrize("name", ["ground_truth", "cutoff", "cutoff_second"])
+def test_tables_of_the_benchmark(name):
+    """The CSV files are those that `--save` writes beside the JSON."""
+    path = ROOT / "docs" / "data" / f"{name}.json"
+    saved = json.loads(path.read_text())
+    protocol = saved.pop("protocol")
+    for file, content in evaluate.files_to_save(path, protocol, saved).items():
+        assert file.read_bytes() == content, file
+
+
+def test_numbers_of_the_demo():
+    """The rows of demo.md are those of the JSON, and so are the intervals in its text."""
+    text = (ROOT / "docs/demo.md").read_text()
+    saved = json.loads((ROOT / "docs/data/ground_truth.json").read_text())
+    lines = re.findall(r"^\| (\d+) \| `(\S+)` \| (.+) \|$", text, re.MULTILINE)
+    assert 8 <= len(lines) <= 12
+    for size, setting, cells in lines:
+        [row] = [r for r in saved["rows"] if (str(r["size"]), r["setting"]) == (size, setting)]
+        numbers = [f"{row[score]['mean']:.2f}" for score in ("spectrum", "joint")]
+        assert cells.split(" | ") == [
+            str(row["n"]),
+            scores.format_interval(row["layout"]),
+            *numbers,
+        ]
+    differences = {
+        scores.format_interval(pair[score], True)
+        for pair in saved["pairs"]
+        for score in scores.SCORES
+    }
+    intervals = re.findall(r"[+-]\d\.\d\d \[[^]]+\]", text)
+    assert len(intervals) > 10
+    assert {*intervals} <= differences
