@@ -21,6 +21,7 @@ from dype.rope import (
     METHODS,
     axis_frequencies,
     build_axes,
+    pair_index_of_turns,
     ramp_weights,
     stock_frequencies,
 )
@@ -263,3 +264,23 @@ def test_mu_of_the_authors_and_of_diffusers():
     assert calculate_shift(65536, max_seq_len=65536) == pytest.approx(1.15)  # theirs, any size
     with pytest.raises(ZeroDivisionError):
         calculate_shift(256, max_seq_len=256)
+
+
+def test_the_ramp_of_yarn_on_flux_and_on_the_demo():
+    """docs/demo.md and the log's page on lambda have its beginning for 64 and for 16 tokens."""
+    demo = (ROOT / "docs" / "demo.md").read_text()
+    log = " ".join((ROOT / "docs" / "log" / "2026-11-22-lambda.md").read_text().split())
+    begins = []
+    for trained_tokens in (64, 16):
+        axis = build_axes(56, 10000.0, trained_tokens, [2 * trained_tokens], None, DyPEConfig())
+        begins.append(pair_index_of_turns(axis, axis.ramp_turns)[0, 0].item())
+        pi_share = ramp_weights(axis, lambda r: r)[0]
+        assert pi_share[int(begins[-1])] == 0
+        assert pi_share[int(begins[-1]) + 1] > 0
+    assert "begins at frequency 6 of 28 with FLUX's 64 tokens, at 2 with our 16" in demo
+    assert [int(pair) for pair in begins] == [6, 2]
+    assert "pair 2.2 of 28 for L = 16 and pair 6.4 for 64" in log
+    assert [f"{pair:.1f}" for pair in begins] == ["6.4", "2.2"]
+    assert "stretches by 1.05 at 2x" in demo
+    assert 2 ** axis.ntk_exponent[2].item() == pytest.approx(1.05, abs=0.005)
+    assert 1 / BETA[0] == 0.8  # of L, the wavelength

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dype.config import DEFAULT_LAMBDA_S
-from dype.demo import evaluate, scores
+from dype.demo import evaluate
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("dype/**/*.md")]
@@ -144,25 +144,41 @@ def test_tables_of_the_benchmark(name):
         assert file.read_bytes() == content, file
 
 
-def test_numbers_of_the_demo():
-    """The rows of demo.md are those of the JSON, and so are the intervals in its text."""
-    text = (ROOT / "docs/demo.md").read_text()
-    saved = json.loads((ROOT / "docs/data/ground_truth.json").read_text())
-    lines = re.findall(r"^\| (\d+) \| `(\S+)` \| (.+) \|$", text, re.MULTILINE)
-    assert 8 <= len(lines) <= 12
-    for size, setting, cells in lines:
-        [row] = [r for r in saved["rows"] if (str(r["size"]), r["setting"]) == (size, setting)]
-        numbers = [f"{row[score]['mean']:.2f}" for score in ("spectrum", "joint")]
-        assert cells.split(" | ") == [
-            str(row["n"]),
-            scores.format_interval(row["layout"]),
-            *numbers,
-        ]
-    differences = {
-        scores.format_interval(pair[score], True)
-        for pair in saved["pairs"]
-        for score in scores.SCORES
-    }
-    intervals = re.findall(r"[+-]\d\.\d\d \[[^]]+\]", text)
-    assert len(intervals) > 10
-    assert {*intervals} <= differences
+def format_score(row: dict, name: str, sign: str = "", with_interval: bool = True) -> str:
+    """Return a score of a CSV row as the pages print it."""
+    value, low, high = (f"{float(row[name + end]):{sign}.2f}" for end in ("", "_low", "_high"))
+    return f"{value} [{low}, {high}]" if with_interval else value
+
+
+def test_the_tables_of_demo_md_are_those_of_the_files():
+    """Rows and paired differences are those of ground_truth.csv and ground_truth_pairs.csv."""
+    differences = {}
+    with (ROOT / "docs/data/ground_truth.csv").open() as file:
+        results = {(row["size"], row["setting"]): row for row in csv.DictReader(file)}
+    with (ROOT / "docs/data/ground_truth_pairs.csv").open() as file:
+        for row in csv.DictReader(file):
+            differences[row["size"], row["setting"], row["against"]] = row
+    page = (ROOT / "docs/demo.md").read_text()
+    sections = re.split(r"^(?:At (\d+) px \(.x\)|With DyPE minus)", page, flags=re.MULTILINE)
+    [_, small, small_text, large, large_text, _, pairs_text] = sections
+    counts = []
+    for size, text in ((small, small_text), (large, large_text)):
+        rows = re.findall(r"^\| `(.+?)` \|(?: (\d+) \|)? (.+) \|$", text, re.MULTILINE)
+        counts.append(len(rows))
+        for setting, n, cells in rows:
+            row = results[size, setting]
+            scores = [format_score(row, "layout")]
+            scores += [format_score(row, x, "", False) for x in ("overlap", "spectrum", "joint")]
+            assert row["n"] == (n or "8")
+            assert cells.split(" | ") == scores
+    assert counts == [7, 4]
+    static = {"dy_yarn_paper": "yarn_paper", "dy_pi:1:1": "pi"}
+    rows = re.findall(r"^\| (\d+) \| `(.+?)` \| (.+) \|$", pairs_text, re.MULTILINE)
+    assert len(rows) == 4
+    for size, setting, cells in rows:
+        row = differences[size, setting, static[setting]]
+        scores = [format_score(row, name, "+") for name in ("overlap", "spectrum", "joint")]
+        assert cells.split(" | ") == scores
+    row = differences["512", "dy_yarn_paper", "base"]
+    for name in ("layout", "joint", "spectrum", "patches"):
+        assert format_score(row, name, "+") in page

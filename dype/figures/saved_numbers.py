@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from dype.config import check_choice
 from dype.demo.experiments import BASE, CUTOFF_COMPARISON, parse_setting
 from dype.figures import formulas, style
+from dype.rope import METHODS
 
 COMMAND = "python -m dype.demo.trajectories"
 TRAJECTORIES = Path("docs/data/trajectories.json")
@@ -176,7 +177,7 @@ GROUND_TRUTH = Path("docs/data/ground_truth.json")
 SCORES = {  # -> label
     "joint": "joint score",
     "layout": "share of right layouts",
-    "overlap": "overlap with the requested shape",
+    "overlap": "overlap with the requested shape (1: equal)",
     "spectrum": "distance of spectra (0: truth)",
     "patches": "distance of patches (0: truth)",
 }
@@ -187,8 +188,11 @@ SELECTED = WITH_INTERVALS[1]  # on other prompts
 ATTENTION_SUFFIX = re.compile(":attention_[a-z]+=[^:]+")
 BASE_STYLE = {"color": style.BLACK, "marker": "x"}
 COLORS = (style.ORANGE, style.BLUE, style.GREEN, style.VERMILLION, style.PURPLE, style.SKY)
-MARKERS = "soD^vP"
-MARKER_STYLES = [{"color": COLORS[i % 6], "marker": MARKERS[(i + i // 6) % 6]} for i in range(36)]
+MARKER_STYLES = [{"color": c, "marker": m} for c, m in zip(COLORS, "soD^vP", strict=True)]
+FRONTIER_MARKERS = zip(list(METHODS)[1:], cycle(COLORS), "soPD^<>hvXd", strict=False)
+METHOD_STYLES = {name: {"color": color, "marker": mark} for name, color, mark in FRONTIER_MARKERS}
+METHOD_STYLES |= {"base": BASE_STYLE, "cutoff": {"color": style.BLACK, "marker": "d"}}
+SPARE_MARKERS = "p8H"  # of methods with another lambda
 
 
 def read_square_rows(path: Path, command: str) -> list[dict]:
@@ -217,7 +221,7 @@ def fig5(
     for name in settings:
         check_choice("--settings", name, list(dict.fromkeys(row["setting"] for row in rows)))
     figure, axes = style.subplots(style.SINGLE, 2.6)
-    marker_styles = cycle(MARKER_STYLES[:6])
+    marker_styles = cycle(MARKER_STYLES)
     line_styles = {"truth_vae": {"color": style.GRAY, "linestyle": ":"}}
     for name in settings:
         line_styles[name] = BASE_STYLE if name == "base" else next(marker_styles)
@@ -234,17 +238,22 @@ def fig5(
             axes.vlines(x, *zip(*intervals, strict=True), line_style["color"], lw=0.8)
     sizes = sorted({row["size"] for row in rows})
     axes.set_xticks([s / BASE for s in sizes], labels=[f"{s / BASE:g}x\n{s}" for s in sizes])
-    axes.set(xlabel="side (times the trained side, px)", ylabel=SCORES[score])
+    axes.set(xlabel="side: multiple of the training size, and px", ylabel=SCORES[score])
     figure.legend(loc="outside upper center", ncols=2)
     return figure
+
+
+def encoding_name(row: dict) -> str:
+    """Return the setting of a row without "dy_" and without its attention scale."""
+    return ATTENTION_SUFFIX.sub("", row["setting"]).removeprefix("dy_")
 
 
 def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
     """Draw overlap against texture, a panel per square size and a point per setting.
 
-    The best of both is top right. A line joins settings that differ in their attention scale alone.
-    A dotted line leads from a static method to its forms with DyPE. The settings of WITH_INTERVALS
-    have intervals, and SELECTED has a ring.
+    The best of both is bottom right. All panels have the same ranges. A line joins settings that
+    differ in their attention scale alone. A dotted line leads from a static method to its forms
+    with DyPE. The settings of WITH_INTERVALS have intervals, and SELECTED has a ring.
 
     Args:
         ground_truth: JSON file of results.
@@ -253,30 +262,45 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
     check_choice("--score", score, ("spectrum", "patches"))
     rows = read_square_rows(ground_truth, f"python -m dype.demo.evaluate --cutoff --save {CUTOFF}")
     sizes = sorted({row["size"] for row in rows} - {BASE}) or [BASE]
-    methods = dict.fromkeys(row["method"] for row in rows if row["method"] not in (None, "base"))
-    method_styles = dict(zip(methods, MARKER_STYLES, strict=False))
-    method_styles |= {"base": BASE_STYLE, "cutoff": {"color": style.BLACK, "marker": "D"}}
-    figure, _ = style.subplots(style.SINGLE, 1.1 + 2.3 * len(sizes), len(sizes))
+    marker_styles, spare_markers = dict(METHOD_STYLES), cycle(SPARE_MARKERS)
+    for row in rows:
+        if row["method"] and encoding_name(row) not in marker_styles:
+            color = METHOD_STYLES.get(row["method"], {"color": style.GRAY})["color"]
+            marker_styles[encoding_name(row)] = {"color": color, "marker": next(spare_markers)}
+    columns = len(sizes) if len(sizes) <= 3 else (len(sizes) + 1) // 2
+    lines = -(-len(sizes) // columns)
+    width = style.DOUBLE if columns > 1 else style.SINGLE
+    figure, grid = style.subplots(
+        width, 1.2 + 2.3 * lines, lines, columns, sharex=True, sharey=True, squeeze=False
+    )
+    for axes in grid.flat[len(sizes) :]:
+        axes.remove()
     legend = {}
     for axes, size in zip(figure.axes, sizes, strict=True):
         size_rows = [row for row in rows if row["size"] == size]
-        draw_frontier(axes, size_rows, method_styles, score)
-        axes.set(title=f"{size} px ({size / BASE:g}x)", ylabel=SCORES[score])
-        axes.invert_yaxis()
+        draw_frontier(axes, size_rows, marker_styles, score)
+        axes.set(title=f"{size} px ({size / BASE:g}x)")
         legend |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    figure.axes[-1].set_xlabel(SCORES["overlap"])
-    title = "filled: as named; open: without dy_, static"
-    figure.legend(legend.values(), legend, loc="outside lower center", ncols=2, title=title)
+    figure.axes[0].set_ylim(bottom=0)
+    for axes in figure.axes[-columns:]:  # the lowest of each column
+        axes.set_xlabel(SCORES["overlap"])
+        axes.tick_params(labelbottom=True)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(SCORES[score])
+    title = "filled: with DyPE; open: the same method, static"
+    figure.legend(
+        legend.values(), legend, loc="outside lower center", ncols=2 * min(columns, 2), title=title
+    )
     return figure
 
 
-def draw_frontier(axes, rows: list[dict], method_styles: dict, score: str) -> None:
+def draw_frontier(axes, rows: list[dict], marker_styles: dict, score: str) -> None:
     """Draw the points and lines of one size.
 
     Args:
         axes: axes to draw on.
         rows: rows of the size.
-        method_styles: color and marker by method.
+        marker_styles: color and marker by `encoding_name`.
         score: "spectrum" or "patches".
     """
 
@@ -288,7 +312,7 @@ def draw_frontier(axes, rows: list[dict], method_styles: dict, score: str) -> No
         families.setdefault(ATTENTION_SUFFIX.sub("", row["setting"]), []).append(row)
     for family in families.values():
         if len(family) > 1:
-            color = method_styles[family[0]["method"]]["color"]
+            color = marker_styles[encoding_name(family[0])]["color"]
             axes.plot(*zip(*map(point, family), strict=True), color=color, lw=0.6, zorder=1)
     static = {row["method"]: row for row in rows if row["method"] and not row["dype"]}
     for row in rows:
@@ -297,13 +321,13 @@ def draw_frontier(axes, rows: list[dict], method_styles: dict, score: str) -> No
             axes.plot(x, y, "*", color=style.BLACK, ms=7, label=TRUTH[name])
         if not method:
             continue
-        marker, color = method_styles[method], method_styles[method]["color"]
+        marker = marker_styles[encoding_name(row)]
+        color = marker["color"]
         if row["dype"] and method in static and not ATTENTION_SUFFIX.search(name):
             ends = zip(point(static[method]), (x, y), strict=True)
             axes.plot(*ends, ":", color=color, lw=0.8, zorder=1)
         if row["dype"] or method == "base":
-            label = f"dy_{method}" if row["dype"] else method
-            axes.plot(x, y, **marker, ms=4, ls="", label=label)
+            axes.plot(x, y, **marker, ms=4, ls="", label=ATTENTION_SUFFIX.sub("", name))
         else:
             axes.plot(x, y, **marker, ms=4, ls="", mfc="white")
         if name in WITH_INTERVALS:

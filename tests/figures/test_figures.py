@@ -419,7 +419,10 @@ def test_frontier(tmp_path):
     spans = [segment.tolist() for c in axes.collections for segment in c.get_segments()]
     assert len(spans) == 2 * 4
     assert any(np.allclose(span, [[0.7, 0.5], [1.0, 0.5]]) for span in spans)
-    assert axes.yaxis_inverted()
+    assert not axes.yaxis_inverted()
+    assert axes.get_ylim()[0] == 0
+    assert len({tuple(marker.values()) for marker in saved_numbers.METHOD_STYLES.values()}) == 12
+    assert len({marker["marker"] for marker in saved_numbers.METHOD_STYLES.values()}) == 12
 
 
 METHODS = ("base", "ntk", "dy_ntk", "dy_tasr", "yarn", "dy_yarn")
