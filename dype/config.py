@@ -23,7 +23,7 @@ DEFAULT_LAMBDA_S = {
     "cutoff": None,
 }
 LAMBDA_S_HELP = ", ".join(f"{name} {scale:g}" for name, scale in DEFAULT_LAMBDA_S.items() if scale)
-DYNAMIC_NAMES = [f"dy_{name}" for name in DEFAULT_LAMBDA_S if name != "base"]
+DYNAMIC_NAMES = {f"dy_{name}": name for name in DEFAULT_LAMBDA_S if name != "base"}
 SHIFTS = ("cap", "model")
 ATTENTION_PATHS = ("constant", "falling", "rising")  # of a in m = 1 + a ln s, from t = 1 to 0
 PRESETS = ("off", "auto", "4k")
@@ -211,11 +211,10 @@ class DyPEConfig:
     # fmt: on
 
     def __post_init__(self):
-        if isinstance(self.method, str) and self.method.startswith("dy_"):
-            check_choice("method", self.method, DYNAMIC_NAMES)
+        if self.method in DYNAMIC_NAMES:
             if self.dype is not True:
                 raise ValueError(f"dype is {self.dype!r}, expected True with {self.method!r}")
-            object.__setattr__(self, "method", self.method.removeprefix("dy_"))
+            object.__setattr__(self, "method", DYNAMIC_NAMES[self.method])
         for row in CONFIG_FLAGS:
             row.check(getattr(self, row.name))
         check_number("alpha", self.alpha, 0, math.inf, exclusive=True)

@@ -89,5 +89,5 @@ def test_names_with_dype():
             assert DyPEConfig(config.name, dype=dynamic).to_dict() == config.to_dict()
     with pytest.raises(ValueError, match="dype is False, expected True with 'dy_yarn'"):
         DyPEConfig("dy_yarn", dype=False)
-    with pytest.raises(ValueError, match="method is 'dy_base', expected one of dy_pi"):
+    with pytest.raises(ValueError, match="method is 'dy_base', expected one of base, pi"):
         DyPEConfig("dy_base")

@@ -4,7 +4,7 @@ import argparse
 import re
 from dataclasses import dataclass
 
-from dype.config import CONFIG_FLAGS, DEFAULT_LAMBDA_S, PRESETS, Flag, flag, flags_of
+from dype.config import CONFIG_FLAGS, DYNAMIC_NAMES, PRESETS, Flag, flag, flags_of
 from dype.errors import Parser
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS
 from dype.sampling.settings import FLAGS, format_value
@@ -138,7 +138,6 @@ ENCODING_FLAGS = {row.name for row in ALL_FLAGS if row.group == ENCODING_GROUP} 
     "isotropic",
 }
 # methods with DyPE as results.csv and file names spell them; `settings.split_dynamic` reads them
-DYNAMIC_METHODS = {f"dy_{method}": method for method in DEFAULT_LAMBDA_S if method != "base"}
 GROUPS = dict.fromkeys(row.group for row in ALL_FLAGS)
 METAVARS = {int: "N", float: "X", str: "NAME", bool: "on|off"}
 PER_MODEL_DEFAULTS = {
@@ -233,8 +232,8 @@ def to_values(words: dict) -> dict:
             values[row.name] = row.parse(text)
         elif isinstance(text, str):
             texts = parse_list(row.name, text, row.type in (int, float))
-            dynamic = DYNAMIC_METHODS if row.name == "method" else ()
-            values[row.name] = [item if item in dynamic else row.parse(item) for item in texts]
+            names = DYNAMIC_NAMES if row.name == "method" else ()
+            values[row.name] = [item if item in names else row.parse(item) for item in texts]
         elif row.parser_options and row.name in values:  # a list, because the flag may be repeated
             values[row.name] = [row.parse(item) for item in text]
     return values

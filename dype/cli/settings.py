@@ -12,7 +12,6 @@ from pathlib import Path
 from dype.cli import validation
 from dype.cli.flags import (
     BOOLEAN_FLAGS,
-    DYNAMIC_METHODS,
     ENCODING_FLAGS,
     FLAG_NAMES,
     SWITCHES,
@@ -20,7 +19,7 @@ from dype.cli.flags import (
     parse,
     to_values,
 )
-from dype.config import CONFIG_FLAGS, DyPEConfig, preset_settings
+from dype.config import CONFIG_FLAGS, DYNAMIC_NAMES, DyPEConfig, preset_settings
 from dype.errors import UserError, raise_user_errors
 from dype.noise_schedule import check_shift
 from dype.pipelines import distributed
@@ -62,10 +61,7 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     file, image = flags.get("config"), flags.get("from_")
     profile = load_profile(file, flags.get("profile")) if file is not None else {}
     from_image = load_image_settings(image) if image is not None else {}
-    if "method" in flags:
-        profile.pop("method", None)  # because its dy_ names do not count any more
-    dype = (profile | flags).get("dype")
-    profile, flags = split_dynamic(profile, dype), split_dynamic(flags, dype)
+    profile, flags = split_dynamic_names(profile, flags)
     explicit = profile | flags
     options = RunOptions(**{name: explicit[name] for name in OPTION_NAMES if name in explicit})
     name, entry, from_image = choose_model(explicit, from_image)
@@ -95,35 +91,47 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     return options, [*images.values()]
 
 
-def split_dynamic(flags: dict, dype: list[bool] | None) -> dict:
-    """Return flags in which a method `dy_yarn` is `yarn` with DyPE.
+def split_dynamic_names(profile: dict, flags: dict) -> tuple[dict, dict]:
+    """Return both with every method `dy_yarn` as `yarn` with DyPE.
 
-    Without --dype, the methods beside a `dy_` name are static, as in results.csv: each entry of
-    the list then sets both settings.
+    Where a list of methods has a `dy_` name, the other methods are static, as in results.csv,
+    unless --dype is on. Method and dype are then one list, whose entries set both.
 
     Args:
-        flags: the values of the command line or of a profile.
-        dype: the values of --dype in either of them, None if there is none.
+        profile: the values of --config.
+        flags: the values of the command line, which win.
 
     Raises:
-        ValueError: --dype is off, or both on and off, beside a `dy_` name.
+        ValueError: --dype is not on beside a `dy_` name.
     """
-    names = flags.get("method", [])
-    dynamic = [name for name in names if name in DYNAMIC_METHODS]
-    if not dynamic:
-        return flags
-    if dype is not None and False in dype:
-        values = ",".join(map(format_value, dype))
-        raise ValueError(
-            f"--method is {dynamic[0]!r}, but --dype is {values}, expected --dype on, or --method "
-            f"{DYNAMIC_METHODS[dynamic[0]]}"
-        )
-    methods = [DYNAMIC_METHODS.get(name, name) for name in names]
-    if dype is None:
-        pairs = zip(methods, names, strict=True)
-        methods = [{"method": method, "dype": name in dynamic} for method, name in pairs]
-        dype = True  # because neither a preset nor a sweep may set it; each entry replaces it
-    return flags | {"method": methods, "dype": dype}
+    levels = []
+    if "dype" in flags and "method" not in flags and "method" in profile:
+        names = [DYNAMIC_NAMES.get(name, name) for name in profile["method"]]
+        profile = profile | {"method": list(dict.fromkeys(names))}
+    if not DYNAMIC_NAMES.keys().isdisjoint(flags.get("method", ())):
+        profile = {name: value for name, value in profile.items() if name != "dype"}
+    if "method" in flags:
+        profile = {name: value for name, value in profile.items() if name != "method"}
+    for prefix, level in ((f"--config {flags.get('config')}: ", profile), ("--", flags)):
+        names, dype = level.get("method", []), level.get("dype")
+        dynamic = [name for name in names if name in DYNAMIC_NAMES]
+        methods = [DYNAMIC_NAMES.get(name, name) for name in names]
+        if dynamic and dype is None:
+            entries = [
+                {"method": method, "dype": name in dynamic}
+                for name, method in zip(names, methods, strict=True)
+            ]
+            level = level | {"method": entries, "dype": True}  # so that no preset sets dype
+        elif dynamic and dype == [True]:
+            level = level | {"method": methods}
+        elif dynamic:
+            raise ValueError(
+                f"{prefix}method is {dynamic[0]!r}, but dype is "
+                f"{','.join(map(format_value, dype))}, expected on, or the method "
+                f"{DYNAMIC_NAMES[dynamic[0]]!r}"
+            )
+        levels.append(level)
+    return tuple(levels)
 
 
 def choose_model(explicit: dict, from_image: dict) -> tuple[str, Model, dict]:

@@ -69,14 +69,10 @@ def test_the_settings_are_those_of_the_plain_name():
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("--method dy_yarn --dype off", "--method is 'dy_yarn', but --dype is off, expected"),
-        ("--method dy_yarn --no_dype", "--method is 'dy_yarn', but --dype is off, expected"),
-        (
-            "--method base,dy_pi --dype on,off",
-            "--method is 'dy_pi', but --dype is on,off, expected",
-        ),
-        ("--config off.toml --method dy_pi", "--method is 'dy_pi', but --dype is off, expected"),
-        ("--config dy.toml --no_dype", "--method is 'dy_yarn', but --dype is off, expected"),
+        ("--method dy_yarn --dype off", "--method is 'dy_yarn', but dype is off, expected on"),
+        ("--method dy_yarn --no_dype", "--method is 'dy_yarn', but dype is off, expected on"),
+        ("--method base,dy_pi --dype on,off", "--method is 'dy_pi', but dype is on,off, expected"),
+        ("--config both.toml", "--config both.toml: method is 'dy_yarn', but dype is off"),
         ("--method dy_base", "--method is 'dy_base', expected one of base, pi"),
         ("--method dy_yarm", "--method is 'dy_yarm', expected one of base, pi"),
         ("--multipass dy_yarn", "--multipass is 'dy_yarn', expected one of single"),
@@ -84,8 +80,7 @@ def test_the_settings_are_those_of_the_plain_name():
 )
 def test_contradictions(line, sentence, capsys):
     """A dy_ name beside --dype off gives one sentence and exit code 2."""
-    Path("off.toml").write_text("[default.dype]\ndype = false\n")
-    Path("dy.toml").write_text('[default]\nmethod = "dy_yarn"\n')
+    Path("both.toml").write_text('[default]\nmethod = "dy_yarn"\ndype = false\n')
     assert run(*line.split()) == 2
     error = capsys.readouterr().err
     assert sentence in error
@@ -102,13 +97,20 @@ method = "dy_ntk,ntk,base"
 [on]
 dype = true
 method = "dy_ntk,ntk"
+[static]
+dype = false
+method = "pi"
 """
 PROFILES = {  # flags beside the file -> the methods of the images
     "": "dy_yarn",
     "--profile several": "dy_ntk ntk base",
     "--profile several_text": "dy_ntk ntk base",
     "--profile on": "dy_ntk",
-    "--profile on --method dy_pi,pi": "dy_pi",
+    "--profile on --method dy_pi,pi": "dy_pi pi",
+    "--profile on --no_dype": "ntk",
+    "--profile static --method dy_pi,pi": "dy_pi pi",
+    "--profile static --dype on": "dy_pi",
+    "--no_dype": "yarn",
     "--profile several --dype on": "dy_ntk base",
     "--method pi": "dy_pi",
     "--method pi --no_dype": "pi",
