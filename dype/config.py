@@ -154,21 +154,25 @@ class DyPEConfig:
         label="{}", group="position encoding", aliases=("--dype_method",),
     )
     dype: bool = flag(
-        "encoding that follows sigma (DyPE); off: static", True, label="",
+        "DyPE, a stretch that falls with sigma; off: static, the same stretch at every step", True,
+        label="",
         switches=(("--no_dype", False, "same as --dype off"),),
     )
     dype_scale: float | None = flag(
-        "lambda_s of kappa = lambda_s u^lambda_t (Eq. 13); 0 to 8 (default: per method ("
+        "lambda_s of kappa = lambda_s u^lambda_t (Eq. 13), where u is sigma, or as in "
+        "--dype_start_sigma; 0 to 8 (default: per method ("
         f"{LAMBDA_S_HELP}))", None, low=0, high=8, label="scale {}",
         has_effect=lambda settings: settings["dype"] and DEFAULT_LAMBDA_S[settings["method"]],
     )
     dype_exponent: float = flag(
-        "lambda_t of kappa; 0 to 1000", 2.0, low=0, high=1000, label="exponent {}",
+        "lambda_t of kappa; 0 to 1000; larger: sharper detail, smaller: safer layout", 2.0,
+        low=0, high=1000, label="exponent {}",
         has_effect=lambda settings: settings["dype"] and DEFAULT_LAMBDA_S[settings["method"]],
     )
     dype_start_sigma: float = flag(
-        "t_start of u = min(1, sigma / t_start); 0 < T <= 1", 1.0, metavar="T", low=0, high=1,
-        exclusive=True, label="start {}", has_effect=lambda settings: settings["dype"],
+        "sigma at which the stretch begins to fall: u = min(1, sigma / T); 0 < T <= 1", 1.0,
+        metavar="T", low=0, high=1, exclusive=True, label="start {}",
+        has_effect=lambda settings: settings["dype"],
     )
     alpha: float = 1.0  # yarn_paper alone: the ramp's ends, turns over the trained length
     beta: float = 32.0
@@ -180,12 +184,14 @@ class DyPEConfig:
     cutoff_width: float = 0.5  # delta, of ln wavelength
     spectrum_exponent: float = 2.0  # omega of C / f^omega
     attention_scale: float | None = flag(
-        "a of m = 1 + a ln s, the factor of cos and sin; 0 to 2, not for base (default: the "
-        "method's own m)", None, low=0, high=2, label="attention scale {}",
+        "factor on attention, as m = 1 + X ln s on cos and sin, where s is size / base "
+        "resolution; 0 to 2, not for base (default: the method's own m)", None, low=0, high=2,
+        label="attention scale {}",
         has_effect=lambda settings: settings["method"] != "base",
     )
     attention_path: str = flag(
-        "a of --attention_scale as sigma falls; constant: a, falling: a u, rising: a (1 - u)",
+        "change of --attention_scale X as sigma falls; constant: X, falling: from X to 0, as X u, "
+        "rising: from 0 to X, as X (1 - u)",
         "constant", choices=ATTENTION_PATHS,
         has_effect=lambda settings: settings["attention_scale"] and settings["dype"],
     )

@@ -50,9 +50,10 @@ EXAMPLES = {  # command -> comment
 EPILOG = "\n".join([
     "methods (docs/method.md has the equations):",
     *(f"  {name:13}  {text}" for name, text in METHOD_HELP.items()),
-    "  Every method except base uses DyPE; with --no_dype it is static.",
-    "  dy_yarn also means yarn with DyPE, as in results.csv. In a list with a dy_ name, the names",
-    "  without dy_ are static.",
+    "  --method yarn is yarn with DyPE: its stretch falls from step to step. With --no_dype it is",
+    "  static: the same stretch at every step. base has no form with DyPE.",
+    "  File names and results.csv write dy_yarn with DyPE, yarn if static. --method also accepts",
+    "  dy_yarn; in a list with a dy_ name, the names without dy_ are static.",
     "",
     "precedence:",
     "  Flags win over --sweep, then --preset, then --config or --from, then the model's defaults.",
@@ -76,9 +77,9 @@ class RunOptions:
         "add the authors' suffix to every prompt; qwen-image only", False
     )
     preset: str | None = flag(
-        "settings by size; off: base; 4k: vision_yarn with exponent 2; auto: base up to 1.5x the "
-        "base resolution, vision_yarn with exponent 1 below 3x, with exponent 2 from 3x", None,
-        choices=PRESETS, group=ENCODING_GROUP,
+        "settings by size; off: base; 4k: vision_yarn with exponent 2; auto: by the longer side, "
+        "base up to 1.5x the base resolution, below 3x vision_yarn with exponent 1, else as 4k",
+        None, choices=PRESETS, group=ENCODING_GROUP,
     )
     sweep: str | None = flag(
         f"named sweep; {', '.join(SWEEPS)}", None, choices=tuple(SWEEPS), group=SWEEP_GROUP
@@ -88,8 +89,9 @@ class RunOptions:
     )
     multipass_only: bool = flag("only the two-pass image of --sweep methods", False)
     cols: str | None = flag(
-        "columns of contact sheets; N: at most N per sheet, NAME: one for each value of a setting "
-        "(default: 8, of seeds and prompts, or else of the last setting that varies)", None,
+        "columns of a contact sheet; a number: at most so many, a setting such as seed: a column "
+        "for each of its values (default: at most 8; one for each seed and prompt, or, if they do "
+        "not vary, for each value of the last setting that does)", None,
         metavar="N|NAME",
     )
     grid_from: str | None = flag(

@@ -55,7 +55,7 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     """
     flags = to_values(words)
     if "profile" in flags and "config" not in flags:
-        raise ValueError("--profile needs a --config FILE.toml, expected both")
+        raise ValueError("--profile needs --config FILE.toml, expected both flags")
     if {"from_", "config"} <= flags.keys():
         raise ValueError("--from has every setting already, expected no --config with it")
     file, image = flags.get("config"), flags.get("from_")
@@ -193,7 +193,7 @@ def expand_sweep(options: RunOptions, base_resolution: int) -> list[dict]:
     if options.sweep is None:
         if options.quick or options.multipass_only:
             flag = "quick" if options.quick else "multipass_only"
-            raise ValueError(f"--{flag} needs a --sweep NAME, expected both")
+            raise ValueError(f"--{flag} needs --sweep NAME, expected both flags")
         return [{}]
     lines = grid.expand_named_sweep(
         options.sweep, base_resolution, options.quick, options.multipass_only

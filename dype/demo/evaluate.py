@@ -53,7 +53,7 @@ from dype.sweep.grid import parse_size
 try:
     from dype.demo import report
 except ModuleNotFoundError as error:
-    sys.exit(f"there is no {error.name}; pip install {error.name}")
+    sys.exit(f"dype.demo.evaluate: it needs {error.name}; pip install -r requirements-dev.txt")
 
 
 DEMO = MODELS["demo"]

@@ -20,7 +20,7 @@ try:
 
     from dype.figures import formulas, image_rows, saved_numbers, style
 except ModuleNotFoundError as error:
-    sys.exit(f"there is no {error.name}; pip install {error.name}")
+    sys.exit(f"dype.figures: it needs {error.name}; pip install -r requirements-dev.txt")
 
 FIGURES = {
     "fig2a": saved_numbers.fig2a,

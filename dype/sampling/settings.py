@@ -55,8 +55,8 @@ class RunSettings:
         metavar="FILE",
     )
     strength: float = flag(
-        "fraction of the steps that refine --init_image; 0 < X <= 1", 0.5, **STRENGTH_LIMITS,
-        has_effect=lambda settings: settings["init_image"] is not None,
+        "fraction of --steps, the last ones, that refine --init_image; 0 < X <= 1", 0.5,
+        **STRENGTH_LIMITS, has_effect=lambda settings: settings["init_image"] is not None,
     )
     multipass: str = flag(
         "passes; single, twopass (half the size, then upscale and refine), threepass (a quarter, "
@@ -67,13 +67,13 @@ class RunSettings:
         ),
     )
     pass2_strength: float = flag(
-        "fraction of the steps that pass 2 runs; 0 < X <= 1", 0.5, label="pass 2 strength {}",
-        **STRENGTH_LIMITS,
+        "fraction of --steps, the last ones, that pass 2 runs; 0 < X <= 1", 0.5,
+        label="pass 2 strength {}", **STRENGTH_LIMITS,
         has_effect=lambda settings: len(PASS_SCALES[settings["multipass"]]) > 1,
     )
     pass3_strength: float = flag(
-        "fraction of the steps that pass 3 runs; 0 < X <= 1", 0.4, label="pass 3 strength {}",
-        **STRENGTH_LIMITS,
+        "fraction of --steps, the last ones, that pass 3 runs; 0 < X <= 1", 0.4,
+        label="pass 3 strength {}", **STRENGTH_LIMITS,
         has_effect=lambda settings: len(PASS_SCALES[settings["multipass"]]) > 2,
     )
     model: str = flag(
@@ -96,16 +96,17 @@ class RunSettings:
         **MACHINE_ONLY,
     )
     text_encoder_device: str | None = flag(
-        "device of the text encoders; they encode all prompts first and are then dropped (default: "
-        "as --device)", None, **MACHINE_ONLY,
+        "device of the text encoders, which then encode all prompts first and are dropped "
+        "(default: as --device)", None, **MACHINE_ONLY,
     )
     vae_device: str | None = flag(
         "device of the autoencoder; FLUX.1 pipelines only (default: as --device)", None,
         **MACHINE_ONLY,
     )
     offload: str = flag(
-        f"offloading of weights to the CPU; {', '.join(OFFLOADS)} (default: auto, the fastest that "
-        "fits)", "auto", metavar="HOW", choices=OFFLOADS, **MACHINE_ONLY,
+        "place of the weights; none: on the device, model: one model at a time on it, group: one "
+        "layer at a time, sequential: the same but slower (default: auto, the first of none, model "
+        "and group that fits)", "auto", metavar="HOW", choices=OFFLOADS, **MACHINE_ONLY,
     )
     quantize: str = flag(
         "number format of quantized weights; none, int8, fp8 (both need torchao), nf4 (needs "
@@ -129,16 +130,17 @@ class RunSettings:
         "sage_hub, ... (default: diffusers' own)", None,
     )
     cache: str = flag(
-        "reuse of features from earlier steps, which had other frequencies; off, first_block, "
-        "taylorseer, magcache", "off", choices=tuple(CACHES),
+        "reuse of the transformer's results of earlier steps: faster, but another image; off, "
+        "first_block, taylorseer, magcache", "off", choices=tuple(CACHES),
     )
     ulysses: int = flag(
-        "number of GPUs that, under torchrun, share an image's tokens and exchange heads; 1 to 64",
+        "number of GPUs that generate one image together, started by torchrun, with attention "
+        "divided by heads; 1 to 64",
         1, low=1, high=64, **MACHINE_ONLY,
     )
     ring: int = flag(
-        "number of GPUs that, under torchrun, share an image's tokens and pass on keys and "
-        "values; 1 to 64, needs another --attention than native", 1, low=1, high=64,
+        "number of GPUs that generate one image together, started by torchrun, with attention "
+        "divided by tokens; 1 to 64, needs another --attention than native", 1, low=1, high=64,
         **MACHINE_ONLY,
     )
     # fmt: on

@@ -159,7 +159,7 @@ def run_sweep(runs: list[RunSettings], folder: Path, overwrite: bool) -> int | N
         state = distributed.init_processes(runs[0])
         [names] = broadcast_object_list([names])
         finished, total = len(runs) - len(names), f"{len(runs)}"
-        print(f"{folder}: images {len(runs)}, finished {finished}")
+        print(f"{folder}: {len(runs)} images, {finished} finished")
         share = names if together else names[rank :: state.num_processes]
         if len(share) < len(names):
             finished, total = 0, f"{len(share)} of this process"
@@ -263,7 +263,7 @@ def describe_plan(runs: list[RunSettings], folder: Path, overwrite: bool) -> str
     pairs = [*zip(runs, existing_records(runs, folder, overwrite), strict=True)]
     finished = [(run, record) for run, record in pairs if record]
     lines = [f"  {run.file_name}{'  (finished)' * bool(record)}" for run, record in pairs]
-    lines.append(f"images {len(runs)}, finished {len(finished)}")
+    lines.append(f"{len(runs)} images, {len(finished)} finished")
     if finished:
         rate = sum(record["seconds"] for _, record in finished)
         rate /= sum(estimate_work(run) for run, _ in finished)
@@ -271,7 +271,7 @@ def describe_plan(runs: list[RunSettings], folder: Path, overwrite: bool) -> str
         duration = format_duration(work_left * rate)
         lines[-1] += f"; about {duration} left at the same speed"
     else:
-        lines[-1] += "; a time estimate needs one finished image"
+        lines[-1] += "; the time is unknown until the first is done"
     return "\n".join(lines)
 
 

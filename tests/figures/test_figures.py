@@ -587,5 +587,5 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in [n for n in sys.modules if n.startswith("dype.figures.")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(SystemExit, match="no matplotlib; pip install matplotlib"):
+    with pytest.raises(SystemExit, match="it needs matplotlib; pip install"):
         importlib.import_module("dype.figures.__main__")

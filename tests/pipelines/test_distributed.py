@@ -113,7 +113,7 @@ def test_shared_sweep(two_processes, monkeypatch):
     """
     folder, first_files, result, _ = two_processes
     monkeypatch.chdir(folder)
-    assert "images 6, finished 2" in result.stdout
+    assert "6 images, 2 finished" in result.stdout
     assert "[2/2 of this process]" in result.stdout
     rows = table()
     first, second = ["64 1", "96 1"], ["64 0", "64 2", "96 0", "96 2"]

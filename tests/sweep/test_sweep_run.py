@@ -48,7 +48,7 @@ def test_a_sweep_from_one_command(capsys, monkeypatch):
     before = {path.name: path.stat().st_mtime_ns for path in Path("out").glob("seed_*")}
     capsys.readouterr()
     assert run(*line) == 0
-    assert "out: images 8, finished 8" in capsys.readouterr().out
+    assert "out: 8 images, 8 finished" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in Path("out").glob("seed_*")} == before
     assert table() == rows
     assert [call["pixels"] for call in loads] == [64 * 96]
@@ -199,7 +199,7 @@ def test_one_image_of_a_named_sweep_is_a_sweep(capsys):
     assert len(table("outputs/methods")) == 1
     capsys.readouterr()
     assert run(*line, "--base_resolution", "32") == 0
-    assert "images 1, finished 1" in capsys.readouterr().out
+    assert "1 images, 1 finished" in capsys.readouterr().out
 
 
 def test_an_image_of_other_settings_in_the_way(capsys):
@@ -214,7 +214,7 @@ def test_an_image_of_other_settings_in_the_way(capsys):
     assert f"--seed is 0, but {path} was generated with 1" in err
     assert path.read_bytes() == second.read_bytes()
     assert run(*line, "--overwrite") == 0
-    assert "images 2, finished 1" in capsys.readouterr().out
+    assert "2 images, 1 finished" in capsys.readouterr().out
     assert records.read_record(path)["flags"]["seed"] == 0
 
 
@@ -267,14 +267,14 @@ def test_dry_run_prints_the_plan(capsys):
     line = [*TINY_DEMO, "--size", "64,128", "--output_dir", "out", "--seed", "0-1"]
     assert run(*line, "--dry_run") == 0
     out = capsys.readouterr().out
-    assert "images 4, finished 0; a time estimate needs one finished image" in out
+    assert "4 images, 0 finished; the time is unknown until the first is done" in out
     assert not Path("out").exists()
     assert run(*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 0
     capsys.readouterr()
     assert run(*line, "--dry_run") == 0
     out = capsys.readouterr().out
     assert out.count("  (finished)\n") == 2
-    assert re.search(r"images 4, finished 2; about \d+ s left at the same speed", out)
+    assert re.search(r"4 images, 2 finished; about \d+ s left at the same speed", out)
 
 
 def test_two_sweeps_in_one_folder(capsys):
