@@ -29,9 +29,14 @@ ATTENTION_PATHS = ("constant", "falling", "rising")  # of a in m = 1 + a ln s, f
 PRESETS = ("off", "auto", "4k")
 
 
+def has_kappa(settings: dict) -> bool:
+    """Return whether lambda_s and lambda_t have an effect, from settings by name."""
+    return settings["dype"] and DEFAULT_LAMBDA_S[settings["method"]] is not None
+
+
 @dataclass(frozen=True)
 class Flag:
-    """Describe a setting and its command-line flag; every use of either is a loop over these."""
+    """A setting and its command-line flag: type, range, help and effect."""
 
     help: str  # names the default only where no single value can
     metavar: str = ""  # "": follows from the type
@@ -118,7 +123,7 @@ class DyPEConfig:
     Attributes:
         method: "yarn" by default. A key of `rope.METHODS`; "dy_yarn" is yarn with `dype=True`.
         dype: True. The encoding follows sigma; False is the static method. No effect on "base".
-        dype_scale: None, the method's own (1 or 2). lambda_s of kappa(t) = lambda_s t^lambda_t, in
+        dype_scale: None, the method's own (1 or 2). lambda_s of kappa = lambda_s u^lambda_t, in
             [0, 8]. A larger value stretches more at high sigma; the paper's Table 6 tries 1 to 2.5.
         dype_exponent: 2.0. lambda_t, in [0, 1000]. A larger value returns to the model's own
             encoding earlier: less time for the layout, more for detail. Try 1 below 3x.
@@ -134,15 +139,15 @@ class DyPEConfig:
             but "base"; 0.1 is YaRN's.
         attention_path: "constant". How a follows sigma: "falling" is a u, "rising" a (1 - u). Needs
             `attention_scale`; no effect on a static method.
-        base_resolution: None, that of the loaded model, else its family's. Side in px that the
-            model was trained at, a multiple of 16; a demo pipeline loaded by hand needs 256.
+        base_resolution: None, that of the model's family (the demo's folder: 256). Side in px that
+            the model was trained at, a multiple of 16.
         anisotropic: True. Each axis is stretched by its own scale; False: every axis by the
             largest. Try False where shapes look stretched in wide or tall images.
         shift: None, the model's default. "cap" keeps mu = max_shift at every size, as the authors
             do; "model" leaves the scheduler's own rule.
         base_shift, max_shift: None, the scheduler's. The two numbers of that rule, in [-10, 20].
         lambda_s: Derived: `dype_scale`, or the method's own.
-        name: Derived: "dy_yarn" with DyPE, "yarn" static, always "base".
+        name: Derived: "dy_yarn" with DyPE, "yarn" static; of "base" always "base".
 
     Raises:
         ValueError: A value is out of range; nothing is clamped.
@@ -162,12 +167,12 @@ class DyPEConfig:
         "lambda_s of kappa = lambda_s u^lambda_t (Eq. 13), where u is sigma, or as in "
         "--dype_start_sigma; 0 to 8 (default: per method ("
         f"{LAMBDA_S_HELP}))", None, low=0, high=8, label="scale {}",
-        has_effect=lambda settings: settings["dype"] and DEFAULT_LAMBDA_S[settings["method"]],
+        has_effect=has_kappa,
     )
     dype_exponent: float = flag(
         "lambda_t of kappa; 0 to 1000; larger: sharper detail, smaller: safer layout", 2.0,
         low=0, high=1000, label="exponent {}",
-        has_effect=lambda settings: settings["dype"] and DEFAULT_LAMBDA_S[settings["method"]],
+        has_effect=has_kappa,
     )
     dype_start_sigma: float = flag(
         "sigma at which the stretch begins to fall: u = min(1, sigma / T); 0 < T <= 1", 1.0,
@@ -275,14 +280,14 @@ def check_number(
     """Raise ValueError unless `value` is a number in [low, high].
 
     Args:
-        name: Begins the sentence.
-        value: Anything.
-        low: Least value.
-        high: Largest value; infinity itself is refused.
-        optional: Accept None.
-        exclusive: Refuse `low` itself.
-        integer: Accept whole numbers alone.
-        multiple: Accept multiples of this number alone.
+        name: begins the sentence.
+        value: anything.
+        low: least value.
+        high: largest value; infinity itself is refused.
+        optional: accept None.
+        exclusive: refuse `low` itself.
+        integer: accept whole numbers alone.
+        multiple: accept multiples of this number alone.
     """
     if value is None and optional:
         return
@@ -300,10 +305,10 @@ def preset_settings(name: str, height: int, width: int, base_resolution: int) ->
     """Return the settings of a preset at one size, by field of `DyPEConfig`.
 
     "auto" is off up to 1.5x the base resolution, where stretching changes little. Its exponents by
-    scale are those that users of the ComfyUI and llm-dit ports recommend.
+    scale are those that users of ComfyUI-DyPE and llm-dit recommend.
 
     Args:
-        name: One of `PRESETS`.
+        name: one of `PRESETS`.
         height: px.
         width: px.
         base_resolution: px.

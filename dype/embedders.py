@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from dype import rope
 from dype.config import DyPEConfig
 
-MAX_CONSTANTS = 16  # of an embedder: those of a few sizes
+MAX_CONSTANTS = 16  # enough for the sizes of a sweep
 
 
 class DyPEEmbedder:
@@ -25,8 +25,8 @@ class DyPEEmbedder:
     is a 0-dim tensor; another grid is another graph.
 
     Args:
-        stock: The embedder to replace, kept untouched.
-        config: Settings of the encoding.
+        stock: the embedder to replace, kept untouched.
+        config: settings of the encoding.
         trained_tokens: L, for rows and columns alike.
     """
 
@@ -134,10 +134,7 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
     images, which keep the stock encoding. Axes beyond height and width are always stock.
     """
 
-    _last_ids = (
-        None,
-        0,
-    )  # ids of the last call, their version, and what `parse_image_ids` returned
+    _last_ids = (None, 0)  # ids of the last call and their version, then `parse_image_ids` of them
 
     def set_grid(self, height_tokens: int, width_tokens: int) -> None:
         """Set the size of the generated image, in tokens."""
@@ -170,8 +167,8 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
         # A separate call with as many text tokens as the image has could not be told from the
         # image's own call, nor could a shard of them under context parallelism.
         sharded = getattr(module, "_parallel_config", None) is not None
-        is_known = num_reference is not None and not sharded
-        if is_known and text.separate_call != grid[0] * grid[1] + num_reference:
+        has_layout = num_reference is not None and not sharded
+        if has_layout and text.separate_call != grid[0] * grid[1] + num_reference:
             self.set_token_layout(text.prefix, num_reference)
         return call | {family.ids_arg: exact_ids}
 
@@ -206,9 +203,9 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
         return table.float().repeat_interleave(2, dim=-1).to(ids.device)
 
     def stock_frequencies_per_pair(self, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the stock frequency of every pair of all axes, a scale of 1, and its axis [D / 2].
+        """Return the stock frequencies of all axes, scales of 1, and each pair's axis; all [D / 2].
 
-        The axis says which entry of a token's ids the pair rotates by.
+        The axis is the entry of a token's ids by which the pair rotates.
         """
         stock = [rope.stock_frequencies(dim, self.theta, device) for dim in self.axes_dim]
         axes = [torch.full(f.shape, axis, device=device) for axis, f in enumerate(stock)]
@@ -279,7 +276,7 @@ def parse_image_ids(
 
     Args:
         ids: `img_ids` of a FLUX transformer, [S, A] or [B, S, A].
-        num_text: Text tokens at the beginning, which are not parsed.
+        num_text: text tokens at the beginning, which are not parsed.
     """
     ids_2d = ids if ids.ndim == 2 else ids[0]  # [B, S, 3] is deprecated in diffusers
     host = ids_2d[num_text:].float().cpu()

@@ -51,10 +51,10 @@ class DyPEQwenEmbedRope(DyPEEmbedder, torch.nn.Module):
         The tokens are in row-major order.
 
         Args:
-            frames: Length of the first axis.
-            height: Rows.
-            width: Columns.
-            device: Of the table.
+            frames: length of the first axis.
+            height: rows.
+            width: columns.
+            device: of the table.
         """
         inv_freq, m = self.frequencies(self.grid, device)
         longest = max(height, width)
@@ -91,9 +91,9 @@ class DyPEZImageRopeEmbedder(DyPEEmbedder):
         """Set the size of the generated image, in tokens; or of every image of a batch.
 
         Args:
-            height_tokens: Rows; or a list of pairs (rows, columns), one per image.
-            width_tokens: Columns; None with a list.
-            captions: Tokens of each caption, needed where the sizes differ.
+            height_tokens: rows; or a list of pairs (rows, columns), one per image.
+            width_tokens: columns; None with a list.
+            captions: tokens of each caption, needed where the sizes differ.
         """
         pairs = [(height_tokens, width_tokens)] if width_tokens is not None else height_tokens
         self.grids = [(int(height), int(width)) for height, width in pairs]
@@ -147,10 +147,10 @@ class DyPEZImageRopeEmbedder(DyPEEmbedder):
         """Return the images' tables, each by one broadcast sum over its rows and columns.
 
         Args:
-            ids: Of all image tokens, [S, 3]. The tokens of an image share the sequence index of its
+            ids: of all image tokens, [S, 3]. The tokens of an image share the sequence index of its
                 first token; padding is at the origin.
-            sequence: Table of the first axis, complex64 [sequence_length, n].
-            axis_tables: Grid -> `row_and_column_tables`.
+            sequence: table of the first axis, complex64 [sequence_length, n].
+            axis_tables: grid -> `row_and_column_tables`.
         """
         table = sequence.new_empty(len(ids), sum(self.axes_dim) // 2)
         start, (first, second, _) = 0, (dim // 2 for dim in self.axes_dim)
@@ -205,11 +205,11 @@ def stock_table(embedder: DyPEEmbedder, axis: int, count: int, device, exact: bo
     """Return the table of a stock axis, complex64 [count, n].
 
     Args:
-        embedder: Has the axes and theta.
-        axis: Index of the axis.
-        count: Positions from 0.
-        device: Of the table.
-        exact: Compute angles in float64; else in float32, for the bits of the stock embedder.
+        embedder: has the axes and theta.
+        axis: index of the axis.
+        count: positions from 0.
+        device: of the table.
+        exact: compute angles in float64; else in float32, for the bits of the stock embedder.
     """
     f = rope.stock_frequencies(embedder.axes_dim[axis], embedder.theta, float64_device(device))
     m = torch.ones_like(f) if exact else None
@@ -224,7 +224,7 @@ def polar_table(
     Args:
         positions: float64 [P].
         inv_freq: f, float64.
-        m: Attention scale, broadcast over f; None: 1, with float32 angles as in the stock code.
+        m: attention scale, broadcast over f; None: 1, with float32 angles as in the stock code.
     """
     angle = positions.view(-1, *[1] * inv_freq.ndim) * inv_freq
     if m is None:

@@ -11,11 +11,11 @@ import torch
 
 
 class UserError(ValueError):
-    """Report a mistake of the user in one sentence; exit code 2."""
+    """A mistake of the user, in one sentence; exit code 2."""
 
 
 class UnavailableError(Exception):
-    """Report what the machine or the network lacks, and what to try; exit code 1."""
+    """A lack of the machine or the network, with the next thing to try; exit code 1."""
 
 
 class WideHelp(argparse.RawDescriptionHelpFormatter):
@@ -37,7 +37,7 @@ class WideHelp(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raise UserError where argparse prints its usage and exits; accept no abbreviations."""
+    """argparse's parser, which raises UserError instead of exiting and takes no abbreviations."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"formatter_class": WideHelp, "allow_abbrev": False} | kwargs)
@@ -69,11 +69,11 @@ def run_command(
     Ctrl-C. Any other exception is a bug and passes through.
 
     Args:
-        program: Begins the sentence.
-        command: Does the work; returns an exit code, or None for 0.
-        out_of_memory: What to try when memory is short.
-        interrupted: What to do after Ctrl-C.
-        rank: Of this process; rank 0 alone reports errors that all processes see.
+        program: begins the sentence.
+        command: does the work; returns an exit code, or None for 0.
+        out_of_memory: what to try when memory is short.
+        interrupted: what to do after Ctrl-C.
+        rank: of this process; rank 0 alone reports errors that all processes see.
     """
     try:
         return command() or 0

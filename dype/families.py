@@ -24,7 +24,7 @@ DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
 
 
 class Family(NamedTuple):
-    """Describe how DyPE enters a class of transformers."""
+    """Embedder, arguments and trained size of a class of transformers."""
 
     attribute: str  # that holds the rotary embedder
     embedder: type  # its replacement
@@ -34,9 +34,8 @@ class Family(NamedTuple):
     to_sigma: Callable = sigma_from_timestep  # ... and its conversion to sigma in [0, 1]
     ids_arg: str = "img_ids"  # argument with the positions of the image tokens, if there is one
     text_tokens: Callable = flux1_text_tokens  # (module, arguments) -> TextTokens
-    own_mu_rule: Callable | None = (
-        None  # (tokens, steps) -> mu, if the pipeline ignores the scheduler's rule
-    )
+    # (tokens, steps) -> mu, if the pipeline ignores the scheduler's rule
+    own_mu_rule: Callable | None = None
 
 
 def flux2_mu(tokens: int, steps: int) -> float:
@@ -114,7 +113,7 @@ def family_of(module) -> Family:
     """Return the family of a transformer or controlnet, by its class.
 
     Raises:
-        TypeError: The class is not supported; with the reason if we know it.
+        TypeError: the class is not supported; with the reason if we know it.
     """
     names = [cls.__name__ for cls in type(module).__mro__]
     for name in names:

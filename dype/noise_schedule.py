@@ -15,11 +15,11 @@ def noise_schedule(
     """Return the mu and the sigmas that a pipeline will use.
 
     Args:
-        scheduler: Of the pipeline, with the shift that DyPE set.
+        scheduler: of the pipeline, with the shift that DyPE set.
         height: px.
         width: px.
-        steps: Denoiser steps.
-        family: Of the pipeline.
+        steps: denoiser steps.
+        family: of the pipeline.
 
     Returns:
         mu, or None for a static shift; and steps + 1 sigmas, the last is 0.
@@ -34,12 +34,10 @@ def noise_schedule(
     if config.get("use_dynamic_shifting"):
         tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        numbers = [config[name] for name in names]
-        mu = (
-            family.own_mu_rule(tokens, steps)
-            if family.own_mu_rule
-            else calculate_shift(tokens, *numbers)
-        )
+        if family.own_mu_rule:
+            mu = family.own_mu_rule(tokens, steps)
+        else:
+            mu = calculate_shift(tokens, *[config[name] for name in names])
     # every pipeline passes these sigmas to its scheduler, which shifts them
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return mu, scheduler.sigmas.tolist()
@@ -53,9 +51,9 @@ def shift_settings(scheduler, config: DyPEConfig, family: Family) -> dict:
     keeps the rule and replaces its two numbers where the config sets them.
 
     Args:
-        scheduler: Any scheduler with a `config`.
-        config: Settings of the encoding.
-        family: Of the pipeline.
+        scheduler: any scheduler with a `config`.
+        config: settings of the encoding.
+        family: of the pipeline.
     """
     if not scheduler.config.get("use_dynamic_shifting", False):
         return {}
@@ -75,9 +73,9 @@ def check_shift(schedule: dict, config: DyPEConfig, family: Family) -> None:
     """Raise ValueError if the config sets a shift that this schedule ignores.
 
     Args:
-        schedule: Configuration of the scheduler.
-        config: Settings of the encoding.
-        family: Of the pipeline.
+        schedule: configuration of the scheduler.
+        config: settings of the encoding.
+        family: of the pipeline.
     """
     numbers = [name for name in ("base_shift", "max_shift") if getattr(config, name) is not None]
     shift = config.shift or family.shift

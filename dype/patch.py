@@ -38,11 +38,11 @@ def apply_dype(target, config: DyPEConfig | None = None) -> None:
 
     Args:
         target: A pipeline (its transformer and controlnets), or a bare transformer or controlnet.
-        config: Settings; None: `DyPEConfig()`.
+        config: settings; None: `DyPEConfig()`.
 
     Raises:
-        TypeError: The transformer's class is not supported, or `config` is no DyPEConfig.
-        ValueError: The transformer's configuration is not supported, or a shift of `config` has no
+        TypeError: the transformer's class is not supported, or `config` is no DyPEConfig.
+        ValueError: the transformer's configuration is not supported, or a shift of `config` has no
             effect on this schedule.
     """
     config = config or DyPEConfig()
@@ -97,11 +97,11 @@ def dype_pre_hook(
     The embedder is looked up on the module, so that a deep copy uses its own.
 
     Args:
-        attribute: Of the module, holds the embedder.
-        names: Argument names of the module's `forward`.
-        module: The denoiser.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
+        attribute: of the module, holds the embedder.
+        names: argument names of the module's `forward`.
+        module: the denoiser.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
     """
     call = dict(zip(names, args, strict=False)) | kwargs
     return (), getattr(module, attribute).prepare_call(module, call)

@@ -24,9 +24,9 @@ NTK_SCALE = 2.0  # lambda_s of the NTK term where the thresholds have lambda_s =
 
 
 class RopeAxis(NamedTuple):
-    """A axes of equal D and theta in a batch, with the tensors that follow from their scales.
+    """A batch of axes of equal D and theta, with the tensors that follow from their scales.
 
-    All tensors are float64 on one device; `build_axes` makes them.
+    A is the number of axes. All tensors are float64 on one device; `build_axes` makes them.
     """
 
     dim: int  # D
@@ -177,9 +177,9 @@ def blend_two_ramps(axis: RopeAxis, scale_turns, ntk: torch.Tensor | None = None
     f = f (1 - mask_gamma) + theta mask_gamma
 
     Args:
-        axis: The axes.
-        scale_turns: Maps the thresholds r [2, 2] to those of this sigma.
-        ntk: The NTK term [A, n]; None: theta/s^(2i/(D-2)).
+        axis: the axes.
+        scale_turns: maps the thresholds r [2, 2] to those of this sigma.
+        ntk: the NTK term [A, n]; None: theta/s^(2i/(D-2)).
     """
     beta, gamma = ramp_weights(axis, scale_turns)  # 1 - mask
     f = torch.lerp(axis.ntk if ntk is None else ntk, axis.pi, beta)
@@ -222,12 +222,12 @@ def build_axes(
 
     Args:
         dim: D, even.
-        theta: Base of RoPE.
+        theta: base of RoPE.
         trained_tokens: L.
         tokens: L' of each axis [A].
-        device: Of the tensors.
-        config: Settings of the encoding.
-        max_scale: Largest s over the axes of the image; None: over these.
+        device: of the tensors.
+        config: settings of the encoding.
+        max_scale: largest s over the axes of the image; None: over these.
     """
     scales = [scale(trained_tokens, count) for count in tokens]
     s_max = max(scales) if max_scale is None else max_scale
@@ -263,9 +263,9 @@ def batched_frequencies(
     """Return the frequencies of several axes, float64 [A, dim // 2], and their scales m [A].
 
     Args:
-        axis: The axes.
+        axis: the axes.
         sigma: 0-dim float64 tensor on their device.
-        config: Settings of the encoding.
+        config: settings of the encoding.
     """
     name = config.method if axis.s_max > 1 else "base"
     kappa, u = kappa_schedule(sigma, config)
@@ -295,12 +295,12 @@ def axis_frequencies(
 
     Args:
         dim: D, even.
-        theta: Base of RoPE.
+        theta: base of RoPE.
         trained_tokens: L.
         tokens: L'.
         sigma: t in [0, 1], a float or a 0-dim tensor.
-        config: Settings of the encoding.
-        max_scale: Largest s over the axes of the image; None: that of this axis.
+        config: settings of the encoding.
+        max_scale: largest s over the axes of the image; None: that of this axis.
 
     Returns:
         f, float64 [dim // 2] in radians per token; and m, a 0-dim float64 tensor.

@@ -95,7 +95,8 @@ def test_the_model_cards_example_is_the_command_lines():
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     by_name = {call.func.id: call for call in calls if isinstance(call.func, ast.Name)}
     model = MODELS["demo"]
-    assert ast.literal_eval(by_name["DyPEConfig"].args[0]) == model.dype_defaults["method"]
+    [method] = by_name["DyPEConfig"].args
+    assert {"method": ast.literal_eval(method)} == model.dype_defaults
     arguments = {word.arg: ast.literal_eval(word.value) for word in by_name["pipe"].keywords}
     assert arguments == {
         "height": model.height,

@@ -24,7 +24,7 @@ CACHE_WARNING = (
     "the results with others"
 )
 # pipeline classes whose attention always masks text tokens, which some backends do not support
-USES_ATTENTION_MASK = ("ChromaPipeline", "Krea2Pipeline")
+MASKED_PIPELINES = ("ChromaPipeline", "Krea2Pipeline")
 
 
 def attention_backends() -> list[str]:

@@ -132,7 +132,7 @@ def init_processes(run) -> PartialState:
         raise UnavailableError(f"the {count} processes cannot join: {error}") from error
 
 
-def check_divisible(transformer: torch.nn.Module, ulysses: int) -> None:
+def check_heads(transformer: torch.nn.Module, ulysses: int) -> None:
     """Raise UserError if the processes cannot get equal numbers of a transformer's heads."""
     heads = transformer.config.num_attention_heads
     if heads % ulysses:

@@ -86,7 +86,7 @@ def load_pipeline(
         check_device(override or device, "none")
     check_files(model.repo, loras)
     quantize_encoder = not text_encoder_device
-    pipe = from_pretrained(name, model.repo, revision, dtype, quantize, quantize_encoder)
+    pipe = load_checkpoint(name, model.repo, revision, dtype, quantize, quantize_encoder)
     load_loras(pipe, loras)
     encoders = [encoder for encoder in TEXT_ENCODERS if getattr(pipe, encoder, None) is not None]
     overrides = dict.fromkeys(encoders, text_encoder_device) | {"vae": vae_device}
@@ -95,7 +95,7 @@ def load_pipeline(
     return pipe
 
 
-def from_pretrained(
+def load_checkpoint(
     name: str, repo: str, revision: str | None, dtype: str, quantize: str, quantize_encoder: bool
 ):
     """Load and quantize a pipeline with diffusers.
@@ -120,7 +120,7 @@ def from_pretrained(
         index = DiffusionPipeline.load_config(repo, **source)
         encoders = [encoder for encoder in TEXT_ENCODERS if index.get(encoder, [None])[0]]
         quantized_encoders = encoders[-1:] if quantize_encoder else []
-        quantization = quantization_config(quantize, dtype, quantized_encoders)
+        quantization = quantization_arguments(quantize, dtype, quantized_encoders)
         pipe = DiffusionPipeline.from_pretrained(
             repo, dtype=DTYPES[dtype], **source, **quantization
         )
@@ -140,7 +140,7 @@ def from_pretrained(
     return pipe
 
 
-def quantization_config(quantize: str, dtype: str, encoders: list[str]) -> dict:
+def quantization_arguments(quantize: str, dtype: str, encoders: list[str]) -> dict:
     """Return the quantization arguments of diffusers' `from_pretrained`; {} for "none".
 
     Only linear layers are quantized. int8 and fp8 quantize weights alone, by torchao. nf4 stores 4

@@ -11,7 +11,7 @@ VISIBLE_POWER_RATIO = 0.15
 
 
 @torch.no_grad()
-def encode_image(pipe, image: Image.Image, device: torch.device) -> torch.Tensor:
+def encode_latents(pipe, image: Image.Image, device: torch.device) -> torch.Tensor:
     """Encode an image to latents in the normalization of the transformer.
 
     The latents are the mode of the autoencoder's distribution, so the result is deterministic.
@@ -170,7 +170,7 @@ def color_noise(noise: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
     return torch.fft.ifft2(spectrum).real.to(noise.dtype)
 
 
-def add_noise(
+def noisy_latents(
     pipe,
     latents: torch.Tensor,
     sigma: float,
@@ -185,7 +185,7 @@ def add_noise(
 
     Args:
         pipe: text-to-image pipeline.
-        latents: x as `encode_image` returns it, [1, C, h, w].
+        latents: x as `encode_latents` returns it, [1, C, h, w].
         sigma: t in [0, 1].
         seed: seed of the noise.
         dtype: dtype of the prompt embeddings, in which most pipelines sample noise.

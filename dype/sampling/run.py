@@ -44,7 +44,7 @@ def load_for_run(run: RunSettings, pixels: int, state: PartialState):
     device = str(state.device) if use_local_device else run.device
     if run.attention is not None:
         check_device(device or default_device(), "none")
-        masked = run.entry.pipeline in acceleration.USES_ATTENTION_MASK
+        masked = run.entry.pipeline in acceleration.MASKED_PIPELINES
         acceleration.check_attention(run.attention, device or default_device(), run.dtype, masked)
     loras = [text.rpartition(":") for text in run.lora]
     pipe = load_pipeline(
@@ -58,7 +58,7 @@ def load_for_run(run: RunSettings, pixels: int, state: PartialState):
     if run.cache != "off":
         print(acceleration.CACHE_WARNING.format(run.cache))
     if run.ulysses > 1:
-        distributed.check_divisible(pipe.transformer, run.ulysses)
+        distributed.check_heads(pipe.transformer, run.ulysses)
     acceleration.compile_transformer(pipe, run.compile)
     return pipe
 

@@ -18,7 +18,13 @@ from dype.noise_schedule import noise_schedule
 from dype.patch import transformer_and_controlnets
 from dype.pipelines import acceleration
 from dype.pipelines.memory import execution_device, hide_components
-from dype.sampling.latents import add_noise, encode_image, missing_power, switch_sigma, unpatchify
+from dype.sampling.latents import (
+    encode_latents,
+    missing_power,
+    noisy_latents,
+    switch_sigma,
+    unpatchify,
+)
 
 # pipeline -> the argument of its call for each result of its `encode_prompt`; None: not an argument
 PROMPT_EMBEDDING_ARGUMENTS = {
@@ -203,9 +209,9 @@ def img2img_arguments(pipe, image: Image.Image, strength: float | None, call: di
     _, sigmas = noise_schedule(pipe.scheduler, height, width, steps, family)
     vae_device = torch.device(getattr(pipe, "dype_device_overrides", {}).get("vae", device))
     upscaled = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    latents = encode_image(pipe, upscaled, vae_device).to(device)
+    latents = encode_latents(pipe, upscaled, vae_device).to(device)
     if strength is None:
-        small = encode_image(pipe, image, vae_device)
+        small = encode_latents(pipe, image, vae_device)
         c, omega, extra_power = missing_power(
             unpatchify(pipe, latents)[0], unpatchify(pipe, small)[0]
         )
@@ -216,7 +222,7 @@ def img2img_arguments(pipe, image: Image.Image, strength: float | None, call: di
     dtype = call["prompt_embeds"][0].dtype  # the first of a list or of a batch
     seed = call["generator"].initial_seed()
     return {
-        "latents": add_noise(pipe, latents, sigmas[first], seed, dtype, extra_power),
+        "latents": noisy_latents(pipe, latents, sigmas[first], seed, dtype, extra_power),
         "sigmas": np.linspace(1.0, 1 / steps, steps)[first:],  # the scheduler shifts them
     }
 

@@ -183,8 +183,8 @@ def test_too_few_gpus(in_tmp_path, capsys, monkeypatch):
 
 def test_ulysses_divides_the_heads():
     with pytest.raises(ValueError, match="--ulysses is 3, expected a divisor of its 2 heads"):
-        distributed.check_divisible(tiny_transformer(), 3)
-    distributed.check_divisible(tiny_transformer(), 2)
+        distributed.check_heads(tiny_transformer(), 3)
+    distributed.check_heads(tiny_transformer(), 2)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from tiny import FAMILIES, TEXT, qwen3, random_tensor
 from dype import DyPEConfig, apply_dype, noise_schedule
 from dype.families import FAMILIES as CLASSES
 from dype.sampling import multipass, sample
-from dype.sampling.latents import add_noise, encode_image
+from dype.sampling.latents import encode_latents, noisy_latents
 
 
 def flux() -> FluxPipeline:
@@ -163,8 +163,8 @@ def test_normalization_is_the_inverse_of_the_pipelines(pipe, monkeypatch):
     tensor = torch.from_numpy(pixels(image).copy()).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         encoded = vae.encode(tensor[:, :, None] if is_video else tensor).latent_dist.mode()
-        latents = encode_image(pipe, image, torch.device("cpu"))
-        clean = add_noise(pipe, latents, 0.0, 7, torch.float32)
+        latents = encode_latents(pipe, image, torch.device("cpu"))
+        clean = noisy_latents(pipe, latents, 0.0, 7, torch.float32)
     if hasattr(pipe, "_patchify_latents"):
         clean = pipe._pack_latents(clean)
     decoded = []
@@ -246,7 +246,7 @@ def test_an_unknown_pipeline_or_autoencoder():
         sample.encode_prompt(object(), "x")
     pipe.vae = torch.nn.Identity()
     with pytest.raises(TypeError, match="Identity is not supported"):
-        encode_image(pipe, Image.new("RGB", (64, 64)), torch.device("cpu"))
+        encode_latents(pipe, Image.new("RGB", (64, 64)), torch.device("cpu"))
 
 
 ENCODER_METHODS = {  # the method in which a pipeline calls its encoder, and the shape for 16 tokens

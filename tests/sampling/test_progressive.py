@@ -10,10 +10,10 @@ from test_multipass import BUILDS, SETTINGS, denoiser_calls, pipe, pixels, promp
 from dype import families, noise_schedule
 from dype.sampling import latents, multipass, records, sample
 from dype.sampling.latents import (
-    add_noise,
     color_noise,
     fit_power_law,
     missing_power,
+    noisy_latents,
     power_spectrum,
     switch_sigma,
 )
@@ -91,7 +91,7 @@ def test_noisy_latents_follow_eq_11():
     """x_t has power (1 - t)^2 (power of x + extra power) + t^2 in every bin."""
     z_image, t = BUILDS["z-image"](), 0.6  # because its latents keep rows and columns
     x, extra = torch.zeros(1, 16, 64, 64), torch.full((16, 64, 64), 2.0)
-    power = power_spectrum(add_noise(z_image, x, t, 7, torch.float32, extra)[0]).mean(0)
+    power = power_spectrum(noisy_latents(z_image, x, t, 7, torch.float32, extra)[0]).mean(0)
     assert power[4:].mean() == pytest.approx((1 - t) ** 2 * 2 + t**2, rel=0.05)
 
 
