@@ -4,13 +4,6 @@ The command generates images of seeded prompts under many settings, and compares
 scenes of the same size. It prints a table of scores of layout and texture, and a table of paired
 differences. The default table takes under two hours on two CPU cores. Existing images are not
 generated again. The packages of requirements-dev.txt are needed.
-
-SETTING is base or [dy_]METHOD[:LAMBDA_S[:LAMBDA_T]][:NAME=VALUE...][:CONTROL]
-  yarn, dy_yarn  a method, static or with DyPE
-  dy_yarn:1:2    lambda_s 1 and lambda_t 2
-  NAME=VALUE     a field of DyPEConfig, such as yarn_paper:alpha=2
-  CONTROL        reversed: the encoding of 1 - sigma; model: mu by the rule of the model's
-                 scheduler, not capped; progressive: as run_dype.py --progressive
 """
 
 import hashlib
@@ -34,6 +27,7 @@ from tqdm import tqdm
 
 from dype.config import check_choice, check_number
 from dype.demo.experiments import (
+    GRAMMAR,
     Cell,
     format_size,
     image_paths,
@@ -59,6 +53,14 @@ except ModuleNotFoundError as error:
 DEMO = MODELS["demo"]
 PROCESSES = min(os.cpu_count() or 1, 8)
 DTYPES = ("bfloat16", "float32")
+SETTING_HELP = f"""
+SETTING is {GRAMMAR}
+  yarn, dy_yarn  a method, static or with DyPE
+  dy_yarn:1:2    lambda_s 1 and lambda_t 2
+  NAME=VALUE     a field of DyPEConfig, such as yarn_paper:alpha=2
+  CONTROL        reversed: the encoding of 1 - sigma; model: mu by the rule of the model's
+                 scheduler, not capped; progressive: as run_dype.py --progressive
+"""
 EXAMPLES = """examples:
   python -m dype.demo.evaluate --quick
   python -m dype.demo.evaluate base yarn_paper dy_yarn_paper --size 512 --count 16
@@ -68,7 +70,10 @@ EXAMPLES = """examples:
 
 
 def sample_scenes(args) -> list[Scene]:
-    """Return the scenes of the prompts, at least 64, so that --count does not change the first."""
+    """Return the scenes of the prompts.
+
+    They are at least 64, because tables have up to 64 prompts whatever --count is.
+    """
     rng = np.random.default_rng(args.seed)
     triples = HELD_OUT if args.held_out else TRIPLES
     return [sample_scene(rng, triples) for _ in range(max(64, args.count))]
@@ -96,7 +101,7 @@ def generate_image(cell: Cell, index: int, path: Path, caption: str, args) -> No
         index: number of the prompt, from 0.
         path: PNG file to write.
         caption: the prompt.
-        args: parsed flags, with --dtype settled.
+        args: parsed flags; --dtype is not None.
     """
     pipe, hook = cached_pipeline(args.weights), nullcontext()
     apply_dype(pipe, cell.setting.config)
@@ -153,7 +158,7 @@ def generate_images(jobs: list[tuple], processes: int) -> Iterator[None]:
 def parser() -> Parser:
     """Return the parser of the command line."""
     argument_parser = Parser(
-        prog="python -m dype.demo.evaluate", description=__doc__, epilog=EXAMPLES
+        prog="python -m dype.demo.evaluate", description=__doc__ + SETTING_HELP, epilog=EXAMPLES
     )
     flag = argument_parser.add_argument
     flag("settings", nargs="*", metavar="SETTING", help="settings to compare (default: a table)")
@@ -196,7 +201,7 @@ def weights_hash(weights: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def check_protocol(args) -> dict:
+def resolve_protocol(args) -> dict:
     """Return the protocol that all images in --out share, and set --dtype to its value.
 
     Writes the protocol to --out if there is none. Raises ValueError if the one in --out differs,
@@ -206,7 +211,7 @@ def check_protocol(args) -> dict:
     protocol["weights"] = weights_hash(args.weights)
     path = args.out / "protocol.json"
     earlier = read_earlier(path, dict)
-    match_protocol(args.out, earlier, protocol)
+    reconcile_protocol(args.out, earlier, protocol)
     args.dtype = protocol["dtype"]
     if earlier is None:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -225,7 +230,7 @@ def read_earlier(path: Path, convert: Callable):
         raise ValueError(f"{path} is not a file of this program; move it away") from error
 
 
-def match_protocol(path: Path, earlier: dict | None, protocol: dict) -> None:
+def reconcile_protocol(path: Path, earlier: dict | None, protocol: dict) -> None:
     """Set the dtype of `protocol` if it is None, and compare it with that of an earlier run.
 
     Args:
@@ -259,7 +264,7 @@ def requested_cells(args) -> list[Cell]:
         raise ValueError(f"--out is {args.out}, expected a folder")
     if args.strip and args.strip.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ValueError(f"--strip is {args.strip}, expected a name in .png or .jpg")
-    if args.save and args.save.suffix != ".json":
+    if args.save and args.save.suffix.lower() != ".json":
         raise ValueError(f"--save is {args.save}, expected a name in .json")
     size = parse_size(args.size)
     for side in size:
@@ -305,7 +310,7 @@ def run(args) -> None:
     Raises UserError and OSError.
     """
     cells = requested_cells(args)
-    protocol = check_protocol(args)
+    protocol = resolve_protocol(args)
     print(f"dtype {args.dtype}")
     scenes, folder = sample_scenes(args), seed_folder(args)
     jobs = [
@@ -346,7 +351,7 @@ def files_to_save(path: Path, protocol: dict, tables: dict) -> dict[Path, bytes]
         tables: tables of `report.score_cells`.
     """
     return {
-        path: to_json(json.dumps(protocol), **tables),
+        path: tables_to_json(json.dumps(protocol), **tables),
         path.with_suffix(".csv"): report.to_csv(tables["rows"], report.ROW_COLUMNS),
         path.with_name(f"{path.stem}_pairs.csv"): report.to_csv(
             tables["pairs"], report.PAIR_COLUMNS
@@ -354,7 +359,7 @@ def files_to_save(path: Path, protocol: dict, tables: dict) -> dict[Path, bytes]
     }
 
 
-def to_json(protocol: str, **tables: list[dict]) -> bytes:
+def tables_to_json(protocol: str, **tables: list[dict]) -> bytes:
     """Return JSON of tables with one row per line; `protocol` is JSON text."""
     entries = [f'"protocol": {protocol}']
     for name, rows in tables.items():
@@ -364,7 +369,10 @@ def to_json(protocol: str, **tables: list[dict]) -> bytes:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code, as `run_command` has it."""
+    """Run the command line and return the exit code.
+
+    Exit codes: 0, 2 for a mistake of the user, 1 for other failures, 130 after Ctrl-C.
+    """
     next_step = "the same command generates the rest"
     return run_command(
         "dype.demo.evaluate", lambda: run(parser().parse_args(argv)), interrupted=next_step

@@ -4,7 +4,7 @@ from itertools import product, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from dype.config import CONFIG_FLAGS, DEFAULT_LAMBDA_S, DyPEConfig
+from dype.config import CONFIG_FLAGS, DEFAULT_LAMBDA_S, DyPEConfig, check_choice
 from dype.pipelines.catalog import MODELS
 from dype.rope import METHODS
 
@@ -12,10 +12,13 @@ BASE = MODELS["demo"].base_resolution  # px
 NAMED_SETTINGS = {"cutoff", "cutoff_width", "spectrum_exponent", "attention_scale"}
 NAMED_SETTINGS |= {"attention_path", "alpha", "beta", "dype_start_sigma", "base_resolution"}
 DYNAMIC_SETTINGS = {"attention_path", "dype_start_sigma"}  # no effect on a static method
+SETTING_METHODS = {"alpha": "yarn_paper", "beta": "yarn_paper"}  # name -> the only method with it
+SETTING_METHODS |= {"cutoff_width": "cutoff", "spectrum_exponent": "cutoff"}
 # method -> the first method with the same static frequencies and m
 STATIC_FORMS = {method: method for method in METHODS} | {"ntk_mult": "ntk"}
 STATIC_FORMS |= dict.fromkeys(("yarn_ntk_only", "yarn_both", "yarn_power", "vision_yarn"), "yarn")
-CONTROLS = ("reversed", "model", "progressive")
+STATIC_CONTROLS = ("model", "progressive")
+CONTROLS = ("reversed", *STATIC_CONTROLS)
 CONTROL_SETTINGS = ["dy_yarn_paper:reversed", "dy_pi:1:1:reversed"]
 UNCAPPED_SETTINGS = ["base:model", "yarn_paper:model", "dy_yarn_paper:model"]
 # best joint scores on prompts of seed 1
@@ -25,7 +28,7 @@ CUTOFF_COMPARISON = ["dy_cutoff", f"dy_cutoff{RISING_ATTENTION}", "yarn_paper", 
 CUTOFF_COMPARISON += [f"dy_yarn_paper{RISING_ATTENTION}"]
 SCALING_SETTINGS = ["base", "yarn_paper", "dy_yarn_paper"]  # from 1x to 6x, in fig5 and fig18
 UNCAPPED_CUTOFF = [f"{name}:model" for name in CUTOFF_COMPARISON[:2]]
-GRAMMAR = "base or [dy_]METHOD[:LAMBDA_S[:LAMBDA_T]][:NAME=VALUE...][:CONTROL]"
+GRAMMAR = "base[:CONTROL] or [dy_]METHOD[:LAMBDA_S[:LAMBDA_T]][:NAME=VALUE...][:CONTROL]"
 
 
 class Setting(NamedTuple):
@@ -84,51 +87,107 @@ def parse_setting(text: str) -> Setting:
     name, *words = text.split(":")
     method = name.removeprefix("dy_")
     dype = name != method
+    check_choice("method", method, DEFAULT_LAMBDA_S)
     if "static" in words:
-        static = ":".join([method, *(word for word in words if word != "static")])
+        words = [word for word in words if "=" in word or word in CONTROLS]
+        static = ":".join([method, *(word for word in words if not needs_dype(word))])
+        static = parse_setting(static).name
         raise ValueError(f"setting {text!r} is an old spelling, expected {static!r}")
-    control = words.pop() if words and words[-1] in CONTROLS else ""
-    lambda_words = list(takewhile(lambda word: "=" not in word, words))
-    is_wrong = method == "base" and bool(dype or words or control == "reversed")
+    control = words[-1] if words and words[-1] in CONTROLS else ""
+    parts = words[:-1] if control else words
+    lambda_words = list(takewhile(lambda word: "=" not in word, parts))
     try:
         lambdas = [float(word) for word in lambda_words]
-        assignments = dict(word.split("=", 1) for word in words[len(lambda_words) :])
-        for name, value in assignments.items():
-            if name != "attention_path":
-                assignments[name] = int(value) if value.isdecimal() else float(value)
+        assignments = dict(map(parse_assignment, parts[len(lambda_words) :]))
+        is_valid = len(lambdas) <= 2 * (DEFAULT_LAMBDA_S[method] is not None)
+        is_valid &= method != "base" or not (dype or parts or control == "reversed")
     except ValueError:
-        is_wrong, lambdas, assignments = True, [], {}
-    settings = {"method": method, "base_resolution": BASE, "dype": dype}
-    settings |= {"shift": "model"} if control == "model" else {}
-    settings |= dict(zip(("dype_scale", "dype_exponent"), lambdas, strict=False))
-    config = DyPEConfig.from_dict(settings | assignments)
-    is_wrong |= len(lambdas) > 2 * (DEFAULT_LAMBDA_S[method] is not None)
-    is_wrong |= not assignments.keys() <= NAMED_SETTINGS
-    if is_wrong:
+        is_valid = False
+    if not is_valid:
         raise ValueError(
             f"setting {text!r}, expected {GRAMMAR}, NAME of {', '.join(sorted(NAMED_SETTINGS))}, "
             f"CONTROL of {', '.join(CONTROLS)}; dy_ is with DyPE"
         )
-    if not dype and (lambdas or control == "reversed" or assignments.keys() & DYNAMIC_SETTINGS):
-        dynamic = f"dy_{text}"
-        raise ValueError(f"setting {text!r} is static and ignores a part, expected {dynamic!r}")
-    for row in CONFIG_FLAGS:
-        if row.name in assignments and not row.has_effect(config.to_dict()):
-            raise ValueError(f"setting {text!r}, expected no {row.name}: it has no effect there")
-    defaults = DyPEConfig(method)
-    overrides = tuple(
+    settings = {"method": method, "base_resolution": BASE, "dype": dype}
+    settings |= {"shift": "model"} if control == "model" else {}
+    settings |= dict(zip(("dype_scale", "dype_exponent"), lambdas, strict=False))
+    config = DyPEConfig(**settings | assignments)
+    check_effects(text, config, words, assignments)
+    overrides = format_overrides(assignments)
+    return Setting(shortest_name(config, overrides, control), config, control, overrides)
+
+
+def parse_assignment(word: str) -> tuple[str, str | float]:
+    """Return name and value of NAME=VALUE. Raise ValueError if it is no such text."""
+    name, value = word.split("=", 1)
+    if name not in NAMED_SETTINGS:
+        raise ValueError(name)
+    if name == "attention_path":
+        return name, value
+    return name, int(value) if value.isdecimal() else float(value)
+
+
+def format_overrides(assignments: dict[str, str | float]) -> tuple[str, ...]:
+    """Return NAME=VALUE of values by name, without default values."""
+    defaults = DyPEConfig(base_resolution=BASE)
+    return tuple(
         f"{name}={value}" if isinstance(value, str) else f"{name}={value:.12g}"
         for name, value in assignments.items()
         if value != getattr(defaults, name)
     )
-    words = [config.name]
+
+
+def needs_dype(word: str) -> bool:
+    """Return whether a word after the method has no effect on a static method."""
+    return word.split("=")[0] in DYNAMIC_SETTINGS or not ("=" in word or word in STATIC_CONTROLS)
+
+
+def check_effects(text: str, config: DyPEConfig, words: list[str], assignments: dict) -> None:
+    """Raise ValueError if a part of a setting has no effect.
+
+    Args:
+        text: the setting.
+        config: its position encoding.
+        words: its parts after the method.
+        assignments: value by name, of its parts NAME=VALUE.
+    """
+    dynamic = config.to_dict() | {"dype": True}
+    useless = [row.name for row in CONFIG_FLAGS if not row.has_effect(dynamic)]
+    useless += [name for name, method in SETTING_METHODS.items() if method != config.method]
+    for name in assignments:
+        if name in useless:
+            raise ValueError(f"setting {text!r}, expected no {name}: it has no effect there")
+    ignored = [word for word in words if needs_dype(word)]
+    if ignored and not config.dype:
+        parts, dynamic_name = ":".join(ignored), parse_setting(f"dy_{text}").name
+        raise ValueError(
+            f"setting {text!r} is static and ignores {parts}, expected {dynamic_name!r}"
+        )
+
+
+def shortest_name(config: DyPEConfig, overrides: tuple[str, ...], control: str) -> str:
+    """Return the shortest text of a setting.
+
+    Args:
+        config: position encoding.
+        overrides: NAME=VALUE, without default values.
+        control: one of CONTROLS, or "".
+    """
+    words, defaults = [config.name], DyPEConfig(config.method)
     if uses_lambdas(config):
         is_default = config.dype_exponent == defaults.dype_exponent
         count = int(config.lambda_s != defaults.lambda_s) if is_default else 2
-        lambdas = [config.lambda_s, config.dype_exponent][:count]
-        words += [f"{value:.12g}" for value in lambdas]
+        words += [f"{value:.12g}" for value in (config.lambda_s, config.dype_exponent)[:count]]
     words += [*overrides, control] if control else overrides
-    return Setting(":".join(words), config, control, overrides)
+    return ":".join(words)
+
+
+def is_setting_name(text: str) -> bool:
+    """Return whether a text is the name of a setting in this version."""
+    try:
+        return parse_setting(text).name == text
+    except ValueError:
+        return False
 
 
 def plan_cells(name: str) -> list[Cell]:
@@ -189,7 +248,8 @@ def default_pairs(cells: dict[str, Cell]) -> list[tuple[str, str]]:
     pairs = []
     for name, cell in cells.items():
         config, control = cell.setting.config, cell.setting.control
-        static = ":".join([STATIC_FORMS[config.method], *cell.setting.overrides])
+        overrides = [part for part in cell.setting.overrides if not needs_dype(part)]
+        static = ":".join([STATIC_FORMS[config.method], *overrides])
         static += ":model" * (control == "model")
         baselines = [name.removesuffix(f":{control}"), static if config.dype else "base", "base"]
         baselines = [text for text in dict.fromkeys(baselines) if text in cells.keys() - {name}]

@@ -3,7 +3,8 @@
 The command generates images of a few seeded prompts. At every step it measures the entropy of
 attention and, at the base resolution, the radial power spectrum of the latents x_t. Larger sizes
 are measured under base, yarn_paper and dy_yarn_paper. `python -m dype.figures` draws the results as
-fig2a, fig2b, fig18 and eq11. Every finished image is saved, so that a stopped run continues.
+fig2a, fig2b, fig18 and eq11. The measurements of every finished image are saved, so that a stopped
+run continues.
 """
 
 import argparse
@@ -20,7 +21,13 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from dype.config import check_number
-from dype.demo.evaluate import DTYPES, match_protocol, read_earlier, to_json, weights_hash
+from dype.demo.evaluate import (
+    DTYPES,
+    read_earlier,
+    reconcile_protocol,
+    tables_to_json,
+    weights_hash,
+)
 from dype.demo.experiments import SCALING_SETTINGS, parse_setting
 from dype.demo.scenes import sample_scene
 from dype.errors import Parser, UserError, raise_user_errors, run_command
@@ -180,7 +187,10 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code, as `run_command` has it."""
+    """Run the command line and return the exit code.
+
+    Exit codes: 0, 2 for a mistake of the user, 1 for other failures, 130 after Ctrl-C.
+    """
     next_step = "the same command generates the rest"
     return run_command(
         "dype.demo.trajectories", lambda: run(parser().parse_args(argv)), interrupted=next_step
@@ -201,7 +211,9 @@ def run(args: argparse.Namespace) -> None:
     protocol["weights"] = weights_hash(Path(DEMO.repo))
     earlier = read_earlier(args.out, lambda file: (dict(file["protocol"]), list(file["pictures"])))
     earlier_protocol, rows = earlier or (None, [])
-    match_protocol(args.out, earlier_protocol, protocol)
+    if not CONFIGS.keys() >= {row.get("setting") for row in rows}:
+        raise UserError(f"{args.out} was written by an earlier version, expected another --out")
+    reconcile_protocol(args.out, earlier_protocol, protocol)
     images = plan_images(dict(zip(args.sizes, args.counts, strict=True)), args.seed)
     missing = [image for image in images if not any(image.items() <= row.items() for row in rows)]
     counts = f"trajectories {len(images)}, finished {len(images) - len(missing)}"
@@ -216,7 +228,7 @@ def run(args: argparse.Namespace) -> None:
         apply_dype(pipe, CONFIGS[image["setting"]])
         result = measure_trajectory(pipe, image["prompt"], image["seed"], image["size"], protocol)
         rows.append(image | result)
-        content = to_json(json.dumps(protocol, indent=1), pictures=rows)
+        content = tables_to_json(json.dumps(protocol, indent=1), pictures=rows)
         records.write_atomically({args.out: content})
 
 

@@ -16,7 +16,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from dype.config import check_choice
-from dype.demo.experiments import BASE, CUTOFF_COMPARISON, parse_setting
+from dype.demo.experiments import BASE, CUTOFF_COMPARISON, is_setting_name, parse_setting
 from dype.figures import formulas, style
 from dype.rope import METHODS
 
@@ -87,9 +87,11 @@ def make_three_panels(label: str) -> tuple[Figure, np.ndarray]:
 
 
 def fig2a(trajectories: Path = TRAJECTORIES) -> Figure:
-    """Draw the power of x_t over frequency: Eq. 11 of C / f^omega, of the demo's latents; measured.
+    """Draw the power of x_t over frequency, in three panels.
 
-    The guide of the last two panels is a straight line fitted to the latents' spectrum.
+    They have Eq. 11 of C / f^omega, Eq. 11 of the demo's latents, and the power that was measured
+    while the demo sampled. The guide of the last two panels is a straight line fitted to the
+    latents' spectrum.
     """
     f, sigmas, power = mean_spectra(trajectories)
     figure, grid = make_three_panels("power (noise: 1)")
@@ -196,12 +198,33 @@ SPARE_MARKERS = "p8H"  # of methods with another lambda
 
 
 def read_square_rows(path: Path, command: str) -> list[dict]:
-    """Return the rows of square images, without controls. Raise ValueError if there are none."""
+    """Return the rows of square images, without controls.
+
+    Raises ValueError if there are none, or if an earlier version wrote the file.
+    """
     rows = read(path, "rows", command)
+    if not all(map(has_current_name, rows)):
+        raise ValueError(
+            f"{path} was written by an earlier version; run python -m dype.demo.evaluate ... "
+            f"--drawn --save {path} again"
+        )
     rows = [row for row in rows if not row["control"] and isinstance(row["size"], int)]
     if not rows:
         raise ValueError(f"{path} has no rows; expected what {command} writes")
     return rows
+
+
+def has_current_name(row: dict) -> bool:
+    """Return whether a row has the name that this version gives to its setting.
+
+    Only the beginning of the name counts for a method that is no longer in METHODS.
+    """
+    method, name = row["method"], row["setting"]
+    if method is None:  # rendered truth
+        return True
+    dynamic = row["dype"] and method != "base"
+    is_current = name.split(":")[0] == (f"dy_{method}" if dynamic else method)
+    return is_current and (method not in METHODS or is_setting_name(name))
 
 
 def fig5(

@@ -90,7 +90,6 @@ def read_record(path: str | Path) -> dict:
 def read_png(path: Path) -> Image.Image:
     """Read an image of this program in RGB, whatever its size. Raises OSError."""
     try:
-        # Image.open refuses large images, so the PNG is opened by its class.
         with path.open("rb") as file, PngImagePlugin.PngImageFile(file) as image:
             return image.convert("RGB")
     except (ValueError, SyntaxError) as error:

@@ -189,6 +189,8 @@ NAMES = {  # text -> name of the setting, None: the text
     "dy_cutoff:cutoff=1": "dy_cutoff",
     "dy_cutoff:cutoff=0.5:attention_scale=0.3:attention_path=rising:model": None,
     "dy_yarn:dype_start_sigma=0.123456789:progressive": None,
+    "dy_yarn:base_resolution=256": "dy_yarn",
+    "dy_cutoff:cutoff_width=1:spectrum_exponent=2": "dy_cutoff:cutoff_width=1",
 }
 
 
@@ -212,6 +214,26 @@ def test_numbers_of_settings():
     config = parse_setting("dy_cutoff:cutoff=0.5:attention_scale=0.3:attention_path=rising").config
     assert (config.cutoff, config.attention_scale, config.attention_path) == (0.5, 0.3, "rising")
     assert parse_setting("yarn_paper:alpha=2.0").config.alpha == 2
+
+
+def test_settings_without_effect():
+    """SETTING_METHODS has the only method whose frequencies follow a field."""
+
+    def frequencies(method, **fields):
+        config = DyPEConfig(method, **fields)
+        return axis_frequencies(56, 10000.0, 16, 64, 0.4, config)[0].tolist()
+
+    for name, only_method in experiments.SETTING_METHODS.items():
+        for method in METHODS:
+            value = 1.5 * getattr(DyPEConfig(), name)
+            has_effect = frequencies(method, **{name: value}) != frequencies(method)
+            assert has_effect == (method == only_method)
+
+
+def test_help_has_the_grammar():
+    text = evaluate.parser().format_help()
+    assert f"\nSETTING is {experiments.GRAMMAR}\n" in text
+    assert max(map(len, text.splitlines())) <= 98
 
 
 FOLDERS = {
@@ -283,13 +305,16 @@ def test_the_table_of_the_cutoffs():
 
 
 def test_size_not_square(tmp_path, small_base):
-    """Width is first in the flag, the folder and the table; --against names the baseline."""
+    """Width is first in the flag, the folder and the table; --against names the baseline.
+
+    --save accepts its suffix in any case.
+    """
     words = "pi base --against base --size 128x64 --steps 1 --count 1 --processes 1"
-    out = ["--out", str(tmp_path), "--save", str(tmp_path / "saved.json")]
+    out = ["--out", str(tmp_path), "--save", str(tmp_path / "saved.JSON")]
     assert evaluate.main([*words.split(), *out]) == 0
     with Image.open(tmp_path / "seed_0" / "128x64" / "pi_static" / "000.png") as image:
         assert image.size == (128, 64)
-    saved = json.loads((tmp_path / "saved.json").read_text())
+    saved = json.loads((tmp_path / "saved.JSON").read_text())
     assert {row["size"] for row in saved["rows"]} == {"128x64"}
     [pair] = saved["pairs"]
     assert (pair["setting"], pair["against"]) == ("pi", "base")
@@ -323,6 +348,23 @@ def test_controls_are_compared_with_their_settings():
     assert ("dy_yarn:model", "yarn") not in pairs
     assert ("dy_yarn:attention_scale=0.3", "yarn:attention_scale=0.3") in pairs
     assert ("dy_yarn:attention_scale=0.3", "yarn") not in pairs
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "static"),
+    [
+        ("dy_yarn:dype_start_sigma=0.8", "yarn"),
+        (
+            "dy_yarn_both:attention_scale=1.2:attention_path=rising:model",
+            "yarn:attention_scale=1.2:model",
+        ),
+    ],
+)
+def test_static_form_of_settings_that_need_dype(dynamic, static):
+    """The static form has the other settings alone."""
+    settings = [parse_setting(text) for text in (dynamic, static)]
+    cells = {setting.name: Cell((64, 64), setting, 1) for setting in settings}
+    assert experiments.default_pairs(cells) == [(dynamic, static)]
 
 
 SMALL = ["--size", "64", "--steps", "2", "--count", "3", "--processes", "1"]
@@ -407,24 +449,38 @@ def test_two_processes_generate_the_same_images(tmp_path):
 
 BAD = {
     "yarm": "method is 'yarm', expected one of base",
-    "dy_base": "'dy_base', expected base or",
-    "dy_yarn:1:2:3": "'dy_yarn:1:2:3', expected base or",
-    "dy_yarn:one": "'dy_yarn:one', expected base or",
-    "dy_yarn:": "'dy_yarn:', expected base or",
-    "dy_yarn:cutoff=1:2": "'dy_yarn:cutoff=1:2', expected base or",
-    "dy_yarn:cutoff=one": "'dy_yarn:cutoff=one', expected base or",
-    "dy_yarn:cutof=1": "unknown setting 'cutof'",
-    "dy_yarn:1:2:dype_scale=3": "'dy_yarn:1:2:dype_scale=3', expected base or",
-    "base:cutoff=2": "'base:cutoff=2', expected base or",
+    "dy_base": "'dy_base', expected base[:CONTROL] or",
+    "dy_yarn:1:2:3": "'dy_yarn:1:2:3', expected base[:CONTROL] or",
+    "dy_yarn:one": "'dy_yarn:one', expected base[:CONTROL] or",
+    "dy_yarn:": "'dy_yarn:', expected base[:CONTROL] or",
+    "dy_yarn:cutoff=1:2": "'dy_yarn:cutoff=1:2', expected base[:CONTROL] or",
+    "dy_yarn:cutoff=one": "'dy_yarn:cutoff=one', expected base[:CONTROL] or",
+    "dy_yarn:cutof=1": "'dy_yarn:cutof=1', expected base[:CONTROL] or",
+    "dy_yarn:shift=1": "'dy_yarn:shift=1', expected base[:CONTROL] or",
+    "dy_dy_yarn": "method is 'dy_yarn', expected one of base",
+    "foo:static": "method is 'foo', expected one of base",
+    "dy_yarn:1:2:dype_scale=3": "'dy_yarn:1:2:dype_scale=3', expected base[:CONTROL] or",
+    "base:cutoff=2": "'base:cutoff=2', expected base[:CONTROL] or",
     "dy_yarn:cutoff=2": "'dy_yarn:cutoff=2', expected no cutoff: it has no effect there",
+    "dy_yarn:alpha=2": "'dy_yarn:alpha=2', expected no alpha: it has no effect there",
+    "vision_yarn:beta=9": "'vision_yarn:beta=9', expected no beta: it has no effect there",
+    "dy_pi:cutoff_width=1": "expected no cutoff_width: it has no effect there",
+    "dy_pi:spectrum_exponent=1": "expected no spectrum_exponent: it has no effect there",
     "dy_yarn:attention_path=up": "attention_path is 'up', expected one of",
     "dy_yarn:attention_path=rising": "attention_path is 'rising', expected an attention_scale",
     # spellings of older versions
     "yarn_paper:static": "'yarn_paper:static' is an old spelling, expected 'yarn_paper'",
     "yarn:static:model": "'yarn:static:model' is an old spelling, expected 'yarn:model'",
-    "pi:1:1": "'pi:1:1' is static and ignores a part, expected 'dy_pi:1:1'",
-    "yarn:reversed": "is static and ignores a part, expected 'dy_yarn:reversed'",
+    "yarn:static:1": "'yarn:static:1' is an old spelling, expected 'yarn'",
+    "dy_yarn:static:attention_scale=1.2:attention_path=rising": (
+        "is an old spelling, expected 'yarn:attention_scale=1.2'"
+    ),
+    "yarn:static:cutoff=2": "'yarn:cutoff=2', expected no cutoff",
+    "pi:1:1": "'pi:1:1' is static and ignores 1:1, expected 'dy_pi:1:1'",
+    "yarn:reversed": "is static and ignores reversed, expected 'dy_yarn:reversed'",
+    "yarn:1:cutoff=2": "'yarn:1:cutoff=2', expected no cutoff",
     "cutoff:attention_scale=1.2:attention_path=rising": (
+        "is static and ignores attention_path=rising, "
         "expected 'dy_cutoff:attention_scale=1.2:attention_path=rising'"
     ),
     "--quick --size 64x": "--size is '64x', expected WIDTHxHEIGHT",
@@ -434,9 +490,9 @@ BAD = {
     "--cutoff base": "expected at most one",
     "--quick --against base": "--against, expected SETTINGS with it",
     "dy_yarn:9": "dype_scale is 9.0",
-    "base:1": "'base:1', expected base or",
-    "base:reversed": "'base:reversed', expected base or",
-    "dy_tasr:1:2": "'dy_tasr:1:2', expected base or",
+    "base:1": "'base:1', expected base[:CONTROL] or",
+    "base:reversed": "'base:reversed', expected base[:CONTROL] or",
+    "dy_tasr:1:2": "'dy_tasr:1:2', expected base[:CONTROL] or",
     "--quick --full": "expected at most one",
     "--quick base": "expected at most one",
     "base --size 100": "--size is 100, expected a multiple of 16",

@@ -332,6 +332,10 @@ def test_trajectories_continue(tmp_path, monkeypatch, capsys):
         out.write_text(json.dumps(saved | {"protocol": saved["protocol"] | {"dtype": dtype}}))
         assert trajectories.main(both) == 2
         assert f"was generated with {dtype!r}" in capsys.readouterr().err
+    saved["pictures"][-1]["setting"] = "yarn_paper_1_2"
+    out.write_text(json.dumps(saved))
+    assert trajectories.main(both) == 2
+    assert f"{out} was written by an earlier version" in capsys.readouterr().err
 
 
 def test_entropy_deviation(tmp_path):
@@ -405,7 +409,8 @@ def test_frontier(tmp_path):
         row["overlap"] = {"mean": layout, "interval": [layout - 0.2, layout + 0.1]}
         table["rows"].append(row)
     path.write_text(json.dumps(table))
-    [axes] = saved_numbers.frontier(path).axes
+    figure = saved_numbers.frontier(path)
+    [axes] = figure.axes
     lines = [line.get_xydata().tolist() for line in axes.lines]
     styles = [line.get_linestyle() for line in axes.lines]
     joined = {style: line for style, line in zip(styles, lines, strict=True) if len(line) > 1}
@@ -423,6 +428,47 @@ def test_frontier(tmp_path):
     assert axes.get_ylim()[0] == 0
     assert len({tuple(marker.values()) for marker in saved_numbers.METHOD_STYLES.values()}) == 12
     assert len({marker["marker"] for marker in saved_numbers.METHOD_STYLES.values()}) == 12
+    [legend] = figure.legends
+    labels = ["base", "truth through the VAE", "dy_yarn_paper", "dy_cutoff", "chosen"]
+    assert [text.get_text() for text in legend.get_texts()] == [*labels, "dy_cutoff:cutoff=2"]
+    assert legend.get_title().get_text() == "filled: with DyPE; open: the same method, static"
+
+
+OLD_NAMES = [  # setting, method, whether with DyPE; as files of earlier versions have them
+    ("cutoff", "cutoff", True),
+    ("yarn_static", "yarn", False),
+    ("yarn:static", "yarn", False),
+    ("pi_1_1", "pi", True),
+    ("base_model", "base", True),
+    ("dy_yarn:1:2", "yarn", True),
+    ("cutoff_free_1_0.7_cutoff=12.5", "cutoff_free", True),
+]
+
+
+@pytest.mark.parametrize("figure", ["fig5", "frontier"])
+@pytest.mark.parametrize(("setting", "method", "dype"), OLD_NAMES)
+def test_tables_of_earlier_versions(figure, setting, method, dype, tmp_path, capsys):
+    """Another name of a setting than this version's is refused, and nothing is written."""
+    path, out = write_table(tmp_path / "t.json"), tmp_path / "out.png"
+    table = json.loads(path.read_text())
+    table["rows"].append(table["rows"][-2] | {"setting": setting, "method": method, "dype": dype})
+    path.write_text(json.dumps(table))
+    assert figures.main([figure, "--ground_truth", str(path), "--out", str(out)]) == 2
+    sentence = capsys.readouterr().err
+    assert f"{path} was written by an earlier version; run python -m dype.demo.eval" in sentence
+    assert f"--drawn --save {path} again" in sentence
+    assert sentence.count("\n") == 1
+    assert not out.exists()
+
+
+def test_tables_of_docs_are_current():
+    """Also those with a method that has left METHODS."""
+    methods = set()
+    for path in (ROOT / "docs" / "data").glob("*.json"):
+        rows = json.loads(path.read_text()).get("rows", [])
+        assert all(map(saved_numbers.has_current_name, rows)), path
+        methods |= {row["method"] for row in rows}
+    assert methods - {None} - rope.METHODS.keys() == {"cutoff_free"}
 
 
 METHODS = ("base", "ntk", "dy_ntk", "dy_tasr", "yarn", "dy_yarn")
