@@ -38,7 +38,10 @@ PROGRAM = "run_dype.py"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return 0, or 2 for a mistake of the user, or 1 for other failures."""
+    """Run the command line and return the exit code.
+
+    Exit codes: 0, 2 for a mistake of the user, 1 for other failures, 130 after Ctrl-C.
+    """
     rank, _ = distributed.rank_and_world_size()
     with redirect_stdout(io.StringIO()) if rank else nullcontext():  # only one process prints
         return run_command(

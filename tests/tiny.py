@@ -242,7 +242,7 @@ def generate_chroma(pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0,
     for name, value in prompt_embeddings(pipe, batch, TEXT, TEXT).items():
         is_mask = name.endswith("_mask")
         call[name.replace("embeds_mask", "attention_mask")] = value.bool() if is_mask else value
-    return pipe(**call, guidance_scale=guidance).images
+    return pipe(**call, guidance_scale=guidance, **arguments).images
 
 
 FAMILIES = {

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from dype.benchmark import embedder, step
-from dype.config import DEFAULT_LAMBDA_S
+from dype.config import DEFAULT_LAMBDA_S, DYNAMIC_NAMES
 from dype.errors import Parser, UserError, run_command
 from dype.families import PIXELS_PER_TOKEN
 from dype.pipelines.acceleration import COMPILES, attention_backends, check_attention
@@ -60,8 +60,9 @@ def parser() -> Parser:
     flag("--model", choices=step.MODELS, metavar="NAME", help="model of step and pipeline; demo, "
          "or flux or z-image at real size with random weights (default: demo on a CPU, flux on a "
          "GPU)")  # fmt: skip
-    flag("--method", choices=DEFAULT_LAMBDA_S, default="yarn", metavar="NAME",
-         help=f"extrapolation method; {methods} (default: %(default)s)")  # fmt: skip
+    flag("--method", choices=[*DEFAULT_LAMBDA_S, *DYNAMIC_NAMES], default="yarn", metavar="NAME",
+         help=f"extrapolation method; {methods}; always with DyPE, so that dy_yarn is yarn "
+         "(default: %(default)s)")  # fmt: skip
     flag("--attention", metavar="NAME", help="attention backend of step and pipeline; a name of "
          "diffusers, such as flash (default: the one that diffusers selects)")  # fmt: skip
     flag("--compile", choices=COMPILES, default="off", metavar="NAME", help="compilation in "
@@ -112,21 +113,17 @@ def machine_info(device: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
+    """Run the command line and return the exit code.
+
+    Exit codes: 0, 2 for a mistake of the user, 1 for other failures, 130 after Ctrl-C.
+    """
 
     def run() -> None:
         """Run the benchmark and print its results as JSON."""
         args = with_defaults(parser().parse_args(argv))
         embedder.use_single_thread(torch.device(args.device))
-        print(
-            json.dumps(
-                {
-                    "benchmark": args.benchmark,
-                    **machine_info(args.device),
-                    **RUNS[args.benchmark](args),
-                }
-            )
-        )
+        report = {"benchmark": args.benchmark} | machine_info(args.device)
+        print(json.dumps(report | RUNS[args.benchmark](args)))
 
     return run_command("dype.benchmark", run, out_of_memory="try smaller --sizes")
 

@@ -143,7 +143,7 @@ def copy_sharing_weights(module: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the FLOP/s of one large matrix product."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
@@ -156,7 +156,7 @@ def time_steps(args: argparse.Namespace) -> dict:
     """Print the cost of a denoiser call per size, and return it."""
     device, model = torch.device(args.device), MODELS[args.model]
     text_tokens = model.max_sequence_length
-    rate = matmul_flops(device, DTYPES[args.dtype])
+    rate = measure_matmul_rate(device, DTYPES[args.dtype])
     stock = make_pipeline(args.model, args.device).transformer
     ours = copy_sharing_weights(stock)
     apply_dype(ours, DyPEConfig(args.method, base_resolution=model.base_resolution))
@@ -175,11 +175,17 @@ def time_steps(args: argparse.Namespace) -> dict:
         print(f"{size:<5} {row['ratio']:6.4f}  [{row['low']:.4f}, {row['high']:.4f}] "
               f"{row['stock']:10.1f} {row['ours']:10.1f} {row['extra_memory'] / 2**20:11.1f} "
               f"{row['share']:13.0%}")  # fmt: skip
-    return protocol(args, rate, rows)
+    return make_report(args, rate, rows)
 
 
-def protocol(args: argparse.Namespace, rate: float, rows: dict) -> dict:
-    """Return the settings of the run with its matrix rate, FLOP/s, and its costs per size."""
+def make_report(args: argparse.Namespace, rate: float, rows: dict) -> dict:
+    """Return the results as a dict, with the settings of the run.
+
+    Args:
+        args: the command line.
+        rate: FLOP/s of a large matrix product.
+        rows: costs by size.
+    """
     names = ("model", "method", "dtype", "attention", "compile", "repeats")
     return {name: getattr(args, name) for name in names} | {"matrix_rate": rate, "sizes": rows}
 
@@ -229,7 +235,7 @@ def time_images(args: argparse.Namespace) -> dict:
     includes the decoder.
     """
     device, model = torch.device(args.device), MODELS[args.model]
-    rate = matmul_flops(device, DTYPES[args.dtype])
+    rate = measure_matmul_rate(device, DTYPES[args.dtype])
     pipe = make_pipeline(args.model, args.device)
     acceleration.compile_transformer(pipe, args.compile)
     steps = args.steps or model.steps
@@ -248,7 +254,7 @@ def time_images(args: argparse.Namespace) -> dict:
         cells = [f"{value:10.3f}" if value else f"{'-':>10}" for value in list(row.values())[:3]]
         gib = (row["peak_memory"] or 0) / memory.GIB
         print(f"{size:<5}", *cells, f"{gib:10.2f} {tiled!s:>8} {row['share']:12.0%}")
-    return protocol(args, rate, rows)
+    return make_report(args, rate, rows)
 
 
 def image_seconds(pipe, args, size: int, steps: int) -> list[float | None]:

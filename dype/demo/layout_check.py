@@ -18,7 +18,7 @@ CELLS = 64
 AREA = (0.04, 0.40)  # of the object, share of the image (truth: 0.09 to 0.36)
 CONNECTED = 0.9  # share of the object's color that its largest piece must hold
 CENTERED = 0.15  # largest distance of the centroid from the middle, per axis
-GROUNDED = 0.85  # least share of the ground's color among cells that have not the object's color
+GROUNDED = 0.85  # least share of the ground's color among cells without the object's color
 
 
 class Verdict(NamedTuple):

@@ -23,7 +23,7 @@ from dype.metrics.set_metrics import frechet_distance
 from dype.sampling.latents import mean_power_by_bin
 
 RESAMPLES = 1000  # of the bootstrap
-PATCH = 32  # px, two tokens: as large as the finest leaves, smaller than most edges of an object
+PATCH = 32  # px, two tokens: 4 times the diameter of the finest leaf, below most edges of objects
 FEATURES = 32  # random filters of 5 x 5 px; a feature is the mean magnitude over a patch
 SEED = 0  # of the filters
 

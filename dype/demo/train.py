@@ -360,7 +360,10 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code, as `run_command` has it."""
+    """Run the command line and return the exit code.
+
+    Exit codes: 0, 2 for a mistake of the user, 1 for other failures, 130 after Ctrl-C.
+    """
     next_step = "the same command continues from the last checkpoint"
     return run_command(
         "dype.demo.train", lambda: train(parser().parse_args(argv)), interrupted=next_step

@@ -76,7 +76,10 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code, as `run_command` has it."""
+    """Run the command line and return the exit code.
+
+    Exit codes: 0, 2 for a mistake of the user, 1 for other failures, 130 after Ctrl-C.
+    """
     return run_command("dype.figures", lambda: run(parser().parse_args(argv)))
 
 

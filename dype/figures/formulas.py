@@ -74,7 +74,9 @@ def draw_spectra(axes, f, sigmas, spectra, guide: tuple[float, float]) -> None:
 
 
 def draw_progress(axes, f, sigmas, gamma):
-    """Draw gamma over t and f and return its mesh; gray is NaN, white above 1, black below 0.
+    """Draw a heat map of gamma over t and f, and return its mesh.
+
+    NaN is gray, a value above 1 white, and a value below 0 black.
 
     Args:
         axes: axes to draw on.

@@ -209,7 +209,10 @@ def run(args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 1 for the rest."""
+    """Run the command line and return the exit code.
+
+    Exit codes: 0, 2 for a mistake of the user, 1 for other failures, 130 after Ctrl-C.
+    """
     return run_command(
         "dype.metrics",
         lambda: run(parser().parse_args(argv)),

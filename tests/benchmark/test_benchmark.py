@@ -80,6 +80,16 @@ def test_step_of_the_demo(capsys):
     assert 0 < row["share"] < 2
 
 
+def test_names_with_dype(capsys):
+    """--method dy_NAME is NAME, which always has DyPE here."""
+    words = ["--families", "flux", "--sizes", "64", "--repeats", "1", "--method"]
+    assert benchmark.main([*words, "dy_yarn"]) == 0
+    assert last_line(capsys)["families"]["flux"]["64"]["ours"] > 0
+    words = ["step", "--sizes", "64", "--repeats", "1", "--method", "dy_yarn_paper"]
+    assert benchmark.main(words) == 0
+    assert last_line(capsys)["method"] == "dy_yarn_paper"
+
+
 def shrink_models(monkeypatch) -> None:
     """Give the real-size classes a size for tests, with the same formats."""
     changes = {
@@ -121,6 +131,7 @@ MISTAKES = {
     "pipeline --steps 0": (2, "--steps is 0, expected at least 1"),
     "step --device cuda:9": (1, "this machine has no device cuda:9"),
     "quick": (2, "invalid choice: 'quick'"),
+    "--method dy_base": (2, "invalid choice: 'dy_base'"),
 }
 
 
