@@ -6,8 +6,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, get_args
 
-# method -> lambda_s when `dype_scale` is None (paper section 4 and App. D; for the two power forms
-# as in the code of their authors); None: the method has no kappa (`tasr` follows t itself)
+# method -> lambda_s if `dype_scale` is None: the paper's (section 4, App. D); of `yarn_power` and
+# `vision_yarn` that of their code. None: the method does not use kappa; `tasr`, `cutoff` use u
 DEFAULT_LAMBDA_S = {
     "base": None,
     "pi": 2.0,
@@ -127,8 +127,8 @@ class DyPEConfig:
             [0, 8]. A larger value stretches more at high sigma; the paper's Table 6 tries 1 to 2.5.
         dype_exponent: 2.0. lambda_t, in [0, 1000]. A larger value returns to the model's own
             encoding earlier: less time for the layout, more for detail. Try 1 below 3x.
-        dype_start_sigma: 1.0. t_start, in (0, 1]. The encoding stays as at t = 1 above it, then
-            u = t / t_start replaces t.
+        dype_start_sigma: 1.0. t_start, in (0, 1]. For t > t_start u is 1, below it u is
+            t / t_start. 1 follows t from the first step.
         alpha, beta: 1.0 and 32.0. Ends of the ramp of `yarn_paper`, in turns over the trained
             length; 0 < alpha < beta. Other methods ignore them.
         cutoff: 1.0. c of the method `cutoff`, in (0, 1000]: the wavelength of its cut at t = 1/2,

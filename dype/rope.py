@@ -6,8 +6,8 @@ s = max(1, L'/L) the scale, t = sigma in [0, 1] (1 is noise).
 
 Every method maps (axis, kappa, u, config) to the frequencies f_i, float64 [A, n], and the attention
 scale m, [A, 1], which multiplies cos and sin. `kappa_schedule` gives kappa and u. Nothing branches
-on values, so that a device never waits for the host. Tensors that do not depend on sigma are kept
-on the axis, so that a denoiser call launches few kernels.
+on the value of a tensor, so that a device never waits for the host. Tensors that do not depend on
+sigma are kept on the axis, so that a denoiser call launches few kernels.
 """
 
 import math
@@ -37,13 +37,13 @@ class RopeAxis(NamedTuple):
     pair_index: torch.Tensor  # i = 0..n-1 [n]
     s: torch.Tensor  # [A, 1], >= 1
     ntk_exponent: torch.Tensor  # 2i / (D - 2): 0 at the first pair, 1 at the last [n]
-    pi: torch.Tensor  # theta_i / s (Eq. 5) [A, n]
-    ntk: torch.Tensor  # theta_i / s^(2i/(D-2)) (Eq. 6) [A, n]
-    ntk_max: torch.Tensor  # theta_i / s_max^(2i/(D-2)) [A, n]
+    pi_static: torch.Tensor  # theta_i / s (Eq. 5) [A, n]
+    ntk_static: torch.Tensor  # theta_i / s^(2i/(D-2)) (Eq. 6) [A, n]
+    ntk_static_max: torch.Tensor  # theta_i / s_max^(2i/(D-2)) [A, n]
     unit_scale: torch.Tensor  # m = 1 [A, 1]
     log_s: torch.Tensor  # [A, 1]
     cutoff_offset: torch.Tensor  # ln(lambda_i / c L) / delta + 1/2, lambda_i = 2 pi / theta_i [n]
-    tau: torch.Tensor  # 0.1 ln s + 1 (Eq. 9), on cos and sin as in the code: logits get m^2 [A, 1]
+    tau: torch.Tensor  # 0.1 ln s + 1 (Eq. 9) [A, 1]; on cos and sin, so that logits get tau^2
     ramp_turns: torch.Tensor  # (r_hi, r_lo) of YaRN's two bands [2, 2]
 
 
@@ -54,10 +54,10 @@ def stock_frequencies(dim: int, theta: float, device=None) -> torch.Tensor:
 
 
 def kappa_schedule(sigma: torch.Tensor, config: DyPEConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return kappa(t) = lambda_s u^lambda_t (Eq. 13) and u = t / t_start in [0, 1]; static: 1, 1.
+    """Return kappa(t) = lambda_s u^lambda_t (Eq. 13) and u = t / t_start in [0, 1].
 
-    The paper has t_start = 1 and prints kappa(0) = 1, a slip: it is 0. Rounding may put sigma a
-    little outside [0, 1]; u stays inside.
+    A static method has kappa = u = 1. The paper has t_start = 1; it prints kappa(0) = 1, but by its
+    own equation kappa(0) is 0. Rounding may put sigma a little outside [0, 1]; u stays inside.
     """
     if not config.dype:
         return torch.ones_like(sigma), torch.ones_like(sigma)
@@ -72,19 +72,19 @@ def base(axis: RopeAxis, kappa, u, config):
 
 
 def pi(axis: RopeAxis, kappa, u, config):
-    """Interpolate positions: f = theta_i / s (Eq. 5), dynamic f = theta_i / s^kappa (Eq. 14)."""
+    """Interpolate positions: f = theta_i / s (Eq. 5), with DyPE theta_i / s^kappa (Eq. 14)."""
     return axis.inv_freq / axis.s**kappa, axis.unit_scale
 
 
 def ntk(axis: RopeAxis, kappa, u, config):
-    """Scale by NTK: f = theta_i / s^(2i/(D-2)) (Eq. 6), dynamic: exponent times kappa (Eq. 15)."""
+    """Scale by NTK: f = theta_i / s^(2i/(D-2)) (Eq. 6), with DyPE s^(kappa 2i/(D-2)) (Eq. 15)."""
     return axis.inv_freq / axis.s ** (kappa * axis.ntk_exponent), axis.unit_scale
 
 
 def ntk_mult(axis: RopeAxis, kappa, u, config):
     """Scale by NTK with kappa on s: f = theta_i / (s kappa)^(2i/(D-2)) (Eq. 19, App. D).
 
-    s kappa is at least 1 here; as printed it compresses below 1 and divides by zero at t = 0.
+    Here s kappa is at least 1. The printed formula compresses below, and divides by 0 at t = 0.
     """
     return axis.inv_freq / (axis.s * kappa).clamp(min=1) ** axis.ntk_exponent, axis.unit_scale
 
@@ -93,8 +93,8 @@ def tasr(axis: RopeAxis, kappa, u, config):
     """Scale by TASR: f = max(theta_i s^(-2i/d), theta_i / s), d = (D - 1)(1 - u) + 1.
 
     Time-aware scaled RoPE, a baseline of the paper (Lumina-Next). It is PI at u = 1 except for the
-    first pair, and NTK with the base theta s at u = 0. The formula is second-hand and was repaired;
-    Lumina's own code has another one.
+    first pair, and NTK with the base theta s at u = 0. We repaired a formula that a third party
+    reports; Lumina's own code has another one.
     """
     d = (axis.dim - 1) * (1 - u) + 1
     f = axis.inv_freq * torch.maximum(axis.s ** (-2 * axis.pair_index / d), 1 / axis.s)
@@ -137,7 +137,7 @@ def yarn_paper(axis: RopeAxis, kappa, u, config):
     """
     r = axis.trained_tokens * axis.inv_freq / (2 * math.pi)
     gamma = ((r - config.alpha * kappa) / ((config.beta - config.alpha) * kappa)).clamp(0, 1)
-    f = (1 - gamma) * axis.pi + gamma * axis.inv_freq
+    f = (1 - gamma) * axis.pi_static + gamma * axis.inv_freq
     return f, axis.tau
 
 
@@ -146,7 +146,7 @@ def vision_yarn(axis: RopeAxis, kappa, u, config):
 
     It comes from the ComfyUI port, not from the paper. There t_start moves m alone; here kappa too.
     """
-    f = blend_two_ramps(axis, lambda r: r**kappa, axis.ntk_max)
+    f = blend_two_ramps(axis, lambda r: r**kappa, axis.ntk_static_max)
     return f, 1 + 0.1 * math.log(axis.s_max) * axis.unit_scale * u**config.dype_exponent
 
 
@@ -170,7 +170,9 @@ METHODS = {method.__name__: method for method in (
 )}  # fmt: skip
 
 
-def blend_two_ramps(axis: RopeAxis, scale_turns, ntk: torch.Tensor | None = None) -> torch.Tensor:
+def blend_two_ramps(
+    axis: RopeAxis, scale_turns, ntk_term: torch.Tensor | None = None
+) -> torch.Tensor:
     """Blend PI -> NTK over the band BETA, then -> theta_i over the band GAMMA.
 
     f = theta/s (1 - mask_beta) + ntk mask_beta
@@ -179,10 +181,10 @@ def blend_two_ramps(axis: RopeAxis, scale_turns, ntk: torch.Tensor | None = None
     Args:
         axis: the axes.
         scale_turns: maps the thresholds r [2, 2] to those of this sigma.
-        ntk: the NTK term [A, n]; None: theta/s^(2i/(D-2)).
+        ntk_term: the NTK term [A, n]; None: theta/s^(2i/(D-2)).
     """
     beta, gamma = ramp_weights(axis, scale_turns)  # 1 - mask
-    f = torch.lerp(axis.ntk if ntk is None else ntk, axis.pi, beta)
+    f = torch.lerp(axis.ntk_static if ntk_term is None else ntk_term, axis.pi_static, beta)
     return torch.lerp(axis.inv_freq.expand_as(f), f, gamma)
 
 
@@ -190,8 +192,8 @@ def ramp_weights(axis: RopeAxis, scale_turns) -> torch.Tensor:
     """Return 1 - mask_i = clip((i - low) / (high - low), 0, 1) of both bands, float64 [2, n].
 
     The edges are floor(c(r_hi)) and ceil(c(r_lo)), both clamped to [0, n]. The authors' code clamps
-    each at one end only. At small t its ramps turn round: BETA's first (FLUX: t <= 0.0242), then
-    GAMMA's (0.0068), below which every pair is PI. docs/method.md has the other models.
+    each at one end only. At small t their ramps turn round (FLUX: BETA's at t <= 0.0242, GAMMA's
+    at 0.0068, below which every pair is PI); ours do not. docs/method.md has the other models.
     """
     edges = pair_index_of_turns(axis, scale_turns(axis.ramp_turns)).clamp(0, axis.dim // 2)
     low, high = edges[:, :1].floor(), edges[:, 1:].ceil()
@@ -246,9 +248,9 @@ def build_axes(
         pair_index=pair_index,
         s=s,
         ntk_exponent=ntk_exponent,
-        pi=inv_freq / s,
-        ntk=inv_freq / s**ntk_exponent,
-        ntk_max=inv_freq / torch.full_like(s, s_max) ** ntk_exponent,
+        pi_static=inv_freq / s,
+        ntk_static=inv_freq / s**ntk_exponent,
+        ntk_static_max=inv_freq / torch.full_like(s, s_max) ** ntk_exponent,
         unit_scale=torch.ones_like(s),
         log_s=torch.log(s),
         cutoff_offset=torch.log(wavelength) / config.cutoff_width + 0.5,
@@ -260,7 +262,7 @@ def build_axes(
 def batched_frequencies(
     axis: RopeAxis, sigma: torch.Tensor, config
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the frequencies of several axes, float64 [A, dim // 2], and their scales m [A].
+    """Call the config's method: frequencies of several axes, float64 [A, dim // 2], and m [A].
 
     Args:
         axis: the axes.

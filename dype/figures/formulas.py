@@ -120,7 +120,7 @@ def authors_unclamped_yarn(axis: tuple, t: float) -> np.ndarray:
     low, high = edges[:, :1].floor().clamp(min=0), edges[:, 1:].ceil().clamp(max=dim // 2)
     width = high - low + 0.001 * (high == low)
     past_beta, past_gamma = ((rope_axis.pair_index - low) / width).clamp(0, 1)  # 1 - mask
-    ntk_to_pi = torch.lerp(rope_axis.ntk, rope_axis.pi, past_beta)
+    ntk_to_pi = torch.lerp(rope_axis.ntk_static, rope_axis.pi_static, past_beta)
     f = torch.lerp(rope_axis.inv_freq, ntk_to_pi, past_gamma)
     return (f / rope_axis.inv_freq)[0].numpy()
 
