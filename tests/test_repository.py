@@ -108,14 +108,19 @@ def test_the_model_cards_example_is_the_command_lines():
     }
 
 
-def test_benchmark(capsys):
+def test_benchmark(capsys, tmp_path):
     """The last line is JSON; a few copies at most, and not slower than stock; for busy machines.
 
     The aim is 1.2 copies at 4096 px. Qwen-Image's stock embedder caches its output.
     """
-    assert benchmark.main(["embedder", "--sizes", "4096", "--repeats", "3"]) == 0
+    table = tmp_path / "cost.csv"
+    words = ["--sizes", "4096", "--repeats", "3", "--save", str(table)]
+    assert benchmark.main(["embedder", *words]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     families = {name: sizes["4096"] for name, sizes in report["families"].items()}
+    head, *rows = table.read_text().splitlines()
+    assert head == (ROOT / "docs/data/embedder_cost.csv").read_text().splitlines()[0]
+    assert [row.split(",")[:2] for row in rows] == [[name, "4096"] for name in families]
     assert report["device"]
     for name in ("flux", "flux2", "krea2"):
         assert families[name]["ours/stock"] < 0.3

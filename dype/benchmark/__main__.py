@@ -53,6 +53,8 @@ def parser() -> Parser:
          f"{' '.join(map(str, LARGE))})")  # fmt: skip
     flag("--repeats", type=int, metavar="N", help="number of timed calls or images; 1 or more "
          f"(default: {repeats})")  # fmt: skip
+    flag("--save", type=Path, metavar="FILE", help="CSV file for the table of embedder "
+         "(default: none)")  # fmt: skip
     flag("--device", metavar="NAME", help="device to measure; cpu or cuda (default: cpu for "
          "embedder, else the GPU, or cpu without one)")  # fmt: skip
     flag("--families", nargs="+", choices=embedder.FAMILIES, default=[*embedder.FAMILIES],
@@ -85,6 +87,8 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     args.repeats = REPEATS[args.benchmark] if args.repeats is None else args.repeats
     if args.repeats < 1:
         raise UserError(f"--repeats is {args.repeats}, expected at least 1")
+    if args.save is not None and (args.benchmark != "embedder" or args.save.suffix != ".csv"):
+        raise UserError(f"--save is {args.save}, expected a name in .csv, with embedder alone")
     for size in args.sizes:
         if size < PIXELS_PER_TOKEN or size % PIXELS_PER_TOKEN:
             raise UserError(f"--sizes has {size}, expected multiples of {PIXELS_PER_TOKEN} px")

@@ -25,6 +25,7 @@ from dype.config import DyPEConfig
 from dype.embedders import DyPEFluxPosEmbed, make_grid_ids
 from dype.embedders_complex import DyPEQwenEmbedRope, DyPEZImageRopeEmbedder
 from dype.families import PIXELS_PER_TOKEN
+from dype.sweep.results import write_table
 
 TEXT_TOKENS = 512
 TRAINED_TOKENS = 64  # per axis
@@ -219,7 +220,7 @@ def reference_table(embedder, args: tuple) -> torch.Tensor:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Print a table of costs and ratios per family and size, and return it."""
+    """Print a table of costs and ratios per family and size, and return it; write it to --save."""
     names = ("copy", "ours", "stock", "literal")
     headers = [f"{name + ' ms':>10}" for name in names] + [f"{name:>12}" for name in RATIOS]
     print("family      px   ", *headers, " launches")
@@ -232,4 +233,12 @@ def run(args: argparse.Namespace) -> dict:
             print(f"{family:11} {size:<5}", *cells, f"{row['launches']:9}")
             rows[family][str(size)] = {name: round(value, 3) for name, value in row.items()}
             gc.collect()
+    if args.save is not None:
+        columns = ["family", "px", *RATIOS, "ours", "launches"]
+        table = [
+            {"family": family, "px": size} | row
+            for family, sizes in rows.items()
+            for size, row in sizes.items()
+        ]
+        write_table(args.save, columns, table)
     return {"families": rows}

@@ -131,6 +131,7 @@ MISTAKES = {
     "pipeline --steps 0": (2, "--steps is 0, expected at least 1"),
     "step --device cuda:9": (1, "this machine has no device cuda:9"),
     "quick": (2, "invalid choice: 'quick'"),
+    "step --save a.csv": (2, "--save is a.csv, expected a name in .csv, with embedder alone"),
     "--method dy_base": (2, "invalid choice: 'dy_base'"),
 }
 
