@@ -6,7 +6,7 @@ This module shares no code with `dype.rope`. At a threshold of 0 it states the l
 import math
 
 
-def kappa_and_decay(t, lambda_s, lambda_t, t_start, dynamic):
+def kappa_and_power_of_u(t, lambda_s, lambda_t, t_start, dynamic):
     """Return kappa(t) = lambda_s u^lambda_t and u^lambda_t; a static method has 1 and 1."""
     if not dynamic:
         return 1.0, 1.0
@@ -14,14 +14,14 @@ def kappa_and_decay(t, lambda_s, lambda_t, t_start, dynamic):
     return lambda_s * u**lambda_t, u**lambda_t
 
 
-def mask(dim, base, length, r_hi, r_lo):
+def mask(dim, theta, trained_tokens, r_hi, r_lo):
     """Return the n ramp weights of the authors' code: 1 above r_hi turns, 0 below r_lo."""
     n = dim // 2
 
     def pair_index_of_turns(r):
         if r == 0:
             return math.inf
-        return dim * math.log(length / (2 * math.pi * r)) / (2 * math.log(base))
+        return dim * math.log(trained_tokens / (2 * math.pi * r)) / (2 * math.log(theta))
 
     def clamp_and_round(value, rounding):
         return n if value > n else 0 if value < 0 else rounding(value)
@@ -33,55 +33,57 @@ def mask(dim, base, length, r_hi, r_lo):
     return [1 - min(max((i - low) / (high - low), 0), 1) for i in range(n)]
 
 
-def blend_two_ramps(dim, base, length, s_pi, s_ntk, scale_turns, ntk_kappa=1.0):
+def blend_two_ramps(dim, theta, trained_tokens, s_pi, s_ntk, scale_turns, ntk_kappa=1.0):
     """Return frequencies that go from PI over NTK to stock, as in the authors' YaRN."""
-    beta = mask(dim, base, length, scale_turns(1.25), scale_turns(0.75))
-    gamma = mask(dim, base, length, scale_turns(16.0), scale_turns(2.0))
+    beta = mask(dim, theta, trained_tokens, scale_turns(1.25), scale_turns(0.75))
+    gamma = mask(dim, theta, trained_tokens, scale_turns(16.0), scale_turns(2.0))
     out = []
     for i in range(dim // 2):
-        theta = base ** (-2 * i / dim)
-        ntk = theta / s_ntk ** (ntk_kappa * 2 * i / (dim - 2))
-        f = theta / s_pi * (1 - beta[i]) + ntk * beta[i]
-        out.append(f * (1 - gamma[i]) + theta * gamma[i])
+        theta_i = theta ** (-2 * i / dim)
+        ntk = theta_i / s_ntk ** (ntk_kappa * 2 * i / (dim - 2))
+        f = theta_i / s_pi * (1 - beta[i]) + ntk * beta[i]
+        out.append(f * (1 - gamma[i]) + theta_i * gamma[i])
     return out
 
 
-def blend_one_ramp(dim, base, length, s, alpha, beta):
+def blend_one_ramp(dim, theta, trained_tokens, s, alpha, beta):
     """Return frequencies that go from PI to stock between alpha and beta turns (Eq. 7, 8)."""
     out = []
     for i in range(dim // 2):
-        theta = base ** (-2 * i / dim)
-        r = length * theta / (2 * math.pi)
+        theta_i = theta ** (-2 * i / dim)
+        r = trained_tokens * theta_i / (2 * math.pi)
         gamma = 1.0 if beta == 0 else min(max((r - alpha) / (beta - alpha), 0), 1)
-        out.append((1 - gamma) * theta / s + gamma * theta)
+        out.append((1 - gamma) * theta_i / s + gamma * theta_i)
     return out
 
 
-def cutoff_frequencies(dim, base, s, wavelength, width):
-    """Return theta / s far above the cutoff wavelength, theta far below, a ramp between."""
+def cutoff_frequencies(dim, theta, s, wavelength, width):
+    """Return theta_i / s far above the cutoff wavelength, theta_i far below, a ramp between."""
     out = []
     for i in range(dim // 2):
-        theta = base ** (-2 * i / dim)
+        theta_i = theta ** (-2 * i / dim)
         if wavelength == 0:
             w = 1.0
         elif wavelength == math.inf:
             w = 0.0
         else:
-            w = min(max(math.log(2 * math.pi / theta / wavelength) / width + 0.5, 0), 1)
-        out.append(theta / s**w)
+            w = min(max(math.log(2 * math.pi / theta_i / wavelength) / width + 0.5, 0), 1)
+        out.append(theta_i / s**w)
     return out
 
 
-def frequencies(method, dim, base, length, tokens, t, s_max=None, *, attention_scale=None,
+def frequencies(method, dim, theta, trained_tokens, tokens, t, s_max=None, *, attention_scale=None,
                 attention_path="constant", t_start=1.0, dynamic=True, **settings):  # fmt: skip
-    """Return the n frequencies and the attention factor m of one axis.
+    """Return f and m of one axis; `method_frequencies` below has the branches of the methods.
+
+    This function adds `attention_scale`, which is the same for every method.
 
     Args:
         method: a name in `dype.rope.METHODS`.
         dim: dimensions of the axis, D = 2 n.
-        base: base of the frequencies theta_i.
-        length: trained length L, in tokens.
-        tokens: length of the image's axis L', in tokens.
+        theta: base of RoPE.
+        trained_tokens: L.
+        tokens: L'.
         t: sigma, in [0, 1].
         s_max: largest scale over the image's axes. Default: the scale of this axis.
         attention_scale: a of m = 1 + a ln s. Default: the method's own m.
@@ -91,20 +93,22 @@ def frequencies(method, dim, base, length, tokens, t, s_max=None, *, attention_s
         settings: further arguments of `method_frequencies`.
     """
     result, m = method_frequencies(
-        method, dim, base, length, tokens, t, s_max, t_start=t_start, dynamic=dynamic, **settings
-    )
-    is_stretched = method != "base" and max(tokens / length, s_max or 1.0) > 1
+        method, dim, theta, trained_tokens, tokens, t, s_max,
+        t_start=t_start, dynamic=dynamic, **settings,
+    )  # fmt: skip
+    is_stretched = method != "base" and max(tokens / trained_tokens, s_max or 1.0) > 1
     if attention_scale is not None and is_stretched:
         u = min(t / t_start, 1.0)
         if dynamic and attention_path != "constant":
             attention_scale *= u if attention_path == "falling" else 1 - u
-        m = 1 + attention_scale * math.log(max(1.0, tokens / length))
+        m = 1 + attention_scale * math.log(max(1.0, tokens / trained_tokens))
     return result, m
 
 
-def method_frequencies(method, dim, base, length, tokens, t, s_max=None, *, lambda_s, lambda_t=2.0,
-                       t_start=1.0, dynamic=True, c=1.0, width=0.5, omega=2.0):  # fmt: skip
-    """Return the n frequencies and the method's own m.
+def method_frequencies(method, dim, theta, trained_tokens, tokens, t, s_max=None, *, lambda_s,
+                       lambda_t=2.0, t_start=1.0, dynamic=True, c=1.0, width=0.5,
+                       omega=2.0):  # fmt: skip
+    """Return f and the method's own m; a new method needs its branch here.
 
     Args:
         lambda_s, lambda_t: `dype_scale` and `dype_exponent` of DyPEConfig.
@@ -112,51 +116,51 @@ def method_frequencies(method, dim, base, length, tokens, t, s_max=None, *, lamb
 
     `frequencies` lists the rest.
     """
-    s = max(1.0, tokens / length)
+    s = max(1.0, tokens / trained_tokens)
     s_max = s if s_max is None else s_max
-    kappa, decay = kappa_and_decay(t, lambda_s, lambda_t, t_start, dynamic)
+    kappa, power_of_u = kappa_and_power_of_u(t, lambda_s, lambda_t, t_start, dynamic)
     u = min(t / t_start, 1.0) if dynamic else 1.0
-    theta = [base ** (-2 * i / dim) for i in range(dim // 2)]
-    last = dim - 2
+    inv_freq = [theta ** (-2 * i / dim) for i in range(dim // 2)]
+    divisor = dim - 2
     if method == "base" or s_max == 1:
-        return theta, 1.0
+        return inv_freq, 1.0
     if method == "pi":
-        return [f / s**kappa for f in theta], 1.0
+        return [f / s**kappa for f in inv_freq], 1.0
     if method == "ntk":
-        return [f / s ** (kappa * 2 * i / last) for i, f in enumerate(theta)], 1.0
+        return [f / s ** (kappa * 2 * i / divisor) for i, f in enumerate(inv_freq)], 1.0
     if method == "ntk_mult":
         stretch = s * kappa if s * kappa > 1 else 1.0
-        return [f / stretch ** (2 * i / last) for i, f in enumerate(theta)], 1.0
+        return [f / stretch ** (2 * i / divisor) for i, f in enumerate(inv_freq)], 1.0
     if method == "tasr":
         out = []
-        for i, f in enumerate(theta):
-            longer_base = (base * s ** (dim / ((dim - 1) * (1 - u) + 1))) ** (-2 * i / dim)
-            out.append(longer_base if longer_base > f / s else f / s)
+        for i, f in enumerate(inv_freq):
+            ntk = (theta * s ** (dim / ((dim - 1) * (1 - u) + 1))) ** (-2 * i / dim)
+            out.append(ntk if ntk > f / s else f / s)
         return out, 1.0
     m = 0.1 * math.log(s) + 1
     if method == "cutoff":
-        wavelength = c * length
+        wavelength = c * trained_tokens
         if dynamic:
             wavelength = wavelength * ((1 - u) / u) ** (2 / omega) if u else math.inf
-        return cutoff_frequencies(dim, base, s, wavelength, width), m
+        return cutoff_frequencies(dim, theta, s, wavelength, width), m
     if method == "yarn_ntk_only":
-        return blend_two_ramps(dim, base, length, s, s, lambda r: r, kappa), m
+        return blend_two_ramps(dim, theta, trained_tokens, s, s, lambda r: r, kappa), m
     if method == "yarn_both":
         ntk_kappa = 2 * kappa if dynamic else 1.0
-        return blend_two_ramps(dim, base, length, s, s, lambda r: r * kappa, ntk_kappa), m
+        return blend_two_ramps(dim, theta, trained_tokens, s, s, lambda r: r * kappa, ntk_kappa), m
     if method == "yarn":
-        return blend_two_ramps(dim, base, length, s, s, lambda r: r * kappa), m
+        return blend_two_ramps(dim, theta, trained_tokens, s, s, lambda r: r * kappa), m
     if method == "yarn_power":
-        return blend_two_ramps(dim, base, length, s, s, lambda r: r**kappa), m
+        return blend_two_ramps(dim, theta, trained_tokens, s, s, lambda r: r**kappa), m
     if method == "yarn_paper":
-        return blend_one_ramp(dim, base, length, s, 1.0 * kappa, 32.0 * kappa), m
+        return blend_one_ramp(dim, theta, trained_tokens, s, 1.0 * kappa, 32.0 * kappa), m
     if method == "vision_yarn":
-        f = blend_two_ramps(dim, base, length, s, s_max, lambda r: r**kappa)
-        return f, 1 + 0.1 * math.log(s_max) * decay
-    raise ValueError(method)
+        f = blend_two_ramps(dim, theta, trained_tokens, s, s_max, lambda r: r**kappa)
+        return f, 1 + 0.1 * math.log(s_max) * power_of_u
+    raise ValueError(f"tests/reference.py has no branch for {method}")
 
 
-def flux_table(method, grid, num_text, t, *, length=64, **settings):
+def flux_table(method, grid, num_text, t, *, trained_tokens=64, **settings):
     """Return the cos and sin rows of FLUX's embedder.
 
     Args:
@@ -164,11 +168,12 @@ def flux_table(method, grid, num_text, t, *, length=64, **settings):
         grid: rows and columns of the image, in tokens.
         num_text: number of text tokens in front of the image.
         t: sigma, in [0, 1].
-        length: trained length, in tokens.
+        trained_tokens: L of both image axes.
         settings: further arguments of `frequencies`.
     """
-    largest = max(1.0, *(tokens / length for tokens in grid))
-    axes = [frequencies(method, 56, 10000.0, length, n, t, largest, **settings) for n in grid]
+    largest = max(1.0, *(tokens / trained_tokens for tokens in grid))
+    flux = 56, 10000.0, trained_tokens
+    axes = [frequencies(method, *flux, n, t, largest, **settings) for n in grid]
     first = [10000.0 ** (-2 * i / 16) for i in range(8)]
     positions = [(0, 0)] * num_text + [(h, w) for h in range(grid[0]) for w in range(grid[1])]
     cos, sin = [], []
@@ -181,26 +186,27 @@ def flux_table(method, grid, num_text, t, *, length=64, **settings):
     return cos, sin
 
 
-def rotary_table(method, axes_dim, base, positions, grid, t, *, length, is_target=None, **settings):
+def rotary_table(method, axes_dim, theta, positions, grid, t, *, trained_tokens, is_target=None,
+                 **settings):  # fmt: skip
     """Return m exp(i p f) of every token and pair, for any family; axes 1 and 2 are the image's.
 
     Args:
         method: a name in `dype.rope.METHODS`.
         axes_dim: dimensions per axis.
-        base: base of the frequencies theta_i.
+        theta: base of RoPE.
         positions: coordinates of every token, one per axis.
         grid: rows and columns of the image, in tokens.
         t: sigma, in [0, 1].
-        length: trained length, in tokens.
+        trained_tokens: L of both image axes.
         is_target: per token, False for a token with the stock encoding. Default: True for all.
         settings: further arguments of `frequencies`.
     """
-    largest = max(1.0, *(tokens / length for tokens in grid))
-    stock = [([base ** (-2 * i / dim) for i in range(dim // 2)], 1.0) for dim in axes_dim]
+    largest = max(1.0, *(tokens / trained_tokens for tokens in grid))
+    stock = [([theta ** (-2 * i / dim) for i in range(dim // 2)], 1.0) for dim in axes_dim]
     extrapolated = list(stock)
     for axis, n in enumerate(grid, 1):
         extrapolated[axis] = frequencies(
-            method, axes_dim[axis], base, length, n, t, largest, **settings
+            method, axes_dim[axis], theta, trained_tokens, n, t, largest, **settings
         )
     rows = []
     for token, position in enumerate(positions):

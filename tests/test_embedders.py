@@ -47,7 +47,7 @@ def test_against_plain_python(method):
     """The table of a non-square image equals tests/reference.py within 1e-6."""
     grid, config = (10, 33), DyPEConfig(method)
     ours = make_embedder(config, 8, grid, 0.4)(make_ids(grid))
-    theirs = reference.flux_table(method, grid, 3, 0.4, length=8, lambda_s=config.lambda_s)
+    theirs = reference.flux_table(method, grid, 3, 0.4, trained_tokens=8, lambda_s=config.lambda_s)
     np.testing.assert_allclose(torch.stack(ours), np.array(theirs), rtol=0, atol=1e-6)
 
 
@@ -205,7 +205,7 @@ def test_flux2_references_and_ties():
                 positions,
                 GRID,
                 0.5,
-                length=4,
+                trained_tokens=4,
                 lambda_s=1,
                 is_target=is_target,
             )
@@ -237,7 +237,10 @@ def test_bria_timesteps_are_thousandths(name, tables):
     assert sigma == 0.5
     positions = ORIGIN + grid(0)
     assert_table(
-        table, rotary_table("yarn", (4, 6, 6), 10000.0, positions, GRID, 0.5, length=4, lambda_s=1)
+        table,
+        rotary_table(
+            "yarn", (4, 6, 6), 10000.0, positions, GRID, 0.5, trained_tokens=4, lambda_s=1
+        ),
     )
 
 
@@ -290,7 +293,9 @@ def test_rotation_matrices():
     positions = ORIGIN + grid(0)
     assert_table(
         torch.complex(cos, sin),
-        rotary_table("yarn", (4, 6, 6), 10000.0, positions, GRID, 0.5, length=4, lambda_s=1),
+        rotary_table(
+            "yarn", (4, 6, 6), 10000.0, positions, GRID, 0.5, trained_tokens=4, lambda_s=1
+        ),
     )
     with dype_applied(model, DyPEConfig(base_resolution=192)):
         assert torch.equal(model(*call, torch.tensor([0.5, 0.5])), before)

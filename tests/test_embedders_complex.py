@@ -36,7 +36,7 @@ def test_z_image_beyond_its_table(tables):
         positions = [(CAPTION + 1, r, c) for r in range(36) for c in range(4)]
         sigma, table = tables[0]
         expected = rotary_table(
-            method, (4, 6, 6), 256.0, positions, (36, 4), sigma, length=16, lambda_s=1
+            method, (4, 6, 6), 256.0, positions, (36, 4), sigma, trained_tokens=16, lambda_s=1
         )
         error = (table[: len(expected)] - torch.tensor(expected)).abs().max()
         assert error < (2e-5 if method == "base" else 1e-6)  # `base` has stock's float32 angles
@@ -68,7 +68,7 @@ def test_z_image_with_images_of_two_sizes(tables):
                 row
                 for size, positions in zip(sizes, call, strict=True)
                 for row in rotary_table(
-                    "yarn", (4, 6, 6), 256.0, positions, size, 0.75, length=4, lambda_s=1
+                    "yarn", (4, 6, 6), 256.0, positions, size, 0.75, trained_tokens=4, lambda_s=1
                 )
             ]
             assert_table(table, expected)
@@ -130,12 +130,12 @@ def test_z_image_padding_and_long_captions(tables):
     generate_zimage(pipe, 80, 112, steps=1, tokens=70)
     sigma, table = tables[0]
     expected = rotary_table(
-        "yarn", (4, 6, 6), 256.0, [(0, 0, 0)] * 29, (5, 7), sigma, length=4, lambda_s=1
+        "yarn", (4, 6, 6), 256.0, [(0, 0, 0)] * 29, (5, 7), sigma, trained_tokens=4, lambda_s=1
     )
     assert_table(table[35:], expected)
     positions = [(1 + i, 0, 0) for i in range(96)]
     expected = rotary_table(
-        "yarn", (4, 6, 6), 256.0, positions, (5, 7), sigma, length=4, lambda_s=1
+        "yarn", (4, 6, 6), 256.0, positions, (5, 7), sigma, trained_tokens=4, lambda_s=1
     )
     assert_table(tables[1][1][:96], expected)
 
@@ -153,7 +153,7 @@ def test_qwen_references_and_text_keep_the_stock_encoding():
     assert torch.equal(ours[num_target:], images[num_target:])
     assert torch.equal(our_text, text)
     expected = rotary_table(
-        "yarn", (4, 6, 6), 10000.0, grid(0, centered=True), GRID, 0.5, length=4, lambda_s=1
+        "yarn", (4, 6, 6), 10000.0, grid(0, centered=True), GRID, 0.5, trained_tokens=4, lambda_s=1
     )
     assert_table(ours[:num_target], expected)
 
@@ -182,7 +182,10 @@ def test_nucleus_has_qwen_images_format(tables):
     assert sigma == 0.5
     positions = grid(0, centered=True)
     assert_table(
-        table, rotary_table("yarn", (4, 6, 6), 10000.0, positions, GRID, 0.5, length=4, lambda_s=1)
+        table,
+        rotary_table(
+            "yarn", (4, 6, 6), 10000.0, positions, GRID, 0.5, trained_tokens=4, lambda_s=1
+        ),
     )
     _, ours = transformer.pos_embed([(1, *GRID)], max_txt_seq_len=TEXT)
     assert torch.equal(ours, text)

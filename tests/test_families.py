@@ -89,7 +89,7 @@ def test_tables_follow_every_step(family, tables, method):
             if guidance and form is FORMATS["z-image"]:
                 continue  # test_z_image_with_guidance, because captions have two lengths
             expected = rotary_table(
-                method, form.axes, form.theta, positions, GRID, sigma, length=4,
+                method, form.axes, form.theta, positions, GRID, sigma, trained_tokens=4,
                 lambda_s=config.lambda_s,
             )  # fmt: skip
             # because Z-Image's table has the rows of all samples
@@ -115,7 +115,7 @@ def test_z_image_with_guidance(tables):
         captions += [(1 + i, 0, 0) for i in range(length)] + [(0, 0, 0)] * (length - count)
     for (sigma, table), positions in zip(tables, [images, captions] * 2, strict=True):
         expected = rotary_table(
-            "yarn", (4, 6, 6), 256.0, positions, GRID, sigma, length=4, lambda_s=1
+            "yarn", (4, 6, 6), 256.0, positions, GRID, sigma, trained_tokens=4, lambda_s=1
         )
         assert_table(table, expected)
 
@@ -198,7 +198,7 @@ def test_qwen_image_edit_keeps_its_reference(tables, monkeypatch):
     for sigma, table in tables:
         positions = grid(0, centered=True)
         expected = rotary_table(
-            "yarn", (4, 6, 6), 10000.0, positions, GRID, sigma, length=4, lambda_s=1
+            "yarn", (4, 6, 6), 10000.0, positions, GRID, sigma, trained_tokens=4, lambda_s=1
         )
         assert_table(table[:num_target], expected)
         assert torch.equal(table[num_target:], stock[num_target:])
@@ -216,7 +216,7 @@ def test_bfloat16_keeps_the_tables(family, tables):
     for call, (sigma, table) in enumerate(tables):
         positions = form.calls[call % len(form.calls)]
         expected = rotary_table(
-            "yarn", form.axes, form.theta, positions, GRID, sigma, length=4, lambda_s=1
+            "yarn", form.axes, form.theta, positions, GRID, sigma, trained_tokens=4, lambda_s=1
         )
         assert_table(table[: len(expected)], expected)
 

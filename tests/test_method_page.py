@@ -13,7 +13,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from test_rope import CASES
 
 from dype import DyPEConfig, apply_dype, remove_dype
-from dype.families import DEMO_WEIGHTS
+from dype.families import DEMO_WEIGHTS, FAMILIES
 from dype.figures import formulas
 from dype.rope import (
     BETA,
@@ -77,36 +77,45 @@ def ratios(name: str, t: float, axis: tuple = FLUX, s: float = 4, **settings) ->
 
 
 def test_python_prints_its_comments(capsys):
-    """All blocks in one namespace, as a reader would run them."""
+    """All blocks in one namespace, as a reader would run them; each method is in one."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) > len(METHODS)
+    methods = {
+        name for block in blocks for name in re.findall(r'^show\("(?:dy_)?(\w+)"', block, re.M)
+    }
+    for method in METHODS:
+        assert method in methods, f"docs/method.md has no show(...) block for {method}"
     namespace = {}
     for block in blocks:
         exec(block, namespace)
         assert capsys.readouterr().out.splitlines() == re.findall(r"  # (.+)", block)
-    for method in METHODS:
-        assert f'_{method}", ' in PAGE or f'"{method}", ' in PAGE, method
 
 
 def test_tables_name_functions_and_tests():
-    """Of `dype.rope` and test_rope.py, unless the row names another module or file."""
+    """Of `dype.rope` and test_rope.py, unless the row names another module or file.
+
+    Every method and every embedder has a row.
+    """
     tests = (ROOT / "tests" / "test_rope.py").read_text()
     says("193 rows of published code")
     assert len(CASES) == 193
     files = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
-    rows = [row[-2:] for row in table("what")]
-    rows += [[row[0], row[-1]] for row in table("function")]
+    methods = [[row[0], row[-1]] for row in table("function")]
+    names = {name for functions, _ in methods for name in functions.split("`, `")}
+    for method in METHODS:
+        assert method in names, f"no row in the table Methods for {method}"
     start = PAGE.index("Embedders:")
-    rows += re.findall(r"\| `(embedders\S+)` \| .+ \| `(\S+)` \|", PAGE[start:])
-    assert len(rows) == 6 + 11 + 4
-    for functions, test in rows:
+    pattern = r"\| `(embedders\S+)` \| .+ \| `(\S+)` \|"
+    rows_of_embedders = re.findall(pattern, PAGE[start:])
+    names = {name.rpartition(".")[2] for name, _ in rows_of_embedders}
+    for embedder in {family.embedder.__name__ for family in FAMILIES.values()}:
+        assert embedder in names, f"no row in the table Embedders for {embedder}"
+    for functions, test in [*(row[-2:] for row in table("what")), *methods, *rows_of_embedders]:
         for function in functions.split("`, `"):
             module, _, name = (
                 f"dype.{function if '.' in function else 'rope.' + function}".rpartition(".")
             )
             assert hasattr(importlib.import_module(module), name), function
         assert test in files or f"def {test}(" in tests, test
-    assert {name for functions, _ in rows for name in functions.split("`, `")} >= METHODS.keys()
 
 
 @pytest.mark.parametrize("row", table("model"), ids=lambda row: row[0])

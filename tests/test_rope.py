@@ -25,7 +25,7 @@ from dype.rope import (
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "rope_reference.npz")
 CASES = json.loads(str(GOLDEN["index"]))
-EXTRAPOLATING = [name for name in METHODS if name != "base"]
+STRETCHED = [name for name in METHODS if name != "base"]
 CUTOFF_SETTINGS = {"cutoff": 2.5, "cutoff_width": 1.2, "spectrum_exponent": 1.6}
 TAU = 0.1 * np.log(4) + 1  # attention factor m of the YaRN methods at s = 4
 FLUX, Z_IMAGE = (56, 10000.0, 64), (48, 256.0, 64)  # dim, theta, trained tokens
@@ -37,6 +37,11 @@ def cos_sin(axis, tokens, positions, sigma, config, max_scale=None):
     angle = torch.outer(torch.as_tensor(positions, dtype=torch.float64), f)
     both = torch.stack([angle.cos(), angle.sin()]) * m
     return both.repeat_interleave(2, -1).numpy()
+
+
+def test_every_method_has_a_default_lambda_s():
+    message = "config.DEFAULT_LAMBDA_S must have the names of rope.METHODS, in the same order"
+    assert list(METHODS) == list(DEFAULT_LAMBDA_S), message
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["key"])
@@ -99,11 +104,13 @@ def test_no_stretch_is_stock(method):
             assert m == 1
 
 
-@pytest.mark.parametrize("method", sorted({*EXTRAPOLATING} - {"yarn_both", "cutoff"}))
+@pytest.mark.parametrize("method", [m for m in STRETCHED if m not in ("yarn_both", "cutoff")])
 def test_kappa_one_is_static(method):
-    """At kappa(1) = lambda_s = 1 a dynamic method equals its static form, bit for bit.
+    """At t = 1 and lambda_s = 1 a dynamic method equals its static form, bit for bit.
 
-    yarn_both is left out because its NTK term then has an exponent times 2.
+    There u = 1 and kappa = 1, as in the static form. Two methods are left out. The dynamic form of
+    `yarn_both` has twice the kappa in its NTK term, and the static form does not. `cutoff` has no
+    kappa, and its static form is that of u = 1/2.
     """
     dynamic, m = axis_frequencies(*FLUX, 256, 1.0, DyPEConfig(method, dype_scale=1.0))
     static, static_m = axis_frequencies(*FLUX, 256, 0.3, DyPEConfig(method, dype=False))
@@ -205,12 +212,13 @@ def test_sigma_a_little_outside(method):
 
 
 def test_at_the_end_of_sampling():
-    """At t = 0 kappa makes the frequencies stock, and the YaRN methods keep their m.
+    """At t = 0, where kappa = 0, the frequencies are stock, and the YaRN methods keep their m.
 
-    The power forms keep thresholds of 1 turn, so only 8 of their pairs are stock.
+    The power forms differ: every threshold r becomes r^0 = 1 turn. Only the 8 pairs that make more
+    than one turn over L are stock. The m of `vision_yarn` is 1.
     """
     theta = stock_frequencies(56, 10000.0)
-    at_zero = {name: axis_frequencies(*FLUX, 256, 0.0, DyPEConfig(name)) for name in EXTRAPOLATING}
+    at_zero = {name: axis_frequencies(*FLUX, 256, 0.0, DyPEConfig(name)) for name in STRETCHED}
     assert all(f.isfinite().all() for f, _ in at_zero.values())
     for name, m in {"pi": 1, "ntk": 1, "ntk_mult": 1, "yarn": TAU, "yarn_both": TAU,
                     "yarn_paper": TAU}.items():  # fmt: skip
@@ -296,10 +304,6 @@ def test_scales_of_a_non_square_image():
     f, m = axis_frequencies(*FLUX, 64, 0.5, DyPEConfig("vision_yarn"), max_scale=4.0)
     assert not torch.equal(f, stock_frequencies(56, 10000.0))
     assert m > 1
-
-
-def test_methods_and_defaults_name_the_same():
-    assert list(METHODS) == list(DEFAULT_LAMBDA_S)
 
 
 def test_sigma_may_be_a_tensor():
