@@ -1,8 +1,9 @@
 """Rotary embedders that follow sigma, for transformers whose tables are real numbers.
 
-The transformer's forward pre-hook calls `prepare_call` with the arguments of each denoiser call; it
-writes sigma and the token grid to the embedder, and `forward` reads them. A hand-written loop may
-call `set_timestep` and `set_grid` itself. The complex formats are in `embedders_complex`.
+The transformer's forward pre-hook calls `prepare_call` with the arguments of each denoiser call.
+That stores sigma and the token grid in the embedder, and `forward` reads them. A loop that does not
+call the transformer as a module calls `set_timestep` and `set_grid` itself; without `set_grid` the
+encoding is the stock one. The complex formats are in `embedders_complex`.
 """
 
 from functools import partial
@@ -15,14 +16,15 @@ import torch.nn.functional as F
 from dype import rope
 from dype.config import DyPEConfig
 
-MAX_CONSTANTS = 16  # enough for the sizes of a sweep
+MAX_CONSTANTS = 16  # two per size for FLUX; when full, all are made again
 
 
 class DyPEEmbedder:
     """Base class: stores sigma and the token grid, and computes the frequencies of both axes.
 
-    It has no parameters and no buffers. Under a compiler one graph serves every sigma, since sigma
-    is a 0-dim tensor; another grid is another graph.
+    A subclass has `prepare_call` and `forward`; `apply_dype` sets `family` and `hook`. There are no
+    parameters and no buffers. Under a compiler one graph serves every sigma, which is an input of
+    the graph, a 0-dim tensor that the hook writes; another grid is another graph.
 
     Args:
         stock: the embedder to replace, kept untouched.
@@ -32,7 +34,7 @@ class DyPEEmbedder:
 
     def __init__(self, stock, config: DyPEConfig, trained_tokens: float):
         super().__init__()
-        vars(self)["stock"] = stock  # past nn.Module, of which it would become a submodule
+        vars(self)["stock"] = stock  # not by setattr, which would make it a submodule
         self.config = config
         self.theta = float(stock.theta)
         self.axes_dim = tuple(getattr(stock, "axes_dim", None) or stock.axes_dims)
@@ -56,14 +58,18 @@ class DyPEEmbedder:
         self.grid = (int(height_tokens), int(width_tokens))
 
     def is_extrapolating(self, grid: tuple[int, int]) -> bool:
-        """Return whether the encoding of a token grid (height, width) is not the stock one."""
+        """Return whether the encoding of a token grid (height, width) is not the stock one.
+
+        The complex formats then call the stock embedder; FLUX's table has the stock bits by itself.
+        """
         return self.config.method != "base" and max(grid) > self.trained_tokens
 
     def frequencies(self, grid, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the frequencies of rows and columns, float64 [2, n], and their scales m [2]."""
+        """Return f of rows and columns, float64 [2, n], and m of both, [2]."""
         device = float64_device(device)
-        settings = self.axes_dim[1], self.theta, self.trained_tokens, grid, device, self.config
-        axis = self.get_constant("axis", grid, device, make=lambda: rope.build_axes(*settings))
+        dim = self.axes_dim[1]  # rows and columns have as many dimensions in every family
+        arguments = dim, self.theta, self.trained_tokens, grid, device, self.config
+        axis = self.get_constant("axis", grid, device, make=lambda: rope.build_axes(*arguments))
         return rope.batched_frequencies(axis, self.sigma.to(device), self.config)
 
     def positions(self, start: int, end: int, device) -> torch.Tensor:
@@ -74,7 +80,7 @@ class DyPEEmbedder:
     def get_constant(self, *key, make):
         """Return `make()`, a tensor that does not depend on sigma; made once per key.
 
-        Under a compiler it is made each time; the compiler folds the constant.
+        Under a compiler `make` is traced into the graph.
         """
         if torch.compiler.is_compiling():
             return make()
@@ -104,9 +110,9 @@ def sigma_from_complement(time: torch.Tensor) -> torch.Tensor:
 class TextTokens(NamedTuple):
     """Number of text tokens, by the place where a family has them."""
 
-    prefix: int = 0  # before the image tokens of an embedder call
-    in_image_ids: int = 0  # of the prefix, those inside the ids argument of the denoiser call
-    separate_call: int = -1  # in an embedder call without image tokens
+    prefix: int = 0  # in front of the image tokens when the embedder is called
+    in_image_ids: int = 0  # how many of these the denoiser's ids argument already holds
+    separate_call: int = -1  # in an embedder call of their own; -1: there is none
 
 
 def flux1_text_tokens(module, call: dict) -> TextTokens:
@@ -153,8 +159,9 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
     def prepare_call(self, module: torch.nn.Module, call: dict) -> dict:
         """Read sigma and grid from a denoiser call, and return the call with exact ids.
 
-        All samples of a batch share sigma and ids. The ids are copied to the host once per image:
-        pipelines pass the same tensor at every step, except FLUX.2 with reference images.
+        Sigma is read from the first sample alone. The ids are copied to the host if they are not
+        the tensor of the last call: once per image in every pipeline, except FLUX.2 with reference
+        images. In inference mode an in-place change of the ids is not seen.
         """
         family = self.family
         self.set_timestep(family.to_sigma(call[family.timestep_arg].flatten()[0]))
@@ -164,8 +171,8 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
             self._last_ids = (ids, version, *parse_image_ids(ids, text.in_image_ids))
         _, _, exact_ids, grid, num_reference = self._last_ids
         self.set_grid(*grid)
-        # A separate call with as many text tokens as the image has could not be told from the
-        # image's own call, nor could a shard of them under context parallelism.
+        # `forward` recognizes the image's call by its number of tokens. FLUX.2's text call may have
+        # as many, and so may a shard under context parallelism: these get no layout.
         sharded = getattr(module, "_parallel_config", None) is not None
         has_layout = num_reference is not None and not sharded
         if has_layout and text.separate_call != grid[0] * grid[1] + num_reference:
@@ -186,20 +193,20 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
 
         references: whether some tokens may have a kind other than 0.
         """
-        inv_freq, m = self.frequencies(self.grid, ids.device)
+        f_axes, m_axes = self.frequencies(self.grid, ids.device)
         pairs = [dim // 2 for dim in self.axes_dim]
-        make = partial(self.stock_frequencies_per_pair, m.device)
-        stock, unit_scale, axis_of_pair = self.get_constant("stock", m.device, make=make)
-        f = torch.cat([stock[: pairs[0]], inv_freq.flatten(), stock[sum(pairs[:3]) :]])
-        scales = [scale.expand(count) for scale, count in zip(m, pairs[1:3], strict=True)]
-        scale = torch.cat([unit_scale[: pairs[0]], *scales, unit_scale[sum(pairs[:3]) :]])
+        make = partial(self.stock_frequencies_per_pair, m_axes.device)
+        stock, unit_m, axis_of_pair = self.get_constant("stock", m_axes.device, make=make)
+        f = torch.cat([stock[: pairs[0]], f_axes.flatten(), stock[sum(pairs[:3]) :]])
+        m_pairs = [m.expand(count) for m, count in zip(m_axes, pairs[1:3], strict=True)]
+        m = torch.cat([unit_m[: pairs[0]], *m_pairs, unit_m[sum(pairs[:3]) :]])
         positions = ids.to(m.device, torch.float64)
         if references:
-            is_target = positions[:, :1] == 0
-            f = torch.where(is_target, f, stock)
-            scale = torch.where(is_target, scale, unit_scale)
+            is_stretched = positions[:, :1] == 0
+            f = torch.where(is_stretched, f, stock)
+            m = torch.where(is_stretched, m, unit_m)
         angle = positions[:, axis_of_pair] * f
-        table = torch.stack([angle.cos(), angle.sin()]) * scale
+        table = torch.stack([angle.cos(), angle.sin()]) * m
         return table.float().repeat_interleave(2, dim=-1).to(ids.device)
 
     def stock_frequencies_per_pair(self, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -268,11 +275,11 @@ def make_sigma(device=None) -> torch.Tensor:
 def parse_image_ids(
     ids: torch.Tensor, num_text: int = 0
 ) -> tuple[torch.Tensor, tuple[int, int], int | None]:
-    """Return exact ids, the token grid of the generated image, and the number of tokens after it.
+    """Return exact ids, the token grid of the generated image, and the number of reference tokens.
 
-    In bfloat16 rows beyond 256 collide, but the length of the first row is still right; the grid of
-    each kind is counted again from it. Ids that are no grid are returned as they are, with None as
-    the number of tokens after the image.
+    In bfloat16 rows beyond 256 merge, but the length of the first row is still right; the ids of
+    each kind are counted again from it. Ids that are no grid are returned as they are: the grid is
+    then a guess from their first row, and the number of reference tokens None.
 
     Args:
         ids: `img_ids` of a FLUX transformer, [S, A] or [B, S, A].
@@ -282,7 +289,7 @@ def parse_image_ids(
     host = ids_2d[num_text:].float().cpu()
     kinds = host[:, 0]
     starts = [0, *((kinds[1:] != kinds[:-1]).nonzero().flatten() + 1).tolist(), len(host)]
-    exact, grid, num_after = [], None, None
+    exact, grid, num_reference = [], None, None
     for start, end in pairwise(starts):
         block, kind = host[start:end], int(kinds[start])
         row_changes = (block[:, 1] != block[0, 1]).nonzero()
@@ -294,9 +301,9 @@ def parse_image_ids(
         exact.append(counted if is_grid else block)
         if kind == 0 and grid is None:
             grid = (len(block) // width, width)
-            num_after = len(host) - end if is_grid and start == 0 else None
+            num_reference = len(host) - end if is_grid and start == 0 else None
     exact = torch.cat([ids_2d[:num_text].float(), torch.cat(exact).to(ids.device)])
-    return exact.expand(ids.shape), grid or (1, 1), num_after
+    return exact.expand(ids.shape), grid or (1, 1), num_reference
 
 
 def make_grid_ids(kind: int, height: int, width: int, device=None) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Rotary embedders that follow sigma, for transformers whose tables are complex numbers.
 
-A table holds m exp(i position f) per token and pair. Without a stretch the stock embedder answers,
-or its own arithmetic (float32 angles), so that the bits are those of the stock model.
+A table holds m exp(i position f) per token and pair. Without a stretch the stock embedder answers;
+beyond the length of its tables `stock_table` does, with float32 angles and so with the stock bits.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ class DyPEQwenEmbedRope(DyPEEmbedder, torch.nn.Module):
 
     Replaces diffusers' `QwenEmbedRope` and its copies. Rows and columns are counted from the middle
     of the image. The first image is the generated one; the others are references and keep the stock
-    encoding, as the text does. No table is cached.
+    encoding, as the text does. No table that depends on sigma is cached.
     """
 
     def prepare_call(self, module: torch.nn.Module, call: dict) -> dict:
@@ -56,13 +56,13 @@ class DyPEQwenEmbedRope(DyPEEmbedder, torch.nn.Module):
             width: columns.
             device: of the table.
         """
-        inv_freq, m = self.frequencies(self.grid, device)
+        f, m = self.frequencies(self.grid, device)
         longest = max(height, width)
         middle = longest - longest // 2
         positions = self.positions(-middle, longest - middle, m.device)
-        both = polar_table(positions, inv_freq, m[:, None])
+        both = polar_table(positions, f, m[:, None])
         rows, columns = (
-            both[middle - (n - n // 2) :, axis][:n].to(device)
+            both[middle - (n - n // 2) :, axis][:n].to(device)  # the n positions around 0
             for axis, n in enumerate((height, width))
         )
         make = partial(self.frame_table, frames, device)
@@ -100,7 +100,7 @@ class DyPEZImageRopeEmbedder(DyPEEmbedder):
         self.grid, self.tokens_per_sample, self.is_row_major = self.grids[0], None, False
         self.sequence_length = self.stock.axes_lens[0]  # limit of the ids on the first axis
         if captions is not None:
-            # The ids of a caption's padding continue; diffusers later cuts off as many zeros.
+            # diffusers appends padding ids to a caption, and as many zeros: 20 tokens become 44
             texts = [2 * pad_to_32(count) - count for count in captions]
             images = [pad_to_32(height * width) for height, width in self.grids]
             self.tokens_per_sample = images, texts
@@ -131,7 +131,7 @@ class DyPEZImageRopeEmbedder(DyPEEmbedder):
         axis_tables = {size: self.row_and_column_tables(size, device) for size in sizes}
         if self.is_row_major:
             num_image, num_caption = map(sum, self.tokens_per_sample)
-            if num_image == len(ids) != num_caption:
+            if num_image == len(ids) != num_caption:  # the images' call, not the captions'
                 return self.table_by_broadcast(ids, sequence, axis_tables)
         samples = [(ids, sizes[0])] if len(sizes) == 1 else self.split_samples(ids)
         tables = []
@@ -172,9 +172,9 @@ class DyPEZImageRopeEmbedder(DyPEEmbedder):
     def row_and_column_tables(self, grid: tuple[int, int], device) -> list[torch.Tensor]:
         """Return the tables of the rows and of the columns of one image, complex64 [side, n]."""
         if self.is_extrapolating(grid):
-            inv_freq, m = self.frequencies(grid, device)
+            f, m = self.frequencies(grid, device)
             positions = self.positions(0, max(grid), m.device)
-            both = polar_table(positions, inv_freq, m[:, None]).to(device)
+            both = polar_table(positions, f, m[:, None]).to(device)
             return [both[:side, axis] for axis, side in enumerate(grid)]
         table = stock_table(self, 1, max(grid), device, exact=False)
         return [table[:side] for side in grid]

@@ -19,7 +19,7 @@ from dype.embedders import (
 )
 from dype.embedders_complex import DyPEQwenEmbedRope, DyPEZImageRopeEmbedder
 
-PIXELS_PER_TOKEN = 16  # the factor 8 of the autoencoder times the 2 x 2 packing
+PIXELS_PER_TOKEN = 16  # of every family: factor 8 of the autoencoder, 2 x 2 latents a token
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
 
 

@@ -29,7 +29,8 @@ def apply_dype(target, config: DyPEConfig | None = None) -> None:
     A forward pre-hook passes sigma and the token grid to the embedder at every denoiser call.
     Weights, state_dict keys and `forward` do not change. Any resolution can be generated
     afterwards. A second call replaces the first. It works before or after offloading, LoRA and
-    `torch.compile`; call it before `enable_parallelism`.
+    `torch.compile`; call it before `enable_parallelism`, which hooks
+    into the embedder of Qwen-Image.
 
     With a pipeline, the schedule shift is set in the scheduler's configuration too (see
     `shift_settings`). Pipelines that share a scheduler or a transformer share the change. A
@@ -75,7 +76,7 @@ def apply_dype(target, config: DyPEConfig | None = None) -> None:
 
 
 def remove_dype(target) -> None:
-    """Restore the embedders that `apply_dype` replaced, and the schedule shift if still ours.
+    """Restore the embedders that `apply_dype` replaced, and the shift unless it was changed since.
 
     Without DyPE it does nothing. Raises TypeError as `apply_dype` does.
     """
@@ -92,7 +93,7 @@ def remove_dype(target) -> None:
 def dype_pre_hook(
     attribute: str, names: list[str], module: torch.nn.Module, args: tuple, kwargs: dict
 ) -> tuple[tuple, dict]:
-    """Pass sigma and grid of a denoiser call to the embedder; return the call with exact ids.
+    """Pass sigma and grid of a denoiser call to the embedder; return the call (FLUX: exact ids).
 
     The embedder is looked up on the module, so that a deep copy uses its own.
 

@@ -40,7 +40,7 @@ class RopeAxis(NamedTuple):
     pi_static: torch.Tensor  # theta_i / s (Eq. 5) [A, n]
     ntk_static: torch.Tensor  # theta_i / s^(2i/(D-2)) (Eq. 6) [A, n]
     ntk_static_max: torch.Tensor  # theta_i / s_max^(2i/(D-2)) [A, n]
-    unit_scale: torch.Tensor  # m = 1 [A, 1]
+    unit_m: torch.Tensor  # m = 1 [A, 1]
     log_s: torch.Tensor  # [A, 1]
     cutoff_offset: torch.Tensor  # ln(lambda_i / c L) / delta + 1/2, lambda_i = 2 pi / theta_i [n]
     tau: torch.Tensor  # 0.1 ln s + 1 (Eq. 9) [A, 1]; on cos and sin, so that logits get tau^2
@@ -68,17 +68,17 @@ def kappa_schedule(sigma: torch.Tensor, config: DyPEConfig) -> tuple[torch.Tenso
 
 def base(axis: RopeAxis, kappa, u, config):
     """Keep the model's own encoding: f = theta_i (Eq. 2), m = 1."""
-    return axis.inv_freq.expand(axis.s.shape[0], -1), axis.unit_scale
+    return axis.inv_freq.expand(axis.s.shape[0], -1), axis.unit_m
 
 
 def pi(axis: RopeAxis, kappa, u, config):
     """Interpolate positions: f = theta_i / s (Eq. 5), with DyPE theta_i / s^kappa (Eq. 14)."""
-    return axis.inv_freq / axis.s**kappa, axis.unit_scale
+    return axis.inv_freq / axis.s**kappa, axis.unit_m
 
 
 def ntk(axis: RopeAxis, kappa, u, config):
     """Scale by NTK: f = theta_i / s^(2i/(D-2)) (Eq. 6), with DyPE s^(kappa 2i/(D-2)) (Eq. 15)."""
-    return axis.inv_freq / axis.s ** (kappa * axis.ntk_exponent), axis.unit_scale
+    return axis.inv_freq / axis.s ** (kappa * axis.ntk_exponent), axis.unit_m
 
 
 def ntk_mult(axis: RopeAxis, kappa, u, config):
@@ -86,7 +86,7 @@ def ntk_mult(axis: RopeAxis, kappa, u, config):
 
     Here s kappa is at least 1. The printed formula compresses below, and divides by 0 at t = 0.
     """
-    return axis.inv_freq / (axis.s * kappa).clamp(min=1) ** axis.ntk_exponent, axis.unit_scale
+    return axis.inv_freq / (axis.s * kappa).clamp(min=1) ** axis.ntk_exponent, axis.unit_m
 
 
 def tasr(axis: RopeAxis, kappa, u, config):
@@ -98,7 +98,7 @@ def tasr(axis: RopeAxis, kappa, u, config):
     """
     d = (axis.dim - 1) * (1 - u) + 1
     f = axis.inv_freq * torch.maximum(axis.s ** (-2 * axis.pair_index / d), 1 / axis.s)
-    return f, axis.unit_scale
+    return f, axis.unit_m
 
 
 def yarn(axis: RopeAxis, kappa, u, config):
@@ -147,7 +147,7 @@ def vision_yarn(axis: RopeAxis, kappa, u, config):
     It comes from the ComfyUI port, not from the paper. There t_start moves m alone; here kappa too.
     """
     f = blend_two_ramps(axis, lambda r: r**kappa, axis.ntk_static_max)
-    return f, 1 + 0.1 * math.log(axis.s_max) * axis.unit_scale * u**config.dype_exponent
+    return f, 1 + 0.1 * math.log(axis.s_max) * axis.unit_m * u**config.dype_exponent
 
 
 def cutoff(axis: RopeAxis, kappa, u, config):
@@ -251,7 +251,7 @@ def build_axes(
         pi_static=inv_freq / s,
         ntk_static=inv_freq / s**ntk_exponent,
         ntk_static_max=inv_freq / torch.full_like(s, s_max) ** ntk_exponent,
-        unit_scale=torch.ones_like(s),
+        unit_m=torch.ones_like(s),
         log_s=torch.log(s),
         cutoff_offset=torch.log(wavelength) / config.cutoff_width + 0.5,
         tau=0.1 * torch.log(s) + 1,
@@ -271,10 +271,10 @@ def batched_frequencies(
     """
     name = config.method if axis.s_max > 1 else "base"
     kappa, u = kappa_schedule(sigma, config)
-    inv_freq, m = METHODS[name](axis, kappa, u, config)
+    f, m = METHODS[name](axis, kappa, u, config)
     if config.attention_scale is not None and name != "base":
         m = 1 + attention_coefficient(u, config) * axis.log_s
-    return inv_freq, m[:, 0]
+    return f, m[:, 0]
 
 
 def attention_coefficient(u: torch.Tensor, config: DyPEConfig) -> float | torch.Tensor:
@@ -309,5 +309,5 @@ def axis_frequencies(
     """
     sigma = torch.as_tensor(sigma, dtype=torch.float64)
     axis = build_axes(dim, theta, trained_tokens, [tokens], sigma.device, config, max_scale)
-    inv_freq, m = batched_frequencies(axis, sigma, config)
-    return inv_freq[0], m[0]
+    f, m = batched_frequencies(axis, sigma, config)
+    return f[0], m[0]
