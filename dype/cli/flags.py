@@ -18,7 +18,7 @@ METHOD_HELP = {
     "pi": "position interpolation (Eq. 5, 14)",
     "ntk": "NTK-aware scaling (Eq. 6, 15)",
     "ntk_mult": "NTK-aware scaling by s times kappa (Eq. 19)",
-    "tasr": "time-aware scaling: pi at sigma 1, ntk at sigma 0",
+    "tasr": "time-aware scaling: nearly pi at sigma 1, ntk at 0",
     "yarn": "two ramps, thresholds times kappa (authors' code since February 2026)",
     "yarn_ntk_only": "yarn with fixed thresholds, dynamic NTK term (Table 7)",
     "yarn_both": "yarn with dynamic thresholds and NTK term (Table 7)",
@@ -119,7 +119,7 @@ class RunOptions:
         metavar="FILE.png",
     )
     overwrite: bool = flag(
-        "replace existing files; of a sweep, only images of other settings", False
+        "replace existing files; a sweep replaces only images of other settings", False
     )
     dry_run: bool = flag(
         "print settings, mu, sigmas and kappas, or the plan of a sweep; load no weights", False
