@@ -286,10 +286,10 @@ def test_the_ramp_of_yarn_on_flux_and_on_the_demo():
         pi_share = ramp_weights(axis, lambda r: r)[0]
         assert pi_share[int(begins[-1])] == 0
         assert pi_share[int(begins[-1]) + 1] > 0
-    assert "begins at frequency 6 of 28 with FLUX's 64 tokens, at 2 with our 16" in demo
+    assert "begins at number 6 with FLUX's 64 tokens, at 2 with our 16" in demo
     assert [int(pair) for pair in begins] == [6, 2]
     assert "pair 2.2 of 28 for L = 16 and pair 6.4 for 64" in log
     assert [f"{pair:.1f}" for pair in begins] == ["6.4", "2.2"]
-    assert "stretches by 1.05 at 2x" in demo
+    assert "stretches by only 1.05 at 2x" in demo
     assert 2 ** axis.ntk_exponent[2].item() == pytest.approx(1.05, abs=0.005)
     assert 1 / BETA[0] == 0.8  # of L, the wavelength
