@@ -108,8 +108,6 @@ def split_dynamic_names(profile: dict, flags: dict) -> tuple[dict, dict]:
     if "dype" in flags and "method" not in flags and "method" in profile:
         names = [DYNAMIC_NAMES.get(name, name) for name in profile["method"]]
         profile = profile | {"method": list(dict.fromkeys(names))}
-    if not DYNAMIC_NAMES.keys().isdisjoint(flags.get("method", ())):
-        profile = {name: value for name, value in profile.items() if name != "dype"}
     if "method" in flags:
         profile = {name: value for name, value in profile.items() if name != "method"}
     for prefix, level in ((f"--config {flags.get('config')}: ", profile), ("--", flags)):
