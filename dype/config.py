@@ -38,7 +38,8 @@ def has_kappa(settings: dict) -> bool:
 class Flag:
     """A setting and its command-line flag: type, range, help and effect."""
 
-    help: str  # names the default only where no single value can
+    help: str
+    default_help: str = ""  # the default in words; "": its value
     metavar: str = ""  # "": follows from the type
     low: float | None = None  # range and divisor of a number
     high: float = math.inf
@@ -165,9 +166,9 @@ class DyPEConfig:
     )
     dype_scale: float | None = flag(
         "lambda_s of kappa = lambda_s u^lambda_t (Eq. 13), where u is sigma, or as in "
-        "--dype_start_sigma; 0 to 8 (default: per method ("
-        f"{LAMBDA_S_HELP}))", None, low=0, high=8, label="scale {}",
+        "--dype_start_sigma; 0 to 8", None, low=0, high=8, label="scale {}",
         has_effect=has_kappa,
+        default_help=f"per method ({LAMBDA_S_HELP})",
     )
     dype_exponent: float = flag(
         "lambda_t of kappa; 0 to 1000; larger: sharper detail, smaller: safer layout", 2.0,
@@ -190,9 +191,10 @@ class DyPEConfig:
     spectrum_exponent: float = 2.0  # omega of C / f^omega
     attention_scale: float | None = flag(
         "factor on attention, as m = 1 + X ln s on cos and sin, where s is size / base "
-        "resolution; 0 to 2, not for base (default: the method's own m)", None, low=0, high=2,
+        "resolution; 0 to 2, not for base", None, low=0, high=2,
         label="attention scale {}",
         has_effect=lambda settings: settings["method"] != "base",
+        default_help="the method's own m",
     )
     attention_path: str = flag(
         "change of --attention_scale X as sigma falls; constant: X, falling: from X to 0, as X u, "
@@ -213,11 +215,13 @@ class DyPEConfig:
         None, metavar="cap|model", choices=SHIFTS, group="noise schedule",
     )
     base_shift: float | None = flag(
-        "base_shift of the scheduler, with --shift model; -10 to 20 (default: the scheduler's)",
+        "base_shift of the scheduler, with --shift model; -10 to 20",
         None, low=-10, high=20,
+        default_help="the scheduler's",
     )
     max_shift: float | None = flag(
-        "max_shift of the scheduler; -10 to 20 (default: the scheduler's)", None, low=-10, high=20
+        "max_shift of the scheduler; -10 to 20", None, low=-10, high=20,
+        default_help="the scheduler's",
     )
     # fmt: on
 

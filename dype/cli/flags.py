@@ -90,9 +90,10 @@ class RunOptions:
     multipass_only: bool = flag("only the two-pass image of --sweep methods", False)
     cols: str | None = flag(
         "columns of a contact sheet; a number: at most so many, a setting such as seed: a column "
-        "for each of its values (default: at most 8; one for each seed and prompt, or, if they do "
-        "not vary, for each value of the last setting that does)", None,
+        "for each of its values", None,
         metavar="N|NAME",
+        default_help="at most 8; one for each seed and prompt, or, if they do not vary, for each "
+        "value of the last setting that does",
     )
     grid_from: str | None = flag(
         "finished sweep; writes its contact sheets again and generates nothing", None,
@@ -110,13 +111,15 @@ class RunOptions:
         "image of this program; its prompt and settings apply", None, metavar="FILE.png"
     )
     output_dir: str | None = flag(
-        "output folder (default: outputs; of a --sweep NAME outputs/NAME, of others outputs/sweep)",
+        "output folder",
         None, metavar="FOLDER", group="output",
+        default_help="outputs; of a --sweep NAME outputs/NAME, of others outputs/sweep",
     )
     output: str | None = flag(
-        "output file of one image (default: seed_S_method_M_res_HxW.png in the output folder, plus "
-        "each setting that differs from its default, plus _2, _3, ... if that file exists)", None,
+        "output file of one image", None,
         metavar="FILE.png",
+        default_help="seed_S_method_M_res_HxW.png in the output folder, plus each setting that "
+        "differs from its default, plus _2, _3, ... if that file exists",
     )
     overwrite: bool = flag(
         "replace existing files; a sweep replaces only images of other settings", False
@@ -172,10 +175,9 @@ def default_text(row: Flag) -> str:
 
 
 def help_text(row: Flag) -> str:
-    """Return the help of a flag with its default: that of the row's help, else of its value."""
-    text, _, default = row.help.partition("(default: ")
-    end = " " if text.strip().endswith(".") else ". "  # because some end with an ellipsis
-    return f"{text.strip()}{end}Default: {default.removesuffix(')') or default_text(row)}"
+    """Return the help of a flag with its default."""
+    end = " " if row.help.endswith(".") else ". "  # because some end with an ellipsis
+    return f"{row.help}{end}Default: {row.default_help or default_text(row)}"
 
 
 def parser() -> Parser:

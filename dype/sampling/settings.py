@@ -25,13 +25,14 @@ class RunSettings:
 
     # fmt: off
     prompt: str = flag(
-        "one or more prompts (default: the authors' dark-fantasy scene (demo: "
-        f"{MODELS['demo'].prompt}))", metavar="TEXT", group="image",
+        "one or more prompts", metavar="TEXT", group="image",
         parser_options={"nargs": "+", "action": "extend"},
+        default_help=f"the authors' dark-fantasy scene (demo: {MODELS['demo'].prompt})",
     )
     negative_prompt: str | None = flag(
-        "negative prompt; needs classifier-free guidance, by --true_cfg or by a model's --guidance "
-        "(default: none (qwen-image \" \", demo \"\"))", metavar="TEXT",
+        "negative prompt; needs classifier-free guidance, by --true_cfg or by a model's --guidance",
+        metavar="TEXT",
+        default_help="none (qwen-image \" \", demo \"\")",
     )
     height: int = flag("image height in px; 64 to 16384, multiple of 16", **SIDE_LIMITS)
     width: int = flag("image width in px; 64 to 16384, multiple of 16", **SIDE_LIMITS)
@@ -51,8 +52,8 @@ class RunSettings:
         "maximum number of text tokens; 1 to the model's limit", low=1, high=1024
     )
     init_image: str | None = flag(
-        "image to upscale to the size and refine (default: none, start from noise)", None,
-        metavar="FILE",
+        "image to upscale to the size and refine", None, metavar="FILE",
+        default_help="none, start from noise",
     )
     strength: float = flag(
         "fraction of --steps, the last ones, that refine --init_image; 0 < X <= 1", 0.5,
@@ -81,44 +82,50 @@ class RunSettings:
         DEFAULT_MODEL, group="model",
     )
     revision: str | None = flag(
-        "branch, tag or commit on the hub (default: the newest)", None, metavar="REV"
+        "branch, tag or commit on the hub", None, metavar="REV",
+        default_help="the newest",
     )
     lora: list[str] = flag(
-        "LoRA adapter; file, folder or hub id, repeatable (default: none)", metavar="PATH[:SCALE]",
+        "LoRA adapter; file, folder or hub id, repeatable", metavar="PATH[:SCALE]",
         parser_options={"action": "append"},
+        default_help="none",
     )
     config: DyPEConfig
     dtype: str = flag(
         f"number format of the weights; {', '.join(DTYPES)}", choices=DTYPES, group="machine"
     )
     device: str | None = flag(
-        "device; cpu, cuda, cuda:1, mps, ... (default: the accelerator, if any)", None,
-        **MACHINE_ONLY,
+        "device; cpu, cuda, cuda:1, mps, ...", None, **MACHINE_ONLY,
+        default_help="the accelerator, if any",
     )
     text_encoder_device: str | None = flag(
-        "device of the text encoders, which then encode all prompts first and are dropped "
-        "(default: as --device)", None, **MACHINE_ONLY,
+        "device of the text encoders, which then encode all prompts first and are dropped",
+        None, **MACHINE_ONLY,
+        default_help="as --device",
     )
     vae_device: str | None = flag(
-        "device of the autoencoder; FLUX.1 pipelines only (default: as --device)", None,
-        **MACHINE_ONLY,
+        "device of the autoencoder; FLUX.1 pipelines only", None, **MACHINE_ONLY,
+        default_help="as --device",
     )
     offload: str = flag(
         "place of the weights; none: on the device, model: one model at a time on it, group: one "
-        "layer at a time, sequential: the same but slower (default: auto, the first of none, model "
-        "and group that fits)", "auto", metavar="HOW", choices=OFFLOADS, **MACHINE_ONLY,
+        "layer at a time, sequential: the same but slower", "auto", metavar="HOW",
+        choices=OFFLOADS, **MACHINE_ONLY,
+        default_help="auto, the first of none, model and group that fits",
     )
     quantize: str = flag(
         "number format of quantized weights; none, int8, fp8 (both need torchao), nf4 (needs "
         "bitsandbytes)", "none", metavar="HOW", choices=QUANTIZE_CHOICES,
     )
     tiled_vae: str = flag(
-        "decoding in tiles; auto, on, off (default: auto, on if an untiled decode does not fit)",
-        "auto", metavar="HOW", choices=("auto", "on", "off"), **MACHINE_ONLY,
+        "decoding in tiles; auto, on, off", "auto", metavar="HOW", choices=("auto", "on", "off"),
+        **MACHINE_ONLY,
+        default_help="auto, on if an untiled decode does not fit",
     )
     tile_size: int | None = flag(
-        "side of a tile in px; 128 to 4096, multiple of 64 (default: per autoencoder)", None,
+        "side of a tile in px; 128 to 4096, multiple of 64", None,
         metavar="PX", low=128, high=4096, multiple=64, **MACHINE_ONLY,
+        default_help="per autoencoder",
     )
     compile: str = flag(
         "torch.compile; off, blocks (each kind of transformer block once), full (the whole "
@@ -127,7 +134,8 @@ class RunSettings:
     )
     attention: str | None = flag(
         "attention backend of diffusers; native, _native_cudnn, flash_hub, _flash_3_hub, "
-        "sage_hub, ... (default: diffusers' own)", None,
+        "sage_hub, ...", None,
+        default_help="diffusers' own",
     )
     cache: str = flag(
         "reuse of the transformer's results of earlier steps: faster, but another image; off, "
