@@ -4,7 +4,7 @@ from itertools import product, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from dype.config import CONFIG_FLAGS, DEFAULT_LAMBDA_S, DyPEConfig, check_choice
+from dype.config import CONFIG_FLAGS, DEFAULT_LAMBDA_S, DyPEConfig, check_choice, has_kappa
 from dype.pipelines.catalog import MODELS
 from dype.rope import METHODS
 
@@ -44,7 +44,7 @@ class Setting(NamedTuple):
         """Return METHOD_static or METHOD_LAMBDA_S_LAMBDA_T, as in folders of older versions."""
         method, config = self.config.method, self.config
         words = [method] if method == "base" or config.dype else [method, "static"]
-        if uses_lambdas(config):
+        if has_kappa(config.to_dict()):
             words += [f"{config.lambda_s:g}", f"{config.dype_exponent:g}"]
         words += [*self.overrides, self.control] if self.control else self.overrides
         return "_".join(words)
@@ -68,11 +68,6 @@ def image_paths(cell: Cell, folder: Path) -> list[Path]:
     """Return the paths of a cell's images, in the folder of a seed."""
     cell_folder = folder / str(format_size(cell.size)) / cell.setting.folder
     return [cell_folder / f"{i:03}.png" for i in range(cell.count)]
-
-
-def uses_lambdas(config: DyPEConfig) -> bool:
-    """Return whether lambda_s and lambda_t have an effect."""
-    return config.dype and DEFAULT_LAMBDA_S[config.method] is not None
 
 
 def parse_setting(text: str) -> Setting:
@@ -174,7 +169,7 @@ def shortest_name(config: DyPEConfig, overrides: tuple[str, ...], control: str) 
         control: one of CONTROLS, or "".
     """
     words, defaults = [config.name], DyPEConfig(config.method)
-    if uses_lambdas(config):
+    if has_kappa(config.to_dict()):
         is_default = config.dype_exponent == defaults.dype_exponent
         count = int(config.lambda_s != defaults.lambda_s) if is_default else 2
         words += [f"{value:.12g}" for value in (config.lambda_s, config.dype_exponent)[:count]]

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from dype.config import has_kappa
 from dype.demo import scores
 from dype.demo.experiments import (
     Cell,
@@ -17,7 +18,6 @@ from dype.demo.experiments import (
     default_pairs,
     format_size,
     image_paths,
-    uses_lambdas,
 )
 from dype.demo.scenes import Scene, render
 from dype.sampling import records
@@ -117,7 +117,7 @@ def score_row(size: tuple[int, int], name: str, setting: Setting | None, images,
     if setting is not None:
         config = setting.config
         row |= {"control": setting.control, "method": config.method, "dype": config.dype}
-        if uses_lambdas(config):
+        if has_kappa(config.to_dict()):
             row |= {"lambda_s": config.lambda_s, "lambda_t": config.dype_exponent}
     return row | scores.score(images, scores.select(truth, np.arange(n)))
 

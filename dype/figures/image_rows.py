@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from dype.config import DEFAULT_LAMBDA_S, DyPEConfig
+from dype.config import DyPEConfig, has_kappa
 from dype.figures import style
 from dype.sampling import records
 from dype.sweep.results import COLUMNS, read_rows
@@ -227,7 +227,7 @@ def column_title(config: DyPEConfig) -> tuple[str, str]:
     """Return "stock", "static" or "with DyPE", and the method with lambdas that are not default."""
     form = "stock" if config.method == "base" else "with DyPE" if config.dype else "static"
     name, default = config.name, DyPEConfig(config.method)
-    if form == "with DyPE" and DEFAULT_LAMBDA_S[config.method] is not None:
+    if form == "with DyPE" and has_kappa(config.to_dict()):
         if config.lambda_s != default.lambda_s:
             name += rf", $\lambda_s$ {config.lambda_s:g}"
         if config.dype_exponent != default.dype_exponent:
