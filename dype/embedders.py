@@ -1,12 +1,15 @@
 """Rotary embedders that follow sigma, for transformers whose tables are real numbers.
 
 The transformer's forward pre-hook calls `prepare_call` with the arguments of each denoiser call.
-That stores sigma and the token grid in the embedder, and `forward` reads them. A loop that does not
-call the transformer as a module calls `set_timestep` and `set_grid` itself; without `set_grid` the
-encoding is the stock one. The complex formats are in `embedders_complex`.
+That reads sigma and the token grid, and computes the tables that `forward` then returns. A loop
+that does not call the transformer as a module calls `set_timestep` and `set_grid` itself, and
+`forward` computes; without `set_grid` the encoding is the stock one. The complex formats are in
+`embedders_complex`.
 """
 
-from functools import partial
+import math
+import threading
+from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,12 +22,29 @@ from dype.config import DyPEConfig
 MAX_CONSTANTS = 16  # two per size for FLUX; when full, all are made again
 
 
+class CallState(threading.local):
+    """The denoiser call that an embedder serves. Each thread has its own.
+
+    So threads can share a transformer. A compiler takes the tables as inputs of its graph: one
+    graph serves every sigma, and as many sizes as without DyPE.
+    """
+
+    def __init__(self):
+        self.sigma = torch.ones((), dtype=torch.float64)
+        self.grid = (1, 1)  # rows and columns of the generated image
+        self.layout = None  # what is known of the tokens' order; each format has its own form
+        self.tables = None  # one per embedder call, from the pre-hook; None: there was no hook
+        self.last_ids = (None, 0, None)  # ids, their version, and what `parse_image_ids` returns
+
+    def __reduce__(self):
+        return CallState, ()  # a copy has no call yet
+
+
 class DyPEEmbedder:
-    """Base class: stores sigma and the token grid, and computes the frequencies of both axes.
+    """Base class: holds the settings and the call, and computes the frequencies of both axes.
 
     A subclass has `prepare_call` and `forward`; `apply_dype` sets `family` and `hook`. There are no
-    parameters and no buffers. Under a compiler one graph serves every sigma, which is an input of
-    the graph, a 0-dim tensor that the hook writes; another grid is another graph.
+    parameters and no buffers.
 
     Args:
         stock: the embedder to replace, kept untouched.
@@ -39,23 +59,38 @@ class DyPEEmbedder:
         self.theta = float(stock.theta)
         self.axes_dim = tuple(getattr(stock, "axes_dim", None) or stock.axes_dims)
         self.trained_tokens = trained_tokens
-        self.sigma = make_sigma()
+        self.state = CallState()
         self.constants = {}
-        self.set_grid(1, 1)
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        """Sigma of this thread's call, a 0-dim float64 tensor."""
+        return self.state.sigma
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the image in this thread's call."""
+        return self.state.grid
+
+    @classmethod
+    def check_stock(cls, stock) -> None:
+        """Raise TypeError if the tables of a stock embedder have another format."""
 
     def set_timestep(self, sigma: float | torch.Tensor) -> None:
-        """Set sigma in [0, 1], 1 is pure noise: a float or a 0-dim tensor."""
+        """Set sigma in [0, 1], 1 is pure noise, for this thread: a float or a 0-dim tensor."""
         if not isinstance(sigma, torch.Tensor):
-            self.sigma.fill_(sigma)
-            return
-        device = float64_device(sigma.device)
-        if device != self.sigma.device or self.sigma.is_inference():
-            self.sigma = make_sigma(device)
-        self.sigma.copy_(sigma)
+            sigma = torch.tensor(sigma, dtype=torch.float64)
+        self.state.sigma, self.state.tables = to_float64(sigma.detach()), None
 
     def set_grid(self, height_tokens: int, width_tokens: int) -> None:
-        """Set the size of the generated image, in tokens."""
-        self.grid = (int(height_tokens), int(width_tokens))
+        """Set the size of the generated image in tokens, for this thread."""
+        self.state.grid = (int(height_tokens), int(width_tokens))
+        self.state.layout = self.state.tables = None
+
+    def set_timestep_from(self, call: dict) -> None:
+        """Set sigma from the arguments of a denoiser call; it is read from the first sample."""
+        time = to_float64(call[self.family.timestep_arg].flatten()[0])
+        self.set_timestep(self.family.to_sigma(time))
 
     def is_extrapolating(self, grid: tuple[int, int]) -> bool:
         """Return whether the encoding of a token grid (height, width) is not the stock one.
@@ -65,12 +100,29 @@ class DyPEEmbedder:
         return self.config.method != "base" and max(grid) > self.trained_tokens
 
     def frequencies(self, grid, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return f of rows and columns, float64 [2, n], and m of both, [2]."""
-        device = float64_device(device)
-        dim = self.axes_dim[1]  # rows and columns have as many dimensions in every family
-        arguments = dim, self.theta, self.trained_tokens, grid, device, self.config
-        axis = self.get_constant("axis", grid, device, make=lambda: rope.build_axes(*arguments))
-        return rope.batched_frequencies(axis, self.sigma.to(device), self.config)
+        """Return f of rows and columns, float64 [2, n], and m of both, [2].
+
+        Where the axes have different numbers of pairs, the shorter row of f ends with zeros.
+
+        Args:
+            grid: rows and columns; a tensor [2] while `torch.export` traces.
+            device: of the tokens; the result is on its `float64_device`.
+        """
+        device, dims = float64_device(device), self.axes_dim[1:3]
+        s_max = rope.max_scale(self.trained_tokens, grid)
+        if dims[0] == dims[1]:
+            batches = [(dims[0], grid)]
+        else:
+            batches = [(dim, grid[axis : axis + 1]) for axis, dim in enumerate(dims)]
+        f, m = [], []
+        for dim, tokens in batches:
+            arguments = dim, self.theta, self.trained_tokens, tokens, device, self.config, s_max
+            make = partial(rope.build_axes, *arguments)
+            axis = self.get_constant("axis", dim, tokens, s_max, device, make=make)
+            f_axis, m_axis = rope.batched_frequencies(axis, self.sigma.to(device), self.config)
+            f.append(F.pad(f_axis, (0, (max(dims) - dim) // 2)) if dim < max(dims) else f_axis)
+            m.append(m_axis)
+        return (f[0], m[0]) if len(f) == 1 else (torch.cat(f), torch.cat(m))
 
     def positions(self, start: int, end: int, device) -> torch.Tensor:
         """Return the positions from start to end - 1, float64."""
@@ -84,12 +136,14 @@ class DyPEEmbedder:
         """
         if torch.compiler.is_compiling():
             return make()
-        if key not in self.constants:
+        constant = self.constants.get(key)
+        if constant is None:
+            with torch.inference_mode(False):
+                constant = make()
             if len(self.constants) >= MAX_CONSTANTS:
                 self.constants.clear()
-            with torch.inference_mode(False):
-                self.constants[key] = make()
-        return self.constants[key]
+            self.constants[key] = constant
+        return constant
 
 
 def sigma_from_timestep(time: torch.Tensor) -> torch.Tensor:
@@ -99,37 +153,45 @@ def sigma_from_timestep(time: torch.Tensor) -> torch.Tensor:
 
 def sigma_from_thousandths(time: torch.Tensor) -> torch.Tensor:
     """Return sigma from a timestep in [0, 1000]."""
-    return time.double() / 1000
+    return time / 1000
 
 
 def sigma_from_complement(time: torch.Tensor) -> torch.Tensor:
     """Return sigma from 1 - sigma."""
-    return 1 - time.double()
+    return 1 - time
 
 
-class TextTokens(NamedTuple):
-    """Number of text tokens, by the place where a family has them."""
+class TextIds(NamedTuple):
+    """Ids of the text tokens, [T, A], by the place where a family has them."""
 
-    prefix: int = 0  # in front of the image tokens when the embedder is called
-    in_image_ids: int = 0  # how many of these the denoiser's ids argument already holds
-    separate_call: int = -1  # in an embedder call of their own; -1: there is none
-
-
-def flux1_text_tokens(module, call: dict) -> TextTokens:
-    """Count the text tokens of FLUX.1, which puts `txt_ids` in front of `img_ids`."""
-    mode_token = bool(getattr(module, "union", False))  # a union controlnet adds one
-    return TextTokens(prefix=call["txt_ids"].shape[-2] + mode_token)
+    prefix: torch.Tensor  # in front of the image tokens when the embedder is called
+    is_in_image_ids: bool = False  # whether the denoiser's ids argument begins with them
+    separate_call: torch.Tensor | None = None  # in a second call of the embedder
 
 
-def flux2_text_tokens(module, call: dict) -> TextTokens:
-    """Count the text tokens of FLUX.2, which embeds images and text in two calls."""
-    return TextTokens(separate_call=call["txt_ids"].shape[-2])
+def flux1_text_ids(module, call: dict) -> TextIds:
+    """Return the ids of FLUX.1's text, which the transformer puts in front of `img_ids`."""
+    ids = first_sample(call["txt_ids"])
+    if getattr(module, "union", False):  # a union controlnet adds a token for its mode
+        ids = torch.cat([ids[:1], ids])
+    return TextIds(ids)
 
 
-def krea2_text_tokens(module, call: dict) -> TextTokens:
-    """Count the text tokens of Krea 2, whose ids argument holds text and image."""
+def flux2_text_ids(module, call: dict) -> TextIds:
+    """Return the ids of FLUX.2's text, which has an embedder call after the image's."""
+    ids = first_sample(call["txt_ids"])
+    return TextIds(ids[:0], separate_call=ids)
+
+
+def krea2_text_ids(module, call: dict) -> TextIds:
+    """Return the ids of Krea 2's text, with which the ids argument begins."""
     count = call["encoder_hidden_states"].shape[1]
-    return TextTokens(prefix=count, in_image_ids=count)
+    return TextIds(call["position_ids"][:count], is_in_image_ids=True)
+
+
+def first_sample(ids: torch.Tensor) -> torch.Tensor:
+    """Return ids [S, A] of ids [S, A] or [B, S, A], which are the same for all samples."""
+    return ids if ids.ndim == 2 else ids[0]
 
 
 class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
@@ -140,69 +202,104 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
     images, which keep the stock encoding. Axes beyond height and width are always stock.
     """
 
-    _last_ids = (None, 0)  # ids of the last call and their version, then `parse_image_ids` of them
-
-    def set_grid(self, height_tokens: int, width_tokens: int) -> None:
-        """Set the size of the generated image, in tokens."""
-        super().set_grid(height_tokens, width_tokens)
-        self.token_layout = None
+    @classmethod
+    def check_stock(cls, stock) -> None:
+        """Raise TypeError if the tables of a stock embedder have another format."""
+        table = stock(torch.zeros(1, len(stock.axes_dim)))
+        if not (isinstance(table, tuple) and [part.ndim for part in table] == [2, 2]):
+            raise TypeError(
+                f"its {type(stock).__name__} returns a table of another format, expected cos and "
+                "sin, as from FluxPosEmbed"
+            )
 
     def set_token_layout(self, num_text: int, num_reference: int) -> None:
-        """Declare the token order of the next calls.
+        """Declare the token order of the next calls, for this thread.
 
         It is `num_text` text tokens, the grid in row-major order, `num_reference` reference tokens.
         The table is then written by broadcasting one row and one column; the ids of the grid are
         not read.
         """
-        self.token_layout = (num_text, num_reference)
+        self.state.layout = (num_text, num_reference)
 
     def prepare_call(self, module: torch.nn.Module, call: dict) -> dict:
         """Read sigma and grid from a denoiser call, and return the call with exact ids.
 
-        Sigma is read from the first sample alone. The ids are copied to the host if they are not
-        the tensor of the last call: once per image in every pipeline, except FLUX.2 with reference
-        images. In inference mode an in-place change of the ids is not seen.
+        The ids are copied to the host if they are not the tensor of the last call: once per image
+        in every pipeline, except FLUX.2 with reference images. In inference mode an in-place change
+        of the ids is not seen.
+
+        Raises ValueError if no token belongs to a generated image.
         """
-        family = self.family
-        self.set_timestep(family.to_sigma(call[family.timestep_arg].flatten()[0]))
-        ids, text = call[family.ids_arg], family.text_tokens(module, call)
+        family, state = self.family, self.state
+        self.set_timestep_from(call)
+        ids, text = call[family.ids_arg], family.text_ids(module, call)
+        start = len(text.prefix) if text.is_in_image_ids else 0
+        # Under context parallelism `forward` gets a shard of the ids, and computes from these.
+        is_sharded = getattr(module, "_parallel_config", None) is not None
+        if torch.compiler.is_compiling():  # torch.export traces ids without values
+            exact_ids = first_sample(ids).float()
+            state.grid, state.layout = trace_grid(exact_ids[start:]), None
+        else:
+            parsed = self.read_ids(ids, start)
+            exact_ids = parsed.ids
+            self.set_grid(*parsed.grid)
+            if is_sharded and not parsed.has_distinct_kinds:
+                raise ValueError(
+                    "a reference image has kind 0 in img_ids, as the generated image, expected "
+                    "another kind under context parallelism"
+                )
+            if parsed.num_reference is not None and not is_sharded:
+                self.set_token_layout(len(text.prefix), parsed.num_reference)
+        if not is_sharded:
+            all_ids = torch.cat([text.prefix.float(), exact_ids[start:]])
+            separate_calls = [] if text.separate_call is None else [text.separate_call]
+            state.tables = [self.compute_table(all_ids), *map(self.table_from_ids, separate_calls)]
+        return call | {family.ids_arg: exact_ids.expand(ids.shape)}
+
+    def read_ids(self, ids: torch.Tensor, start: int) -> "ImageIds":
+        """Return `parse_image_ids(ids, start)`, or its last result in this thread."""
         version = 0 if ids.is_inference() else ids._version
-        if self._last_ids[0] is not ids or self._last_ids[1] != version:
-            self._last_ids = (ids, version, *parse_image_ids(ids, text.in_image_ids))
-        _, _, exact_ids, grid, num_reference = self._last_ids
-        self.set_grid(*grid)
-        # `forward` recognizes the image's call by its number of tokens. FLUX.2's text call may have
-        # as many, and so may a shard under context parallelism: these get no layout.
-        sharded = getattr(module, "_parallel_config", None) is not None
-        has_layout = num_reference is not None and not sharded
-        if has_layout and text.separate_call != grid[0] * grid[1] + num_reference:
-            self.set_token_layout(text.prefix, num_reference)
-        return call | {family.ids_arg: exact_ids}
+        last_ids, last_version, parsed = self.state.last_ids
+        if last_ids is not ids or last_version != version:
+            parsed = parse_image_ids(ids, start)
+            self.state.last_ids = ids, version, parsed
+        return parsed
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin of ids [S, A], float32 [S, D] each."""
-        size = self.grid[0] * self.grid[1]
-        if self.token_layout is None or len(ids) != size + sum(self.token_layout):
-            table = self.table_from_ids(ids)  # a shard under context parallelism, or irregular ids
-        else:
-            table = self.table_by_broadcast(ids, *self.token_layout)
+        tables = self.state.tables
+        is_prepared = tables and tables[0].shape[1] == len(ids)
+        table = tables.pop(0) if is_prepared else self.compute_table(ids)
         return table[0], table[1]
 
-    def table_from_ids(self, ids: torch.Tensor, references: bool = True) -> torch.Tensor:
+    def compute_table(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return m cos and m sin of ids [S, A], float32 [2, S, D]."""
+        (height, width), layout = self.grid, self.state.layout
+        if layout is None or len(ids) != height * width + sum(layout):
+            return self.table_from_ids(ids)  # a shard under context parallelism, or irregular ids
+        return self.table_by_broadcast(ids, *layout)
+
+    def table_from_ids(self, ids: torch.Tensor, num_stretched: int | None = None) -> torch.Tensor:
         """Return m cos and m sin of each token's ids, float32 [2, S, D], each value twice.
 
-        references: whether some tokens may have a kind other than 0.
+        Args:
+            ids: [S, A].
+            num_stretched: so many tokens, the first ones, follow the method, and the others are
+                stock. None: those of kind 0 follow it.
         """
         f_axes, m_axes = self.frequencies(self.grid, ids.device)
         pairs = [dim // 2 for dim in self.axes_dim]
         make = partial(self.stock_frequencies_per_pair, m_axes.device)
         stock, unit_m, axis_of_pair = self.get_constant("stock", m_axes.device, make=make)
-        f = torch.cat([stock[: pairs[0]], f_axes.flatten(), stock[sum(pairs[:3]) :]])
-        m_pairs = [m.expand(count) for m, count in zip(m_axes, pairs[1:3], strict=True)]
-        m = torch.cat([unit_m[: pairs[0]], *m_pairs, unit_m[sum(pairs[:3]) :]])
-        positions = ids.to(m.device, torch.float64)
-        if references:
+        f_axes = [f[:count] for f, count in zip(f_axes, pairs[1:3], strict=True)]
+        m_axes = [m.expand(count) for m, count in zip(m_axes, pairs[1:3], strict=True)]
+        f = torch.cat([stock[: pairs[0]], *f_axes, stock[sum(pairs[:3]) :]])
+        m = torch.cat([unit_m[: pairs[0]], *m_axes, unit_m[sum(pairs[:3]) :]])
+        positions = to_float64(ids)
+        if num_stretched != len(ids):
             is_stretched = positions[:, :1] == 0
+            if num_stretched is not None:
+                is_stretched = torch.arange(len(ids), device=m.device)[:, None] < num_stretched
             f = torch.where(is_stretched, f, stock)
             m = torch.where(is_stretched, m, unit_m)
         angle = positions[:, axis_of_pair] * f
@@ -229,7 +326,7 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
         end = num_text + height * width
         few_ids = torch.cat([ids[:num_text], lines, ids[end:]])
         counts = num_text, height, width, num_reference
-        tables = self.table_from_ids(few_ids, num_reference > 0).split(counts, dim=1)
+        tables = self.table_from_ids(few_ids, num_text + height + width).split(counts, dim=1)
         text, rows, columns, references = tables
         rows, columns = (rows * row_mask)[:, :, None], (columns * column_mask)[:, None]
         table = rows.new_empty(2, len(ids), rows.shape[-1])
@@ -259,6 +356,16 @@ class DyPEEmbedND(DyPEFluxPosEmbed):
     matrix ((cos, -sin), (sin, cos)).
     """
 
+    @classmethod
+    def check_stock(cls, stock) -> None:
+        """Raise TypeError if the tables of a stock embedder have another format."""
+        table = stock(torch.zeros(1, 1, len(stock.axes_dim)))
+        if not (isinstance(table, torch.Tensor) and table.shape[-2:] == (2, 2)):
+            raise TypeError(
+                f"its {type(stock).__name__} returns a table of another format, expected matrices "
+                "of 2 x 2, as from EmbedND"
+            )
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the rotation matrices of ids [B, S, A]."""
         cos, sin = (values[:, ::2] for values in super().forward(ids[0]))
@@ -266,44 +373,95 @@ class DyPEEmbedND(DyPEFluxPosEmbed):
         return matrices.expand(len(ids), 1, *matrices.shape)
 
 
-def make_sigma(device=None) -> torch.Tensor:
-    """Return a 0-dim float64 tensor that can be written in and out of inference mode."""
-    with torch.inference_mode(False):
-        return torch.ones((), dtype=torch.float64, device=device)
+class ImageIds(NamedTuple):
+    """Parsed ids of a denoiser call."""
+
+    ids: torch.Tensor  # exact, float32 [S, A]
+    grid: tuple[int, int]  # rows and columns of the generated image
+    num_reference: int | None  # tokens behind it; None: it does not come first, or is no grid
+    has_distinct_kinds: bool  # whether no reference has kind 0
 
 
-def parse_image_ids(
-    ids: torch.Tensor, num_text: int = 0
-) -> tuple[torch.Tensor, tuple[int, int], int | None]:
-    """Return exact ids, the token grid of the generated image, and the number of reference tokens.
+def parse_image_ids(ids: torch.Tensor, num_text: int = 0) -> ImageIds:
+    """Parse the ids of a denoiser call on the host.
 
-    In bfloat16 rows beyond 256 merge, but the length of the first row is still right; the ids of
-    each kind are counted again from it. Ids that are no grid are returned as they are: the grid is
-    then a guess from their first row, and the number of reference tokens None.
+    The generated image is the first grid of kind 0; further grids are references. In bfloat16 rows
+    beyond 256 merge, but the length of the first row is still right; the ids of each grid are
+    counted again from it. Ids in another order stay as they are; the grid is then their extent.
 
     Args:
         ids: `img_ids` of a FLUX transformer, [S, A] or [B, S, A].
         num_text: text tokens at the beginning, which are not parsed.
+
+    Raises:
+        ValueError: no token has kind 0.
     """
-    ids_2d = ids if ids.ndim == 2 else ids[0]  # [B, S, 3] is deprecated in diffusers
-    host = ids_2d[num_text:].float().cpu()
+    ids = first_sample(ids)  # [B, S, 3] is deprecated in diffusers
+    host = ids[num_text:].float().cpu()
     kinds = host[:, 0]
     starts = [0, *((kinds[1:] != kinds[:-1]).nonzero().flatten() + 1).tolist(), len(host)]
-    exact, grid, num_reference = [], None, None
+    exact, grid, num_reference, size = [], None, None, 0
     for start, end in pairwise(starts):
-        block, kind = host[start:end], int(kinds[start])
-        row_changes = (block[:, 1] != block[0, 1]).nonzero()
-        width = int(row_changes[0]) if len(row_changes) else len(block)
-        counted = make_grid_ids(kind, len(block) // width, width)
-        counted = F.pad(counted, (0, block.shape[1] - 3))
-        is_grid = counted.shape == block.shape
-        is_grid = is_grid and torch.equal(counted.to(ids.dtype).float(), block)
-        exact.append(counted if is_grid else block)
-        if kind == 0 and grid is None:
-            grid = (len(block) // width, width)
-            num_reference = len(host) - end if is_grid and start == 0 else None
-    exact = torch.cat([ids_2d[:num_text].float(), torch.cat(exact).to(ids.device)])
-    return exact.expand(ids.shape), grid or (1, 1), num_reference
+        block = host[start:end]
+        counted, height, width = count_grid(block, ids.dtype)
+        exact += [counted, block[len(counted) :]]
+        if kinds[start] == 0 and grid is None:
+            size = len(counted) if are_grids(block[len(counted) :]) else 0
+            grid = (height, width) if size else extent(block)
+            num_reference = len(host) - size if size and start == 0 else None
+    if grid is None:
+        found_kinds = ", ".join(f"{kind:g}" for kind in kinds.unique().tolist())
+        raise ValueError(
+            f"the kinds in img_ids are {found_kinds}, expected 0 for the generated image; DyPE "
+            "does not support in-context pipelines that count from 1"
+        )
+    exact = torch.cat([ids[:num_text].float(), torch.cat(exact).to(ids.device)])
+    return ImageIds(exact, grid, num_reference, not (kinds[size:] == 0).any())
+
+
+def count_grid(block: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int, int]:
+    """Return exact ids of the row-major grid at the beginning of a block, its rows and columns.
+
+    Args:
+        block: ids of one kind, float32 [S, A].
+        dtype: of the ids before; it may have rounded them.
+    """
+    row_changes = (block[:, 1] != block[0, 1]).nonzero()
+    width = int(row_changes[0]) if len(row_changes) else len(block)
+    counted = make_grid_ids(int(block[0, 0]), -(-len(block) // width), width)[: len(block)]
+    counted = F.pad(counted, (0, block.shape[1] - 3))
+    is_equal = (counted.to(dtype).float() == block).all(1)
+    height = int(is_equal.long().cumprod(0).sum()) // width
+    return counted[: height * width], height, width
+
+
+def are_grids(block: torch.Tensor) -> bool:
+    """Return whether ids [S, A] are row-major grids, of any origins and at least 2 x 2 tokens."""
+    while len(block):
+        _, height, width = count_grid(block - block[0], block.dtype)
+        if min(height, width) < 2:
+            return False
+        block = block[height * width :]
+    return True
+
+
+def extent(block: torch.Tensor) -> tuple[int, int]:
+    """Return how many rows and columns ids [S, A] span."""
+    spans = block[:, 1:3].amax(0) - block[:, 1:3].amin(0)
+    rows, columns = (math.ceil(span) + 1 for span in spans.tolist())
+    return rows, columns
+
+
+def trace_grid(ids: torch.Tensor) -> torch.Tensor:
+    """Return rows and columns of row-major ids [S, A], float64 [2], without reading them.
+
+    The generated image comes first, and no reference has kind 0.
+    """
+    is_target = ids[:, 0] == 0
+    size, width = (
+        mask.long().cumprod(0).sum() for mask in (is_target, is_target & (ids[:, 1] == ids[0, 1]))
+    )
+    return torch.stack([size / width, width]).double()
 
 
 def make_grid_ids(kind: int, height: int, width: int, device=None) -> torch.Tensor:
@@ -321,6 +479,33 @@ def add_by_broadcast(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tenso
         torch.add(rows, columns, out=out)
 
 
+def to_float64(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as float64, on its `float64_device`.
+
+    A device without float64 cannot even copy to it, so the tensor moves first.
+    """
+    return x.to(float64_device(x.device)).double()
+
+
 def float64_device(device: torch.device) -> torch.device:
     """Return where to compute tables for `device`: there, or on the CPU if it lacks float64."""
-    return torch.device("cpu") if device.type in ("mps", "npu") else device
+    device = torch.device(device)
+    return device if has_float64(device.type) else torch.device("cpu")
+
+
+@torch.compiler.assume_constant_result
+def has_float64(device_type: str) -> bool:
+    """Return whether devices of a type, as "cuda", compute in float64."""
+    return try_float64(device_type)
+
+
+@cache
+def try_float64(device_type: str) -> bool:
+    """Return whether a computation in float64 succeeds on a type of device."""
+    try:
+        torch.ones(1, dtype=torch.float64, device=device_type).cos()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, AssertionError):  # by the backend
+        return False
+    return True

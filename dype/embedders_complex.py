@@ -5,6 +5,7 @@ beyond the length of its tables `stock_table` does, with float32 angles and so w
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,23 @@ class DyPEQwenEmbedRope(DyPEEmbedder, torch.nn.Module):
 
     def prepare_call(self, module: torch.nn.Module, call: dict) -> dict:
         """Read sigma and grid from a denoiser call. All samples of a batch share them."""
-        self.set_timestep(self.family.to_sigma(call[self.family.timestep_arg].flatten()[0]))
+        self.set_timestep_from(call)
         self.set_grid(*image_shapes(call["img_shapes"])[0][1:])
+        text = call.get("encoder_hidden_states")
+        if text is not None:
+            tables = self.compute_tables(call["img_shapes"], text.device, text.shape[1])
+            self.state.tables = [tables]
         return call
 
     def forward(self, video_fhw, device=None, max_txt_seq_len=None):
         """Return the tables of the images and of the text; arguments as of the stock embedder."""
+        tables = self.state.tables
+        if tables and len(tables[0][1]) == max_txt_seq_len:
+            return tables.pop()
+        return self.compute_tables(video_fhw, device, max_txt_seq_len)
+
+    def compute_tables(self, video_fhw, device, max_txt_seq_len):
+        """Return what `forward` returns, computed from sigma and grid."""
         shapes = image_shapes(video_fhw)
         frames, *grid = shapes[0]
         if not self.is_extrapolating(self.grid):
@@ -61,21 +73,35 @@ class DyPEQwenEmbedRope(DyPEEmbedder, torch.nn.Module):
         middle = longest - longest // 2
         positions = self.positions(-middle, longest - middle, m.device)
         both = polar_table(positions, f, m[:, None])
+        first_pairs, *pairs = (dim // 2 for dim in self.axes_dim)
         rows, columns = (
-            both[middle - (n - n // 2) :, axis][:n].to(device)  # the n positions around 0
+            both[middle - (n - n // 2) :, axis, : pairs[axis]][:n].to(device)  # n around position 0
             for axis, n in enumerate((height, width))
         )
         make = partial(self.frame_table, frames, device)
         first_axis = self.get_constant("frames", frames, device, make=make)
-        pairs, first_pairs = rows.shape[1], self.axes_dim[0] // 2
-        rows = F.pad(rows, (first_pairs, pairs))
-        columns = F.pad(columns, (first_pairs + pairs, 0)) + first_axis
+        rows = F.pad(rows, (first_pairs, pairs[1]))
+        columns = F.pad(columns, (first_pairs + pairs[0], 0)) + first_axis
         return (rows[:, None] + columns[:, None]).flatten(0, 2)  # one pass, since x + 0 is x
 
     def frame_table(self, frames: int, device) -> torch.Tensor:
         """Return the stock first axis, and 0 for the others: complex64 [frames, 1, D / 2]."""
         table = stock_table(self, 0, frames, device, exact=True)
-        return F.pad(table, (0, self.axes_dim[1]))[:, None]
+        return F.pad(table, (0, sum(self.axes_dim[1:]) // 2))[:, None]
+
+
+class Batch(NamedTuple):
+    """The samples of a Z-Image call."""
+
+    grids: list[tuple[int, int]]  # rows and columns of each image
+    sequence_length: int  # limit of the ids on the first axis
+    tokens_per_sample: tuple[list, list] | None = None  # of each image, and of each caption
+    is_row_major: bool = False  # whether the ids of an image go row by row
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return the different grids, in their order."""
+        return list(dict.fromkeys(self.grids))
 
 
 class DyPEZImageRopeEmbedder(DyPEEmbedder):
@@ -87,62 +113,83 @@ class DyPEZImageRopeEmbedder(DyPEEmbedder):
     upper limit.
     """
 
-    def set_grid(self, height_tokens, width_tokens=None, captions=None) -> None:
+    def set_grid(self, height_tokens, width_tokens=None, captions=None, row_major=False) -> None:
         """Set the size of the generated image, in tokens; or of every image of a batch.
 
         Args:
             height_tokens: rows; or a list of pairs (rows, columns), one per image.
             width_tokens: columns; None with a list.
             captions: tokens of each caption, needed where the sizes differ.
+            row_major: whether the ids of an image go row by row, so that nobody needs to read them.
         """
         pairs = [(height_tokens, width_tokens)] if width_tokens is not None else height_tokens
-        self.grids = [(int(height), int(width)) for height, width in pairs]
-        self.grid, self.tokens_per_sample, self.is_row_major = self.grids[0], None, False
-        self.sequence_length = self.stock.axes_lens[0]  # limit of the ids on the first axis
+        grids = [(int(height), int(width)) for height, width in pairs]
+        super().set_grid(*grids[0])
+        batch = Batch(grids, self.stock.axes_lens[0])
         if captions is not None:
             # diffusers appends padding ids to a caption, and as many zeros: 20 tokens become 44
             texts = [2 * pad_to_32(count) - count for count in captions]
-            images = [pad_to_32(height * width) for height, width in self.grids]
-            self.tokens_per_sample = images, texts
-            self.sequence_length = max(texts) + 2
+            images = [pad_to_32(height * width) for height, width in grids]
+            batch = Batch(grids, max(texts) + 2, (images, texts), row_major)
+        self.state.layout = batch
 
     def prepare_call(self, module: torch.nn.Module, call: dict) -> dict:
         """Read sigma and grids from a denoiser call, whose latents are [C, F, H, W] per sample."""
         if isinstance(call["x"][0], (list, tuple)):
             raise ValueError("x holds lists of images, expected one image per sample")
-        self.set_timestep(self.family.to_sigma(call[self.family.timestep_arg].flatten()[0]))
+        self.set_timestep_from(call)
         patch = call.get("patch_size", 2)
         sizes = [(x.shape[-2] // patch, x.shape[-1] // patch) for x in call["x"]]
-        self.set_grid(sizes, captions=[len(caption) for caption in call["cap_feats"]])
-        self.is_row_major = True  # diffusers makes the ids row by row: no need to read them
+        captions = [len(caption) for caption in call["cap_feats"]]
+        self.set_grid(sizes, captions=captions, row_major=True)  # as diffusers makes the ids
+        self.state.tables = self.axis_tables(call["x"][0].device)
         return call
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the table of ids int [S, 3], complex64 [S, D / 2]."""
-        sizes = list(dict.fromkeys(self.grids))
-        extrapolating = any(map(self.is_extrapolating, sizes))
-        longest = [max(side) for side in zip(*sizes, strict=True)]
-        lengths = zip((self.sequence_length, *longest), self.stock.axes_lens, strict=True)
-        if not extrapolating and all(count <= limit for count, limit in lengths):
+        tables = self.state.tables
+        if tables is None:
+            tables = self.axis_tables(ids.device)
+        if not tables:
             return self.stock(ids)
-        count, device = self.sequence_length, ids.device
-        make = partial(stock_table, self, 0, count, device, exact=extrapolating)
-        sequence = self.get_constant("sequence", count, extrapolating, device, make=make)
-        axis_tables = {size: self.row_and_column_tables(size, device) for size in sizes}
-        if self.is_row_major:
-            num_image, num_caption = map(sum, self.tokens_per_sample)
+        sequence, *size_tables = tables
+        is_compiling = torch.compiler.is_compiling()  # then the numbers would be part of the graph
+        if not is_compiling and self.batch.is_row_major:
+            num_image, num_caption = map(sum, self.batch.tokens_per_sample)
             if num_image == len(ids) != num_caption:  # the images' call, not the captions'
-                return self.table_by_broadcast(ids, sequence, axis_tables)
-        samples = [(ids, sizes[0])] if len(sizes) == 1 else self.split_samples(ids)
-        tables = []
-        for sample_ids, grid in samples:
-            rows, columns = axis_tables[grid]
-            index, row, column = sample_ids.unbind(1)
-            tables.append(torch.cat([sequence[index], rows[row], columns[column]], -1))
-        return torch.cat(tables) if len(tables) > 1 else tables[0]
+                return self.table_by_broadcast(ids, sequence, size_tables)
+        sample_ids, samples = [ids], size_tables
+        if len(size_tables) > 1:
+            sample_ids, samples = self.split_samples(ids, size_tables)
+        parts = []
+        for (index, row, column), (rows, columns) in zip(
+            (x.unbind(1) for x in sample_ids), samples, strict=True
+        ):
+            parts.append(torch.cat([sequence[index], rows[row], columns[column]], -1))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    @property
+    def batch(self) -> Batch:
+        """Return the samples of this thread's call."""
+        return self.state.layout or Batch([self.grid], self.stock.axes_lens[0])
+
+    def axis_tables(self, device) -> list:
+        """Return the table of the first axis, then a pair (rows, columns) for each size.
+
+        The list is empty if the stock embedder serves the call.
+        """
+        sizes, count = self.batch.sizes, self.batch.sequence_length
+        is_extrapolating = any(map(self.is_extrapolating, sizes))
+        longest = [max(side) for side in zip(*sizes, strict=True)]
+        lengths = zip((count, *longest), self.stock.axes_lens, strict=True)
+        if not is_extrapolating and all(length <= limit for length, limit in lengths):
+            return []
+        make = partial(stock_table, self, 0, count, device, exact=is_extrapolating)
+        sequence = self.get_constant("sequence", count, is_extrapolating, device, make=make)
+        return [sequence, *(self.row_and_column_tables(size, device) for size in sizes)]
 
     def table_by_broadcast(
-        self, ids: torch.Tensor, sequence: torch.Tensor, axis_tables: dict
+        self, ids: torch.Tensor, sequence: torch.Tensor, size_tables: list
     ) -> torch.Tensor:
         """Return the images' tables, each by one broadcast sum over its rows and columns.
 
@@ -150,11 +197,12 @@ class DyPEZImageRopeEmbedder(DyPEEmbedder):
             ids: of all image tokens, [S, 3]. The tokens of an image share the sequence index of its
                 first token; padding is at the origin.
             sequence: table of the first axis, complex64 [sequence_length, n].
-            axis_tables: grid -> `row_and_column_tables`.
+            size_tables: `row_and_column_tables` of each size of the batch.
         """
-        table = sequence.new_empty(len(ids), sum(self.axes_dim) // 2)
+        batch, table = self.batch, sequence.new_empty(len(ids), sum(self.axes_dim) // 2)
         start, (first, second, _) = 0, (dim // 2 for dim in self.axes_dim)
-        for grid, length in zip(self.grids, self.tokens_per_sample[0], strict=True):
+        axis_tables = dict(zip(batch.sizes, size_tables, strict=True))
+        for grid, length in zip(batch.grids, batch.tokens_per_sample[0], strict=True):
             end, (rows, columns) = start + grid[0] * grid[1], axis_tables[grid]
             if end < start + length:
                 table[end : start + length] = torch.cat([sequence[0], rows[0], columns[0]])
@@ -171,23 +219,30 @@ class DyPEZImageRopeEmbedder(DyPEEmbedder):
 
     def row_and_column_tables(self, grid: tuple[int, int], device) -> list[torch.Tensor]:
         """Return the tables of the rows and of the columns of one image, complex64 [side, n]."""
+        pairs = [dim // 2 for dim in self.axes_dim[1:]]
         if self.is_extrapolating(grid):
             f, m = self.frequencies(grid, device)
             positions = self.positions(0, max(grid), m.device)
             both = polar_table(positions, f, m[:, None]).to(device)
-            return [both[:side, axis] for axis, side in enumerate(grid)]
+            return [both[:side, axis, : pairs[axis]] for axis, side in enumerate(grid)]
+        if pairs[0] != pairs[1]:
+            return [
+                stock_table(self, axis, side, device, exact=False)
+                for axis, side in enumerate(grid, 1)
+            ]
         table = stock_table(self, 1, max(grid), device, exact=False)
         return [table[:side] for side in grid]
 
-    def split_samples(self, ids: torch.Tensor) -> list[tuple[torch.Tensor, tuple[int, int]]]:
-        """Return the ids of each image, or of each caption, with the image's grid."""
-        if self.tokens_per_sample is None:
+    def split_samples(self, ids: torch.Tensor, size_tables: list) -> tuple[list, list]:
+        """Return the ids of each image, or of each caption, and the tables of its size."""
+        if self.batch.tokens_per_sample is None:
             raise ValueError("images of several sizes, expected set_grid(sizes, captions=...)")
-        images, captions = self.tokens_per_sample
+        images, captions = self.batch.tokens_per_sample
         counts = images if len(ids) == sum(images) else captions
         if sum(images) == sum(captions) and not ids[:, 1:].any():
             counts = captions
-        return list(zip(ids.split(counts), self.grids, strict=True))
+        axis_tables = dict(zip(self.batch.sizes, size_tables, strict=True))
+        return ids.split(counts), [axis_tables[grid] for grid in self.batch.grids]
 
 
 def pad_to_32(count: int) -> int:

@@ -10,9 +10,9 @@ import torch
 from dype.embedders import (
     DyPEEmbedND,
     DyPEFluxPosEmbed,
-    flux1_text_tokens,
-    flux2_text_tokens,
-    krea2_text_tokens,
+    flux1_text_ids,
+    flux2_text_ids,
+    krea2_text_ids,
     sigma_from_complement,
     sigma_from_thousandths,
     sigma_from_timestep,
@@ -33,7 +33,7 @@ class Family(NamedTuple):
     timestep_arg: str = "timestep"  # argument of `forward` that carries sigma ...
     to_sigma: Callable = sigma_from_timestep  # ... and its conversion to sigma in [0, 1]
     ids_arg: str = "img_ids"  # argument with the positions of the image tokens, if there is one
-    text_tokens: Callable = flux1_text_tokens  # (module, arguments) -> TextTokens
+    text_ids: Callable = flux1_text_ids  # (module, arguments) -> TextIds
     # (tokens, steps) -> mu, if the pipeline ignores the scheduler's rule
     own_mu_rule: Callable | None = None
 
@@ -51,8 +51,8 @@ def krea2_turbo_mu(tokens: int, steps: int) -> float:
 
 
 FLUX = Family("pos_embed", DyPEFluxPosEmbed, shift="cap")
-FLUX2 = FLUX._replace(text_tokens=flux2_text_tokens, own_mu_rule=flux2_mu)
-KREA2 = FLUX._replace(attribute="rotary_emb", ids_arg="position_ids", text_tokens=krea2_text_tokens)
+FLUX2 = FLUX._replace(text_ids=flux2_text_ids, own_mu_rule=flux2_mu)
+KREA2 = FLUX._replace(attribute="rotary_emb", ids_arg="position_ids", text_ids=krea2_text_ids)
 KREA2_TURBO = KREA2._replace(own_mu_rule=krea2_turbo_mu)
 BRIA = FLUX._replace(to_sigma=sigma_from_thousandths, shift="model")
 BFL = FLUX._replace(attribute="pe_embedder", embedder=DyPEEmbedND, timestep_arg="timesteps")
@@ -93,11 +93,23 @@ UNSUPPORTED = {
     "PRXTransformer2DModel": "it embeds rows and columns alone, in a format of its own",
     "QwenImage21Transformer2DModel": "its text, images and cached keys share one table",
 }
+UNSUPPORTED_PIPELINES = dict.fromkeys(
+    ("VisualClozePipeline", "VisualClozeGenerationPipeline"),
+    "its examples and its result share one canvas, whose trained size is not that of one image",
+)
 # configuration entries that make another model of a supported class
 UNSUPPORTED_IF = {
     "siglip_feat_dim": "Z-Image-Omni's references share rows and columns with the generated image",
     "use_layer3d_rope": "Qwen-Image-Layered has an embedder of its own",
 }
+
+
+def check_pipeline(pipe) -> None:
+    """Raise TypeError if DyPE supports the pipeline's transformer, but not the pipeline."""
+    for cls in type(pipe).__mro__:
+        if cls.__name__ in UNSUPPORTED_PIPELINES:
+            reason = UNSUPPORTED_PIPELINES[cls.__name__]
+            raise TypeError(f"{cls.__name__} is not supported: {reason}")
 
 
 def family_of_pipeline(pipe, family: Family) -> Family:
@@ -133,6 +145,8 @@ def check_supported(module: torch.nn.Module) -> Family:
         ]
     if reasons:
         raise ValueError(f"this {type(module).__name__} is not supported: {reasons[0]}")
+    embedder = getattr(module, family.attribute)
+    family.embedder.check_stock(getattr(embedder, "stock", embedder))
     return family
 
 

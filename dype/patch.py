@@ -10,6 +10,7 @@ from dype.config import DyPEConfig
 from dype.families import (
     PIXELS_PER_TOKEN,
     base_resolution,
+    check_pipeline,
     check_supported,
     family_of,
     family_of_pipeline,
@@ -21,6 +22,11 @@ from dype.noise_schedule import (
     set_shift,
     shift_settings,
 )
+
+# torch prints it if somebody exports with strict=True; before 2.7 it takes no reason
+DISABLE_REASON = {"reason": "with DyPE, export by torch.export.export(..., strict=False)"}
+if "reason" not in inspect.signature(torch.compiler.disable).parameters:
+    DISABLE_REASON = {}
 
 
 def apply_dype(target, config: DyPEConfig | None = None) -> None:
@@ -49,6 +55,7 @@ def apply_dype(target, config: DyPEConfig | None = None) -> None:
     config = config or DyPEConfig()
     if not isinstance(config, DyPEConfig):
         raise TypeError(f'config is {config!r}, expected a DyPEConfig, as DyPEConfig("yarn")')
+    check_pipeline(target)
     modules = transformer_and_controlnets(target)
     families = [check_supported(module) for module in modules]
     scheduler = getattr(target, "scheduler", None)
@@ -89,7 +96,7 @@ def remove_dype(target) -> None:
     restore_shift(getattr(target, "scheduler", None))
 
 
-@torch.compiler.disable
+@partial(torch.compiler.disable, **DISABLE_REASON)
 def dype_pre_hook(
     attribute: str, names: list[str], module: torch.nn.Module, args: tuple, kwargs: dict
 ) -> tuple[tuple, dict]:

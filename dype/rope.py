@@ -32,16 +32,17 @@ class RopeAxis(NamedTuple):
     dim: int  # D
     theta: float
     trained_tokens: float  # L
-    s_max: float  # the largest scale over the axes of the image
+    s_max: float | torch.Tensor  # the largest scale over the axes of the image
     inv_freq: torch.Tensor  # theta_i [n]
     pair_index: torch.Tensor  # i = 0..n-1 [n]
     s: torch.Tensor  # [A, 1], >= 1
-    ntk_exponent: torch.Tensor  # 2i / (D - 2): 0 at the first pair, 1 at the last [n]
+    ntk_exponent: torch.Tensor  # 2i / (D - 2): 0 at the first pair, 1 at the last or only one [n]
     pi_static: torch.Tensor  # theta_i / s (Eq. 5) [A, n]
     ntk_static: torch.Tensor  # theta_i / s^(2i/(D-2)) (Eq. 6) [A, n]
     ntk_static_max: torch.Tensor  # theta_i / s_max^(2i/(D-2)) [A, n]
     unit_m: torch.Tensor  # m = 1 [A, 1]
     log_s: torch.Tensor  # [A, 1]
+    log_s_max: torch.Tensor  # [A, 1]
     cutoff_offset: torch.Tensor  # ln(lambda_i / c L) / delta + 1/2, lambda_i = 2 pi / theta_i [n]
     tau: torch.Tensor  # 0.1 ln s + 1 (Eq. 9) [A, 1]; on cos and sin, so that logits get tau^2
     ramp_turns: torch.Tensor  # (r_hi, r_lo) of YaRN's two bands [2, 2]
@@ -147,7 +148,7 @@ def vision_yarn(axis: RopeAxis, kappa, u, config):
     It comes from the ComfyUI port, not from the paper. There t_start moves m alone; here kappa too.
     """
     f = blend_two_ramps(axis, lambda r: r**kappa, axis.ntk_static_max)
-    return f, 1 + 0.1 * math.log(axis.s_max) * axis.unit_m * u**config.dype_exponent
+    return f, 1 + 0.1 * axis.log_s_max * u**config.dype_exponent
 
 
 def cutoff(axis: RopeAxis, kappa, u, config):
@@ -207,9 +208,16 @@ def pair_index_of_turns(axis: RopeAxis, r: torch.Tensor) -> torch.Tensor:
     return pairs_per_e * torch.log(axis.trained_tokens / (2 * math.pi) / r)
 
 
-def scale(trained_tokens: float, tokens: float) -> float:
+def scale(trained_tokens: float, tokens: float | torch.Tensor) -> float | torch.Tensor:
     """Return s = max(1, L'/L) (Eq. 3)."""
-    return max(1.0, tokens / trained_tokens)
+    s = tokens / trained_tokens
+    return s.clamp(min=1) if isinstance(s, torch.Tensor) else max(1.0, s)
+
+
+def max_scale(trained_tokens: float, tokens) -> float | torch.Tensor:
+    """Return the largest s over axes of L' `tokens`: numbers, or a tensor [A]."""
+    s = [scale(trained_tokens, count) for count in tokens]
+    return torch.stack(s).amax() if isinstance(tokens, torch.Tensor) else max(s)
 
 
 def tensor_on_device(values, device) -> torch.Tensor:
@@ -218,7 +226,7 @@ def tensor_on_device(values, device) -> torch.Tensor:
 
 
 def build_axes(
-    dim: int, theta: float, trained_tokens: float, tokens, device, config, max_scale=None
+    dim: int, theta: float, trained_tokens: float, tokens, device, config, s_max=None
 ) -> RopeAxis:
     """Return a batch of axes of equal D and theta, for one image.
 
@@ -226,18 +234,19 @@ def build_axes(
         dim: D, even.
         theta: base of RoPE.
         trained_tokens: L.
-        tokens: L' of each axis [A].
+        tokens: L' of each axis [A]: numbers, or a tensor while `torch.export` traces.
         device: of the tensors.
         config: settings of the encoding.
-        max_scale: largest s over the axes of the image; None: over these.
+        s_max: largest s over the axes of the image; None: over these.
     """
-    scales = [scale(trained_tokens, count) for count in tokens]
-    s_max = max(scales) if max_scale is None else max_scale
-    if not config.anisotropic:
-        scales = [s_max] * len(scales)
-    inv_freq, s = stock_frequencies(dim, theta, device), tensor_on_device(scales, device)[:, None]
+    s_max = max_scale(trained_tokens, tokens) if s_max is None else s_max
+    scales = [scale(trained_tokens, count) if config.anisotropic else s_max for count in tokens]
+    is_traced = isinstance(tokens, torch.Tensor)
+    s = (torch.stack(scales).to(device) if is_traced else tensor_on_device(scales, device))[:, None]
+    inv_freq = stock_frequencies(dim, theta, device)
     pair_index = torch.arange(dim // 2, dtype=torch.float64, device=device)
-    ntk_exponent = 2 * pair_index / (dim - 2)
+    ntk_exponent = 2 * pair_index / (dim - 2) if dim != 2 else torch.ones_like(pair_index)
+    largest_s = s_max * torch.ones_like(s)
     wavelength = 2 * math.pi / config.cutoff / trained_tokens / inv_freq  # in units of c L
     return RopeAxis(
         dim=dim,
@@ -250,9 +259,10 @@ def build_axes(
         ntk_exponent=ntk_exponent,
         pi_static=inv_freq / s,
         ntk_static=inv_freq / s**ntk_exponent,
-        ntk_static_max=inv_freq / torch.full_like(s, s_max) ** ntk_exponent,
+        ntk_static_max=inv_freq / largest_s**ntk_exponent,
         unit_m=torch.ones_like(s),
         log_s=torch.log(s),
+        log_s_max=torch.log(largest_s),
         cutoff_offset=torch.log(wavelength) / config.cutoff_width + 0.5,
         tau=0.1 * torch.log(s) + 1,
         ramp_turns=tensor_on_device(BETA + GAMMA, device).view(2, 2),
@@ -269,11 +279,15 @@ def batched_frequencies(
         sigma: 0-dim float64 tensor on their device.
         config: settings of the encoding.
     """
-    name = config.method if axis.s_max > 1 else "base"
+    is_traced = isinstance(axis.s_max, torch.Tensor)
+    name = config.method if is_traced or axis.s_max > 1 else "base"
     kappa, u = kappa_schedule(sigma, config)
     f, m = METHODS[name](axis, kappa, u, config)
     if config.attention_scale is not None and name != "base":
         m = 1 + attention_coefficient(u, config) * axis.log_s
+    if is_traced:
+        f = torch.where(axis.s_max > 1, f, axis.inv_freq)
+        m = torch.where(axis.s_max > 1, m, axis.unit_m)
     return f, m[:, 0]
 
 

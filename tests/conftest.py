@@ -121,7 +121,7 @@ class Spy:
         transformer.pos_embed.register_forward_hook(self.record)
 
     def record(self, embedder, args, output):
-        self.calls.append((float(embedder.sigma), embedder.grid, embedder.token_layout))
+        self.calls.append((float(embedder.sigma), embedder.grid, embedder.state.layout))
 
     @property
     def sigmas(self) -> list[float]:

@@ -14,6 +14,11 @@ def kappa_and_power_of_u(t, lambda_s, lambda_t, t_start, dynamic):
     return lambda_s * u**lambda_t, u**lambda_t
 
 
+def ntk_exponent(dim, i):
+    """Return 2i / (D - 2); 1 for the only pair of D = 2, as for the last pair of any D."""
+    return 1.0 if dim == 2 else 2 * i / (dim - 2)
+
+
 def mask(dim, theta, trained_tokens, r_hi, r_lo):
     """Return the n ramp weights of the authors' code: 1 above r_hi turns, 0 below r_lo."""
     n = dim // 2
@@ -40,7 +45,7 @@ def blend_two_ramps(dim, theta, trained_tokens, s_pi, s_ntk, scale_turns, ntk_ka
     out = []
     for i in range(dim // 2):
         theta_i = theta ** (-2 * i / dim)
-        ntk = theta_i / s_ntk ** (ntk_kappa * 2 * i / (dim - 2))
+        ntk = theta_i / s_ntk ** (ntk_kappa * ntk_exponent(dim, i))
         f = theta_i / s_pi * (1 - beta[i]) + ntk * beta[i]
         out.append(f * (1 - gamma[i]) + theta_i * gamma[i])
     return out
@@ -121,16 +126,15 @@ def method_frequencies(method, dim, theta, trained_tokens, tokens, t, s_max=None
     kappa, power_of_u = kappa_and_power_of_u(t, lambda_s, lambda_t, t_start, dynamic)
     u = min(t / t_start, 1.0) if dynamic else 1.0
     inv_freq = [theta ** (-2 * i / dim) for i in range(dim // 2)]
-    divisor = dim - 2
     if method == "base" or s_max == 1:
         return inv_freq, 1.0
     if method == "pi":
         return [f / s**kappa for f in inv_freq], 1.0
     if method == "ntk":
-        return [f / s ** (kappa * 2 * i / divisor) for i, f in enumerate(inv_freq)], 1.0
+        return [f / s ** (kappa * ntk_exponent(dim, i)) for i, f in enumerate(inv_freq)], 1.0
     if method == "ntk_mult":
         stretch = s * kappa if s * kappa > 1 else 1.0
-        return [f / stretch ** (2 * i / divisor) for i, f in enumerate(inv_freq)], 1.0
+        return [f / stretch ** ntk_exponent(dim, i) for i, f in enumerate(inv_freq)], 1.0
     if method == "tasr":
         out = []
         for i, f in enumerate(inv_freq):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import needs
+from conftest import needs, tiny_transformer
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from reference import rotary_table
 from tables import CONFIG, GRID, ORIGIN, assert_table, grid
@@ -15,8 +15,9 @@ from tiny import FAMILIES, TEXT, random_tensor
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from dype import DyPEConfig, apply_dype
+from dype import DyPEConfig, apply_dype, embedders
 from dype.embedders import DyPEEmbedND, DyPEFluxPosEmbed, make_grid_ids, parse_image_ids
+from dype.families import FAMILIES as FAMILIES_BY_CLASS
 from dype.patch import dype_applied
 from dype.rope import METHODS
 
@@ -40,6 +41,18 @@ def make_ids(grid, num_text=3, reference_grid=None, dtype=torch.float32):
     if reference_grid:
         ids.append(make_grid_ids(1, *reference_grid))
     return torch.cat(ids).to(dtype)
+
+
+def denoiser_call(ids, sigma=0.5) -> dict:
+    """Return the arguments of one call of the tiny transformer, with TEXT text tokens."""
+    return {
+        "hidden_states": random_tensor((1, len(ids), 16), 0),
+        "encoder_hidden_states": random_tensor((1, TEXT, 128), 1),
+        "pooled_projections": random_tensor((1, 128), 2),
+        "timestep": torch.tensor([sigma]),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(TEXT, 3),
+    }
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -105,17 +118,17 @@ def test_rows_beyond_256_in_bfloat16():
     """320 rows have 320 positions, although bfloat16 represents only 289 of them."""
     rounded = make_grid_ids(0, 320, 4).to(torch.bfloat16)
     assert len(rounded[:, 1].unique()) == 289
-    exact, grid, num_reference = parse_image_ids(rounded)
+    exact, grid, num_reference, _ = parse_image_ids(rounded)
     assert (grid, num_reference) == ((320, 4), 0)
     assert torch.equal(exact, make_grid_ids(0, 320, 4))
-    wide, grid, num_reference = parse_image_ids(make_grid_ids(0, 2, 700).to(torch.bfloat16))
+    wide, grid, num_reference, _ = parse_image_ids(make_grid_ids(0, 2, 700).to(torch.bfloat16))
     assert (grid, num_reference) == ((2, 700), 0)
     assert torch.equal(wide, make_grid_ids(0, 2, 700))
 
 
 def test_reference_ids_are_exact_too():
     both = torch.cat([make_grid_ids(0, 300, 20), make_grid_ids(1, 20, 300)])
-    exact, grid, num_reference = parse_image_ids(both.to(torch.bfloat16))
+    exact, grid, num_reference, _ = parse_image_ids(both.to(torch.bfloat16))
     assert (grid, num_reference) == ((300, 20), 6000)
     assert torch.equal(exact, both)
 
@@ -123,15 +136,124 @@ def test_reference_ids_are_exact_too():
 def test_ids_that_are_no_grid_stay():
     """Irregular positions are encoded unchanged, token by token."""
     irregular = make_grid_ids(0, 8, 8) * 1.5
-    exact, grid, num_reference = parse_image_ids(irregular)
+    exact, grid, num_reference, _ = parse_image_ids(irregular)
     assert torch.equal(exact, irregular)
-    assert (grid, num_reference) == ((8, 8), None)
-    embedder = make_embedder(DyPEConfig("base"), 4, (8, 8))
-    embedder.set_grid(8, 8)
+    assert (grid, num_reference) == ((12, 12), None)  # rows and columns 0 to 10.5
+    embedder = make_embedder(DyPEConfig("base"), 4, (12, 12))
+    embedder.set_grid(12, 12)
     cos, sin = embedder(irregular)
     stock_cos, stock_sin = STOCK(irregular)
     assert torch.equal(cos, stock_cos)
     assert torch.equal(sin, stock_sin)
+
+
+def test_references_of_kind_0():
+    """A second grid of kind 0, shifted or not, is a reference image, with the stock encoding."""
+    image, reference = make_grid_ids(0, 16, 16), make_grid_ids(0, 8, 8)
+    for shift in ([0, 0, 0], [0, 0, 16], [0, 0, -8], [0, 16, 16]):
+        for second in (reference, make_grid_ids(0, 16, 16)):
+            ids = torch.cat([image, second + torch.tensor(shift)])
+            exact, grid, num_reference, has_distinct_kinds = parse_image_ids(ids)
+            assert (grid, num_reference, has_distinct_kinds) == ((16, 16), len(second), False)
+            assert torch.equal(exact, ids)
+    call = denoiser_call(torch.cat([image, reference]))
+    transformer, tables = tiny_transformer(), []
+    stock = transformer.pos_embed(call["img_ids"])
+    apply_dype(transformer, CONFIG)
+    transformer.pos_embed.register_forward_hook(lambda m, args, output: tables.append(output))
+    transformer(**call)
+    for ours, stock_table in zip(tables[0], stock, strict=True):
+        assert torch.equal(ours[-64:], stock_table[-64:])
+        assert not torch.equal(ours[TEXT:-64], stock_table[:-64])
+    transformer._parallel_config = "a shard does not tell a reference from the image"
+    with pytest.raises(ValueError, match="a reference image has kind 0"):
+        transformer(**call)
+
+
+@pytest.mark.parametrize("order", ["columns first", "from the end", "with gaps"])
+def test_order_of_tokens(order):
+    """The grid of tokens in another order is their extent, and every token has its position."""
+    ids = make_grid_ids(0, 8, 12)
+    indices = {
+        "columns first": torch.arange(96).view(8, 12).t().flatten(),
+        "from the end": torch.arange(96).flip(0),
+        "with gaps": torch.cat([torch.arange(0, 40), torch.arange(43, 96)]),
+    }[order]
+    row_major, transformer = [], tiny_transformer()
+    apply_dype(transformer, CONFIG)
+    transformer.pos_embed.register_forward_hook(lambda m, args, output: row_major.append(output[0]))
+    transformer(**denoiser_call(ids))
+    transformer(**denoiser_call(ids[indices]))
+    assert transformer.pos_embed.grid == (8, 12)
+    assert torch.equal(row_major[1][TEXT:], row_major[0][TEXT:][indices])
+
+
+def test_ids_without_a_generated_image():
+    """VisualCloze counts its kinds from 1: refused in a sentence, never ignored."""
+    ids = torch.cat([make_grid_ids(kind, 8, 12) for kind in (1, 2)])
+    transformer = tiny_transformer()
+    apply_dype(transformer, CONFIG)
+    with pytest.raises(ValueError, match="kinds in img_ids are 1, 2, expected 0"):
+        transformer(**denoiser_call(ids))
+
+
+class AppleTensor(torch.Tensor):
+    """Tensor that says it is on an Apple GPU, and refuses float64 as torch 2.13 does there."""
+
+    @staticmethod
+    def __new__(cls, values):
+        shape, dtype = values.shape, values.dtype
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="meta")
+
+    def __init__(self, values):
+        self.values = values
+
+    @property
+    def device(self):
+        return torch.device("mps:0")
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = function.overloadpacket.__name__
+        casts_to_float64 = name == "_to_copy" and kwargs.get("dtype") == torch.float64
+        if casts_to_float64 or (name == "copy_" and args[0].dtype == torch.float64):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        is_on_cpu = name == "_to_copy" and str(kwargs.pop("device", "")) == "cpu"
+        out = function(*[x.values if isinstance(x, cls) else x for x in args], **kwargs)
+        return out if is_on_cpu else cls(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_device_without_float64(dtype):
+    """The values move to the CPU first, where they become float64, in every family."""
+    time = AppleTensor(torch.tensor([0.75], dtype=dtype))
+    with pytest.raises(TypeError, match="float64"):
+        time.double()
+    with pytest.raises(TypeError, match="float64"):
+        time.to("cpu", torch.float64)
+    assert embedders.to_float64(time).equal(torch.tensor([0.75], dtype=torch.float64))
+    for family in set(FAMILIES_BY_CLASS.values()):
+        embedder = DyPEFluxPosEmbed(STOCK, CONFIG, 64)
+        embedder.family = family
+        embedder.set_timestep_from({family.timestep_arg: time})
+        assert embedder.sigma.dtype == torch.float64
+        assert embedder.sigma == float(family.to_sigma(torch.tensor(0.75, dtype=torch.float64)))
+
+
+def test_a_device_is_asked_for_float64(monkeypatch):
+    """A try decides, whatever the device's name and whatever error it raises."""
+    assert embedders.float64_device("cpu") == torch.device("cpu")
+    embedders.try_float64.cache_clear()
+    for error in (TypeError, RuntimeError, NotImplementedError, AssertionError):
+
+        def refuse(*args, dtype, device, error=error):
+            raise error(f"{device} has no {dtype}")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "ones", refuse)
+            assert embedders.float64_device("xpu:1") == torch.device("cpu")
+        embedders.try_float64.cache_clear()
 
 
 def test_one_graph_for_all_sigmas():
@@ -244,6 +366,45 @@ def test_bria_timesteps_are_thousandths(name, tables):
     )
 
 
+@pytest.mark.parametrize("axes", [(4, 4, 8), (8, 6, 2), (4, 2, 2), (12, 4, 0)])
+@pytest.mark.parametrize("method", METHODS)
+def test_axes_of_any_length(axes, method):
+    """Rows and columns may have different numbers of dimensions, two, or none."""
+    config = DyPEConfig(method)
+    embedder = DyPEFluxPosEmbed(FluxPosEmbed(10000, axes), config, 4)
+    embedder.set_grid(*GRID)
+    embedder.set_token_layout(TEXT, 0)
+    embedder.set_timestep(0.4)
+    positions = ORIGIN + grid(0)
+    cos, sin = embedder(torch.tensor(positions, dtype=torch.float32))
+    expected = rotary_table(
+        method, axes, 10000.0, positions, GRID, 0.4, trained_tokens=4, lambda_s=config.lambda_s
+    )
+    assert_table(torch.complex(cos, sin)[:, ::2], expected)
+
+
+def test_nunchaku_has_another_format():
+    """Its transformer derives from diffusers' class; its embedder returns one packed tensor."""
+    cls = type("NunchakuFluxTransformer2DModelV2", (diffusers.FluxTransformer2DModel,), {})
+    transformer = tiny_transformer()
+    transformer.__class__, stock = cls, transformer.pos_embed
+    transformer.pos_embed = PackedPosEmbed()
+    with pytest.raises(TypeError, match="its PackedPosEmbed returns a table of another format"):
+        apply_dype(transformer)
+    assert isinstance(transformer.pos_embed, PackedPosEmbed)
+    transformer.pos_embed = stock
+    apply_dype(transformer)  # a subclass with diffusers' own embedder is as good as diffusers'
+
+
+class PackedPosEmbed(nn.Module):
+    """Embedder with the format of Nunchaku's: sin and cos in one tensor [1, 1, S, D / 2, 1, 2]."""
+
+    theta, axes_dim = 10000, (4, 6, 6)
+
+    def forward(self, ids):
+        return torch.zeros(1, 1, len(ids), 8, 1, 2)
+
+
 class EmbedND(nn.Module):
     """Equivalent of Black Forest Labs' embedder, for a tiny `Flux`."""
 
@@ -302,4 +463,8 @@ def test_rotation_matrices():
     with pytest.raises(KeyError), dype_applied(model, CONFIG):
         raise KeyError
     assert model.pe_embedder is stock
+    model.pe_embedder = PackedPosEmbed()
+    with pytest.raises(TypeError, match="its PackedPosEmbed returns a table of another format"):
+        apply_dype(model, CONFIG)
+    model.pe_embedder = stock
     assert not model._forward_pre_hooks

@@ -109,9 +109,8 @@ def test_z_image_broadcast_equals_look_up(sizes, base, monkeypatch):
     apply_dype(transformer, DyPEConfig("vision_yarn", base_resolution=base))
     embedder, ids = transformer.rope_embedder, z_image_ids(sizes, captions)
     embedder.set_timestep(0.6)
-    embedder.set_grid(sizes, captions=captions)
+    embedder.set_grid(sizes, captions=captions, row_major=True)
     table_from_ids = embedder(ids)
-    embedder.is_row_major = True
     calls, original = [], DyPEZImageRopeEmbedder.table_by_broadcast
     monkeypatch.setattr(
         DyPEZImageRopeEmbedder,

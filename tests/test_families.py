@@ -3,7 +3,9 @@
 import copy
 import inspect
 import math
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import pytest
@@ -97,8 +99,8 @@ def test_tables_follow_every_step(family, tables, method):
             for sample in table.chunk(samples):
                 assert_table(sample[: len(expected)], expected)
     embedder = getattr(pipe.transformer, CLASSES[type(pipe.transformer).__name__].attribute)
-    # without a token layout the table would be made from ids, which is slower
-    assert getattr(embedder, "token_layout", ()) is not None
+    # without a layout the table would be made from ids, which is slower
+    assert form is FORMATS["qwen-image"] or embedder.state.layout is not None
 
 
 def test_z_image_with_guidance(tables):
@@ -240,6 +242,35 @@ def test_unsupported_class(name, message):
     transformer = type(name, (nn.Module,), {})()
     with pytest.raises((TypeError, ValueError), match=message):
         apply_dype(transformer, CONFIG)
+
+
+@pytest.mark.parametrize("name", ["VisualClozePipeline", "VisualClozeGenerationPipeline"])
+def test_unsupported_pipeline(name):
+    """A pipeline that uses a supported transformer in another way is refused by name."""
+    with pytest.raises(TypeError, match=f"{name} is not supported: its examples"):
+        apply_dype(type(name, (), {"transformer": qwen_transformer()})())
+
+
+def test_threads_share_a_transformer(family):
+    """Each of two threads gets its own tables, although both hooks run before either forward."""
+    pipe, generate, _ = family
+    apply_dype(pipe, CONFIG)
+    jobs = [(128, 192), (192, 64)]
+    expected = [generate(pipe, *size, steps=2) for size in jobs]
+    barrier = threading.Barrier(2, timeout=10)
+
+    def wait(module, args) -> None:
+        barrier.wait()
+
+    def generate_in_thread(size):
+        thread_pipe = copy.copy(pipe)
+        thread_pipe.scheduler = copy.deepcopy(pipe.scheduler)
+        return generate(thread_pipe, *size, steps=2)
+
+    pipe.transformer.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as pool:
+        images = list(pool.map(generate_in_thread, jobs))
+    assert all(map(torch.equal, images, expected))
 
 
 def test_unsupported_variant():

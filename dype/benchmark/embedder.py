@@ -125,8 +125,7 @@ def z_image_family(side: int, config: DyPEConfig) -> tuple:
 
     stock = RopeEmbedder(256.0, [32, 48, 48], [1536, 512, 512])
     ours = DyPEZImageRopeEmbedder(stock, config, TRAINED_TOKENS)
-    ours.set_grid([(side, side)], captions=[TEXT_TOKENS])
-    ours.is_row_major = True  # because the pre-hook sets it for calls of diffusers' pipeline
+    ours.set_grid([(side, side)], captions=[TEXT_TOKENS], row_major=True)
     return stock, ours, (make_grid_ids(TEXT_TOKENS + 1, side, side).int(),)
 
 

@@ -100,6 +100,48 @@ def test_one_graph_serves_every_step(family):
     assert count_graphs(family, "full", CONFIG) == 1
 
 
+@pytest.mark.parametrize("family", PIPELINE_CLASSES)
+def test_as_many_sizes_as_stock(family):
+    """A compiled transformer takes all sizes with as many graphs as without DyPE."""
+    build, generate = FAMILIES[family]
+    counts = []
+    for config in (None, CONFIG, DyPEConfig()):
+        torch._dynamo.reset()
+        pipe, counter = build(), CompileCounter()
+        if config:
+            apply_dype(pipe, config)
+        pipe.transformer.compile(fullgraph=True, backend=counter)
+        for rows in range(2, 6):
+            generate(pipe, 16 * rows, 16 * rows + 16, steps=2)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1] == counts[2] <= 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export(family):
+    """An exported transformer follows sigma, as the eager one does."""
+    pipe, calls = FAMILIES[family][0](), []
+    apply_dype(pipe, CONFIG)
+    transformer = pipe.transformer
+    record = transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append((args, kwargs)), prepend=True, with_kwargs=True
+    )
+    FAMILIES[family][1](pipe, 128, 192, steps=2)
+    record.remove()
+    with torch.no_grad():
+        program = torch.export.export(transformer, *calls[0], strict=False).module()
+        for args, kwargs in calls:
+            (expected,), (exported,) = (call(*args, **kwargs) for call in (transformer, program))
+            torch.testing.assert_close(exported, expected, atol=1e-6, rtol=1e-6)
+    assert not torch.equal(program(*calls[0][0], **calls[0][1])[0][0], exported[0])
+
+
+def test_strict_export_is_refused(pipe):
+    apply_dype(pipe)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="strict=False"):
+        torch.export.export(pipe.transformer, (torch.zeros(1, 4, 16),), strict=True)
+
+
 @pytest.mark.parametrize("family", ["flux", "z-image"])
 def test_blocks_take_as_many_graphs_as_stock(family):
     """Each kind of block takes one graph, whether the embedder is a module (flux) or not."""

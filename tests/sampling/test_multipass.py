@@ -59,8 +59,7 @@ def denoiser_calls(pipe, monkeypatch):
 
     def spy(*args, **kwargs):
         embedder = embedder_of(pipe)
-        grid = embedder.grid if hasattr(embedder, "grid") else embedder.grids[0]
-        calls.append((float(embedder.sigma), tuple(grid)))
+        calls.append((float(embedder.sigma), embedder.grid))
         return original(*args, **kwargs)
 
     monkeypatch.setattr(pipe.transformer, "forward", spy)
