@@ -15,13 +15,7 @@ from dype.families import (
     family_of,
     family_of_pipeline,
 )
-from dype.noise_schedule import (
-    check_shift,
-    restore_shift,
-    scheduler_config_without_dype,
-    set_shift,
-    shift_settings,
-)
+from dype.noise_schedule import ScheduleCheck, check_scheduler, restore_shift, set_shift
 
 # torch prints it if somebody exports with strict=True; before 2.7 it takes no reason
 DISABLE_REASON = {"reason": "with DyPE, export by torch.export.export(..., strict=False)"}
@@ -38,10 +32,13 @@ def apply_dype(target, config: DyPEConfig | None = None) -> None:
     `torch.compile`; call it before `enable_parallelism`, which hooks
     into the embedder of Qwen-Image.
 
-    With a pipeline, the schedule shift is set in the scheduler's configuration too (see
-    `shift_settings`). Pipelines that share a scheduler or a transformer share the change. A
-    scheduler assigned later has the shift of its own configuration. A scheduler made with
-    `from_config(pipe.scheduler.config)`, or saved, keeps our shift for good.
+    With a pipeline, the scheduler's `set_timesteps` gets the schedule shift too (see
+    `DyPETimesteps`). Its configuration stays: a scheduler that is saved, or made with
+    `from_config(pipe.scheduler.config)`, has no shift of ours; a deep copy has it. Pipelines that
+    share a scheduler or a transformer share the change, also that of a later call with the bare
+    transformer. A stretched image with another schedule gives a `ScheduleWarning`: after
+    `pipe.scheduler = ...`, or with a bare transformer alone. Then call `apply_dype(pipe)` again, or
+    use `DyPEConfig(shift="model")`.
 
     Args:
         target: A pipeline (its transformer and controlnets), or a bare transformer or controlnet.
@@ -59,41 +56,49 @@ def apply_dype(target, config: DyPEConfig | None = None) -> None:
     modules = transformer_and_controlnets(target)
     families = [check_supported(module) for module in modules]
     scheduler = getattr(target, "scheduler", None)
+    schedulers = [pair for pair in schedulers_of(modules) if pair[0] is not scheduler]
     if scheduler is not None:
         family = family_of_pipeline(target, families[0])
-        check_shift(scheduler_config_without_dype(scheduler), config, family)
-        is_static = "shift" in shift_settings(scheduler, config, family)
-        if is_static and not hasattr(scheduler, "set_shift"):
-            raise ValueError(
-                f"the shift of a {type(scheduler).__name__} cannot be set, expected "
-                "FlowMatchEulerDiscreteScheduler or shift model"
-            )
+        check_scheduler(scheduler, config, family)
+        schedulers.append((scheduler, family))
     remove_dype(target)
     trained_tokens = (config.base_resolution or base_resolution(modules[0])) / PIXELS_PER_TOKEN
     for module, module_family in zip(modules, families, strict=True):
         stock = getattr(module, module_family.attribute)
         embedder = module_family.embedder(stock, config, trained_tokens)
         setattr(module, module_family.attribute, embedder)
-        embedder.family = module_family
+        embedder.family, embedder.schedulers = module_family, schedulers
+        embedder.check_schedule = ScheduleCheck(config, module_family)
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         hook = partial(dype_pre_hook, module_family.attribute, names)
         embedder.hook = module.register_forward_pre_hook(hook, with_kwargs=True)
-    if scheduler is not None:
-        set_shift(scheduler, shift_settings(scheduler, config, family))
+    for scheduler, family in schedulers:
+        set_shift(scheduler, config, family)
 
 
 def remove_dype(target) -> None:
-    """Restore the embedders that `apply_dype` replaced, and the shift unless it was changed since.
+    """Restore the embedders and the schedulers that `apply_dype` changed.
 
-    Without DyPE it does nothing. Raises TypeError as `apply_dype` does.
+    These are the schedulers of all pipelines with this transformer. Without DyPE it does nothing.
+    Raises TypeError as `apply_dype` does.
     """
-    for module in transformer_and_controlnets(target):
+    modules = transformer_and_controlnets(target)
+    schedulers = [scheduler for scheduler, _ in schedulers_of(modules)]
+    for module in modules:
         attribute = family_of(module).attribute
         embedder = getattr(module, attribute)
         if hasattr(embedder, "stock"):
             embedder.hook.remove()
             setattr(module, attribute, embedder.stock)
-    restore_shift(getattr(target, "scheduler", None))
+    for scheduler in [*schedulers, getattr(target, "scheduler", None)]:
+        restore_shift(scheduler)
+
+
+def schedulers_of(modules: list[torch.nn.Module]) -> list[tuple]:
+    """Return the schedulers, with their families, of the pipelines that gave DyPE to modules."""
+    embedders = [getattr(module, family_of(module).attribute) for module in modules]
+    pairs = [pair for embedder in embedders for pair in getattr(embedder, "schedulers", [])]
+    return list({id(pair[0]): pair for pair in pairs}.values())
 
 
 @partial(torch.compiler.disable, **DISABLE_REASON)
@@ -134,5 +139,8 @@ def transformer_and_controlnets(target) -> list[torch.nn.Module]:
         nets = getattr(controlnet, "nets", [] if controlnet is None else [controlnet])
         modules = [getattr(target, "transformer", None), *nets]
     if modules[0] is None:
-        raise TypeError(f"{type(target).__name__} has no transformer; expected a pipeline with one")
+        raise TypeError(
+            f"{type(target).__name__} has no transformer; expected the pipeline that generates, "
+            "once its transformer is loaded"
+        )
     return list(dict.fromkeys(getattr(module, "_orig_mod", module) for module in modules))

@@ -22,6 +22,7 @@ LATENT_CHANNELS = 4
 FIRST_RELEASE = {  # class -> oldest release of diffusers with which its tests pass
     "FluxTransformer2DModel": "0.32",
     "ChromaTransformer2DModel": "0.34",
+    "DPMSolverMultistepScheduler": "0.35",  # in FLUX's pipeline
     "FluxIPAdapterAttnProcessor": "0.35",
     "FluxKontextPipeline": "0.35",
     "BriaFiboTransformer2DModel": "0.36",

@@ -1,7 +1,7 @@
 """Print what a run would do, without loading weights."""
 
 from dype.config import DEFAULT_LAMBDA_S, DyPEConfig
-from dype.noise_schedule import set_shift, shift_settings
+from dype.noise_schedule import set_shift
 from dype.pipelines.catalog import Model
 from dype.pipelines.loading import silence_known_warnings
 from dype.sampling.run import schedule_record
@@ -50,5 +50,5 @@ def local_scheduler(model: Model, config: DyPEConfig):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(model.scheduler_config)
-    set_shift(scheduler, shift_settings(scheduler, config, model.family))
+    set_shift(scheduler, config, model.family)
     return scheduler
