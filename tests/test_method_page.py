@@ -259,7 +259,7 @@ def test_ids_in_bfloat16():
         }
         with torch.no_grad():
             stock = transformer(**call)[0]
-            apply_dype(transformer, DyPEConfig("base"))
+            apply_dype(transformer, DyPEConfig("base", shift="model"))
             ours = transformer(**call)[0]
         remove_dype(transformer)
         off = ((ours - stock).norm() / stock.norm()).item()

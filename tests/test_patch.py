@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -27,6 +28,7 @@ from dype.families import base_resolution
 from dype.pipelines.catalog import MODELS
 
 CONFIG = DyPEConfig("yarn", base_resolution=64)
+NO_SCHEDULE = replace(CONFIG, shift="model")  # for calls of a transformer without a scheduler
 
 
 def scheduler_sigmas(pipe) -> list[float]:
@@ -152,7 +154,7 @@ def denoiser_call(ids, sigma: float) -> dict:
 
 def test_deep_copy_is_independent(pipe):
     """A deep copy drives its own embedder, and remove_dype on it leaves the original."""
-    apply_dype(pipe, CONFIG)
+    apply_dype(pipe, NO_SCHEDULE)
     duplicate = copy.deepcopy(pipe.transformer)
     pipe.transformer.pos_embed.set_timestep(0.25)
     spy = Spy(duplicate)
@@ -180,7 +182,7 @@ def test_positional_arguments():
 def test_exact_ids_reach_the_embedder():
     """The hook replaces 289 distinct bfloat16 rows by 320 exact ones, because shards need them."""
     transformer = tiny_transformer().to(torch.bfloat16)
-    apply_dype(transformer, CONFIG)
+    apply_dype(transformer, NO_SCHEDULE)
     calls = []
     transformer.pos_embed.register_forward_hook(lambda module, args, output: calls.append(args[0]))
     transformer(
@@ -256,7 +258,7 @@ def test_ids_are_read_once_per_image(pipe, monkeypatch):
         return parse_image_ids(*args)
 
     monkeypatch.setattr(embedders, "parse_image_ids", count_and_parse)
-    apply_dype(pipe, CONFIG)
+    apply_dype(pipe, NO_SCHEDULE)
     generate_latents(pipe, steps=3)
     assert len(reads) == 1
     generate_latents(pipe, steps=3)

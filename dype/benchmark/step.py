@@ -159,7 +159,8 @@ def time_steps(args: argparse.Namespace) -> dict:
     rate = measure_matmul_rate(device, DTYPES[args.dtype])
     stock = make_pipeline(args.model, args.device).transformer
     ours = copy_sharing_weights(stock)
-    apply_dype(ours, DyPEConfig(args.method, base_resolution=model.base_resolution))
+    config = DyPEConfig(args.method, base_resolution=model.base_resolution, shift="model")
+    apply_dype(ours, config)
     for transformer in (stock, ours):
         pipe = SimpleNamespace(transformer=transformer, dype_offload="none")
         acceleration.compile_transformer(pipe, args.compile)
