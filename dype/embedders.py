@@ -240,9 +240,11 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
             exact_ids = first_sample(ids).float()
             state.grid, state.layout = trace_grid(exact_ids[start:]), None
         else:
-            parsed = self.read_ids(ids, start)
+            last_ids, parsed = state.last_ids[0], self.read_ids(ids, start)
             exact_ids = parsed.ids
             self.set_grid(*parsed.grid)
+            if last_ids is not ids and max(parsed.grid) > self.trained_tokens:
+                self.check_schedule(self.sigma, has_references=bool(parsed.num_reference))
             if is_sharded and not parsed.has_distinct_kinds:
                 raise ValueError(
                     "a reference image has kind 0 in img_ids, as the generated image, expected "

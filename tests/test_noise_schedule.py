@@ -4,14 +4,18 @@ import copy
 import inspect
 import math
 import pickle
+import warnings
+from functools import partial
 from threading import Thread
 
 import diffusers
 import pytest
 import torch
 from conftest import generate_latents, needs, quiet, tiny_components
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from PIL import Image
+from tiny import FAMILIES
 
 from dype import DyPEConfig, apply_dype, remove_dype
 from dype.families import FLUX, FLUX2
@@ -274,6 +278,74 @@ def test_pipeline_without_a_scheduler(pipe):
     pipe.scheduler = None
     apply_dype(pipe, CAPPED)
     remove_dype(pipe)
+
+
+def count_warnings(generate) -> int:
+    """Call a function and return its number of `ScheduleWarning`."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # which shows an equal warning once per process
+        generate()
+    return sum(issubclass(warning.category, ScheduleWarning) for warning in caught)
+
+
+def bare_transformer(pipe):
+    apply_dype(pipe.transformer, CAPPED)
+    return pipe
+
+
+def later_scheduler(pipe):
+    apply_dype(pipe, CAPPED)
+    generate_latents(pipe)
+    config = {**pipe.scheduler.config, "shift_terminal": 0.02}
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    return pipe
+
+
+def second_pipeline(pipe):
+    apply_dype(pipe, CAPPED)
+    generate_latents(pipe)
+    return quiet(FluxPipeline(**pipe.components | {"scheduler": make_scheduler()}))
+
+
+@pytest.mark.parametrize("make", [bare_transformer, later_scheduler, second_pipeline])
+def test_another_schedule_is_reported_once_per_image(pipe, make):
+    """A warning comes for every stretched image whose schedule is not the one of the settings."""
+    wrong = make(pipe)
+    assert count_warnings(lambda: generate_latents(wrong)) == 1
+    assert count_warnings(lambda: [generate_latents(wrong) for _ in range(2)]) == 2
+    guidance = {"negative_prompt": "a disk", "true_cfg_scale": 3.0}
+    assert count_warnings(lambda: generate_latents(wrong, **guidance)) == 1
+    assert count_warnings(lambda: generate_latents(wrong, 64, 64)) == 0  # not stretched
+    img2img = quiet(FluxImg2ImgPipeline(**wrong.components))
+    image = {"image": Image.new("RGB", (192, 256), "teal"), "strength": 0.6}
+    assert count_warnings(lambda: generate_latents(img2img, steps=5, **image)) == 1
+    apply_dype(wrong.transformer, OWN_SCHEDULE)  # asks for nothing
+    generate_latents(wrong)
+    apply_dype(wrong, CAPPED)
+    generate_latents(wrong)
+    generate_latents(pipe)
+    generate_latents(img2img, steps=5, **image)
+
+
+def test_numbers_of_the_rule_are_reported_if_missing(pipe):
+    apply_dype(pipe.transformer, NUMBERS)
+    with pytest.raises(ScheduleWarning, match="shift is model, but this image's noise schedule"):
+        generate_latents(pipe)
+
+
+def test_flux2_with_references(pipe):
+    """FLUX.2's pipeline makes new ids at every step; a warning still comes once per image."""
+    build, generate = FAMILIES["flux2"]
+    pipe, image = build(), Image.new("RGB", (64, 64), "teal")
+    apply_dype(pipe, CAPPED)
+    generate(pipe, 128, 192, steps=3, image=image)
+    apply_dype(pipe.transformer, CAPPED)
+    generate(pipe, 128, 192, steps=3, guidance=3.0, image=image)
+    remove_dype(pipe)
+    apply_dype(pipe.transformer, CAPPED)
+    for _ in range(2):
+        images = partial(generate, pipe, 128, 192, steps=3, guidance=3.0, image=image)
+        assert count_warnings(images) == 1
 
 
 def check_of(config=CAPPED) -> ScheduleCheck:
