@@ -26,6 +26,9 @@ class DyPEQwenEmbedRope(DyPEEmbedder, torch.nn.Module):
         """Read sigma and grid from a denoiser call. All samples of a batch share them."""
         self.set_timestep_from(call)
         self.set_grid(*image_shapes(call["img_shapes"])[0][1:])
+        last_shapes, self.state.last_ids = self.state.last_ids[0], (call["img_shapes"], 0, None)
+        if last_shapes is not call["img_shapes"] and max(self.grid) > self.trained_tokens:
+            self.check_schedule(self.sigma)  # the pipeline makes a new list for every image
         text = call.get("encoder_hidden_states")
         if text is not None:
             tables = self.compute_tables(call["img_shapes"], text.device, text.shape[1])

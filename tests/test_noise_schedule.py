@@ -5,6 +5,7 @@ import inspect
 import math
 import pickle
 import warnings
+from dataclasses import replace
 from functools import partial
 from threading import Thread
 
@@ -346,6 +347,20 @@ def test_flux2_with_references(pipe):
     for _ in range(2):
         images = partial(generate, pipe, 128, 192, steps=3, guidance=3.0, image=image)
         assert count_warnings(images) == 1
+
+
+def test_qwen_image_with_a_cap():
+    """Qwen-Image's own schedule is the default; a cap that is missing is reported per image."""
+    build, generate = FAMILIES["qwen-image"]
+    pipe = build()
+    images = partial(generate, pipe, 128, 192, guidance=3.0)
+    for config, warnings_per_image in ((OWN_SCHEDULE, 0), (replace(CAPPED, shift="cap"), 1)):
+        apply_dype(pipe, config)
+        images()
+        remove_dype(pipe)
+        apply_dype(pipe.transformer, config)
+        for _ in range(2):
+            assert count_warnings(images) == warnings_per_image
 
 
 def check_of(config=CAPPED) -> ScheduleCheck:
