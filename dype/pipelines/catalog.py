@@ -1,12 +1,12 @@
 """The models that --model accepts by name: repository, steps, guidance, prompt."""
 
-import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-
 from dype.families import DEMO_WEIGHTS, FLUX, FLUX2, KREA2, KREA2_TURBO, QWEN, ZIMAGE, Family
+from dype.pipelines.hub import load_hub_json
+from dype.pipelines.model_paths import FILE_ENDINGS, INDEX, check_model_path
 
 # The authors' default prompts, word for word (their run_dype.py and run_dype_qwen.py).
 DARK_FANTASY = (
@@ -147,20 +147,24 @@ def resolve_model(name: str, revision: str | None = None) -> Model:
     Raises:
         ValueError: the name is none of these, or its pipeline class is not supported (for example,
             because it needs more than a prompt).
+        UnavailableError: the hub answers that there is no such repository or revision, or that its
+            license must be accepted.
     """
     if name in MODELS:
         return MODELS[name]
-    if not name or ("/" not in name and not Path(name).is_dir()):
+    is_word = not {"/", "\\"} & {*name} and not name.lower().endswith(FILE_ENDINGS)
+    if not name or (is_word and not os.path.exists(name)):
         raise ValueError(
             f"--model is {name!r}, expected one of {', '.join(MODELS)}, a diffusers folder or a "
             "hub id"
         )
+    check_model_path(name)
     folder = Path(name).resolve()
     model_by_path = {Path(model.repo).resolve(): model for model in MODELS.values()}
     if folder in model_by_path:
         return model_by_path[folder]
-    index = load_hub_json(name, "model_index.json", revision)
-    pipeline = index.get("_class_name", FLUX_DEV.pipeline)
+    index = load_hub_json(name, INDEX, revision)
+    pipeline = str(index.get("_class_name", FLUX_DEV.pipeline))
     if pipeline not in PIPELINES:
         raise ValueError(
             f"{name} is a {pipeline}, expected {', '.join(PIPELINES)}; others may work from "
@@ -175,14 +179,3 @@ def resolve_model(name: str, revision: str | None = None) -> Model:
         return replace(model, repo=name, is_guess=True)
     scheduler_config = load_hub_json(name, "scheduler/scheduler_config.json", revision)
     return replace(model, repo=name, scheduler_config=scheduler_config or model.scheduler_config)
-
-
-def load_hub_json(repo: str, file: str, revision: str | None = None) -> dict:
-    """Return the content of a JSON file in a folder or a repository; {} if it cannot be read."""
-    try:
-        is_folder = Path(repo).is_dir()
-        path = Path(repo, file) if is_folder else hf_hub_download(repo, file, revision=revision)
-        content = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError):  # OSError, because the hub's errors derive from it
-        return {}
-    return content if isinstance(content, dict) else {}

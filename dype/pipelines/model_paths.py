@@ -1,0 +1,80 @@
+"""Check what --model names, before the hub is asked: files and folders that are no pipeline."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+INDEX = "model_index.json"
+WEIGHT_ENDINGS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+FILE_ENDINGS = (*WEIGHT_ENDINGS, ".json", ".zip", ".onnx", ".png", ".txt", ".toml")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]*\w", re.ASCII)
+HUB_FILE = re.compile(rf"({HUB_ID.pattern})/(.+\.(?:safetensors|gguf))", re.ASCII)
+
+
+def check_model_path(name: str) -> None:
+    """Raise ValueError if a --model that is no name of the table cannot be a pipeline."""
+    if os.path.isdir(name):
+        if not Path(name, INDEX).is_file():
+            raise ValueError(f"--model is {name!r}, {describe_folder(Path(name).absolute())}")
+    elif os.path.exists(name) or name.lower().endswith(FILE_ENDINGS):
+        raise ValueError(f"--model is {name!r}, {describe_file(name)}")
+    elif "://" in name:
+        raise ValueError(
+            f"--model is {name!r}, an address, expected a hub id such as "
+            "black-forest-labs/FLUX.1-dev"
+        )
+    elif not HUB_ID.fullmatch(name):
+        raise ValueError(
+            f"--model is {name!r}, but there is no such folder, expected a diffusers folder or a "
+            "hub id, which has one slash"
+        )
+
+
+def describe_file(name: str) -> str:
+    """Return what a file given as --model is, and what is expected."""
+    missing = "" if os.path.exists(name) else " that does not exist"
+    if name.lower().endswith(WEIGHT_ENDINGS):
+        return (
+            f"a single file{missing}, expected the model that it belongs to, for example --model "
+            f"flux-dev --transformer {name}"
+        )
+    if Path(name).name == INDEX and not missing:
+        return f"a file of a pipeline, expected its folder: --model {Path(name).parent}"
+    return f"a file{missing}, expected a diffusers folder or a hub id"
+
+
+def describe_folder(folder: Path) -> str:
+    """Return what a folder without model_index.json is, and what is expected; an absolute path."""
+    for parent in folder.parents[:2]:
+        if (parent / INDEX).is_file():
+            return f"a part of the pipeline in {parent}, expected --model {parent}"
+    children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+    if not children:
+        return f"an empty folder, expected a diffusers pipeline: a folder with {INDEX}"
+    for index in [*folder.glob(f"*/{INDEX}"), *folder.glob(f"snapshots/*/{INDEX}")]:
+        return f"a folder around a pipeline, expected --model {index.parent}"
+    names = [child.name for child in children]
+    if "adapter_config.json" in names or "pytorch_lora_weights.safetensors" in names:
+        return f"a LoRA, expected --lora {folder}, and as --model the pipeline that it belongs to"
+    config = read_config(folder / "config.json")
+    if "_class_name" in config:
+        return f"a {config['_class_name']} alone, expected the folder of a whole pipeline"
+    if "architectures" in config or "model_type" in config:
+        return "a model of transformers, expected a diffusers pipeline: a folder with " + INDEX
+    for file in [*children, *sorted(folder.glob("*/*"))]:
+        if file.suffix in (".safetensors", ".gguf"):
+            return (
+                f"a folder of single files without {INDEX}, expected a diffusers folder, or a file "
+                f"for its transformer: --model flux-dev --transformer {file}"
+            )
+    return f"a folder without {INDEX}, expected a diffusers pipeline"
+
+
+def read_config(path: Path) -> dict:
+    """Return the content of a JSON file; {} if it cannot be read."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
