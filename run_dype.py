@@ -24,6 +24,7 @@ from dype.errors import (
 from dype.pipelines import distributed
 from dype.sampling import records
 from dype.sampling.run import (
+    check_checkpoint,
     explain_out_of_memory,
     generate_with_record,
     load_for_run,
@@ -59,6 +60,7 @@ def command(argv: list[str], rank: int) -> int:
     if "grid_from" in words:
         return 0 if rank else draw_sheets(Path(words["grid_from"]), words.get("cols"))
     options, runs = resolve(words)
+    check_checkpoint(runs[0])  # because all images share what is loaded
     return generate_sweep(options, runs) if options.sweep else generate_one(options, runs[0])
 
 

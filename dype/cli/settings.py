@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import tomllib
 from dataclasses import fields, replace
 from functools import reduce
@@ -143,13 +144,13 @@ def choose_model(explicit: dict, from_image: dict) -> tuple[str, Model, dict]:
     Raises:
         ValueError: there is no such model.
     """
-    name = explicit.get("model", from_image.get("model", DEFAULT_MODEL))
+    name = os.path.expanduser(explicit.get("model", from_image.get("model", DEFAULT_MODEL)))
     if name and name not in MODELS and Path(name).is_dir():
         name = str(Path(name).absolute())  # because the record must hold in any working directory
     revision = from_image.get("revision") if "model" not in explicit else None
     revision = explicit.get("revision", revision)
     if from_image and from_image["model"] != name:
-        bound = {*MODEL_DEFAULTS, "revision"}
+        bound = {*MODEL_DEFAULTS, "revision", "variant", "transformer"}
         from_image = {key: value for key, value in from_image.items() if key not in bound}
     return name, resolve_model(name, revision), from_image
 
@@ -256,6 +257,8 @@ def resolve_run(
         passes = multipass.resolve_passes(
             values["multipass"], height, width, values["steps"], strengths, config.base_resolution
         )
+    if values["transformer"] is not None:
+        values["transformer"] = validation.normalize_path(values["transformer"])
     values["lora"] = [validation.normalize_lora(text) for text in values["lora"]]
     values["negative_prompt"] = validation.effective_negative_prompt(values, upper, entry)
     settings = {row.name: values[row.name] for row in RUN_FLAGS}

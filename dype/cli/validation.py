@@ -1,6 +1,7 @@
 """Check the settings of an image before anything is loaded."""
 
 import hashlib
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dype.errors import UserError
 from dype.families import PIXELS_PER_TOKEN
 from dype.pipelines import acceleration
 from dype.pipelines.catalog import Model
+from dype.pipelines.checkpoints import is_gguf
 from dype.sampling import records
 from dype.sampling.settings import RunSettings
 
@@ -48,6 +50,11 @@ def check_run(run: RunSettings) -> None:
             "expected one of them off"
         )
     acceleration.check_offload(run.compile, run.offload)
+    if run.quantize != "none" and run.transformer and is_gguf(run.transformer):
+        raise ValueError(
+            f"--quantize is {run.quantize!r}, but the GGUF file of --transformer is quantized "
+            "already, expected none"
+        )
 
 
 def hash_init_image(values: dict, expected: str | None) -> str:
@@ -134,14 +141,20 @@ def effective_negative_prompt(values: dict, explicit: dict, model: Model) -> str
     return prompt
 
 
+def normalize_path(text: str) -> str:
+    """Return an existing path as an absolute one, another text as it is."""
+    path = os.path.expanduser(text)
+    return str(Path(path).absolute()) if os.path.exists(path) else text
+
+
 def normalize_lora(text: str) -> str:
     """Return PATH:SCALE of PATH[:SCALE], an existing path as an absolute one. Raises UserError."""
     path, colon, scale = text.rpartition(":")
-    if not colon or not path or Path(text).exists():
+    # a text after the colon that has a slash is no scale: C:\styles\a.safetensors
+    if not colon or not path or {"/", "\\"} & {*scale} or os.path.exists(text):
         path, scale = text, 1.0
     try:
         check_number("scale", float(scale), -100, 100)
     except ValueError:
         raise UserError(f"--lora is {text!r}, expected PATH or PATH:SCALE") from None
-    path = str(Path(path).absolute()) if Path(path).exists() else path
-    return f"{path}:{float(scale)}"
+    return f"{normalize_path(path)}:{float(scale)}"

@@ -6,16 +6,18 @@ import logging
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from dype.config import check_choice
 from dype.errors import UnavailableError
-from dype.pipelines import memory
+from dype.pipelines import checkpoints, memory
 from dype.pipelines.catalog import Model, resolve_model
 from dype.pipelines.devices import DTYPES, check_device, default_device
+from dype.pipelines.hub import NOT_REACHED, error_classes, explain_hub_error
+from dype.pipelines.loras import check_loras, find_lora
 
 # the errors that libraries raise for a broken checkpoint or connection; the hub's are OSErrors
-LOAD_ERRORS = (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError)
+LOAD_ERRORS = (OSError, ValueError, LookupError, AttributeError, ImportError, RuntimeError)
 LOAD_ERRORS += (SafetensorError,)
 OFFLOADS = ("auto", *memory.OFFLOADS)
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # the larger encoder last
@@ -27,6 +29,8 @@ def load_pipeline(
     name: str = "flux-krea",
     *,
     revision: str | None = None,
+    variant: str | None = None,
+    transformer: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
     text_encoder_device: str | None = None,
@@ -42,6 +46,8 @@ def load_pipeline(
     Args:
         name: a name of `catalog.MODELS`, a diffusers folder or a hub id.
         revision: branch, tag or commit on the hub; None: the newest.
+        variant: of the weight files, such as "fp16"; None: files without a variant in their names.
+        transformer: .safetensors or GGUF file of the transformer; None: the model's.
         dtype: one of `DTYPES`; None: the model's default.
         device: torch device; None: the accelerator, or else the CPU.
         text_encoder_device: torch device of the text encoders; None: as `device`.
@@ -49,7 +55,7 @@ def load_pipeline(
         offload: one of `OFFLOADS`; "auto" takes the fastest that fits the device's memory.
         quantize: one of `QUANTIZE_CHOICES`, for the transformer. It also applies to the larger text
             encoder, unless `text_encoder_device` is set.
-        loras: (path or hub id, scale) pairs.
+        loras: pairs of a scale and a path, a hub id or OWNER/REPO/FILE.safetensors, the path first.
         pixels: pixels of the largest image to generate, for `offload="auto"`.
         entry: the result of `resolve_model` for the name and revision, if it exists already.
 
@@ -59,7 +65,8 @@ def load_pipeline(
     Raises:
         UnavailableError: a device, package, file or the network is missing. The message says what
             to try.
-        ValueError: a value is not among its choices, or the model is unknown.
+        ValueError: a value is not among its choices, the model is unknown, or the name of a file
+            leads to nothing, or to something else.
     """
     check_choice("offload", offload, OFFLOADS)
     model = entry or resolve_model(name, revision)
@@ -84,10 +91,12 @@ def load_pipeline(
     check_device(device, offload)
     for override in (text_encoder_device, vae_device):
         check_device(override or device, "none")
-    check_files(model.repo, loras)
+    files = {"revision": revision, "variant": variant, "transformer": transformer}
+    check_files(name, model, **files, loras=loras)
+    lora_files = [(find_lora(path, download=True), scale) for path, scale in loras]
     quantize_encoder = not text_encoder_device
-    pipe = load_checkpoint(name, model.repo, revision, dtype, quantize, quantize_encoder)
-    load_loras(pipe, loras)
+    pipe = load_checkpoint(name, model, dtype, quantize, quantize_encoder, **files)
+    load_loras(pipe, lora_files)
     encoders = [encoder for encoder in TEXT_ENCODERS if getattr(pipe, encoder, None) is not None]
     overrides = dict.fromkeys(encoders, text_encoder_device) | {"vae": vae_device}
     overrides = {component: override for component, override in overrides.items() if override}
@@ -96,17 +105,27 @@ def load_pipeline(
 
 
 def load_checkpoint(
-    name: str, repo: str, revision: str | None, dtype: str, quantize: str, quantize_encoder: bool
+    name: str,
+    model: Model,
+    dtype: str,
+    quantize: str,
+    quantize_encoder: bool,
+    *,
+    revision: str | None,
+    variant: str | None,
+    transformer: str | None,
 ):
     """Load and quantize a pipeline with diffusers.
 
     Args:
         name: the value of --model, for errors.
-        repo: hub id or folder.
-        revision: branch, tag or commit on the hub; None: the newest.
+        model: of the catalog.
         dtype: a key of `DTYPES`.
         quantize: one of `QUANTIZE_CHOICES`.
         quantize_encoder: quantize the larger text encoder too.
+        revision: as in `load_pipeline`, like the other arguments.
+        variant: see there.
+        transformer: see there.
 
     Raises:
         UnavailableError: the pipeline cannot be loaded, its files lack weights, or its scheduler
@@ -115,14 +134,20 @@ def load_checkpoint(
     silence_known_warnings()
     from diffusers import DiffusionPipeline
 
+    repo = model.repo
     source = {"revision": revision, "local_files_only": Path(repo).is_dir()}
     try:
         index = DiffusionPipeline.load_config(repo, **source)
         encoders = [encoder for encoder in TEXT_ENCODERS if index.get(encoder, [None])[0]]
         quantized_encoders = encoders[-1:] if quantize_encoder else []
         quantization = quantization_arguments(quantize, dtype, quantized_encoders)
+        parts = {}
+        if transformer is not None:
+            mapping = quantization and quantization["quantization_config"].quant_mapping
+            config = mapping.pop("transformer") if mapping else None
+            parts["transformer"] = load_single_file(transformer, model, revision, dtype, config)
         pipe = DiffusionPipeline.from_pretrained(
-            repo, dtype=DTYPES[dtype], **source, **quantization
+            repo, dtype=DTYPES[dtype], variant=variant, **source, **quantization, **parts
         )
         for component, module in pipe.components.items():
             tensors = module.parameters() if isinstance(module, torch.nn.Module) else ()
@@ -138,6 +163,25 @@ def load_checkpoint(
     except LOAD_ERRORS as error:
         raise UnavailableError(explain_load_error(name, repo, error)) from error
     return pipe
+
+
+def load_single_file(path: str, model: Model, revision: str | None, dtype: str, quantization):
+    """Load a transformer by `checkpoints.load_transformer`. Raises UnavailableError.
+
+    Args:
+        path: the value of --transformer.
+        model: of the catalog.
+        revision: branch, tag or commit on the hub; None: the newest.
+        dtype: a key of `DTYPES`.
+        quantization: diffusers' configuration for --quantize; None: none.
+    """
+    try:
+        return checkpoints.load_transformer(path, model, revision, DTYPES[dtype], quantization)
+    except torch.OutOfMemoryError:
+        raise
+    except LOAD_ERRORS as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UnavailableError(f"cannot load --transformer {path}: {reason}") from error
 
 
 def quantization_arguments(quantize: str, dtype: str, encoders: list[str]) -> dict:
@@ -174,34 +218,49 @@ def quantization_arguments(quantize: str, dtype: str, encoders: list[str]) -> di
     return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
 
 
-def check_files(repo: str, loras: list[tuple[str, float]]) -> None:
-    """Raise UnavailableError if the model's folder or a LoRA file is missing or broken."""
-    folder = Path(repo).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise UnavailableError(f"{repo} is no diffusers pipeline: it has no model_index.json")
-    elif repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        raise UnavailableError(f"there is no folder {repo}; check --model")
-    for path, _ in loras:
-        if Path(path).is_file():
-            try:
-                safe_open(path, "pt")
-            except (OSError, SafetensorError) as error:
-                raise UnavailableError(
-                    f"the LoRA {path} is not a readable safetensors file"
-                ) from error
-        elif not Path(path).is_dir() and (path.count("/") != 1 or path.endswith(".safetensors")):
-            raise UnavailableError(f"there is no LoRA {path}; check --lora")
+def check_files(
+    name: str,
+    model: Model,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    transformer: str | None = None,
+    loras: list[tuple[str, float]] = (),
+) -> None:
+    """Check the files of a model before anything is loaded; of the hub, only what is cheap to ask.
+
+    Args:
+        name: of the model, for errors.
+        model: of the catalog.
+        revision: as in `load_pipeline`, like the other arguments.
+        variant: see there.
+        transformer: see there.
+        loras: see there.
+
+    Raises:
+        UserError: a file is missing or of another kind.
+        UnavailableError: a file cannot be read, or a package is missing.
+    """
+    if model.is_guess and Path(model.repo).is_dir():
+        raise UnavailableError(
+            f"cannot load the pipeline in {model.repo}: its model_index.json cannot be read"
+        )
+    silence_known_warnings()
+    checkpoints.check_variant(name, model.repo, variant, transformer is None)
+    if transformer is not None:
+        checkpoints.check_transformer(transformer, model, name, revision)
+    check_loras(loras, model, revision)
 
 
 def silence_known_warnings() -> None:
     """Silence library messages about which a user can do nothing."""
-    notices = {
-        "transformers.utils.import_utils": "requires torchvision",  # FLUX needs no image processor
-        "diffusers.pipelines.pipeline_utils": "connect to the Hub",  # our own error follows
-        "diffusers.models.modeling_utils": "enable_parallelism` is an experimental",
-    }
-    for name, text in notices.items():
+    notices = (
+        ("transformers.utils.import_utils", "requires torchvision"),  # FLUX needs no such processor
+        ("diffusers.pipelines.pipeline_utils", "connect to the Hub"),  # our own error follows
+        ("diffusers.models.modeling_utils", "enable_parallelism` is an experimental"),
+        ("diffusers.models.modeling_utils", "should be kept in float32: []"),
+    )
+    for name, text in notices:
         logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())
     from transformers.utils.logging import disable_progress_bar
 
@@ -216,24 +275,16 @@ def explain_load_error(name: str, repo: str, error: Exception) -> str:
         repo: hub id or folder.
         error: the error of diffusers or another library.
     """
-    classes, cause = set(), error
-    while cause is not None:  # because diffusers wraps the hub's error in its own
-        classes |= {error_class.__name__ for error_class in type(cause).__mro__}
-        cause = cause.__cause__ or cause.__context__
     reason = " ".join(str(error).split())[:200]
     if Path(repo).is_dir():
         return f"cannot load the pipeline in {repo}: {reason}"
-    if "GatedRepoError" in classes or "gated" in reason.lower():
-        return (
-            f"{repo} is gated: accept its license at https://huggingface.co/{repo}, then run "
-            "`hf auth login`"
-        )
-    if "RepositoryNotFoundError" in classes:
-        return f"{repo} is not on the hub, nor a folder here, or is private: check --model {name}"
-    if "RevisionNotFoundError" in classes:
-        return f"{repo} has no such revision: check --revision"
-    if classes & {"ConnectError", "ConnectionError", "OfflineModeIsEnabled", "TimeoutException"}:
-        reason = "the hub cannot be reached"
+    answer = explain_hub_error(repo, error)
+    if answer:
+        return answer
+    if "variant" in reason or "no file named" in reason:
+        return f"cannot load {repo} ({reason}); try another --variant, fp16 or bf16, or none"
+    if error_classes(error) & NOT_REACHED:
+        reason = "it is no folder here, and the hub cannot be reached"
     return (
         f"cannot load {repo} ({reason}); check the network, or give a downloaded folder with "
         "--model FOLDER"
@@ -243,7 +294,12 @@ def explain_load_error(name: str, repo: str, error: Exception) -> str:
 def load_loras(pipe, loras: list[tuple[str, float]]) -> None:
     """Load LoRAs into a pipeline and set their scales.
 
-    Raises UnavailableError if a LoRA cannot be loaded, or has no weights for the transformer.
+    Args:
+        pipe: the pipeline.
+        loras: (file, scale) pairs.
+
+    Raises:
+        UnavailableError: a LoRA cannot be loaded, or has no weights for the transformer.
     """
     names = [f"lora_{i}" for i in range(len(loras))]
     for name, (path, _) in zip(names, loras, strict=True):
@@ -253,8 +309,6 @@ def load_loras(pipe, loras: list[tuple[str, float]]) -> None:
                 raise ValueError("it has nothing for this transformer")
         except LOAD_ERRORS as error:
             reason = " ".join(str(error).split())[:200]
-            if "PEFT" in reason:
-                reason = "it needs the peft package, pip install peft"
             raise UnavailableError(f"cannot load the LoRA {path}: {reason}") from error
     if names:
         pipe.set_adapters(names, [scale for _, scale in loras])

@@ -17,15 +17,32 @@ from dype.noise_schedule import noise_schedule
 from dype.patch import apply_dype
 from dype.pipelines import acceleration, distributed, memory
 from dype.pipelines.devices import check_device, default_device, fast_dtype
-from dype.pipelines.loading import load_pipeline
+from dype.pipelines.loading import check_files, load_pipeline
 from dype.pipelines.memory import execution_device, set_tiling
 from dype.sampling import multipass, records, sample
 from dype.sampling.settings import RunSettings
 
 # settings that `load_pipeline` takes
-LOADING_SETTINGS = ("revision", "dtype", "text_encoder_device", "vae_device", "offload", "quantize")
+LOADING_SETTINGS = ("revision", "variant", "transformer", "dtype", "text_encoder_device")
+LOADING_SETTINGS += ("vae_device", "offload", "quantize")
+FILE_SETTINGS = ("revision", "variant", "transformer")  # those that `check_files` takes
 # settings that `sample.generate` takes for every pass
 SAMPLING_SETTINGS = ("guidance", "seed", "max_sequence_length", "true_cfg", "cache")
+
+
+def lora_pairs(run: RunSettings) -> list[tuple[str, float]]:
+    """Return path and scale of each LoRA of a run."""
+    parts = [text.rpartition(":") for text in run.lora]
+    return [(path, float(scale)) for path, _, scale in parts]
+
+
+def check_checkpoint(run: RunSettings) -> None:
+    """Check the files of a run's model, before anything is loaded.
+
+    Raises UserError or UnavailableError.
+    """
+    files = {name: getattr(run, name) for name in FILE_SETTINGS}
+    check_files(run.model, run.entry, **files, loras=lora_pairs(run))
 
 
 def load_for_run(run: RunSettings, pixels: int, state: PartialState):
@@ -46,12 +63,11 @@ def load_for_run(run: RunSettings, pixels: int, state: PartialState):
         check_device(device or default_device(), "none")
         masked = run.entry.pipeline in acceleration.MASKED_PIPELINES
         acceleration.check_attention(run.attention, device or default_device(), run.dtype, masked)
-    loras = [text.rpartition(":") for text in run.lora]
     pipe = load_pipeline(
         run.model,
         **{name: getattr(run, name) for name in LOADING_SETTINGS},
         device=device,
-        loras=[(path, float(scale)) for path, _, scale in loras],
+        loras=lora_pairs(run),
         pixels=pixels,
         entry=run.entry,
     )
@@ -144,7 +160,8 @@ def runtime_info(pipe, seconds: float) -> dict:
     device = execution_device(pipe)
     packages = ("torch", "diffusers", "transformers", "accelerate")
     on_cuda = device.type == "cuda"
-    path = pipe.transformer.config.get("_name_or_path") or ""
+    # not of the transformer, which may be a single file
+    path = pipe.vae.config.get("_name_or_path") or ""
     snapshot = re.search(r"snapshots/([0-9a-f]{40})", path)  # the hub's cache names the commit
     return {
         "seconds": round(seconds, 3),

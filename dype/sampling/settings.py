@@ -85,8 +85,18 @@ class RunSettings:
         "branch, tag or commit on the hub", None, metavar="REV",
         default_help="the newest",
     )
+    variant: str | None = flag(
+        "variant of the weight files; fp16, bf16, ...", None,
+        default_help="none, files without a variant in their names",
+    )
+    transformer: str | None = flag(
+        "single file of the model's transformer; .safetensors (also fp8, and the layouts of "
+        "Black Forest Labs and ComfyUI) or .gguf", None, metavar="FILE",
+        default_help="the model's",
+    )
     lora: list[str] = flag(
-        "LoRA adapter; file, folder or hub id, repeatable", metavar="PATH[:SCALE]",
+        "LoRA adapter; file, folder, hub id or OWNER/REPO/FILE.safetensors, repeatable",
+        metavar="PATH[:SCALE]",
         parser_options={"action": "append"},
         default_help="none",
     )

@@ -23,6 +23,7 @@ from dype.sampling import run as sampling_run
 LINE = """--model demo --revision abc --dtype bfloat16 --device cpu --vae_device cpu
  --text_encoder_device cpu --tiled_vae on --tile_size 128 --true_cfg 3 --negative_prompt fog
  --seed 7 --steps 3 --max_sequence_length 12 --height 64 --width 96 --lora a/b:0.5 --prompt x
+ --variant fp16 --transformer a.gguf
  --method ntk --dype_scale 1.5 --dype_exponent 0.5 --dype_start_sigma 0.9 --base_resolution 32
  --cutoff 0.7 --attention_scale 0.2 --attention_path rising
  --isotropic --shift model --base_shift 0.25 --max_shift 2 --attention native
@@ -46,6 +47,7 @@ def calls(tmp_path, monkeypatch):
 
         return call
 
+    monkeypatch.setattr(run_dype, "check_checkpoint", lambda run: None)  # the files are not there
     monkeypatch.setattr(sampling_run, "load_pipeline", record("load", pipe))
     monkeypatch.setattr(sampling_run, "set_tiling", record("tiling", True))
     monkeypatch.setattr(sampling_run, "apply_dype", record("apply", None))
@@ -63,6 +65,8 @@ def test_every_flag_arrives_and_comes_back(calls):
     assert args == ("demo",)
     assert keywords == {
         "revision": "abc",
+        "variant": "fp16",
+        "transformer": "a.gguf",
         "dtype": "bfloat16",
         "device": "cpu",
         "text_encoder_device": "cpu",

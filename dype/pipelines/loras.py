@@ -1,0 +1,235 @@
+"""Find the file of a LoRA, on this machine or on the hub, and check it before loading."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from safetensors import SafetensorError
+
+from dype.errors import UnavailableError, UserError
+from dype.pipelines.catalog import Model
+from dype.pipelines.checkpoints import describe_kind, meta_transformer, read_header, without_prefix
+from dype.pipelines.hub import explain_hub_error
+from dype.pipelines.model_paths import FILE_ENDINGS, HUB_FILE, HUB_ID, INDEX
+
+DEFAULT_FILE = "pytorch_lora_weights.safetensors"  # diffusers takes it before other files
+# names of tensors of adapters by LyCORIS that diffusers reads for few models
+LYCORIS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT"}
+# the errors that diffusers raises for a LoRA that it cannot convert
+READ_ERRORS = (OSError, ValueError, KeyError, IndexError, AttributeError, RuntimeError)
+READ_ERRORS += (SafetensorError,)
+
+
+def find_lora(path: str, download: bool) -> str | None:
+    """Return the file of a LoRA; None for a file of the hub that is not on this machine.
+
+    Args:
+        path: the value of --lora without its scale.
+        download: get a file of the hub.
+
+    Raises:
+        UserError: there is no such file, folder or form, or there are several files.
+        UnavailableError: the file cannot be downloaded.
+    """
+    if os.path.isfile(path):
+        return path
+    if os.path.isdir(path):
+        return str(Path(path, choose_file(path, list_folder(path))))
+    hub = HUB_FILE.fullmatch(path)
+    if hub:
+        return find_hub_file(path, hub[1], hub[2], download)
+    if not HUB_ID.fullmatch(path) or path.lower().endswith(FILE_ENDINGS):
+        raise UserError(
+            f"--lora is {path!r}, but there is no such file or folder, expected one, a hub id, or "
+            "OWNER/REPO/FILE.safetensors (its newest revision)"
+        )
+    files = list_repository(path)
+    files = list_cache(path) if files is None else files
+    if files is None:
+        return find_hub_file(path, path, DEFAULT_FILE, download)
+    files = [file for file in files if "checkpoint" not in file.rpartition("/")[0]]  # of training
+    return find_hub_file(path, path, choose_file(path, files), download)
+
+
+def find_hub_file(path: str, repo: str, file: str, download: bool) -> str | None:
+    """Return the path on this machine of a file of the hub; None if it is not there.
+
+    Args:
+        path: the value of --lora without its scale, for errors.
+        repo: hub id.
+        file: path within the repository.
+        download: get it.
+
+    Raises:
+        UserError: the hub answers that there is no such file.
+        UnavailableError: the file cannot be downloaded.
+    """
+    try:
+        return huggingface_hub.hf_hub_download(repo, file, local_files_only=not download)
+    except (OSError, ValueError) as error:  # OSError, because the hub's errors derive from it
+        files = list_repository(repo)
+        if files is not None and file not in files:
+            listing = f"one of {', '.join(files)}" if files else "a repository with such files"
+            raise UserError(
+                f"--lora is {path!r}, but {repo} has no {file}, expected {listing}"
+            ) from error
+        if not download:
+            return None
+        raise UnavailableError(
+            explain_hub_error(repo, error)
+            or f"cannot load the LoRA {path}: it is no file or folder here, and the hub cannot be "
+            "reached; check the network, or give a downloaded file"
+        ) from error
+
+
+def list_folder(folder: str) -> list[str]:
+    """Return the .safetensors files of a LoRA's folder. Raises UserError if it has none."""
+    if Path(folder, INDEX).is_file():
+        raise UserError(f"--lora is {folder!r}, a whole pipeline, expected --model {folder}")
+    paths = sorted(file for file in Path(folder).glob("*") if not file.name.startswith("."))
+    files = [file.name for file in paths if file.suffix == ".safetensors" and file.is_file()]
+    if not files:
+        names = [str(file) for file in sorted(Path(folder).glob("*/*.safetensors"))]
+        names = names or [file.name for file in paths]
+        listing = f"; it has {', '.join(names[:5])}" if names else ""
+        raise UserError(
+            f"--lora is {folder!r}, a folder without .safetensors files, expected one{listing}"
+        )
+    return files
+
+
+def list_repository(repo: str) -> list[str] | None:
+    """Return the .safetensors files of a repository, sorted; None if the hub cannot be reached.
+
+    Raises UnavailableError if the hub answers that there is no such repository.
+    """
+    try:
+        files = huggingface_hub.list_repo_files(repo)
+    except (OSError, ValueError) as error:  # OSError, because the hub's errors derive from it
+        reason = explain_hub_error(repo, error)
+        if reason:
+            raise UnavailableError(reason) from error
+        return None
+    return sorted(file for file in files if file.endswith(".safetensors"))
+
+
+def list_cache(repo: str) -> list[str] | None:
+    """Return those files of a repository that are on this machine, sorted; None if none is."""
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+    files = folder.rglob("*.safetensors")
+    return sorted(file.relative_to(folder).as_posix() for file in files) or None
+
+
+def choose_file(source: str, files: list[str]) -> str:
+    """Return the only file, or diffusers' default among several. Raises UserError.
+
+    Args:
+        source: folder or repository.
+        files: paths of its .safetensors files.
+    """
+    if DEFAULT_FILE in files:
+        return DEFAULT_FILE
+    if len(files) == 1:
+        return files[0]
+    if not files:
+        raise UserError(f"--lora is {source!r}, which has no .safetensors file, expected one")
+    listing = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
+    raise UserError(
+        f"--lora is {source!r}, which has {len(files)} files: {listing}; expected one of them, as "
+        f"--lora {source.rstrip('/')}/{files[-1]}"
+    )
+
+
+def check_loras(loras: list[tuple[str, float]], model: Model, revision: str | None) -> None:
+    """Check that LoRAs can be loaded; those of the hub that are not on this machine by name alone.
+
+    Args:
+        loras: (path or hub id, scale) pairs.
+        model: of the catalog.
+        revision: of the model.
+
+    Raises:
+        UserError: a LoRA is missing, ambiguous, or another kind of file.
+        UnavailableError: a file or a package cannot be read.
+    """
+    if not loras:
+        return
+    transformer = meta_transformer(model, revision)
+    for path, _ in loras:
+        file = find_lora(path, download=False)
+        if file is not None:
+            check_lora(path, file, model, transformer)
+    if importlib.util.find_spec("peft") is None:
+        raise UnavailableError("--lora needs the peft package; pip install peft")
+
+
+def check_lora(path: str, file: str, model: Model, transformer: torch.nn.Module | None) -> None:
+    """Check a LoRA's file. Raises UserError or UnavailableError.
+
+    Args:
+        path: the value of --lora without its scale.
+        file: as `find_lora` returns.
+        model: of the catalog.
+        transformer: of the model, as `meta_transformer` returns.
+    """
+    begin = f"--lora is {path!r}"
+    try:
+        header = read_header(file)
+    except ValueError as error:
+        raise UnavailableError(f"cannot read the LoRA {path}: {error}") from error
+    if any(dtype.startswith("GGUF") for dtype, _ in header.values()):
+        raise UserError(f"{begin}, a GGUF file, expected .safetensors")
+    kind = describe_kind(without_prefix(header))
+    if not kind or kind[0] != "a LoRA":
+        label = kind[0] if kind else "no LoRA by the names of its tensors"
+        is_large = sum(len(shape) > 1 for _, shape in header.values()) > 20
+        expected = "a LoRA" if kind or not is_large else "a LoRA, or --transformer FILE"
+        raise UserError(f"{begin}, {label}, expected {expected}")
+    lycoris = [label for text, label in LYCORIS.items() if any(text in name for name in header)]
+    try:
+        tensors = read_lora(file, model)
+        if transformer is not None:
+            check_layers(tensors, transformer)
+    except READ_ERRORS as error:
+        reason = " ".join(str(error).split())[:200]
+        if lycoris:
+            reason = f"it is a {lycoris[0]} of LyCORIS, which diffusers does not read here"
+        raise UserError(
+            f"{begin}, which does not fit {model.repo}: {reason}, expected a LoRA of its family"
+        ) from error
+
+
+def read_lora(file: str, model: Model) -> dict[str, torch.Tensor]:
+    """Return the tensors of a LoRA by diffusers' names. Raises `READ_ERRORS`."""
+    import diffusers
+
+    tensors = getattr(diffusers, model.pipeline).lora_state_dict(file)
+    if not any("lora" in name for name in tensors):
+        raise ValueError(f"diffusers does not know its layout for a {model.pipeline}")
+    return tensors
+
+
+def check_layers(tensors: dict[str, torch.Tensor], transformer: torch.nn.Module) -> None:
+    """Raise ValueError if a LoRA has no layer of a transformer, or a layer of another size.
+
+    Wider inputs pass, because diffusers widens the layers of FLUX.1 for its control LoRAs.
+    """
+    modules, is_common = dict(transformer.named_modules()), False
+    for name, tensor in tensors.items():
+        layer, _, end = name.removeprefix("transformer.").partition(".lora")
+        weight = getattr(modules.get(layer), "weight", None)
+        is_common |= weight is not None
+        if weight is None or weight.ndim != 2 or tensor.ndim != 2:
+            continue
+        high, wide = weight.shape
+        if (end == "_A.weight" and tensor.shape[1] < wide) or (
+            end == "_B.weight" and tensor.shape[0] != high
+        ):
+            raise ValueError(f"{layer} is {high}x{wide}, not as in the LoRA")
+    if not is_common:
+        raise ValueError(f"none of its layers is in the {type(transformer).__name__}")
