@@ -1,13 +1,46 @@
 """Encode images with the autoencoders of the pipelines, and analyze the spectra of latents."""
 
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from PIL import Image
 
+from dype.errors import UnavailableError
+
 # Image power below this fraction of the noise power counts as invisible (docs/log).
 VISIBLE_POWER_RATIO = 0.15
+NOT_FINITE = (
+    "the {} has values that are NaN or infinite, so no image is saved; causes may be float16 (try "
+    "--dtype bfloat16 or float32), broken weights (try without --lora, or another --model), or an "
+    "attention backend (try --attention native)"
+)
+
+
+@contextmanager
+def check_finite_decoding(vae):
+    """Raise UnavailableError after a `with` block that decodes to NaN or infinity, or from it.
+
+    It looks at what enters and leaves the decoder, before the autoencoder or the conversion to 8
+    bits clamps it. The host waits for the device only at the end of the block.
+
+    vae: autoencoder with a `decoder`, which is called once, or once for each tile.
+    """
+    latents, pixels = [], []
+
+    def check(decoder, args, output):
+        latents.append(torch.isfinite(args[0]).all())
+        pixels.append(torch.isfinite(output).all())
+
+    hook = vae.decoder.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+    for name, flags in (("generated latent", latents), ("decoded image", pixels)):
+        if flags and not torch.stack(flags).all():
+            raise UnavailableError(NOT_FINITE.format(name))
 
 
 @torch.no_grad()
@@ -26,13 +59,17 @@ def encode_latents(pipe, image: Image.Image, device: torch.device) -> torch.Tens
 
     Raises:
         TypeError: the autoencoder is not a key of `VAE_ENCODERS`.
+        UnavailableError: the latents are not finite.
     """
     kind = type(pipe.vae).__name__
     if kind not in VAE_ENCODERS:
         raise TypeError(f"{kind} is not supported, expected one of {', '.join(VAE_ENCODERS)}")
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(device)
     pixels = pixels.permute(2, 0, 1)[None].to(pipe.vae.dtype) / 127.5 - 1
-    return VAE_ENCODERS[kind](pipe, pixels)
+    latents = VAE_ENCODERS[kind](pipe, pixels)
+    if not torch.isfinite(latents).all():
+        raise UnavailableError(NOT_FINITE.format("latent of the image to refine"))
+    return latents
 
 
 def encode_kl(pipe, pixels: torch.Tensor) -> torch.Tensor:

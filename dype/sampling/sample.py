@@ -19,6 +19,7 @@ from dype.patch import transformer_and_controlnets
 from dype.pipelines import acceleration
 from dype.pipelines.memory import execution_device, hide_components
 from dype.sampling.latents import (
+    check_finite_decoding,
     encode_latents,
     missing_power,
     noisy_latents,
@@ -148,6 +149,9 @@ def generate(
             which the details that `image` lacks are visible (`latents.switch_sigma`). It also adds
             the power of those details to the initial noise (`latents.missing_power`).
         cache: key of `acceleration.CACHES`.
+
+    Raises:
+        UnavailableError: the latents or the decoded image have NaN or infinite values.
     """
     parameters, device = inspect.signature(pipe.__call__).parameters, execution_device(pipe)
     if guidance is None:
@@ -179,9 +183,13 @@ def generate(
     vae_override = "vae" in getattr(pipe, "dype_device_overrides", {})
     count = len(call.get("sigmas", range(steps)))
     reuse = nullcontext() if cache == "off" else acceleration.use_feature_cache(pipe, cache, count)
-    with hide_components(pipe), reuse:
-        images = pipe(**call, output_type="latent" if vae_override else "pil").images
-    return decode_latents(pipe, images, height, width) if vae_override else images[0]
+    with check_finite_decoding(pipe.vae):
+        # "pt", because the conversion of NaN to 8 bits warns
+        with hide_components(pipe), reuse:
+            images = pipe(**call, output_type="latent" if vae_override else "pt").images
+        images = decode_latents(pipe, images, height, width) if vae_override else images
+    processor = pipe.image_processor
+    return processor.numpy_to_pil(processor.pt_to_numpy(images))[0]
 
 
 def implied_negative_prompt(pipe, guidance: float) -> str | None:
@@ -232,8 +240,8 @@ def num_skipped_steps(steps: int, strength: float) -> int:
     return min(int(steps - steps * strength), steps - 1)
 
 
-def decode_latents(pipe, packed: torch.Tensor, height: int, width: int) -> Image.Image:
-    """Decode FLUX.1's packed latents on the device of the autoencoder.
+def decode_latents(pipe, packed: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Decode FLUX.1's packed latents on the device of the autoencoder: [1, 3, H, W] in [0, 1].
 
     Args:
         pipe: FLUX.1 pipeline whose autoencoder has a device override.
@@ -245,4 +253,4 @@ def decode_latents(pipe, packed: torch.Tensor, height: int, width: int) -> Image
     latents = latents.to(pipe.vae.device) / pipe.vae.config.scaling_factor
     latents = latents + pipe.vae.config.shift_factor
     decoded = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
-    return pipe.image_processor.postprocess(decoded)[0]
+    return pipe.image_processor.postprocess(decoded, output_type="pt")

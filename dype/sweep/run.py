@@ -234,7 +234,9 @@ def try_generate(
         fatal = isinstance(error, OSError | errors.UserError) or errors.is_compiler_error(error)
         if together or fatal:
             raise
-        failure = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        is_sentence = isinstance(error, errors.UnavailableError)
+        failure = f"{error}" if is_sentence else f"{type(error).__name__}: {error}"
+        failure = " ".join(failure.split())[:300]
         if errors.is_out_of_memory(error):
             failure = explain_out_of_memory(pipe, run)
     gc.collect()  # outside of the handler, because its traceback refers to the tensors
