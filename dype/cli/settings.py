@@ -152,7 +152,10 @@ def choose_model(explicit: dict, from_image: dict) -> tuple[str, Model, dict]:
     if from_image and from_image["model"] != name:
         bound = {*MODEL_DEFAULTS, "revision", "variant", "transformer"}
         from_image = {key: value for key, value in from_image.items() if key not in bound}
-    return name, resolve_model(name, revision), from_image
+    entry = resolve_model(name, revision)
+    if not entry.guidance:  # earlier versions recorded a guidance that had no effect
+        from_image.pop("guidance", None)
+    return name, entry, from_image
 
 
 def find_prompts(
@@ -228,7 +231,7 @@ def resolve_run(
         upper: the flags that win over a preset.
         entry: the model, of the catalog.
         options: of the run.
-        notes: receives a sentence that says what the preset sets.
+        notes: receives sentences on what the preset sets, and on guidance that is off.
 
     Raises:
         ValueError: a setting is out of range, or the settings rule each other out.
@@ -260,6 +263,7 @@ def resolve_run(
     if values["transformer"] is not None:
         values["transformer"] = validation.normalize_path(values["transformer"])
     values["lora"] = [validation.normalize_lora(text) for text in values["lora"]]
+    values["guidance"] = validation.effective_guidance(values, entry, notes)
     values["negative_prompt"] = validation.effective_negative_prompt(values, upper, entry)
     settings = {row.name: values[row.name] for row in RUN_FLAGS}
     settings |= {"init_sha256": values["init_sha256"], "prompt": ""}

@@ -11,7 +11,7 @@ from dype.config import check_choice, check_number
 from dype.errors import UserError
 from dype.families import PIXELS_PER_TOKEN
 from dype.pipelines import acceleration
-from dype.pipelines.catalog import Model
+from dype.pipelines.catalog import GUIDANCE_EMBEDS, Model
 from dype.pipelines.checkpoints import is_gguf
 from dype.sampling import records
 from dype.sampling.settings import RunSettings
@@ -105,6 +105,28 @@ def read_size_and_hash(path: str, mtime_ns: int) -> tuple[int, int, str]:
     return *image.size, hashlib.sha256(image.tobytes()).hexdigest()
 
 
+def effective_guidance(values: dict, model: Model, notes: set[str]) -> float:
+    """Return the guidance; 0 if classifier-free guidance is off, so that equal images are one.
+
+    Args:
+        values: the settings of the run.
+        model: of the catalog.
+        notes: receives a sentence if the guidance is another number and off.
+
+    Raises:
+        UserError: the model takes no guidance.
+    """
+    name, guidance = values["model"], values["guidance"]
+    if model.guidance == 0 and guidance:
+        raise UserError(f"--guidance is {guidance:g}, but {name} takes none, expected 0")
+    if model.pipeline in GUIDANCE_EMBEDS or guidance > model.cfg_disabled_at:
+        return guidance
+    if guidance:
+        limit = model.cfg_disabled_at
+        notes.add(f"--guidance {guidance:g} is off, as 0: {name} needs more than {limit:g}")
+    return 0.0
+
+
 def effective_negative_prompt(values: dict, explicit: dict, model: Model) -> str | None:
     """Return the negative prompt if guidance uses it, else None.
 
@@ -114,7 +136,7 @@ def effective_negative_prompt(values: dict, explicit: dict, model: Model) -> str
         model: of the catalog.
 
     Raises:
-        UserError: guidance or a negative prompt that this model ignores.
+        UserError: --true_cfg or a negative prompt that this model ignores.
     """
     name, prompt, true_cfg = (values[key] for key in ("model", "negative_prompt", "true_cfg"))
     scale = values[model.cfg_flag] if model.cfg_flag else model.cfg_disabled_at
@@ -123,11 +145,10 @@ def effective_negative_prompt(values: dict, explicit: dict, model: Model) -> str
             f"--true_cfg is {true_cfg:g}, but the guidance of {name} is --guidance, expected that "
             "instead"
         )
-    if model.guidance == 0 and values["guidance"]:
-        raise UserError(f"--guidance is {values['guidance']:g}, but {name} takes none, expected 0")
     if scale <= model.cfg_disabled_at and "negative_prompt" not in explicit:
         return None
-    if prompt is not None and not model.cfg_flag:
+    takes_none = not model.cfg_flag or (model.cfg_flag == "guidance" and model.guidance == 0)
+    if prompt is not None and takes_none:
         raise UserError(f"--negative_prompt is ignored by {name}, expected none")
     if prompt is not None and scale <= model.cfg_disabled_at:
         raise UserError(

@@ -131,14 +131,17 @@ REPRESENTATIVES = (
 )
 PIPELINES = {MODELS[name].pipeline: MODELS[name] for name in REPRESENTATIVES}
 DISTILLED = {MODELS[name].pipeline: MODELS[name] for name in ("flux2-klein", "krea-2-turbo")}
+# The transformers of these pipelines embed the guidance if their configuration says so; the value
+# is the default of their class. In the other pipelines, guidance is classifier-free guidance.
+GUIDANCE_EMBEDS = {"FluxPipeline": False, "Flux2Pipeline": True, "QwenImagePipeline": False}
 
 
 def resolve_model(name: str, revision: str | None = None) -> Model:
     """Return the table's entry for a model, or else its pipeline class's defaults.
 
     A folder with the name and the pipeline class of a repository in the table gets its entry.
-    For a hub id, the function downloads the index and the scheduler's configuration. Without a
-    network it returns FLUX.1-dev's defaults.
+    For a hub id, the function downloads the index and the configurations of the scheduler and the
+    transformer. Without a network it returns FLUX.1-dev's defaults.
 
     Args:
         name: a name of the table, a repository or a folder.
@@ -170,12 +173,40 @@ def resolve_model(name: str, revision: str | None = None) -> Model:
             f"{name} is a {pipeline}, expected {', '.join(PIPELINES)}; others may work from "
             "Python, with apply_dype"
         )
-    defaults = DISTILLED if index.get("is_distilled") and pipeline in DISTILLED else PIPELINES
-    model = defaults[pipeline]
+    is_distilled = pipeline in DISTILLED and bool(index.get("is_distilled"))
+    model = (DISTILLED if is_distilled else PIPELINES)[pipeline]
     for entry in MODELS.values():
-        if folder.name == Path(entry.repo).name and entry.pipeline == pipeline and folder.is_dir():
-            model = model if Path(entry.repo).is_dir() else entry
+        fits = pipeline not in DISTILLED or is_distilled == (entry.guidance == 0)
+        same_name = folder.name == Path(entry.repo).name and entry.pipeline == pipeline
+        if fits and same_name and folder.is_dir() and not Path(entry.repo).is_dir():
+            model = entry
     if not index:
         return replace(model, repo=name, is_guess=True)
+    if pipeline in GUIDANCE_EMBEDS:
+        model = set_guidance(model, load_hub_json(name, "transformer/config.json", revision))
     scheduler_config = load_hub_json(name, "scheduler/scheduler_config.json", revision)
     return replace(model, repo=name, scheduler_config=scheduler_config or model.scheduler_config)
+
+
+def takes_guidance(model: Model, config: dict) -> bool:
+    """Return whether guidance_scale has an effect on a transformer.
+
+    Args:
+        model: of the catalog; a guidance of 0 says that a distilled model takes none.
+        config: configuration of the transformer; {} if it is not known.
+    """
+    if not config or model.pipeline not in GUIDANCE_EMBEDS:
+        return model.guidance > 0
+    return bool(config.get("guidance_embeds", GUIDANCE_EMBEDS[model.pipeline]))
+
+
+def set_guidance(model: Model, config: dict) -> Model:
+    """Return the model with guidance 0 if its transformer takes none, else with its default.
+
+    Args:
+        model: of the catalog.
+        config: configuration of the transformer; {} if it is not known.
+    """
+    if not takes_guidance(model, config):
+        return replace(model, guidance=0.0)
+    return model if model.guidance else replace(model, guidance=FLUX_DEV.guidance)

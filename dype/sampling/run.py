@@ -16,6 +16,7 @@ from dype.errors import UserError
 from dype.noise_schedule import noise_schedule
 from dype.patch import apply_dype
 from dype.pipelines import acceleration, distributed, memory
+from dype.pipelines.catalog import takes_guidance
 from dype.pipelines.devices import check_device, default_device, fast_dtype
 from dype.pipelines.loading import check_files, load_pipeline
 from dype.pipelines.memory import execution_device, set_tiling
@@ -84,6 +85,8 @@ def prepare_pipeline(pipe, run: RunSettings) -> dict:
 
     Raises UserError if the checkpoint does not support the settings.
     """
+    if run.guidance and not takes_guidance(run.entry, pipe.transformer.config):
+        raise UserError(f"--guidance is {run.guidance:g}, but {run.model} takes none, expected 0")
     try:
         apply_dype(pipe, run.config)
     except (TypeError, ValueError) as error:  # because some checks need the loaded checkpoint

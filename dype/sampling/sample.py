@@ -176,7 +176,7 @@ def generate(
         call |= {f"{prefix}{name}": value for name, value in arguments.items()}
     call = {name: value for name, value in call.items() if name in parameters}
     call = send_to_device(call, device)
-    if guidance == 0 and parameters["guidance_scale"].default is None:
+    if parameters["guidance_scale"].default is None and not pipe.transformer.config.guidance_embeds:
         del call["guidance_scale"]  # because Qwen-Image warns of any number
     if image is not None:
         call |= img2img_arguments(pipe, image, strength, call)

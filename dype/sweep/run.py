@@ -68,7 +68,8 @@ def read_existing_record(run: RunSettings, path: Path) -> dict | None:
             f"{path} is in the way: {reason}; try --overwrite, or another --output_dir"
         ) from error
     for name, value in run.identity.items():
-        if value != existing.get(name):
+        # earlier versions recorded the guidance of a model that takes none
+        if value != existing.get(name) and (name != "guidance" or run.entry.guidance):
             raise ValueError(
                 f"--{name} is {value!r}, but {path} was generated with {existing.get(name)!r}, "
                 "expected the same, --overwrite, or another --output_dir"
