@@ -66,6 +66,8 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     explicit = profile | flags
     options = RunOptions(**{name: explicit[name] for name in OPTION_NAMES if name in explicit})
     name, entry, from_image = choose_model(explicit, from_image)
+    if from_image:
+        validation.check_weights(from_image, explicit, entry)
     prompts = find_prompts(explicit, from_image, options, name, entry)
     lines = expand_sweep(options, explicit.get("base_resolution", entry.base_resolution))
     lower = {row.name: row.default for row in RUN_FLAGS} | {"init_sha256": None, "lora": []}
@@ -290,8 +292,8 @@ def load_image_settings(file: str) -> dict:
         record = records.read_record(Path(file))
         flags, prompt = dict(record["flags"]), record["prompt"]
         config = DyPEConfig.from_dict(record["config"]).to_dict()
-        if flags["revision"] is None:
-            flags["revision"] = record["commit"]  # because the newest may have changed since
+        if record["commit"]:  # because the newest, or that of a branch, may have changed since
+            flags["revision"] = record["commit"]
         for name in ("ulysses", "ring"):  # because this machine may have other GPUs
             flags.pop(name, None)
         if flags["tiled_vae"] == "auto":
@@ -310,7 +312,7 @@ def load_image_settings(file: str) -> dict:
         raise UserError(f"--from {file}: {error}") from error
     if config["base_resolution"] is None:
         del config["base_resolution"]  # because the model's default is wanted, not None
-    return flags | config | {"prompt": [prompt]}
+    return flags | config | {"prompt": [prompt], "weights": record.get("weights")}
 
 
 def load_profile(file: str, name: str | None) -> dict:

@@ -13,8 +13,9 @@ from dype.families import PIXELS_PER_TOKEN
 from dype.pipelines import acceleration
 from dype.pipelines.catalog import GUIDANCE_EMBEDS, Model
 from dype.pipelines.checkpoints import is_gguf
+from dype.pipelines.fingerprint import find_changed_weights
 from dype.sampling import records
-from dype.sampling.settings import RunSettings
+from dype.sampling.settings import RunSettings, weight_sources
 
 
 def check_run(run: RunSettings) -> None:
@@ -103,6 +104,23 @@ def read_size_and_hash(path: str, mtime_ns: int) -> tuple[int, int, str]:
     """
     image = records.open_image(path)
     return *image.size, hashlib.sha256(image.tobytes()).hexdigest()
+
+
+def check_weights(from_image: dict, explicit: dict, entry: Model) -> None:
+    """Raise UserError if the weights of a `--from` image have changed since it was generated.
+
+    Args:
+        from_image: the settings in its record, and its weights.
+        explicit: the flags; the weights that they name may be new.
+        entry: the model, of the catalog.
+    """
+    sources = weight_sources(entry.repo, from_image)
+    sources = {part: source for part, source in sources.items() if part.split()[0] not in explicit}
+    if changed := find_changed_weights(from_image, sources):
+        raise UserError(
+            f"{changed} has other weights than when the --from image was generated, expected the "
+            f"same, or the flag {changed.split()[0]} for the new ones"
+        )
 
 
 def effective_guidance(values: dict, model: Model, notes: set[str]) -> float:

@@ -1,5 +1,6 @@
 """Turn the settings of a run into a pipeline, an image and its record."""
 
+import os
 import platform
 import re
 import time
@@ -18,6 +19,7 @@ from dype.patch import apply_dype
 from dype.pipelines import acceleration, distributed, memory
 from dype.pipelines.catalog import takes_guidance
 from dype.pipelines.devices import check_device, default_device, fast_dtype
+from dype.pipelines.fingerprint import fingerprint, hash_files, is_mapped
 from dype.pipelines.loading import check_files, load_pipeline
 from dype.pipelines.memory import execution_device, set_tiling
 from dype.sampling import multipass, records, sample
@@ -57,6 +59,7 @@ def load_for_run(run: RunSettings, pixels: int, state: PartialState):
     Raises:
         UserError: the settings do not fit the checkpoint.
         UnavailableError: the machine lacks a package or a device.
+        OSError: the weights changed while they were loaded.
     """
     use_local_device = state.num_processes > 1 and state.device.type != "cpu"
     device = str(state.device) if use_local_device else run.device
@@ -64,6 +67,7 @@ def load_for_run(run: RunSettings, pixels: int, state: PartialState):
         check_device(device or default_device(), "none")
         masked = run.entry.pipeline in acceleration.MASKED_PIPELINES
         acceleration.check_attention(run.attention, device or default_device(), run.dtype, masked)
+    files = hash_weights(run)
     pipe = load_pipeline(
         run.model,
         **{name: getattr(run, name) for name in LOADING_SETTINGS},
@@ -71,6 +75,15 @@ def load_for_run(run: RunSettings, pixels: int, state: PartialState):
         loras=lora_pairs(run),
         pixels=pixels,
         entry=run.entry,
+    )
+    check_unchanged(run, files, loaded=False)
+    pipe.dype_files, pipe.dype_weights = (
+        files,
+        {
+            part: fingerprint(*source)
+            for part, source in run.weight_sources.items()
+            if part in files or part != "model"  # a model of the hub has its commit in the record
+        },
     )
     if run.cache != "off":
         print(acceleration.CACHE_WARNING.format(run.cache))
@@ -106,6 +119,9 @@ def generate_with_record(
         run: settings of the image.
         prepared: record entries that `prepare_pipeline` returned.
         encode: function from a text to its embeddings, as `sample.prompt_encoder` returns.
+
+    Raises:
+        OSError: a file of the weights changed, and it was still in use.
     """
     negative = sample.negative_prompt_for(pipe, run)
     call = {name: getattr(run, name) for name in SAMPLING_SETTINGS}
@@ -120,10 +136,40 @@ def generate_with_record(
     with acceleration.use_attention(run.attention), split:
         image = multipass.run_passes(pipe, prompt, run.passes, **call)
     seconds = time.perf_counter() - start
+    check_unchanged(run, pipe.dype_files, loaded=True)
     if run.multipass == "progressive":  # because only the first image decides where pass 2 starts
         sigmas = prepared["passes"][1]["sigmas"] = pipe.scheduler.sigmas.tolist()
         print(f"full size: {len(sigmas) - 1} of {run.steps} steps, from sigma {sigmas[0]:.2f}")
     return image, run.record | prepared | runtime_info(pipe, seconds)
+
+
+def hash_weights(run: RunSettings) -> dict[str, dict]:
+    """Return path and hash of each file of each local source that a run loads weights from."""
+    return {
+        part: hash_files(path, *rest[1:])
+        for part, (path, *rest) in run.weight_sources.items()
+        if os.path.exists(path)
+    }
+
+
+def check_unchanged(run: RunSettings, before: dict[str, dict], loaded: bool) -> None:
+    """Raise OSError if weights may be a mixture of two versions of a file.
+
+    Args:
+        run: settings of the run.
+        before: result of `hash_weights` before the weights were loaded.
+        loaded: they were complete before a file changed, so only a file matters that is still
+            mapped into memory; a file that replaced another is not.
+    """
+    for part, hashes in hash_weights(run).items():
+        earlier = before.get(part, hashes)
+        changed = [hashes[name][0] for name in hashes if hashes[name] != earlier.get(name)]
+        for path in changed:
+            if not loaded or is_mapped(path):
+                raise OSError(
+                    f"{path} was changed while its weights were in use, so no image is saved; "
+                    "wait until it is complete, and run the same command again"
+                )
 
 
 def schedule_record(scheduler, run: RunSettings) -> dict:
@@ -171,6 +217,7 @@ def runtime_info(pipe, seconds: float) -> dict:
         "peak_memory": memory.peak_bytes(device),
         "offload": pipe.dype_offload,
         "commit": snapshot and snapshot[1],
+        "weights": pipe.dype_weights,
         "device": torch.cuda.get_device_name(device) if on_cuda else str(device),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
     }

@@ -175,6 +175,11 @@ class RunSettings:
         return {"prompt": self.prompt, "flags": flags, "config": asdict(self.config)}
 
     @cached_property
+    def weight_sources(self) -> dict[str, tuple]:
+        """Return source and revision of each part of the weights, by its name in the record."""
+        return weight_sources(self.entry.repo, vars(self))
+
+    @cached_property
     def identity(self) -> dict:
         """Return all values that decide what is in the image; see `image_settings`."""
         return image_settings(self.record)
@@ -231,6 +236,20 @@ def image_settings(record: dict) -> dict:
         settings["init_image"] = f"{Path(settings['init_image']).stem}-{sha256[:12]}"
     without_effect = [row.name for row in FLAGS if not row.has_effect(settings)]
     return settings | dict.fromkeys(without_effect)
+
+
+def weight_sources(repo: str, flags: dict) -> dict[str, tuple]:
+    """Return where weights come from: name of the part in a record -> arguments of `fingerprint`.
+
+    Args:
+        repo: folder or hub id of the model.
+        flags: loading settings of a run or of a record; some may be missing.
+    """
+    sources = {"model": (repo, flags.get("revision"), flags.get("variant"))}
+    if flags.get("transformer"):
+        sources["transformer"] = (flags["transformer"],)
+    paths = (text.rpartition(":")[0] for text in flags.get("lora") or [])
+    return sources | {f"lora {i}": (path,) for i, path in enumerate(paths, 1)}
 
 
 def format_value(value) -> str:

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from dype import errors
 from dype.pipelines import distributed
+from dype.pipelines.fingerprint import find_changed_weights
 from dype.sampling import records
 from dype.sampling.run import (
     explain_out_of_memory,
@@ -24,7 +25,7 @@ from dype.sampling.run import (
     prepare_pipeline,
 )
 from dype.sampling.sample import prompt_encoder
-from dype.sampling.settings import RunSettings, image_settings
+from dype.sampling.settings import RunSettings, image_settings, weight_sources
 from dype.sweep.results import COLUMNS, RESULTS, lock_folder, read_rows, to_row, write_table
 
 Rows = dict[str, dict | None]  # file -> row of results.csv; None: not generated yet
@@ -36,7 +37,7 @@ def existing_records(runs: list[RunSettings], folder: Path, overwrite: bool) -> 
     Args:
         runs: settings of the images.
         folder: folder of the sweep.
-        overwrite: generate images again that have other settings or no record.
+        overwrite: generate images again that have other settings, other weights or no record.
 
     Raises:
         ValueError: such an image exists, and `overwrite` is False.
@@ -55,7 +56,7 @@ def existing_records(runs: list[RunSettings], folder: Path, overwrite: bool) -> 
 def read_existing_record(run: RunSettings, path: Path) -> dict | None:
     """Read the record of a run's image; return None if the image does not exist.
 
-    Raises ValueError if the image has other settings or no record.
+    Raises ValueError if the image has other settings, other weights or no record.
     """
     try:
         record = records.read_record(path)
@@ -74,7 +75,57 @@ def read_existing_record(run: RunSettings, path: Path) -> dict | None:
                 f"--{name} is {value!r}, but {path} was generated with {existing.get(name)!r}, "
                 "expected the same, --overwrite, or another --output_dir"
             )
+    check_weights(run, record, path)
     return record
+
+
+def check_weights(run: RunSettings, record: dict, path: Path) -> None:
+    """Raise ValueError if the weights of an image were others of the same name.
+
+    Args:
+        run: settings of an image of the sweep; all have the same model and LoRAs.
+        record: record of an image in the folder of the sweep.
+        path: of that image.
+    """
+    expected, sources = sources_of_record(run.record), sources_of_record(record)
+    common = [part for part in expected if expected[part] == sources.get(part)]
+    changed = find_changed_weights(record, {part: run.weight_sources[part] for part in common})
+    if changed:
+        raise ValueError(
+            f"{changed} has other weights than when {path} was generated, expected the same, "
+            "--overwrite, or another --output_dir"
+        )
+
+
+def sources_of_record(record: dict) -> dict[str, tuple]:
+    """Return the names and revisions of the weights in a record. Raises as `image_settings`."""
+    flags = record["flags"]
+    return weight_sources(flags["model"], flags)
+
+
+def read_folder(runs: list[RunSettings], folder: Path, overwrite: bool) -> list[dict]:
+    """Return the rows of results.csv, of which each image can stand beside those of a sweep.
+
+    Args:
+        runs: settings of all images of the sweep.
+        folder: folder of the sweep.
+        overwrite: accept images with other weights.
+
+    Raises:
+        ValueError: an image that is not of this sweep has other weights of the same name, or the
+            table is of an earlier version.
+    """
+    rows = read_rows(folder)
+    check_version(rows, folder)
+    paths = {folder / row["file"] for row in rows} - {folder / run.file_name for run in runs}
+    for path in sorted(paths) if not overwrite else ():
+        try:
+            record = records.read_record(path)
+            sources_of_record(record)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # because such an image is nothing that this sweep needs
+        check_weights(runs[0], record, path)
+    return rows
 
 
 def check_version(rows: list[dict], folder: Path) -> None:
@@ -103,8 +154,7 @@ def open_folder(runs: list[RunSettings], folder: Path, overwrite: bool) -> tuple
         ValueError: an image or the table is in the way.
         OSError: a file cannot be read or written.
     """
-    earlier = read_rows(folder)
-    check_version(earlier, folder)
+    earlier = read_folder(runs, folder, overwrite)
     rows: Rows = {row["file"]: row for row in earlier}
     names = []
     for run, record in zip(runs, existing_records(runs, folder, overwrite), strict=True):
@@ -262,7 +312,7 @@ def describe_plan(runs: list[RunSettings], folder: Path, overwrite: bool) -> str
     Raises:
         ValueError: an image or the table is in the way.
     """
-    check_version(read_rows(folder), folder)
+    read_folder(runs, folder, overwrite)
     pairs = [*zip(runs, existing_records(runs, folder, overwrite), strict=True)]
     finished = [(run, record) for run, record in pairs if record]
     lines = [f"  {run.file_name}{'  (finished)' * bool(record)}" for run, record in pairs]

@@ -74,7 +74,9 @@ def test_a_folder_decides_its_guidance(name, capsys):
 
 def test_a_repository_decides_its_guidance(monkeypatch, capsys):
     folder = write_folder("repo", "FluxPipeline", {"guidance_embeds": False})
-    monkeypatch.setattr(catalog, "hf_hub_download", lambda repo, file, revision: folder / file)
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda repo, file, revision: folder / file
+    )
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text("{}")
     assert run("--model", "somebody/tuned", "--guidance", "1,3.5", "--dry_run") == 2
