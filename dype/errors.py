@@ -1,6 +1,8 @@
 """Errors of a command: exceptions, one sentence on stderr, exit codes."""
 
 import argparse
+import io
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -43,6 +45,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"formatter_class": WideHelp, "allow_abbrev": False} | kwargs)
 
     def error(self, message: str) -> NoReturn:
+        if match := re.match(
+            r"argument (--[^/:]+).*: expected (one|at least one) argument$", message
+        ):
+            message = f"{match[1]} has no value, expected {match[2]}; "
+            message += f"a value that begins with a hyphen needs {match[1]}=VALUE"
         raise UserError(message)
 
 
@@ -75,6 +82,7 @@ def run_command(
         interrupted: what to do after Ctrl-C.
         rank: of this process; rank 0 alone reports errors that all processes see.
     """
+    escape_unprintable()
     try:
         return command() or 0
     except UserError as error:
@@ -90,6 +98,13 @@ def run_command(
     except KeyboardInterrupt:
         sentence = f"interrupted; {interrupted}" if interrupted else "interrupted"
         return fail(program, sentence, 130) if rank == 0 else 130
+
+
+def escape_unprintable() -> None:
+    """Let both streams write letters that their encoding lacks as \\u57ce, without an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def fail(program: str, error, code: int = 1) -> int:

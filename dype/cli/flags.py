@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 
 from dype.config import CONFIG_FLAGS, DYNAMIC_NAMES, PRESETS, Flag, flag, flags_of
-from dype.errors import Parser
+from dype.errors import Parser, UserError
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS
 from dype.sampling.settings import FLAGS, format_value
 from dype.sweep.grid import MAX_IMAGES, SWEEPS, parse_list, parse_size
@@ -59,6 +59,7 @@ EPILOG = "\n".join([
     "  Flags win over --sweep, then --preset, then --config or --from, then the model's defaults.",
     "  If a flag is repeated, the last one wins; --prompt and --lora add up.",
     "  Flag names may have hyphens instead of underscores.",
+    "  Quote a prompt with double quotes. A value that begins with a hyphen needs FLAG=VALUE.",
     "",
     "examples:",
     *(f"  # {comment}\n  {command}" for command, comment in EXAMPLES.items()),
@@ -144,12 +145,34 @@ ENCODING_FLAGS = {row.name for row in ALL_FLAGS if row.group == ENCODING_GROUP} 
 }
 # methods with DyPE as results.csv and file names spell them; `settings.split_dynamic` reads them
 GROUPS = dict.fromkeys(row.group for row in ALL_FLAGS)
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212-"  # a text editor may replace hyphens by these
+QUOTES = [
+    "''",
+    '""',
+    "``",
+    "\u2018\u2019",
+    "\u201c\u201d",
+    "\u201d\u201d",
+    "\u201e\u201c",
+    "\u00ab\u00bb",
+]
+# scripts that put no spaces between words: Thai to Burmese, Khmer, Chinese, Japanese
+UNSPACED = "[\u0e00-\u109f\u1780-\u17ff\u2e80-\uabff\uf900-\ufaff\U00020000-\U0003ffff]"
+MAX_WORDS = 3  # prompts of a single word after one --prompt
 METAVARS = {int: "N", float: "X", str: "NAME", bool: "on|off"}
 PER_MODEL_DEFAULTS = {
     "method": lambda model: model.dype_defaults["method"],
     "shift": lambda model: model.family.shift,
     "base_resolution": lambda model: model.base_resolution,
 }
+
+
+class Prompts(argparse.Action):
+    """Append the prompts of one --prompt, unless they are the words of an unquoted one."""
+
+    def __call__(self, parser, namespace, texts, option_string=None):
+        check_quotes(texts)
+        namespace.prompt = [*getattr(namespace, "prompt", []), *texts]
 
 
 class Size(argparse.Action):
@@ -196,6 +219,8 @@ def parser() -> Parser:
         options = {"metavar": (row.metavar or METAVARS[row.type]) + ",..." * takes_list}
         if row.type is bool:
             options |= {"nargs": "?", "const": "on"}
+        if row.name == "prompt":
+            options["action"] = Prompts
         if row.name in SWITCHES:
             options = {"action": "store_true"}
         names = [f"--{row.option}", *row.aliases]
@@ -211,13 +236,58 @@ def parser() -> Parser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the flags of a command line, their values as texts. Raises UserError.
 
-    Flag names may have hyphens instead of underscores.
+    Flag names may have hyphens instead of underscores; values are kept to the letter.
     """
+    command, words = parser(), []
+    for word in argv:
+        match = re.fullmatch(rf"([{DASHES}]+)(\w[\w-]*)(=.*)?", word, re.DOTALL)
+        name = match and "--" + match[2].replace("-", "_")
+        if name in command._option_string_actions:
+            if match[1] != "--":
+                raise UserError(f"{word!r} begins with {match[1]!r}, expected {name}")
+            if match[3] == "=--":  # which argparse drops
+                raise UserError(f"{name} is '--', expected another value")
+            word = name + (match[3] or "")
+        words.append(word)
+    args, extra = command.parse_known_args(words)
+    if extra:
+        text = " ".join(word if word.isprintable() else repr(word) for word in extra)
+        raise UserError(
+            f"unrecognized arguments: {text}; a value of several words needs quotes, a value that "
+            "begins with a hyphen needs FLAG=VALUE"
+        )
+    return args
 
-    def to_underscores(match):
-        return "--" + match[0][2:].replace("-", "_")
 
-    return parser().parse_args([re.sub(r"^--[a-z0-9_-]+", to_underscores, word) for word in argv])
+def check_quotes(texts: list[str]) -> None:
+    """Refuse the values of one --prompt if they are the words of a prompt without quotes.
+
+    Up to three single words may be a list of prompts, so they only get a note. Raises UserError.
+    """
+    cure = 'put double quotes around each prompt, as --prompt "a red fox" "a blue bird"'
+    for mark in ("\\", "^"):
+        if mark in texts:
+            raise UserError(
+                f"--prompt has the value {mark}, with which lines end in another shell, expected "
+                "the whole command on one line"
+            )
+    items = [text for text in texts if not re.search(r"\s", text)]
+    for first, last in QUOTES:
+        opening = [x for x in items if x.startswith(first) and not x[1:].endswith(last)]
+        closing = [x for x in items if x.endswith(last) and not x[:-1].startswith(first)]
+        if opening and closing:
+            raise UserError(
+                f"--prompt has the values {opening[0]} and {closing[-1]}, with quotes that the "
+                f"shell did not read, expected whole prompts; {cure}"
+            )
+    words = list(dict.fromkeys(x for x in items if not re.search(UNSPACED, x)))
+    if len(words) > MAX_WORDS and 2 * len(words) > len(texts):
+        raise UserError(
+            f"--prompt has {len(texts)} values, of which {len(words)} are single words, expected "
+            f"whole prompts; {cure}; for prompts of a single word repeat --prompt"
+        )
+    if len(words) > 1 and {*words} == {*texts}:
+        print(f"--prompt has {len(words)} prompts, each of a single word; for others {cure}")
 
 
 def to_values(words: dict) -> dict:

@@ -26,7 +26,7 @@ class RunSettings:
     # fmt: off
     prompt: str = flag(
         "one or more prompts", metavar="TEXT", group="image",
-        parser_options={"nargs": "+", "action": "extend"},
+        parser_options={"nargs": "+"},
         default_help=f"the authors' dark-fantasy scene (demo: {MODELS['demo'].prompt})",
     )
     negative_prompt: str | None = flag(
