@@ -1,7 +1,9 @@
 """Commands of the README and of docs/: all parse, and some of the demo model's run."""
 
+import io
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,18 @@ def test_settings_of_the_benchmark(page):
         if program == "dype.demo.evaluate" and "--help" not in words:
             for text in evaluate.parser().parse_args(words).settings:
                 assert text.removeprefix("dy_").isupper() or parse_setting(text).name == text
+
+
+@pytest.mark.parametrize(
+    "program", [run_dype, benchmark, evaluate, train, trajectories, figures, metrics]
+)
+def test_every_program_escapes_letters_that_an_encoding_lacks(program, monkeypatch):
+    """The streams are set before a program prints its first line, which is that of --help."""
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit) as exit_:
+        program.main(["--help"])
+    assert (exit_.value.code, stream.errors) == (0, "backslashreplace")
 
 
 RUN = {  # page -> words of the command to run; the space makes a second key for one page

@@ -1,5 +1,8 @@
 """Errors that all commands share, with their sentences and exit codes."""
 
+import io
+import sys
+
 import pytest
 import torch
 
@@ -76,3 +79,30 @@ def test_raise_user_errors():
 def test_parser_raises():
     with pytest.raises(UserError, match="unrecognized arguments: --x"):
         Parser().parse_args(["--x"])
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_letters_that_an_encoding_lacks_are_escaped(encoding, monkeypatch):
+    """A redirect to a file of a code page raises no error, on neither stream."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+
+    def command():
+        print("\u57ce \udce9")
+        raise UserError("--model is '\u57ce'")
+
+    assert run_command("dype.x", command) == 2
+    for stream in streams.values():
+        stream.flush()
+    assert streams["stdout"].buffer.getvalue().split() == [rb"\u57ce", rb"\udce9"]
+    assert streams["stderr"].buffer.getvalue() == b"dype.x: --model is '\\u57ce'\n"
+
+
+def test_a_missing_value_names_the_form_with_an_equals_sign():
+    parser = Parser()
+    parser.add_argument("--text", "--words")
+    parser.add_argument("--texts", nargs="+")
+    for flag in ("--text", "--texts"):
+        with pytest.raises(UserError, match=f"^{flag} has no value.* hyphen needs {flag}=VALUE$"):
+            parser.parse_args([flag, "-x"])
