@@ -28,6 +28,7 @@ from dype.pipelines.catalog import DEFAULT_MODEL, MODELS, Model, resolve_model
 from dype.sampling import multipass, records
 from dype.sampling.settings import FLAGS, RUN_FLAGS, RunSettings, format_value
 from dype.sweep import grid
+from dype.sweep.results import RESULTS
 
 CONFIG_NAMES = [field.name for field in fields(DyPEConfig)]
 OPTION_NAMES = [field.name for field in fields(RunOptions)]
@@ -85,13 +86,21 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     for note in sorted(notes):
         print(note)
     check_strengths(explicit, runs)
-    if options.sweep is None and count > 1:
+    if options.sweep is None and (count > 1 or continues_sweep(options)):
         options = replace(options, sweep="sweep")
     images: dict[str, RunSettings] = {}  # by name, because equal names mean the same image
     for run in (replace(run, prompt=prompt) for prompt in prompts for run in runs):
         first = images.setdefault(run.file_name, run)
         assert first is run or first.identity == run.identity
     return options, [*images.values()]
+
+
+def continues_sweep(options: RunOptions) -> bool:
+    """Return whether a single image belongs to a sweep: a prompts file's, or the folder's."""
+    if options.output is not None:
+        return False
+    table = Path(options.output_dir or "outputs") / RESULTS
+    return options.prompts_file is not None or table.exists()
 
 
 def split_dynamic_names(profile: dict, flags: dict) -> tuple[dict, dict]:

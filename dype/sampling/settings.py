@@ -206,7 +206,7 @@ class RunSettings:
         name = f"seed_{self.seed}_method_{self.config.name}"
         name += f"_res_{self.height}x{self.width}"
         items = self.non_defaults.items()
-        name += "".join(f"_{key}_{format_name_part(value)}" for key, value in items)
+        name += "".join(f"_{key}_{format_name_part(key, value)}" for key, value in items)
         if len(name) > MAX_NAME_LENGTH:
             name = f"{name[:MAX_NAME_LENGTH]}-{short_hash(name)}"
         return f"{name}.png"
@@ -259,12 +259,17 @@ def format_value(value) -> str:
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def format_name_part(value) -> str:
-    """Return a value for a file name: lowercase letters, digits, dots; else with a hash added."""
+def format_name_part(name: str, value) -> str:
+    """Return a value for a file name: lowercase letters, digits, dots; else with a hash added.
+
+    name: of the setting; only an init_image ends in a hash already.
+    """
     text = "+".join(value) if isinstance(value, list) else format_value(value)
     short = text if " " in text else text.rpartition("/")[2]  # the last part of a path
     words = re.sub(r"[^a-z0-9.]+", "-", short.lower()).strip("-.")[:40]
-    return words if words == text else f"{words}-{short_hash(text)}".strip("-")
+    looks_hashed = name != "init_image" and re.search(r"(^|-)[0-9a-f]{12}$", text)
+    is_unique = words == text and not looks_hashed
+    return words if is_unique else f"{words}-{short_hash(text)}".strip("-")
 
 
 def short_hash(text: str) -> str:

@@ -155,11 +155,16 @@ def parse_size(size: str) -> tuple[int, int]:
 def read_prompts(path: Path, name: str = "--prompts_file") -> list[str]:
     """Read the prompts of a file, one in each line; blank lines are ignored. Raises UserError."""
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text; save it as UTF-8"
         raise UserError(f"{name} {path} cannot be read: {reason}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    if "\0" in text:
+        raise UserError(f"{name} {path} cannot be read: it has NUL bytes; save it as UTF-8")
+    # Byte order marks stand also where files were joined. Not `splitlines`, which breaks a line
+    # at characters that stand within texts of word processors.
+    lines = [line.strip() for line in text.replace("\ufeff", "").split("\n")]
+    prompts = [line for line in lines if line]
     if not prompts:
         raise UserError(f"{name} {path} is empty, expected one prompt per line")
     return prompts

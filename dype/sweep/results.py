@@ -36,7 +36,7 @@ def to_row(run: RunSettings, record: dict | None = None, error: str = "") -> dic
     row |= {"file": run.file_name, "height": run.height, "width": run.width, "error": error}
     row["method"] = run.config.name
     changes = [(key, value) for key, value in run.non_defaults.items() if key not in LABELS]
-    words = [f"{key} {format_name_part(value)}" for key, value in changes]
+    words = [f"{key} {format_name_part(key, value)}" for key, value in changes]
     row["settings"] = ", ".join(words) or "defaults"
     row |= {name: (record or {}).get(name) for name in ("seconds", "peak_memory")}
     return {name: "" if value is None else format_value(value) for name, value in row.items()}

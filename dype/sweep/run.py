@@ -149,13 +149,18 @@ def open_folder(runs: list[RunSettings], folder: Path, overwrite: bool) -> tuple
 
     Returns:
         The rows of results.csv, new ones last, and the file names of the images to generate.
+        Images that are not of this sweep keep their rows, but not those whose file is gone.
 
     Raises:
         ValueError: an image or the table is in the way.
         OSError: a file cannot be read or written.
     """
-    earlier = read_folder(runs, folder, overwrite)
-    rows: Rows = {row["file"]: row for row in earlier}
+    earlier, current = read_folder(runs, folder, overwrite), {run.file_name for run in runs}
+    rows: Rows = {
+        row["file"]: row
+        for row in earlier
+        if row["error"] or row["file"] in current or (folder / row["file"]).exists()
+    }
     names = []
     for run, record in zip(runs, existing_records(runs, folder, overwrite), strict=True):
         rows[run.file_name] = to_row(run, record) if record else None

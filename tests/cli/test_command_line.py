@@ -238,9 +238,33 @@ def test_dry_run_names_assumed_defaults(capsys):
     assert "nothing could be read of somebody/flux" in capsys.readouterr().out
 
 
-def test_prompts_file_with_a_byte_order_mark():
-    Path("prompts.txt").write_bytes(b"\xef\xbb\xbfa red ring\n")
-    assert settings("--prompts_file", "prompts.txt").prompt == "a red ring"
+PROMPTS_FILES = {
+    "byte order mark": b"\xef\xbb\xbfa red ring\n\xef\xbb\xbfa blue disk",
+    "lines of Windows": b"a red ring\r\n\r\n  a blue disk \r\n",
+    "lines of an old Mac": b"a red ring\ra blue disk",
+    "blank lines": b"\n \t\na red ring\n\n\xe2\x80\x83\na blue disk\n\n",
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS_FILES)
+def test_prompts_files(name):
+    Path("prompts.txt").write_bytes(PROMPTS_FILES[name])
+    runs = resolve_all("--prompts_file", "prompts.txt")
+    assert [run.prompt for run in runs] == ["a red ring", "a blue disk"]
+
+
+def test_lines_of_a_prompts_file_are_kept_to_the_letter():
+    """Only the ends of a line are cut; it ends at its newline alone."""
+    lines = ["# 1", "--no-humans, 1", "a\u2028b", "a\x0bb", "a\x85b", "'a  b'", "a\tb"]
+    Path("prompts.txt").write_text("\n".join(lines), "utf-8")
+    assert [run.prompt for run in resolve_all("--prompts_file", "prompts.txt")] == lines
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32-be", "latin-1", "cp1252"])
+def test_prompts_files_in_another_encoding(encoding, capsys):
+    Path("prompts.txt").write_text("Caf\xe9 Caf\xe9\n", encoding)
+    assert run("--prompts_file", "prompts.txt") == 2
+    assert "save it as UTF-8" in capsys.readouterr().err
 
 
 def test_disk_full(folder, monkeypatch, capsys):
@@ -493,6 +517,8 @@ def test_names_tell_any_two_images_apart():
         "ab",
         "猫",
         "犬",
+        "a810bf845a30",  # the hash of the first
+        "a-b-a760b0e1e518",  # as the name of "A b" ends
         *("word " * 40 + end for end in "xy"),
     ]
     lists = ["--model", "qwen-image", "--negative_prompt", "n" * 300, "--true_cfg", "2,3"]

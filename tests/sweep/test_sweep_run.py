@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,25 +89,82 @@ def test_settings_without_a_column_of_their_own():
     assert [line.split("64x64, dy_yarn_paper, ")[1] for line in lines] == [settings[0], settings[2]]
 
 
-def test_an_edited_prompts_file(monkeypatch):
-    """New prompts are generated; images of removed prompts stay."""
-    line = [*TINY_DEMO, "--size", "64", "--output_dir", "out", "--prompts_file", "prompts.txt"]
-    Path("prompts.txt").write_text("a ring\na cross\n")
-    assert run(*line) == 0
-    before = {path.name: path.read_bytes() for path in Path("out").glob("seed_*.png")}
-    prompts, generate = [], sweep_run.generate_with_record
+@pytest.fixture
+def gray_runs(monkeypatch) -> list:
+    """Return the runs that a sweep generates, each as a gray image, without a model."""
+    runs = []
 
-    def spy(pipe, run, *args):
-        prompts.append(run.prompt)
-        return generate(pipe, run, *args)
+    def generate(pipe, run, *args):
+        runs.append(run)
+        record = run.record | {"commit": None, "tiled_vae": False, "seconds": 1, "peak_memory": 1}
+        return Image.new("RGB", (64, 64), "gray"), record
 
-    monkeypatch.setattr(sweep_run, "generate_with_record", spy)
-    Path("prompts.txt").write_text("a disk\na ring\na star\n")
-    assert run(*line) == 0
-    assert prompts == ["a disk", "a star"]
-    assert [row["prompt"] for row in table()] == ["a ring", "a cross", "a disk", "a star"]
-    for name, content in before.items():
-        assert Path("out", name).read_bytes() == content
+    pipe = SimpleNamespace(set_progress_bar_config=lambda disable: None)
+    for name in ("load_for_run", "prepare_pipeline", "prompt_encoder"):
+        monkeypatch.setattr(sweep_run, name, lambda *args: pipe)
+    monkeypatch.setattr(sweep_run, "generate_with_record", generate)
+    return runs
+
+
+def read_images() -> dict[Path, bytes]:
+    """Return the contents of all images and records."""
+    return {path: path.read_bytes() for path in Path("out").glob("seed_*")}
+
+
+EDITS = {  # lists of prompts, of which the second follows the first -> prompts that are new
+    "removed": ("a b c", "a c", ""),
+    "all but one removed": ("a b c", "b", ""),
+    "all but a new one removed": ("a b c", "d", "d"),
+    "reordered": ("a b c", "c a b", ""),
+    "replaced": ("a b c", "a d c", "d"),
+    "inserted": ("a b", "d a b", "d"),
+    "edited throughout": ("a b", "d a e", "d e"),
+    "repeated": ("a b", "b a b", ""),
+}
+FORMS = {"file": "--prompts_file prompts.txt", "flags": "--prompt={}"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("edit", EDITS)
+def test_images_are_known_by_their_settings(edit, form, gray_runs):
+    """Whatever becomes of a list, images stay, and only new ones are generated."""
+
+    def run_list(texts):
+        Path("prompts.txt").write_text("\n".join(texts))
+        words = [word.format(text) for word in FORMS[form].split() for text in texts]
+        words = words if form == "flags" else FORMS[form].split()
+        assert run(*TINY_DEMO, "--size", "64", "--output_dir", "out", *words) == 0
+
+    first, second, new = (words.split() for words in EDITS[edit])
+    run_list(first)
+    before = read_images()
+    gray_runs.clear()
+    run_list(second)
+    assert [run.prompt for run in gray_runs] == new
+    assert [row["prompt"] for row in table()] == first + new
+    assert before.items() <= read_images().items()
+    assert len(read_images()) == 2 * len(first + new)
+
+
+def test_a_shorter_list_of_seeds_generates_nothing(gray_runs):
+    line = [*TINY_DEMO, "--size", "64", "--output_dir", "out"]
+    assert run(*line, "--seed", "0-2") == 0
+    before = sorted(os.listdir("out"))
+    for seeds in ("0-1", "2,0", "1"):
+        assert run(*line, "--seed", seeds) == 0
+        assert sorted(os.listdir("out")) == before
+    assert [run.seed for run in gray_runs] == [0, 1, 2]
+    assert [row["seed"] for row in table()] == ["0", "1", "2"]
+
+
+def test_rows_go_with_their_images(gray_runs):
+    """The row of a deleted image goes, unless the command generates the image again."""
+    line = [*TINY_DEMO, "--size", "64", "--output_dir", "out"]
+    assert run(*line, "--seed", "0-2") == 0
+    for path in Path("out").glob("seed_[01]*.png"):
+        path.unlink()
+    assert run(*line, "--seed", "1-2") == 0
+    assert [row["seed"] for row in table()] == ["1", "2"]
 
 
 def test_a_folder_of_an_earlier_version(capsys):
