@@ -109,7 +109,7 @@ class RunOptions:
         "further table of --config; it wins over [default]", None
     )
     from_: str | None = flag(
-        "image of this program; its prompt and settings apply", None, metavar="FILE.png"
+        "image of this program, or its .json; its prompt and settings apply", None, metavar="FILE"
     )
     output_dir: str | None = flag(
         "output folder",

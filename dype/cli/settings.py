@@ -298,8 +298,8 @@ def check_strengths(explicit: dict, runs: list[RunSettings]) -> None:
 def load_image_settings(file: str) -> dict:
     """Return the settings in an image's record, checked. Raises UserError."""
     try:
-        record = records.read_record(Path(file))
-        flags, prompt = dict(record["flags"]), record["prompt"]
+        record, source = records.find_record(Path(file))
+        flags, prompt = {**record["flags"]}, record["prompt"]
         config = DyPEConfig.from_dict(record["config"]).to_dict()
         if record["commit"]:  # because the newest, or that of a branch, may have changed since
             flags["revision"] = record["commit"]
@@ -311,14 +311,18 @@ def load_image_settings(file: str) -> dict:
         for row in FLAGS:
             if row.name in values:
                 value = values[row.name]
+                if row.name == "lora" and not isinstance(value, list):
+                    raise TypeError
                 for item in value if row.name == "lora" else [value]:
                     row.check(item, "--")
     except OSError as error:
         raise UserError(f"--from {file} cannot be read: {error.strerror or error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"--from {file} carries no complete settings") from error
     except ValueError as error:
         raise UserError(f"--from {file}: {error}") from error
+    if source != Path(file):
+        print(f"--from {file} carries no settings, so those of {source} apply")
     if config["base_resolution"] is None:
         del config["base_resolution"]  # because the model's default is wanted, not None
     return flags | config | {"prompt": [prompt], "weights": record.get("weights")}

@@ -81,10 +81,35 @@ def read_record(path: str | Path) -> dict:
         raise ValueError("it is not a PNG image") from error
     if text is None:
         raise ValueError("it carries no settings of this program")
+    return parse_json(text)
+
+
+def parse_json(text: str | bytes) -> dict:
+    """Decode a record. Raises ValueError."""
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError("its settings are not JSON") from error
+
+
+def find_record(path: Path) -> tuple[dict, Path]:
+    """Return the record of an image and the file that holds it.
+
+    The file is the PNG itself, or the JSON beside a copy in another format or without text chunks.
+    `path` may also be the JSON. Raises ValueError if there is no record, OSError.
+    """
+    if path.suffix.lower() == ".json":
+        return parse_json(path.read_bytes()), path
+    try:
+        return read_record(path), path
+    except ValueError as error:
+        beside = path.with_suffix(".json")
+        if not beside.is_file():
+            raise ValueError(
+                f"{error}, and there is no {beside.name} beside it; expected an image of this "
+                "program as it was saved, or its .json"
+            ) from error
+    return parse_json(beside.read_bytes()), beside
 
 
 def read_png(path: Path) -> Image.Image:

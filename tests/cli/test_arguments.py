@@ -161,6 +161,9 @@ BROKEN = {
     "dtype unknown": lambda record: record["flags"].update(dtype="float8"),
     "device a number": lambda record: record["flags"].update(device=[0]),
     "setting unknown": lambda record: record["config"].update(kappa=1),
+    "lora a text": lambda record: record["flags"].update(lora="abc"),
+    "flags a text": lambda record: record.update(flags="ab"),
+    "alpha of 400 digits": lambda record: record["config"].update(alpha=10**400),
 }
 
 
@@ -174,10 +177,69 @@ def test_broken_records(name, calls, capsys):
     info = PngImagePlugin.PngInfo()
     info.add_itxt(records.PNG_CHUNK, json.dumps(record))
     Image.new("RGB", (8, 8)).save("spoiled.png", pnginfo=info)
+    Path("alone.json").write_text(json.dumps(record))
+    calls.clear()
+    for file in ("spoiled.png", "alone.json"):
+        capsys.readouterr()
+        assert run_dype.main(["--from", file, "--output", "b.png"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert not calls
+
+
+COPIES = {  # file -> what to do with the image "a.png" so that it is a copy without settings
+    "a.json": lambda image: None,
+    "a.png": lambda image: image.save("a.png"),
+    "a.jpg": lambda image: image.save("a.jpg"),
+    "a.webp": lambda image: image.save("a.webp"),
+}
+
+
+@pytest.mark.parametrize("file", COPIES)
+def test_from_the_record_beside_a_copy(file, calls, capsys):
+    """A JSON, a PNG without its text, and other formats have the settings of the JSON."""
+    assert run_dype.main([*FLAGS, "--output", "a.png"]) == 0
+    first = dict(calls)
+    with Image.open("a.png") as image:
+        copy = Image.new("RGB", image.size)
+    COPIES[file](copy)
     calls.clear()
     capsys.readouterr()
-    assert run_dype.main(["--from", "spoiled.png", "--output", "b.png"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert run_dype.main(["--from", file, "--output", "b.png"]) == 0
+    assert calls == first
+    assert ("those of a.json apply" in capsys.readouterr().out) == (file != "a.json")
+
+
+def save_with_text(path, **texts):
+    info = PngImagePlugin.PngInfo()
+    for name, text in texts.items():
+        info.add_text(name, text)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+
+
+WITHOUT_SETTINGS = {  # file -> how to write it, words of the sentence
+    "a1111.png": (lambda path: save_with_text(path, parameters="a cat"), "is no a1111.json"),
+    "comfy.png": (lambda path: save_with_text(path, prompt="{}", workflow="{}"), "no comfy.json"),
+    "photo.jpg": (lambda path: Image.new("RGB", (8, 8)).save(path), "is no photo.json"),
+    "cut.png": (lambda path: Path(path).write_bytes(b"\x89PNG\r\n\x1a\n"), "cut.png"),
+    "comfy.json": (lambda path: Path(path).write_text('{"nodes": []}'), "no complete settings"),
+    "list.json": (lambda path: Path(path).write_text("[]"), "no complete settings"),
+    "cut.json": (lambda path: Path(path).write_text('{"flags": {'), "not JSON"),
+    "deep.json": (lambda path: Path(path).write_text("[" * 200_000), "not JSON"),
+    "empty.json": (lambda path: Path(path).write_text(""), "not JSON"),
+    "bytes.json": (lambda path: Path(path).write_bytes(bytes(range(256))), "not JSON"),
+    "folder.json": (lambda path: Path(path).mkdir(), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("file", WITHOUT_SETTINGS)
+def test_from_a_file_without_settings(file, calls, capsys):
+    write, words = WITHOUT_SETTINGS[file]
+    write(file)
+    assert run_dype.main(["--from", file, "--output", "b.png"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"run_dype.py: --from {file}")
+    assert words in err
+    assert err.count("\n") == 1
     assert not calls
 
 
