@@ -84,7 +84,7 @@ def generate_one(options: RunOptions, run: RunSettings) -> int:
     if state.is_main_process:
         if not options.overwrite:  # another run may have taken the name in the meantime
             path = records.next_free_path(path)
-        records.save_image(image, record, path)
+        records.save_image(image, None if options.no_metadata else record, path)
     print(f"{path}  {record['seconds']:.1f} s")
     # Not in a `finally`, because after an error the other processes may have ended.
     state.destroy_process_group()
@@ -129,7 +129,8 @@ def output_path(options: RunOptions, run: RunSettings) -> Path:
     Raises UserError or OSError if it cannot be written.
     """
     if options.output is None:
-        path = Path(options.output_dir or "outputs") / run.file_name
+        name = "image.png" if options.no_metadata else run.file_name
+        path = Path(options.output_dir or "outputs") / name
         path = path if options.overwrite else records.next_free_path(path)
     else:
         path = Path(options.output)

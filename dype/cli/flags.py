@@ -122,6 +122,10 @@ class RunOptions:
         default_help="seed_S_method_M_res_HxW.png in the output folder, plus each setting that "
         "differs from its default, plus _2, _3, ... if that file exists",
     )
+    no_metadata: bool = flag(
+        "write no prompt and no setting: a PNG without text, no JSON, the name image.png; one "
+        "image only, which --from cannot repeat", False
+    )
     overwrite: bool = flag(
         "replace existing files; a sweep replaces only images of other settings", False
     )

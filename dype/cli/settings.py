@@ -86,8 +86,7 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     for note in sorted(notes):
         print(note)
     check_strengths(explicit, runs)
-    if options.sweep is None and (count > 1 or continues_sweep(options)):
-        options = replace(options, sweep="sweep")
+    options = name_sweep(options, count)
     images: dict[str, RunSettings] = {}  # by name, because equal names mean the same image
     for run in (replace(run, prompt=prompt) for prompt in prompts for run in runs):
         first = images.setdefault(run.file_name, run)
@@ -95,12 +94,20 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     return options, [*images.values()]
 
 
-def continues_sweep(options: RunOptions) -> bool:
-    """Return whether a single image belongs to a sweep: a prompts file's, or the folder's."""
-    if options.output is not None:
-        return False
+def name_sweep(options: RunOptions, count: int) -> RunOptions:
+    """Return the options, with "sweep" as the name of a sweep that has none.
+
+    A single image is a sweep too if it is of a prompts file or in the folder of a sweep, because a
+    longer list may have become so short. Raises ValueError for a sweep without metadata.
+    """
     table = Path(options.output_dir or "outputs") / RESULTS
-    return options.prompts_file is not None or table.exists()
+    may_resume = options.output is None and not options.no_metadata
+    resumes = may_resume and (options.prompts_file is not None or table.exists())
+    if options.sweep is None and (count > 1 or resumes):
+        options = replace(options, sweep="sweep")
+    if options.sweep and options.no_metadata:
+        raise ValueError("--no_metadata is for one image, expected no list: a sweep needs records")
+    return options
 
 
 def split_dynamic_names(profile: dict, flags: dict) -> tuple[dict, dict]:

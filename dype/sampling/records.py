@@ -30,14 +30,23 @@ def next_free_path(path: Path) -> Path:
     return free
 
 
-def save_image(image: Image.Image, record: dict, path: Path) -> None:
-    """Write PATH.json, then PATH.png, so that an image always has its record. Raises OSError."""
-    text = to_json(record)
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt(PNG_CHUNK, text.decode())
+def save_image(image: Image.Image, record: dict | None, path: Path) -> None:
+    """Write PATH.json, then PATH.png, so that an image always has its record. Raises OSError.
+
+    Args:
+        image: any size.
+        record: None writes neither the JSON nor text in the PNG, and deletes an earlier JSON.
+        path: of the PNG.
+    """
+    info, contents = PngImagePlugin.PngInfo(), {}
+    if record is not None:
+        contents[path.with_suffix(".json")] = to_json(record)
+        info.add_itxt(PNG_CHUNK, to_json(record).decode())
     png = io.BytesIO()
     image.save(png, "png", pnginfo=info)
-    write_atomically({path.with_suffix(".json"): text, path: png.getvalue()})
+    write_atomically(contents | {path: png.getvalue()})
+    if record is None:
+        path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def to_json(record: dict) -> bytes:

@@ -145,6 +145,42 @@ def test_two_runs_at_once_overwrite_nothing(calls, monkeypatch):
     assert records.read_record(f"{name}.png")["prompt"] == "x"
 
 
+def png_chunks(path) -> list[str]:
+    """Return the types of a PNG's chunks."""
+    data, types, start = Path(path).read_bytes(), [], 8
+    while start < len(data):
+        types.append(data[start + 4 : start + 8].decode())
+        start += 12 + int.from_bytes(data[start : start + 4])
+    return types
+
+
+def test_no_metadata(calls):
+    """Neither PNG, name nor further files tell the prompt, the settings or a path."""
+    line = [*FLAGS, "--no_metadata"]
+    for name in ("image.png", "image_2.png"):
+        assert run_dype.main(line) == 0
+        assert {*png_chunks(f"outputs/{name}")} == {"IHDR", "IDAT", "IEND"}
+    assert sorted(path.name for path in Path("outputs").iterdir()) == ["image.png", "image_2.png"]
+    assert run_dype.main([*FLAGS, "--output", "a.png"]) == 0
+    assert "iTXt" in png_chunks("a.png")
+    assert run_dype.main([*line, "--output", "a.png"]) == 2
+    assert Path("a.json").exists()
+    assert run_dype.main([*line, "--output", "a.png", "--overwrite"]) == 0
+    assert "iTXt" not in png_chunks("a.png")
+    assert not Path("a.json").exists()  # because it is the record of the earlier image
+
+
+@pytest.mark.parametrize("words", ["--seed 1,2", "--sweep methods", "--prompts_file two.txt"])
+def test_no_metadata_of_a_sweep(words, calls, capsys):
+    Path("two.txt").write_text("a\nb")
+    assert run_dype.main(["--model", "demo", "--no_metadata", *words.split()]) == 2
+    assert "--no_metadata is for one image" in capsys.readouterr().err
+    assert not calls
+    assert [path.name for path in Path().iterdir()] == ["two.txt"]
+    Path("two.txt").write_text("a")
+    assert run_dype.main(["--model", "demo", "--no_metadata", "--prompts_file", "two.txt"]) == 0
+
+
 BROKEN = {
     "empty": lambda record: {},
     "no list": lambda record: [record],
