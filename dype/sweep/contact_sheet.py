@@ -2,13 +2,13 @@
 
 import io
 import re
-import textwrap
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from dype.pipelines import memory
 from dype.sampling import records
+from dype.sweep import labels
 from dype.sweep.results import (
     COLUMNS,
     LABELS,
@@ -103,47 +103,43 @@ def contact_sheets(rows: list[dict], folder: Path, size: tuple, columns: str | N
     """
     line_labels, column_labels, grid = arrange_grid(rows, columns)
     step = int(columns) if columns and columns.isdecimal() else MAX_COLUMNS
+    count = len(line_labels) * min(step, len(column_labels))
+    side = max(64, min(320, int((40e6 / count) ** 0.5)))  # px of the longer side
+    height, width = (max(1, round(side * length / max(size))) for length in size)
+    lines = labels.wrap_all(line_labels, FONT, 480, 1)
+    heads = labels.wrap_all(column_labels, FONT, max(72, width), 3)
     slices = [slice(first, first + step) for first in range(0, len(column_labels), step)]
-    return [draw_sheet(line_labels, column_labels[s], grid[s], folder, size) for s in slices]
+    return [draw_sheet(lines, heads[s], grid[s], folder, (width, height)) for s in slices]
 
 
 def draw_sheet(
-    line_labels: list, column_labels: list, grid: list, folder: Path, size: tuple
+    line_labels: list, column_labels: list, grid: list, folder: Path, size: tuple[int, int]
 ) -> Image.Image:
     """Draw one sheet; a failed image is a box with the reason.
 
     Args:
-        line_labels: label of each line, cut to one line of text.
-        column_labels: label of each column, cut to three lines of text.
+        line_labels: label of each line, as a list of its lines of text.
+        column_labels: label of each column, the same.
         grid: for each column its rows of results.csv, or None.
         folder: folder of the sweep.
-        size: height and width of the images in px.
+        size: width and height of the images on the sheet in px.
     """
-    count = len(line_labels) * len(column_labels)
-    side = max(64, min(320, int((40e6 / count) ** 0.5)))  # px of the longer side
-    height, width = (max(1, round(side * length / max(size))) for length in size)
-    font = ImageFont.load_default(FONT)
-    line_labels = [wrap_label(label, 60, 1) for label in line_labels]
-    column_labels = [wrap_label(label, width // 9, 3) for label in column_labels]
-    left = GAP + max(round(font.getlength(label)) + GAP for label in line_labels)
-    top = GAP + (FONT + GAP // 2) * max(label.count("\n") + 1 for label in column_labels)
+    width, height = size
+    step = FONT + GAP // 2
+    left = GAP + max(round(labels.measure(line, FONT)) + GAP for [line] in line_labels)
+    top = GAP + step * max(map(len, column_labels))
     shape = left + len(column_labels) * (width + GAP), top + len(line_labels) * (height + GAP)
     sheet = Image.new("RGB", shape, "white")
     pen = ImageDraw.Draw(sheet)
     xs, ys = range(left, sheet.width, width + GAP), range(top, sheet.height, height + GAP)
     for x, label, column in zip(xs, column_labels, grid, strict=True):
-        pen.text((x, GAP // 2), label, "black", font)
+        labels.draw(pen, (x, GAP // 2), label, FONT, step)
         for y, row in zip(ys, column, strict=True):
             if row is not None:
-                sheet.paste(thumbnail(row, folder, (width, height)), (x, y))
+                sheet.paste(thumbnail(row, folder, size), (x, y))
     for y, label in zip(ys, line_labels, strict=True):
-        pen.text((GAP, y), label, "black", font)
+        labels.draw(pen, (GAP, y), label, FONT, step)
     return sheet
-
-
-def wrap_label(label: str, letters: int, max_lines: int) -> str:
-    """Wrap a label to lines of at most `letters` letters, and cut it after `max_lines` lines."""
-    return textwrap.fill(label, max(8, letters), max_lines=max_lines, placeholder="...")
 
 
 def thumbnail(row: dict, folder: Path, size: tuple[int, int]) -> Image.Image:
@@ -155,8 +151,8 @@ def thumbnail(row: dict, folder: Path, size: tuple[int, int]) -> Image.Image:
         except OSError:
             reason = f"{row['file']} is missing"
     box = Image.new("RGB", size, "lightgray")
-    text = "\n".join(textwrap.wrap(reason, max(8, size[0] // 9))[:10])
-    ImageDraw.Draw(box).multiline_text((4, 4), text, "black", ImageFont.load_default(FONT - 2))
+    lines = labels.wrap(reason, FONT - 2, max(64, size[0] - 8), 10)
+    labels.draw(ImageDraw.Draw(box), (4, 4), lines, FONT - 2, FONT)
     return box
 
 
