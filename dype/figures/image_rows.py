@@ -1,10 +1,11 @@
 """Figures of images in rows, with enlarged crops, from the folder of a finished sweep."""
 
-import textwrap
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -12,6 +13,7 @@ from PIL import Image
 from dype.config import DyPEConfig, has_kappa
 from dype.figures import style
 from dype.sampling import records
+from dype.sweep import labels
 from dype.sweep.results import COLUMNS, read_rows
 
 MIDDLE = "0.4,0.4,0.2"
@@ -156,8 +158,8 @@ def draw_grid(grid: list[list[dict]], folder: Path, crops: list[str]) -> Figure:
     for line_index, line in enumerate(grid):
         top, first = head + line_index * block, line[0]
         caption = f"{first['prompt']}, seed {first['seed']}, {first['width']}x{first['height']}"
-        caption = textwrap.shorten(caption, 110, placeholder=" ...")
-        figure.text(GAP, height - top - LINE, caption, **inches, color="dimgray")
+        caption = cut_caption(caption, 110)
+        figure.text(GAP, height - top - LINE, caption, **inches, color="dimgray", parse_math=False)
         for column, row in enumerate(line):
             left, image_top = GAP + column * (width + GAP), top + LINE + GAP
             image, config = open_with_config(folder / row["file"])
@@ -174,6 +176,19 @@ def draw_grid(grid: list[list[dict]], folder: Path, crops: list[str]) -> Figure:
                 draw_frame(crop_axes, (0, 0, side), k, 3)
                 draw_frame(axes, (x, y, side), k, 1.2)
     return figure
+
+
+def cut_caption(text: str, letters: int) -> str:
+    """Cut a text to a number of letters; letters that the font lacks are escapes."""
+    path = font_manager.findfont(font_manager.FontProperties())
+    texts = [
+        labels.show_letter(letter, labels.has_letter(path, letter))
+        for letter in " ".join(text.split())
+    ]
+    if len("".join(texts)) <= letters:
+        return "".join(texts)
+    count = sum(end <= letters - 4 for end in accumulate(map(len, texts)))
+    return "".join(texts[:count]).rstrip() + " ..."
 
 
 def place_image(

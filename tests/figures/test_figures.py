@@ -510,6 +510,30 @@ def test_image_rows(tmp_path):
     assert (*square.get_xy(), square.get_width(), square.get_height()) == (32, 12, 24, 24)
 
 
+CAPTIONS = {  # prompt -> begin and end of its caption
+    "a caf\xe9 for $5, or $\\frac{1$": ("a caf\xe9 for $5, or $\\frac{1$, seed", "48"),
+    "\u57ce": (r"\u57ce, seed", "48"),
+    "word " * 50: ("word word", " ..."),
+    "a" * 200: ("aaaa", "aaaa ..."),
+    "\u57ce" * 100: (r"\u57ce\u57ce", r"\u57ce ..."),
+}
+
+
+@pytest.mark.parametrize("prompt", CAPTIONS)
+def test_captions(prompt, tmp_path):
+    """Captions are kept to the letter; missing letters are escapes; long ones are cut."""
+    folder = write_sweep(tmp_path / "out")
+    rows = [row | {"prompt": prompt} for row in results.read_rows(folder)[:6]]
+    results.write_table(folder / "results.csv", results.COLUMNS, rows)
+    figure = image_rows.FIGURES["fig1"](folder)
+    caption = figure.texts[0].get_text()
+    begin, end = CAPTIONS[prompt]
+    assert caption.startswith(begin)
+    assert caption.endswith(end)
+    assert len(caption) <= 110
+    style.save(figure, tmp_path / "a.png")
+
+
 TITLES = {  # settings -> lines above a column
     ("base", True): ("stock", "base"),
     ("yarn", False): ("static", "yarn"),
