@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from fnmatch import fnmatch
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -131,6 +132,14 @@ def test_package_includes_every_folder_and_the_weights():
     [pattern] = [pattern for pattern in patterns if "*" in pattern]
     files = {path for path in (PACKAGE / "demo").glob(pattern) if path.is_file()}
     assert files == {path for path in (PACKAGE / "demo" / "weights").rglob("*") if path.is_file()}
+
+
+def test_package_includes_no_other_folder():
+    """Images in `outputs/`, or a folder of the user, do not end `pip install .`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    include = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()} | {"outputs", "runs"}
+    assert [name for name in folders for pattern in include if fnmatch(name, pattern)] == ["dype"]
 
 
 def test_pins_are_within_the_ranges():
