@@ -284,6 +284,9 @@ def check_quotes(texts: list[str]) -> None:
                 f"--prompt has the values {opening[0]} and {closing[-1]}, with quotes that the "
                 f"shell did not read, expected whole prompts; {cure}"
             )
+    for text in items:
+        if len(text) > 1 and text[0] + text[-1] in QUOTES:
+            print(f"--prompt is {text} with these quotes, which the shell did not read")
     words = list(dict.fromkeys(x for x in items if not re.search(UNSPACED, x)))
     if len(words) > MAX_WORDS and 2 * len(words) > len(texts):
         raise UserError(

@@ -232,7 +232,7 @@ def draw_frame(axes, box: tuple[int, int, int], k: int, line_width: float) -> No
 def open_with_config(path: Path) -> tuple[Image.Image, DyPEConfig]:
     """Return an image and the config in its record. Raise ValueError if it has none."""
     try:
-        config = DyPEConfig.from_dict(records.read_record(path)["config"])
+        config = DyPEConfig.from_dict(records.find_record(path)[0]["config"])
         return records.read_png(path), config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be shown: {error}") from error

@@ -121,6 +121,15 @@ def find_record(path: Path) -> tuple[dict, Path]:
     return parse_json(beside.read_bytes()), beside
 
 
+def read_png_size(path: Path) -> tuple[int, int]:
+    """Return width and height of a PNG. Raises ValueError for another format, OSError."""
+    try:
+        with path.open("rb") as file, PngImagePlugin.PngImageFile(file) as image:
+            return image.size
+    except SyntaxError as error:
+        raise ValueError("it is not a PNG image") from error
+
+
 def read_png(path: Path) -> Image.Image:
     """Read an image of this program in RGB, whatever its size. Raises OSError."""
     try:

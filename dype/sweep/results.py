@@ -84,7 +84,7 @@ def read_table(path: Path, columns: list[str]) -> list[dict]:
     if not path.exists():
         return []
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")  # spreadsheets write a byte order mark
         if path.name == RESULTS and "settings" not in text.partition("\n")[0]:
             # Earlier versions appended lines, so a kill may have left half of the last one.
             text = text[: text.rfind("\n") + 1]

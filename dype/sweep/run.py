@@ -56,11 +56,15 @@ def existing_records(runs: list[RunSettings], folder: Path, overwrite: bool) -> 
 def read_existing_record(run: RunSettings, path: Path) -> dict | None:
     """Read the record of a run's image; return None if the image does not exist.
 
+    The record of a PNG without text is its JSON, if that is of the same size.
     Raises ValueError if the image has other settings, other weights or no record.
     """
     try:
-        record = records.read_record(path)
+        record, source = records.find_record(path)
         existing = image_settings(record)
+        size = existing["width"], existing["height"]
+        if source != path and records.read_png_size(path) != size:
+            raise ValueError(f"it carries no settings, and is not of the size in {source.name}")
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

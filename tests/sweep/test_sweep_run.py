@@ -111,6 +111,18 @@ def read_images() -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in Path("out").glob("seed_*")}
 
 
+def test_an_image_without_its_text_is_known_by_its_json(gray_runs):
+    """A program that makes PNGs smaller may remove their text."""
+    line = [*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
+    assert run(*line) == 0
+    for path in Path("out").glob("seed_*.png"):
+        Image.new("RGB", (64, 64)).save(path)
+    before = read_images()
+    assert run(*line) == 0
+    assert read_images() == before
+    assert [run.seed for run in gray_runs] == [0, 1]
+
+
 EDITS = {  # lists of prompts, of which the second follows the first -> prompts that are new
     "removed": ("a b c", "a c", ""),
     "all but one removed": ("a b c", "b", ""),
@@ -212,6 +224,14 @@ def test_a_foreign_image_stays(name, capsys):
     assert path.read_bytes() == before
     assert run(*line, "--overwrite") == 0
     assert records.read_record(path)["flags"]["seed"] == 0
+
+
+def test_a_table_that_a_spreadsheet_has_saved(gray_runs):
+    """It has a byte order mark and other line ends."""
+    assert run(*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 0
+    path, rows = Path("out/results.csv"), results.read_rows(Path("out"))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert results.read_rows(Path("out")) == rows
 
 
 def test_a_metric_named_like_a_column():
