@@ -21,7 +21,7 @@ SUFFIXES = (".ttf", ".otf", ".ttc")
 # fonts with many letters come first, and fonts of another style than the regular one last
 PREFERRED = ("dejavusans.", "notosans-regular", "notosanscjk", "arialuni", "arial unicode", "msyh.")
 STYLES = ("bold", "italic", "oblique", "black", "light", "thin", "mono", "serif", "condensed")
-BOXES = ("lastresort", "blank")  # fonts whose letters are all alike
+BOXES = ("lastresort", "adobeblank", "notdef")  # fonts whose letters are all alike
 MAX_FONTS = 500
 FIND_SIZE = 16  # px, at which a letter is compared with the box
 NO_LETTER = "\U0010ffff"  # no font has it, so it is drawn as the box of a missing letter
@@ -48,7 +48,7 @@ def font_files() -> list[str]:
         for root in folders
         for folder, _, names in os.walk(root)
         for name in names
-        if name.lower().endswith(SUFFIXES) and not name.lower().startswith(BOXES)
+        if name.lower().endswith(SUFFIXES) and not any(box in name.lower() for box in BOXES)
     ]
     return sorted(paths, key=font_rank)[:MAX_FONTS]
 
