@@ -60,11 +60,11 @@ def wrap(text: str, width=10_000, max_lines=3) -> list[str]:
 
 def test_a_font_of_the_system_has_the_letters(fonts):
     """Letters that Pillow's font lacks come from the first font that has them."""
-    write_font(fonts / "serif.ttf", "\u57ce\u732b")
+    write_font(fonts / "a-serif.ttf", "\u57ce\u732b")
     write_font(fonts / "regular.ttf", "\u57ce")
     (fonts / "broken.ttf").write_bytes(b"no font")
     write_font(fonts / "lastresort.ttf", "\u72ac\u57ce")
-    serif, regular = str(fonts / "serif.ttf"), str(fonts / "regular.ttf")
+    serif, regular = str(fonts / "a-serif.ttf"), str(fonts / "regular.ttf")
     assert labels.wrap("\u57ce", 16, 999, 1) == [[("\u57ce", regular)]]
     assert labels.wrap("a \u57ce", 16, 999, 1) == [[("a ", ""), ("\u57ce", regular)]]
     assert labels.wrap("\u57ce\u732b", 16, 999, 1) == [[("\u57ce\u732b", serif)]]
@@ -94,6 +94,12 @@ ESCAPES = {  # text -> its line where the system has no font
 @pytest.mark.parametrize("text", ESCAPES)
 def test_letters_that_no_font_has_are_escaped(text):
     assert wrap(text) == [ESCAPES[text]]
+
+
+def test_a_mark_that_no_font_has_is_escaped(fonts):
+    """Beside a mark that it lacks, a font may draw a dotted circle."""
+    write_font(fonts / "circle.ttf", "\u25cc")
+    assert wrap("\u0928\u0947") == [r"\u0928\u0947"]
 
 
 def test_composed_and_decomposed_letters_are_alike(fonts):
