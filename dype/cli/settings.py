@@ -27,8 +27,7 @@ from dype.pipelines import distributed
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS, Model, resolve_model
 from dype.sampling import multipass, records
 from dype.sampling.settings import FLAGS, RUN_FLAGS, RunSettings, format_value
-from dype.sweep import grid
-from dype.sweep.results import RESULTS
+from dype.sweep import grid, results
 
 CONFIG_NAMES = [field.name for field in fields(DyPEConfig)]
 OPTION_NAMES = [field.name for field in fields(RunOptions)]
@@ -100,14 +99,21 @@ def name_sweep(options: RunOptions, count: int) -> RunOptions:
     A single image is a sweep too if it is of a prompts file or in the folder of a sweep, because a
     longer list may have become so short. Raises ValueError for a sweep without metadata.
     """
-    table = Path(options.output_dir or "outputs") / RESULTS
     may_resume = options.output is None and not options.no_metadata
-    resumes = may_resume and (options.prompts_file is not None or table.exists())
+    resumes = may_resume and (options.prompts_file is not None or has_sweep(options.output_dir))
     if options.sweep is None and (count > 1 or resumes):
         options = replace(options, sweep="sweep")
     if options.sweep and options.no_metadata:
         raise ValueError("--no_metadata is for one image, expected no list: a sweep needs records")
     return options
+
+
+def has_sweep(folder: str | None) -> bool:
+    """Return whether a folder has the table of a sweep that can be continued."""
+    try:
+        return any(row["settings"] for row in results.read_rows(Path(folder or "outputs")))
+    except (OSError, ValueError):  # because another table is not in the way of a single image
+        return False
 
 
 def split_dynamic_names(profile: dict, flags: dict) -> tuple[dict, dict]:

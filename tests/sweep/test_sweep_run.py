@@ -169,6 +169,15 @@ def test_a_shorter_list_of_seeds_generates_nothing(gray_runs):
     assert [row["seed"] for row in table()] == ["0", "1", "2"]
 
 
+def test_another_table_is_not_in_the_way_of_a_single_image():
+    """A single image joins only a sweep that can be continued."""
+    Path("out").mkdir()
+    Path("out/results.csv").write_text("a,b\n1,2\n")
+    assert run(*TINY_DEMO, "--size", "64", "--output_dir", "out") == 0
+    assert len(read_images()) == 2
+    assert Path("out/results.csv").read_text() == "a,b\n1,2\n"
+
+
 def test_rows_go_with_their_images(gray_runs):
     """The row of a deleted image goes, unless the command generates the image again."""
     line = [*TINY_DEMO, "--size", "64", "--output_dir", "out"]
