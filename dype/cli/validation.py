@@ -78,8 +78,7 @@ def hash_init_image(values: dict, expected: str | None) -> str:
     try:
         wide, high, sha256 = read_size_and_hash(file, Path(file).stat().st_mtime_ns)
     except OSError as error:
-        reason = error.strerror or "it is no image"
-        raise UserError(f"--init_image {file} cannot be read: {reason}") from error
+        raise UserError(f"--init_image {file} cannot be read: {error.strerror or error}") from error
     if expected not in (None, sha256):
         raise UserError(
             f"--init_image {file} has changed since the --from image was generated, expected the "

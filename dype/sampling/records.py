@@ -4,11 +4,17 @@ import io
 import json
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
+
+from dype.sampling import images
 
 PNG_CHUNK = "dype"  # name of the PNG's text chunk
+MAX_PIXELS = 16384**2  # of the largest image that this program generates
+# what Pillow raises for a broken image beside OSError
+BROKEN_IMAGE_ERRORS = (ValueError, SyntaxError, RuntimeError, LookupError, TypeError, EOFError)
 
 
 def check_writable(folder: Path) -> None:
@@ -140,9 +146,20 @@ def read_png(path: Path) -> Image.Image:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read an image of any format in RGB, rotated upright by its EXIF data. Raises OSError."""
+    """Read an image of any format and of up to `MAX_PIXELS`, as `images.decode` does.
+
+    Raises OSError, with the reason if there is no `strerror`.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise OSError(str(error)) from error
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above it, and raises above twice
+        with warnings.catch_warnings(action="ignore"):  # of large images, and before errors
+            return images.decode(path)
+    except Image.UnidentifiedImageError as error:
+        raise OSError("it is no image of a format that Pillow reads") from error
+    except Image.DecompressionBombError as error:
+        raise OSError(f"it has more than {MAX_PIXELS} pixels") from error
+    except BROKEN_IMAGE_ERRORS as error:
+        raise OSError(" ".join(str(error).split()) or "it is broken") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

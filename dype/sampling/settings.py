@@ -52,7 +52,8 @@ class RunSettings:
         "maximum number of text tokens; 1 to the model's limit", low=1, high=1024
     )
     init_image: str | None = flag(
-        "image to upscale to the size and refine", None, metavar="FILE",
+        "image to upscale to the size and refine; transparent parts become white, colors sRGB",
+        None, metavar="FILE",
         default_help="none, start from noise",
     )
     strength: float = flag(
