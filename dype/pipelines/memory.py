@@ -4,6 +4,7 @@ Two estimates were not measured here: ACTIVATION_BYTES_PER_PIXEL, and the attent
 `decode_bytes`.
 """
 
+import math
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,11 @@ import torch
 ACTIVATION_BYTES_PER_PIXEL = 1024
 GIB = 2**30
 QWEN_TILE = 1024  # px
+CGROUPS, PROCESS_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CGROUP_FILES = (  # of version 2 and 1: limit, usage, and the cache that memory.stat counts in it
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 OFFLOADS = ("none", "model", "group", "sequential")  # from the fastest to the least memory
 
 
@@ -26,12 +32,46 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
 
 
 def available_bytes(device: str | torch.device) -> int:
-    """Return free bytes on a CUDA device (unused allocator cache included), else of the system."""
+    """Return free bytes on a CUDA device (unused allocator cache included), else of main memory.
+
+    The main memory of a container is what its limit leaves.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available
+    return min(psutil.virtual_memory().available, cgroup_available_bytes())
+
+
+def cgroup_available_bytes() -> float:
+    """Return the bytes that the limits of this process's control groups leave; inf without any.
+
+    Every group above limits too. Cached files that are not in use count as free, as in psutil.
+    """
+    available = math.inf
+    for folder in cgroup_folders():
+        for limit_name, usage_name, cache_name in CGROUP_FILES:
+            with suppress(OSError, ValueError):  # no such file, or "max", which is no limit
+                limit = int((folder / limit_name).read_text())
+                lines = (folder / "memory.stat").read_text().splitlines()
+                cache = int(dict(line.split() for line in lines).get(cache_name, 0))
+                usage = int((folder / usage_name).read_text())
+                available = min(available, max(0, limit - usage + cache))
+    return available
+
+
+def cgroup_folders() -> list[Path]:
+    """Return the folders of this process's memory control groups and of the groups above them."""
+    folders = []
+    with suppress(OSError):  # not Linux
+        for line in PROCESS_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            mount = CGROUPS / "memory" if controllers else CGROUPS  # version 1 or 2
+            folder = mount / path.strip("/")
+            folders += [part for part in (folder, *folder.parents) if part.is_relative_to(mount)]
+    return folders
 
 
 def choose_offload(device: str, free: int, sizes: dict[str, int], pixels: int) -> tuple[str, str]:

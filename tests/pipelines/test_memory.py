@@ -76,6 +76,73 @@ def test_decoding_estimate():
     assert sizes == pytest.approx([3, 24, 288])
 
 
+CONTAINERS = {  # line of /proc/self/cgroup, files below the mount, free GiB
+    "version 2": (
+        "0::/",
+        {"memory.max": 8, "memory.current": 5, "memory.stat": "anon 9\ninactive_file {}\n"},
+        4,
+    ),
+    "version 2, a limit of the group above": (
+        "0::/pod/task",
+        {
+            "pod/task/memory.max": "max",
+            "pod/memory.max": 8,
+            "pod/memory.current": 5,
+            "pod/memory.stat": "",
+        },
+        3,
+    ),
+    "version 1, seen from within": (
+        "4:cpu,memory:/docker/1234",
+        {
+            "memory/memory.limit_in_bytes": 8,
+            "memory/memory.usage_in_bytes": 5,
+            "memory/memory.stat": "inactive_file 0\ntotal_inactive_file {}\n",
+        },
+        4,
+    ),
+    "over its limit": (
+        "0::/",
+        {"memory.max": 8, "memory.current": 9, "memory.stat": "inactive_file 0\n"},
+        0,
+    ),
+    "another controller": ("3:cpu:/", {"memory/memory.limit_in_bytes": 8}, 30),
+    "no limit": ("0::/", {"memory.max": "max"}, 30),
+    "a limit beyond the memory": (
+        "0::/",
+        {"memory.max": 64, "memory.current": 5, "memory.stat": ""},
+        30,
+    ),
+    "no control groups": (None, {}, 30),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_free_memory_in_a_container(name, tmp_path, monkeypatch):
+    """The limit of the container counts if it leaves less than the 30 GiB of the machine."""
+    line, files, free = CONTAINERS[name]
+    for file, content in files.items():
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(content * GIB) if isinstance(content, int) else content.format(GIB))
+    if line:
+        (tmp_path / "self").write_text(f"{line}\n")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "PROCESS_CGROUPS", tmp_path / "self")
+    machine = SimpleNamespace(available=30 * GIB)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: machine)
+    assert memory.available_bytes("cpu") == free * GIB
+
+
+def test_a_small_container_decodes_in_tiles(monkeypatch, capsys):
+    """`--tiled_vae auto` goes by the limit of the container."""
+    pipe = quiet(FluxPipeline(**tiny_components()))
+    monkeypatch.setattr(memory, "cgroup_available_bytes", lambda: 1000)
+    place_components(pipe, "cpu", "auto", {}, 64 * 64)
+    assert memory.set_tiling(pipe, "auto", None, 64 * 64)
+    assert "tiled decoding: untiled it takes" in capsys.readouterr().out
+
+
 def test_decode_budget():
     sizes = {"transformer": 100, "vae": 10}
     assert decode_budget(200, sizes, "none") == 90
