@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it at import, in ev
 import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, FluxPipeline
 from diffusers import FluxTransformer2DModel as Transformer
 from packaging.version import Version
 
@@ -74,6 +74,20 @@ def tiny_vae() -> AutoencoderKL:
         mid_block_add_attention=False,
         shift_factor=0.1159,
         scaling_factor=0.3611,
+    ).eval()
+
+
+def tiny_taesd() -> AutoencoderTiny:
+    """Return a tiny autoencoder as of TAEF1, which reduces each side by 8."""
+    torch.manual_seed(0)
+    widths = {f"{part}_block_out_channels": (4,) * 4 for part in ("encoder", "decoder")}
+    return AutoencoderTiny(
+        **widths,
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+        latent_channels=LATENT_CHANNELS,
+        scaling_factor=0.7,
+        shift_factor=0.2,
     ).eval()
 
 

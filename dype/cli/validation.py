@@ -15,6 +15,7 @@ from dype.pipelines.catalog import GUIDANCE_EMBEDS, Model
 from dype.pipelines.checkpoints import is_gguf
 from dype.pipelines.fingerprint import find_changed_weights
 from dype.sampling import records
+from dype.sampling.latents import check_autoencoder
 from dype.sampling.settings import RunSettings, weight_sources
 
 
@@ -56,6 +57,11 @@ def check_run(run: RunSettings) -> None:
             f"--quantize is {run.quantize!r}, but the GGUF file of --transformer is quantized "
             "already, expected none"
         )
+    if run.entry.autoencoder and run.encodes_images:
+        try:
+            check_autoencoder(run.entry.pipeline, run.entry.autoencoder)
+        except TypeError as error:
+            raise ValueError(f"{run.model}: {error}") from error
 
 
 def hash_init_image(values: dict, expected: str | None) -> str:

@@ -52,6 +52,7 @@ class Model:
     magic_suffix: str = ""  # the text that --magic_suffix appends to the prompt
     dype_defaults: dict = field(default_factory=lambda: {"method": "yarn"})  # DyPEConfig's fields
     scheduler_config: dict = field(default_factory=lambda: DYNAMIC)
+    autoencoder: str = ""  # class in the index of a folder or repository; "": the pipeline's own
     is_guess: bool = False  # no file of the model could be read; these are FLUX.1-dev's defaults
 
 
@@ -185,6 +186,9 @@ def resolve_model(name: str, revision: str | None = None) -> Model:
     if pipeline in GUIDANCE_EMBEDS:
         model = set_guidance(model, load_hub_json(name, "transformer/config.json", revision))
     scheduler_config = load_hub_json(name, "scheduler/scheduler_config.json", revision)
+    match index.get("vae"):
+        case [str(), str(autoencoder)]:
+            model = replace(model, autoencoder=autoencoder)
     return replace(model, repo=name, scheduler_config=scheduler_config or model.scheduler_config)
 
 

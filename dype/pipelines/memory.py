@@ -118,7 +118,8 @@ def decode_bytes(vae, pixels: int, device: str | torch.device) -> int:
     maps = 4 * widths[min(1, len(widths) - 1)] if widths else 21 * config.base_dim
     factor = 2 ** (len(widths) - 1 if widths else len(config.temperal_downsample))
     scores = 0
-    if config.get("mid_block_add_attention", True) and torch.device(device).type != "cpu":
+    has_attention = config.get("mid_block_add_attention", type(vae).__name__ != "AutoencoderTiny")
+    if has_attention and torch.device(device).type != "cpu":
         scores = 2 * (pixels // factor**2) ** 2
     return (maps * pixels + scores) * item
 

@@ -58,12 +58,11 @@ def encode_latents(pipe, image: Image.Image, device: torch.device) -> torch.Tens
         Latents [1, C, h, w], the shape of the pipeline's noise before it is packed into tokens.
 
     Raises:
-        TypeError: the autoencoder is not a key of `VAE_ENCODERS`.
+        TypeError: `check_autoencoder` refuses the autoencoder.
         UnavailableError: the latents are not finite.
     """
     kind = type(pipe.vae).__name__
-    if kind not in VAE_ENCODERS:
-        raise TypeError(f"{kind} is not supported, expected one of {', '.join(VAE_ENCODERS)}")
+    check_autoencoder(type(pipe).__name__, kind)
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(device)
     pixels = pixels.permute(2, 0, 1)[None].to(pipe.vae.dtype) / 127.5 - 1
     latents = VAE_ENCODERS[kind](pipe, pixels)
@@ -77,6 +76,20 @@ def encode_kl(pipe, pixels: torch.Tensor) -> torch.Tensor:
     config = pipe.vae.config
     latents = pipe.vae.encode(pixels).latent_dist.mode()
     return (latents - config.shift_factor) * config.scaling_factor
+
+
+def encode_tiny(pipe, pixels: torch.Tensor) -> torch.Tensor:
+    """Encode pixels [1, 3, H, W] in [-1, 1] with the tiny autoencoders of FLUX.1 and others.
+
+    Not in tiles, because diffusers' tiled encoder allocates 4 channels whatever the autoencoder.
+    """
+    vae = pipe.vae
+    is_tiled, vae.use_tiling = vae.use_tiling, False
+    try:
+        latents = vae.encode(pixels).latents
+    finally:
+        vae.use_tiling = is_tiled
+    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 def encode_qwen(pipe, pixels: torch.Tensor) -> torch.Tensor:
@@ -93,10 +106,22 @@ def encode_qwen(pipe, pixels: torch.Tensor) -> torch.Tensor:
 
 VAE_ENCODERS = {
     "AutoencoderKL": encode_kl,
+    "AutoencoderTiny": encode_tiny,
     "AutoencoderKLQwenImage": encode_qwen,
     # FLUX.2's pipelines already encode reference images in the normalization of the transformer.
     "AutoencoderKLFlux2": lambda pipe, pixels: pipe._encode_vae_image(pixels, None),
 }
+
+
+def check_autoencoder(pipeline: str, autoencoder: str) -> None:
+    """Raise TypeError unless `encode_latents` supports these classes, which are given by name."""
+    is_flux2 = pipeline.startswith("Flux2")
+    supported = [kind for kind in VAE_ENCODERS if (kind == "AutoencoderKLFlux2") == is_flux2]
+    if autoencoder not in supported:
+        raise TypeError(
+            f"{autoencoder} is not supported by --multipass, --progressive and --init_image, which "
+            f"encode images, expected {' or '.join(supported)}"
+        )
 
 
 def unpatchify(pipe, latents: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import math
 from dype.config import check_number
 from dype.families import PIXELS_PER_TOKEN
 from dype.sampling import sample
+from dype.sampling.latents import check_autoencoder
 
 # --multipass -> the scale of each pass
 PASS_SCALES = {"single": (1.0,), "twopass": (0.5, 1.0), "threepass": (0.25, 0.5, 1.0)}
@@ -77,6 +78,7 @@ def multipass(pipe, prompt, height: int, width: int, passes: list[dict], **setti
 
     Raises:
         ValueError: `passes` is empty or has invalid values.
+        TypeError: there are several passes, and `check_autoencoder` refuses the autoencoder.
     """
     if not passes:
         raise ValueError("passes is empty, expected at least one")
@@ -94,6 +96,8 @@ def multipass(pipe, prompt, height: int, width: int, passes: list[dict], **setti
         previous_scale, names = pass_settings["scale"], {"scale", "steps", "strength"}
     if previous_scale != 1:
         raise ValueError(f"the last pass has scale {previous_scale}, expected 1")
+    if len(passes) > 1:
+        check_autoencoder(type(pipe).__name__, type(pipe.vae).__name__)
     return run_passes(pipe, prompt, resolve_pass_sizes(passes, height, width), **settings)
 
 

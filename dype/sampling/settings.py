@@ -168,6 +168,11 @@ class RunSettings:
     passes: list[dict] = field(compare=False)  # height, width, steps; strength if it refines
     processes: int  # number of processes that share one image
 
+    @property
+    def encodes_images(self) -> bool:
+        """Return whether a pass refines an image, which the autoencoder must encode."""
+        return any("strength" in settings for settings in self.passes)
+
     @cached_property
     def record(self) -> dict:
         """Return the record entries for the settings."""

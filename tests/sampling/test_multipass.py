@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import quiet, tiny_components
+from conftest import quiet, tiny_components, tiny_taesd
 from diffusers import FluxPipeline
 from PIL import Image
 from tiny import FAMILIES, TEXT, qwen3, random_tensor
@@ -18,7 +18,13 @@ def flux() -> FluxPipeline:
     return quiet(FluxPipeline(**tiny_components()))
 
 
-BUILDS = {"flux": flux} | {name: build for name, (build, _) in FAMILIES.items()}
+def flux_taesd() -> FluxPipeline:
+    return quiet(FluxPipeline(**tiny_components() | {"vae": tiny_taesd()}))
+
+
+BUILDS = {"flux": flux, "flux-taesd": flux_taesd} | {
+    name: build for name, (build, _) in FAMILIES.items()
+}
 TWO = [{"scale": 0.5, "steps": 4}, {"scale": 1.0, "steps": 6, "strength": 0.5}]
 SETTINGS = {"guidance": 0.0, "seed": 7, "max_sequence_length": 16}
 
@@ -161,7 +167,8 @@ def test_normalization_is_the_inverse_of_the_pipelines(pipe, monkeypatch):
     image = Image.effect_noise((96, 64), 80).convert("RGB")
     tensor = torch.from_numpy(pixels(image).copy()).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
-        encoded = vae.encode(tensor[:, :, None] if is_video else tensor).latent_dist.mode()
+        encoded = vae.encode(tensor[:, :, None] if is_video else tensor)
+        encoded = encoded.latents if "latents" in encoded else encoded.latent_dist.mode()
         latents = encode_latents(pipe, image, torch.device("cpu"))
         clean = noisy_latents(pipe, latents, 0.0, 7, torch.float32)
     if hasattr(pipe, "_patchify_latents"):
@@ -246,6 +253,8 @@ def test_an_unknown_pipeline_or_autoencoder():
     pipe.vae = torch.nn.Identity()
     with pytest.raises(TypeError, match="Identity is not supported"):
         encode_latents(pipe, Image.new("RGB", (64, 64)), torch.device("cpu"))
+    with pytest.raises(TypeError, match="Identity is not supported"):  # before the first pass
+        multipass.multipass(pipe, None, 128, 128, TWO, **SETTINGS)
 
 
 ENCODER_METHODS = {  # the method in which a pipeline calls its encoder, and the shape for 16 tokens
