@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from dype.cli.dry_run import dry_run, summary_line
 from dype.cli.flags import RunOptions, parse
 from dype.cli.settings import resolve
+from dype.cli.validation import check_paths
 from dype.errors import (
     UnavailableError,
     UserError,
@@ -58,6 +59,7 @@ def command(argv: list[str], rank: int) -> int:
     """Parse and resolve the arguments, then generate one image or a sweep."""
     words = vars(parse(argv))
     if "grid_from" in words:
+        check_paths(words)
         return 0 if rank else draw_sheets(Path(words["grid_from"]), words.get("cols"))
     options, runs = resolve(words)
     check_checkpoint(runs[0])  # because all images share what is loaded
@@ -82,9 +84,9 @@ def generate_one(options: RunOptions, run: RunSettings) -> int:
             raise
         raise UnavailableError(explain_out_of_memory(pipe, run)) from error
     if state.is_main_process:
-        if not options.overwrite:  # another run may have taken the name in the meantime
-            path = records.next_free_path(path)
-        records.save_image(image, None if options.no_metadata else record, path)
+        saved_record = None if options.no_metadata else record
+        # because another run may have taken the name in the meantime
+        path = records.save_image(image, saved_record, path, options.overwrite)
     print(f"{path}  {record['seconds']:.1f} s")
     # Not in a `finally`, because after an error the other processes may have ended.
     state.destroy_process_group()
@@ -139,7 +141,7 @@ def output_path(options: RunOptions, run: RunSettings) -> Path:
         for target in (path, path.with_suffix(".json")):
             if target.is_dir() or (target.exists() and not options.overwrite):
                 raise UserError(f"--output: {target} exists, expected --overwrite or another name")
-    records.check_writable(path.parent)
+    records.check_writable(path.parent, path.name)
     return path
 
 

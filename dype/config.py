@@ -89,10 +89,7 @@ class Flag:
             kind = "True or False" if self.type is bool else "text"
             raise ValueError(f"{name} is {value!r}, expected {kind}")
         elif self.type is str:
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                raise ValueError(f"{name} is {value!r}, expected UTF-8 text") from None
+            check_text(name, value)
 
 
 def flag(help: str, default=..., **row):
@@ -268,6 +265,16 @@ def check_choice(name: str, value, choices: Collection[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+
+
+def check_text(name: str, value: str) -> None:
+    """Raise ValueError unless files can hold a text: not with undecodable bytes, nor with NUL."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is {value!r}, expected UTF-8 text") from None
+    if "\0" in value:
+        raise ValueError(f"{name} is {value!r}, expected text without a null character")
 
 
 def check_number(

@@ -20,7 +20,7 @@ from dype.cli.flags import (
     parse,
     to_values,
 )
-from dype.config import CONFIG_FLAGS, DYNAMIC_NAMES, DyPEConfig, preset_settings
+from dype.config import CONFIG_FLAGS, DYNAMIC_NAMES, DyPEConfig, check_text, preset_settings
 from dype.errors import UserError, raise_user_errors
 from dype.noise_schedule import check_shift
 from dype.pipelines import distributed
@@ -64,6 +64,7 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     from_image = load_image_settings(image) if image is not None else {}
     profile, flags = split_dynamic_names(profile, flags)
     explicit = profile | flags
+    validation.check_paths(from_image | explicit)
     options = RunOptions(**{name: explicit[name] for name in OPTION_NAMES if name in explicit})
     name, entry, from_image = choose_model(explicit, from_image)
     if from_image:
@@ -201,6 +202,8 @@ def find_prompts(
     if options.prompts_file is not None:
         prompts += grid.read_prompts(Path(options.prompts_file))
     prompts = prompts or from_image.get("prompt") or [entry.prompt]
+    for prompt in prompts:
+        check_text("--prompt", prompt)
     blank = [prompt for prompt in prompts if not prompt.strip()]
     if blank:
         raise UserError(f"--prompt is {blank[0]!r}, expected some words")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dype.config import check_choice, check_number
+from dype.config import check_choice, check_number, check_text
 from dype.errors import UserError
 from dype.families import PIXELS_PER_TOKEN
 from dype.pipelines import acceleration
@@ -17,6 +17,25 @@ from dype.pipelines.fingerprint import find_changed_weights
 from dype.sampling import records
 from dype.sampling.latents import check_autoencoder
 from dype.sampling.settings import RunSettings, weight_sources
+
+# flags that are paths, or may be
+PATH_FLAGS = ("model", "transformer", "lora", "init_image", "prompts_file", "config", "from_")
+PATH_FLAGS += ("output_dir", "output", "grid_from")
+
+
+def check_paths(values: dict) -> None:
+    """Raise UserError for a path that the file system cannot have; values: of the flags."""
+    for name in PATH_FLAGS:
+        value = values.get(name)
+        for text in value if isinstance(value, list) else [value]:
+            path = Path(text or "")
+            is_output = name == "output" and path.name
+            try:
+                records.check_names(*(records.output_files(path) if is_output else [path]))
+            except OSError as error:
+                raise UserError(
+                    f"--{name.rstrip('_')} is {text!r}, expected another name: {error.strerror}"
+                ) from error
 
 
 def check_run(run: RunSettings) -> None:
@@ -57,6 +76,11 @@ def check_run(run: RunSettings) -> None:
             f"--quantize is {run.quantize!r}, but the GGUF file of --transformer is quantized "
             "already, expected none"
         )
+    # The working folder is part of these now, and its name may be of other bytes than UTF-8.
+    for name in ("model", "transformer", "init_image"):
+        check_text(f"--{name}", getattr(run, name) or "")
+    for text in run.lora:
+        check_text("--lora", text)
     if run.entry.autoencoder and run.encodes_images:
         try:
             check_autoencoder(run.entry.pipeline, run.entry.autoencoder)

@@ -1,10 +1,14 @@
 """Save an image with its record: a PNG that contains the settings, and the same record as JSON."""
 
+import errno
+import hashlib
 import io
 import json
 import os
 import tempfile
 import warnings
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -12,19 +16,46 @@ from PIL import Image, PngImagePlugin
 from dype.sampling import images
 
 PNG_CHUNK = "dype"  # name of the PNG's text chunk
+MAX_TEMPORARY_NAME = 100  # bytes, without the process; file systems take 143 or more
+# errors of a file system for a name that it cannot have
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 MAX_PIXELS = 16384**2  # of the largest image that this program generates
 # what Pillow raises for a broken image beside OSError
 BROKEN_IMAGE_ERRORS = (ValueError, SyntaxError, RuntimeError, LookupError, TypeError, EOFError)
 
 
-def check_writable(folder: Path) -> None:
-    """Create a folder and write to it; raise an OSError that names --output_dir if that fails."""
+def check_writable(folder: Path, name: str = "image.png") -> None:
+    """Create a folder, write to it, and check that it can have an image of this name.
+
+    Raises OSError that names --output_dir.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
+        check_names(*output_files(folder / name))
     except OSError as error:
-        raise OSError(f"cannot write to {folder}: {error.strerror}; try --output_dir") from error
+        reason = error.strerror or error
+        raise OSError(f"cannot write to {folder}: {reason}; try --output_dir") from error
+
+
+def output_files(path: Path) -> tuple[Path, Path, Path]:
+    """Return the files that `save_image` writes for an image; of two temporary ones the longer."""
+    json_path = path.with_suffix(".json")
+    return path, json_path, temporary_path(json_path)
+
+
+def check_names(*paths: Path) -> None:
+    """Raise OSError if the file system cannot have a path, whose folders need not exist."""
+    for path in paths:
+        folder = next((part for part in path.parents if os.path.isdir(part)), path)
+        # Each name alone too, because the system looks at nothing below a missing folder.
+        for candidate in (path, *(folder / name for name in path.relative_to(folder).parts)):
+            try:
+                os.lstat(candidate)
+            except OSError as error:
+                if error.errno in NAME_ERRORS:
+                    raise
 
 
 def next_free_path(path: Path) -> Path:
@@ -36,28 +67,66 @@ def next_free_path(path: Path) -> Path:
     return free
 
 
-def save_image(image: Image.Image, record: dict | None, path: Path) -> None:
-    """Write PATH.json, then PATH.png, so that an image always has its record. Raises OSError.
+def save_image(
+    image: Image.Image, record: dict | None, path: Path, overwrite: bool = True
+) -> Path:
+    """Write PATH.json, then PATH.png, so that an image always has its record; return the path.
+
+    If that fails, both go to the temporary folder, because the image may have taken an hour.
 
     Args:
-        image: any size.
-        record: None writes neither the JSON nor text in the PNG, and deletes an earlier JSON.
-        path: of the PNG.
+        image: image to save.
+        record: its record; None writes neither the JSON nor text in the PNG, and deletes an
+            earlier JSON.
+        path: file of the image.
+        overwrite: replace existing files; False: take the next free name.
+
+    Raises:
+        OSError: `path` cannot be written; the sentence says where the image is instead.
     """
     info, contents = PngImagePlugin.PngInfo(), {}
     if record is not None:
-        contents[path.with_suffix(".json")] = to_json(record)
-        info.add_itxt(PNG_CHUNK, to_json(record).decode())
+        contents[".json"] = to_json(record)
+        info.add_itxt(PNG_CHUNK, contents[".json"].decode())
     png = io.BytesIO()
     image.save(png, "png", pnginfo=info)
-    write_atomically(contents | {path: png.getvalue()})
-    if record is None:
-        path.with_suffix(".json").unlink(missing_ok=True)
+    contents[path.suffix] = png.getvalue()
+
+    def write(target: Path, replace: bool) -> Path:
+        target = target if replace else next_free_path(target)
+        write_atomically({target.with_suffix(suffix): data for suffix, data in contents.items()})
+        if record is None:
+            target.with_suffix(".json").unlink(missing_ok=True)
+        return target
+
+    try:
+        return write(path, overwrite)
+    except OSError as error:
+        reason = f"cannot write {path}: {error.strerror}" if error.strerror else error
+        try:
+            target = write(Path(tempfile.gettempdir(), shorten_name(path.name, 200)), False)
+        except OSError as second:
+            raise OSError(f"{reason}; the image is lost, because {second}") from error
+        raise OSError(f"{reason}; the image is in {target}") from error
 
 
 def to_json(record: dict) -> bytes:
     """Encode a record as JSON."""
-    return json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n"
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    return text.encode(errors="backslashreplace") + b"\n"  # JSON's own escapes
+
+
+def shorten_name(name: str, max_bytes: int) -> str:
+    """Return a file name, or, if it is longer than `max_bytes`, a hash with its suffix."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= max_bytes:
+        return name
+    return hashlib.sha256(encoded).hexdigest()[:12] + Path(name).suffix
+
+
+def temporary_path(path: Path) -> Path:
+    """Return the path under which this process writes a file, before it gets its name."""
+    return path.parent / f".{shorten_name(path.name, MAX_TEMPORARY_NAME)}.{os.getpid()}.part"
 
 
 def write_atomically(contents: dict[Path, bytes]) -> None:
@@ -65,10 +134,11 @@ def write_atomically(contents: dict[Path, bytes]) -> None:
 
     Raises OSError after deleting those files of `contents` that did not exist before.
     """
-    temporary = {path: path.parent / f".{path.name}.{os.getpid()}.part" for path in contents}
-    new = [target for target in contents if not target.exists()]
+    temporary = {path: temporary_path(path) for path in contents}
+    new = []
     try:
         for target, part in temporary.items():
+            new += [] if target.exists() else [target]
             with part.open("wb") as file:
                 file.write(contents[target])
                 file.flush()
@@ -76,14 +146,20 @@ def write_atomically(contents: dict[Path, bytes]) -> None:
         for target, part in temporary.items():
             part.replace(target)
     except OSError as error:
-        for target in new:
-            target.unlink(missing_ok=True)
+        delete_files(new)
+        reason = error.strerror or error
         raise OSError(
-            f"cannot write {target}: {error.strerror}; free some space, or use another folder"
+            f"cannot write {target}: {reason}; free some space, or use another folder"
         ) from error
     finally:
-        for part in temporary.values():
-            part.unlink(missing_ok=True)
+        delete_files(temporary.values())
+
+
+def delete_files(paths: Iterable[Path]) -> None:
+    """Delete those files that exist and can be deleted."""
+    for path in paths:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def read_record(path: str | Path) -> dict:

@@ -83,6 +83,7 @@ def read_table(path: Path, columns: list[str]) -> list[dict]:
     """
     if not path.exists():
         return []
+    csv.field_size_limit(2**31 - 1)  # because a prompt may be longer than csv's limit
     try:
         text = path.read_text("utf-8-sig")  # spreadsheets write a byte order mark
         if path.name == RESULTS and "settings" not in text.partition("\n")[0]:
@@ -110,7 +111,8 @@ def write_table(path: Path, columns: list[str], rows) -> None:
     table = csv.DictWriter(text, columns, "", extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    records.write_atomically({path: text.getvalue().encode()})
+    # An error may quote bytes that are not UTF-8.
+    records.write_atomically({path: text.getvalue().encode(errors="backslashreplace")})
 
 
 @contextmanager

@@ -7,7 +7,7 @@ anew after each image, and its rows come from the records.
 import gc
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -174,10 +174,15 @@ def open_folder(runs: list[RunSettings], folder: Path, overwrite: bool) -> tuple
             json_path.unlink(missing_ok=True)
         elif not json_path.exists() or json_path.read_bytes() != records.to_json(record):
             records.write_atomically({json_path: records.to_json(record)})
+    images = {
+        records.shorten_name(Path(name).with_suffix(suffix).name, records.MAX_TEMPORARY_NAME)
+        for name in rows
+        for suffix in (".png", ".json")
+    }
     for temporary in folder.glob(".*.part"):
         target = temporary.name[1:].rsplit(".", 2)[0]  # the name is .TARGET.PROCESS.part
         is_table = target in (RESULTS, "summary.txt") or target.startswith("comparison_")
-        if is_table or Path(target).with_suffix(".png").name in rows:
+        if is_table or target in images:
             temporary.unlink()
     write_rows(folder, rows)
     return rows, names
@@ -213,7 +218,7 @@ def run_sweep(runs: list[RunSettings], folder: Path, overwrite: bool) -> int | N
     with ExitStack() as stack:
         rows, names = {}, []
         if rank == 0:  # the other processes wait in `init_processes`
-            records.check_writable(folder)
+            records.check_writable(folder, max((run.file_name for run in runs), key=len))
             stack.enter_context(lock_folder(folder))
             rows, names = open_folder(runs, folder, overwrite)
         state = distributed.init_processes(runs[0])
@@ -266,7 +271,14 @@ def generate_all(
     for label, run in zip(labels, runs, strict=True):
         failure, generated = try_generate(pipe, run, encode, together)
         if generated and (is_main or not together):
-            records.save_image(*generated, folder / run.file_name)
+            try:
+                records.save_image(*generated, folder / run.file_name)
+            except OSError as error:  # its sentence says where the image is now
+                row = {run.file_name: to_row(run, error=str(error))}
+                if is_main:
+                    with suppress(OSError):
+                        write_rows(folder, rows | new | row)
+                raise
         new[run.file_name] = to_row(run, generated and generated[1], failure)
         if is_main:
             write_rows(folder, rows | new)

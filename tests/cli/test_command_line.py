@@ -67,6 +67,27 @@ BAD = {
     "seed of 400 digits": (2, "--seed 1" + "0" * 400),
     "longer text than FLUX takes": (2, "--max_sequence_length 600"),
     "prompt of bytes": (2, "--prompt=\udcff"),
+    "prompt with a null character": (2, "--prompt=a\0b"),
+    "negative prompt of bytes": (2, "--negative_prompt=caf\udce9"),
+    "init image of bytes": (2, "--init_image caf\udce9.png"),
+    "init image too long": (2, f"--init_image {'a' * 256}"),
+    "lora of bytes": (2, "--lora caf\udce9.safetensors"),
+    "lora too long": (2, f"--lora {'a' * 256}:0.5"),
+    "model of bytes": (2, "--model caf\udce9"),
+    "model too long": (2, f"--model {'a' * 256}"),
+    "output of bytes": (2, "--output caf\udce9.png"),
+    "output too long": (2, f"--output {'a' * 252}.png"),
+    "output of long letters": (2, f"--output new/{'城' * 84}.png"),
+    "output whose record is too long": (2, f"--output {'a' * 251}.png"),
+    "output folder too long": (2, f"--output {'a' * 256}/b.png"),
+    "output path too long": (2, f"--output {'a/' * 2100}b.png"),
+    "output_dir of bytes": (2, "--output_dir caf\udce9"),
+    "output_dir too long": (2, f"--output_dir a/{'a' * 256}/b"),
+    "prompts file with a null character": (2, "--prompts_file null.txt"),
+    "profile file with a null character": (2, "--config null.toml"),
+    "from too long": (2, f"--from {'a' * 256}.png"),
+    "grid_from too long": (2, f"--grid_from {'a' * 256}"),
+    "output the root": (2, "--output /"),
     "height a word": (2, "--height tall"),
     "width a fraction": (2, "--width 512.5"),
     "steps 0": (2, "--steps 0"),
@@ -149,6 +170,8 @@ def test_bad_input(name, capsys, monkeypatch):
     with open("binary.txt", "wb") as file:
         file.write(bytes(range(256)))
     open("empty.txt", "w").close()
+    Path("null.txt").write_text("a\0b\n")
+    Path("null.toml").write_text('[default]\nprompt = "a\\u0000b"\n')
     os.mkdir("hollow")
     os.mkdir("hollow.png")
     code, argv = BAD[name]
