@@ -111,8 +111,8 @@ def hash_init_image(values: dict, expected: str | None) -> str:
         raise UserError(f"--init_image {file} cannot be read: {error.strerror or error}") from error
     if expected not in (None, sha256):
         raise UserError(
-            f"--init_image {file} has changed since the --from image was generated, expected the "
-            "same pixels, or the flag --init_image for the new ones"
+            f"--init_image {file} has other pixels than when the --from image was generated, "
+            "expected the same, or the flag --init_image for the new ones"
         )
     if not 0.97 < width / height * high / wide < 1.03:
         side = max(

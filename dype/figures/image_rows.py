@@ -233,7 +233,7 @@ def open_with_config(path: Path) -> tuple[Image.Image, DyPEConfig]:
     """Return an image and the config in its record. Raise ValueError if it has none."""
     try:
         config = DyPEConfig.from_dict(records.find_record(path)[0]["config"])
-        return records.read_png(path), config
+        return records.open_image(path), config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be shown: {error}") from error
 

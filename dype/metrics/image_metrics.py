@@ -38,7 +38,7 @@ CLIP_SCORES = {  # metric -> function of CLIP's output
 
 def read_generated_image(path: Path, size: tuple[int, int]) -> Image.Image:
     """Read an RGB image of a sweep; raises OSError if its (height, width) is not `size`."""
-    image = records.read_png(path)
+    image = records.open_image(path)
     if image.size != size[::-1]:
         raise OSError(
             f"the image is {image.height}x{image.width}, results.csv says {size[0]}x{size[1]}"

@@ -18,7 +18,8 @@ def decode(path: str | Path) -> Image.Image:
 
     Raises ValueError for values or a color profile without a meaning, and Pillow's errors.
     """
-    with Image.open(path) as image:
+    # Pillow maps a file that it opens by name, and then garbles TIFFs on their side.
+    with Path(path).open("rb") as file, Image.open(file) as image:
         tags = dict(getattr(image, "tag_v2", {}))
         color = image.info.get("transparency")
         if isinstance(color, tuple) and "RGB;16B" in str(image.tile):

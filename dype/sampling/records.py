@@ -212,15 +212,6 @@ def read_png_size(path: Path) -> tuple[int, int]:
         raise ValueError("it is not a PNG image") from error
 
 
-def read_png(path: Path) -> Image.Image:
-    """Read an image of this program in RGB, whatever its size. Raises OSError."""
-    try:
-        with path.open("rb") as file, PngImagePlugin.PngImageFile(file) as image:
-            return image.convert("RGB")
-    except (ValueError, SyntaxError) as error:
-        raise OSError(str(error)) from error
-
-
 def open_image(path: str | Path) -> Image.Image:
     """Read an image of any format and of up to `MAX_PIXELS`, as `images.decode` does.
 

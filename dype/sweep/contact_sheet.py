@@ -147,7 +147,7 @@ def thumbnail(row: dict, folder: Path, size: tuple[int, int]) -> Image.Image:
     reason = row["error"]
     if not reason:
         try:
-            return records.read_png(folder / row["file"]).resize(size, Image.Resampling.LANCZOS)
+            return records.open_image(folder / row["file"]).resize(size, Image.Resampling.LANCZOS)
         except OSError:
             reason = f"{row['file']} is missing"
     box = Image.new("RGB", size, "lightgray")

@@ -261,6 +261,16 @@ def test_exif_turns_the_image_upright_in_srgb(name):
     assert np.abs(difference).mean() < 2
 
 
+@pytest.mark.parametrize("pixels", [RAMP, RAMP.astype(np.uint16) * 256], ids=["8 bits", "16 bits"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_a_gray_tiff_on_its_side(pixels, compression):
+    """Pillow garbles uncompressed ones that are opened by name."""
+    exif = Image.Exif()
+    exif[0x112] = 8
+    save(pixels[:8], "a.tif", exif=exif, compression=compression)
+    assert (read("a.tif")[..., 0] == np.rot90(RAMP[:8])).all()
+
+
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
 def test_the_first_frame(name):
     frames = [Image.new("RGB", (8, 8), color) for color in ("black", "red", "blue")]
