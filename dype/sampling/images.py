@@ -10,7 +10,7 @@ BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of a TIFF
 WHITE_IS_ZERO = 0  # value of the second
 # color space of an ICC profile -> the modes of images that it can describe, its own first
 PROFILE_MODES = {"RGB": ("RGB", "L", "P", "1", "YCbCr"), "GRAY": ("L", "1"), "CMYK": ("CMYK",)}
-SRGB_TOLERANCE = 2  # levels; a profile that changes no color by more is sRGB, rounded otherwise
+SRGB_TOLERANCE = 0.5  # levels; a profile that changes colors by less, on average, is sRGB
 
 
 def decode(path: str | Path) -> Image.Image:
@@ -105,9 +105,9 @@ def convert_profile(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def changes_little(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Return whether a transform to sRGB changes no color by more than `SRGB_TOLERANCE`.
+    """Return whether a transform to sRGB changes colors by less than `SRGB_TOLERANCE` on average.
 
-    So images that are tagged as sRGB keep their pixels.
+    So images in sRGB keep their pixels, although its profiles differ in their last digits.
     """
     axis = np.arange(0, 256, 1 if mode == "L" else 17, dtype=np.uint8)
     if mode == "CMYK":
@@ -118,4 +118,4 @@ def changes_little(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
         np.asarray(version.convert("RGB"), int)
         for version in (probe, ImageCms.applyTransform(probe, transform))
     )
-    return bool(np.abs(after - before).max() <= SRGB_TOLERANCE)
+    return bool(np.abs(after - before).mean() < SRGB_TOLERANCE)

@@ -238,6 +238,18 @@ def test_an_rgb_profile_of_a_gray_or_palette_image():
         assert (read("a.png") == to_srgb(np.array(image.convert("RGB")), profile)).all()
 
 
+def test_a_profile_that_is_srgb_but_for_rounding():
+    """Profiles of sRGB differ in their last digits; the pixels stay."""
+    numbers = [(0.4361, 0.2225, 0.0139), (0.3857, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)]
+    srgb = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for name, color in zip((b"rXYZ", b"gXYZ", b"bXYZ"), numbers, strict=True):
+        [start] = struct.unpack_from(">I", srgb, srgb.index(name) + 4)
+        struct.pack_into(">3i", srgb, start + 8, *(round(x * 65536) for x in color))
+    cube = np.mgrid[0:256:15, 0:256:15, 0:256:15].T.reshape(324, 18, 3).astype(np.uint8)
+    assert (to_srgb(cube, bytes(srgb)) != cube).any()
+    assert (read(save(cube, "a.png", icc_profile=bytes(srgb))) == cube).all()
+
+
 def test_images_in_srgb_keep_their_pixels():
     """So does every old record of an ordinary image: its hash is of these bytes."""
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

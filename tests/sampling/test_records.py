@@ -97,6 +97,7 @@ def test_an_image_that_cannot_be_saved_is_in_the_temporary_folder(name, after_th
     assert err.startswith("run_dype.py: cannot write out/a.")
     assert err.endswith(f"the image is in {Path('temporary/a.png').absolute()}")
     assert list_names() == ["a.json", "a.png"]
+    assert not Path(FOLDER, "a.json").exists()
     assert records.read_record("temporary/a.png")["flags"]["model"] == "demo"
     assert records.open_image("temporary/a.png").size == (64, 64)
 
@@ -207,6 +208,13 @@ def test_a_folder_of_short_names(monkeypatch, capsys):
         assert run(*SMALL, *line) == 1
         err = capsys.readouterr().err
         assert err == "run_dype.py: cannot write to out: File name too long; try --output_dir\n"
+
+
+def test_other_bytes_in_a_record_do_not_lose_the_image():
+    """JSON has escapes for them."""
+    record = {"device": "caf\udce9"}
+    assert records.save_image(Image.new("RGB", (8, 8)), record, Path("a.png")) == Path("a.png")
+    assert records.read_record("a.png") == json.loads(Path("a.json").read_text()) == record
 
 
 def test_an_error_with_other_bytes_is_a_row(monkeypatch):
