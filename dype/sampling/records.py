@@ -67,9 +67,7 @@ def next_free_path(path: Path) -> Path:
     return free
 
 
-def save_image(
-    image: Image.Image, record: dict | None, path: Path, overwrite: bool = True
-) -> Path:
+def save_image(image: Image.Image, record: dict | None, path: Path, overwrite: bool = True) -> Path:
     """Write PATH.json, then PATH.png, so that an image always has its record; return the path.
 
     If that fails, both go to the temporary folder, because the image may have taken an hour.

@@ -123,7 +123,7 @@ def test_records_of_earlier_versions(capsys):
     for path in Path("out").glob("seed_*.png"):
         record = records.read_record(path)
         record["flags"]["guidance"] = 3.5
-        records.save_image(records.read_png(path), record, path)
+        records.save_image(records.open_image(path), record, path)
     capsys.readouterr()
     assert run(*sweep) == 0
     assert "2 images, 2 finished" in capsys.readouterr().out

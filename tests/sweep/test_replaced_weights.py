@@ -159,7 +159,7 @@ def test_records_of_earlier_versions():
     for path in Path("out").glob("seed_*.png"):
         record = records.read_record(path)
         assert len(record.pop("weights")["model"]) == 16
-        records.save_image(records.read_png(path), record, path)
+        records.save_image(records.open_image(path), record, path)
     retrain("copy", "transformer")
     assert run(*line) == 0
     assert run("--from", path, "--output", "again.png", "--dry_run") == 0
