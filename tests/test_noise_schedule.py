@@ -19,7 +19,7 @@ from PIL import Image
 from tiny import FAMILIES
 
 from dype import DyPEConfig, apply_dype, remove_dype
-from dype.families import FLUX, FLUX2
+from dype.families import FLUX
 from dype.noise_schedule import ScheduleCheck, ScheduleWarning, noise_schedule, set_shift
 from dype.patch import dype_applied
 
@@ -156,7 +156,7 @@ def test_set_timesteps_alone(pipe):
     with pytest.raises(TypeError, match="step"):
         scheduler.set_timesteps(step=4)
     apply_dype(pipe, NUMBERS)
-    with pytest.raises(ValueError, match="`mu` must be passed"):
+    with pytest.raises(ValueError, match="`mu` (must be passed|when)"):
         scheduler.set_timesteps(4)
     apply_dype(pipe, OWN_SCHEDULE)
     assert "set_timesteps" not in vars(scheduler)
@@ -317,7 +317,9 @@ def test_another_schedule_is_reported_once_per_image(pipe, make):
     guidance = {"negative_prompt": "a disk", "true_cfg_scale": 3.0}
     assert count_warnings(lambda: generate_latents(wrong, **guidance)) == 1
     assert count_warnings(lambda: generate_latents(wrong, 64, 64)) == 0  # not stretched
-    img2img = quiet(FluxImg2ImgPipeline(**wrong.components))
+    names = inspect.signature(FluxImg2ImgPipeline).parameters  # fewer in an old diffusers
+    parts = {name: part for name, part in wrong.components.items() if name in names}
+    img2img = quiet(FluxImg2ImgPipeline(**parts))
     image = {"image": Image.new("RGB", (192, 256), "teal"), "strength": 0.6}
     assert count_warnings(lambda: generate_latents(img2img, steps=5, **image)) == 1
     apply_dype(wrong.transformer, OWN_SCHEDULE)  # asks for nothing
@@ -330,7 +332,7 @@ def test_another_schedule_is_reported_once_per_image(pipe, make):
 
 def test_numbers_of_the_rule_are_reported_if_missing(pipe):
     apply_dype(pipe.transformer, NUMBERS)
-    with pytest.raises(ScheduleWarning, match="shift is model, but this image's noise schedule"):
+    with pytest.warns(ScheduleWarning, match="shift is model, but this image's noise schedule"):
         generate_latents(pipe)
 
 
@@ -375,24 +377,24 @@ def test_check_of_an_interrupted_image():
     scheduler.set_timesteps(4)
     for check in (transformer, controlnet):
         check(1.0)
-    with pytest.raises(ScheduleWarning):
+    with pytest.warns(ScheduleWarning):
         transformer(1.0)  # the first image failed, and this one has another scheduler
     scheduler.set_timesteps(4)
     sample = torch.zeros(1, 4, 16)
     transformer(1.0)
     scheduler.step(sample, scheduler.timesteps[0], sample)
     transformer(scheduler.sigmas[1].bfloat16())  # new ids within the image
-    with pytest.raises(ScheduleWarning):
+    with pytest.warns(ScheduleWarning):
         transformer(1.0)  # another image, because this one was interrupted
     for timestep in scheduler.timesteps[1:]:
         scheduler.step(sample, timestep, sample)
-    with pytest.raises(ScheduleWarning):
+    with pytest.warns(ScheduleWarning):
         transformer(scheduler.sigmas[-1])
     scheduler.set_timesteps(4)
     noise_schedule(scheduler, 512, 512, 4)  # begins no image
     transformer(1.0)
     check_of(OWN_SCHEDULE)(1.0)
-    with pytest.raises(ScheduleWarning):
+    with pytest.warns(ScheduleWarning):
         check_of(NUMBERS)(1.0)  # the schedule has another shift
 
 
@@ -403,17 +405,17 @@ def test_check_of_a_scheduler_that_is_gone():
     duplicate.set_timesteps(4)
     check_of()(1.0)
     del duplicate.set_timesteps, duplicate
-    with pytest.raises(ScheduleWarning):
+    with pytest.warns(ScheduleWarning):
         check_of()(1.0)
 
 
 def test_check_of_a_thread():
     """A schedule that was set in another thread is not this thread's."""
     scheduler = make_scheduler()
-    set_shift(scheduler, DyPEConfig(), FLUX2)
+    set_shift(scheduler, CAPPED, FLUX)
     thread = Thread(target=lambda: scheduler.set_timesteps(sigmas=[1.0, 0.5]))
     thread.start()
     thread.join()
-    assert scheduler.sigmas[1] == pytest.approx(1 / (1 + math.exp(-2.02)), abs=1e-3)
-    with pytest.raises(ScheduleWarning):
+    assert scheduler.sigmas[1] == pytest.approx(1 / (1 + math.exp(-1.15)))
+    with pytest.warns(ScheduleWarning):
         check_of()(1.0)
