@@ -36,6 +36,8 @@ class Family(NamedTuple):
     text_ids: Callable = flux1_text_ids  # (module, arguments) -> TextIds
     # (tokens, steps) -> mu, if the pipeline ignores the scheduler's rule
     own_mu_rule: Callable | None = None
+    # the pipeline passes no sigmas to a scheduler with `use_flow_sigmas`
+    scheduler_makes_sigmas: bool = False
 
 
 def flux2_mu(tokens: int, steps: int) -> float:
@@ -50,11 +52,12 @@ def krea2_turbo_mu(tokens: int, steps: int) -> float:
     return 1.15
 
 
-FLUX = Family("pos_embed", DyPEFluxPosEmbed, shift="cap")
+FLUX = Family("pos_embed", DyPEFluxPosEmbed, shift="cap", scheduler_makes_sigmas=True)
+CHROMA = FLUX._replace(scheduler_makes_sigmas=False)
 FLUX2 = FLUX._replace(text_ids=flux2_text_ids, own_mu_rule=flux2_mu)
-KREA2 = FLUX._replace(attribute="rotary_emb", ids_arg="position_ids", text_ids=krea2_text_ids)
+KREA2 = CHROMA._replace(attribute="rotary_emb", ids_arg="position_ids", text_ids=krea2_text_ids)
 KREA2_TURBO = KREA2._replace(own_mu_rule=krea2_turbo_mu)
-BRIA = FLUX._replace(to_sigma=sigma_from_thousandths, shift="model")
+BRIA = CHROMA._replace(to_sigma=sigma_from_thousandths, shift="model")
 BFL = FLUX._replace(attribute="pe_embedder", embedder=DyPEEmbedND, timestep_arg="timesteps")
 QWEN = Family("pos_embed", DyPEQwenEmbedRope, 1328)
 NUCLEUS = QWEN._replace(base_resolution=1024)
@@ -65,7 +68,7 @@ ZIMAGE = Family(
 FAMILIES = {
     "FluxTransformer2DModel": FLUX,
     "FluxControlNetModel": FLUX,
-    "ChromaTransformer2DModel": FLUX,
+    "ChromaTransformer2DModel": CHROMA,
     "Flux2Transformer2DModel": FLUX2,
     "Krea2Transformer2DModel": KREA2,
     "BriaTransformer2DModel": BRIA,

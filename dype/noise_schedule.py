@@ -7,7 +7,7 @@ import weakref
 from contextvars import ContextVar
 
 from dype.config import DyPEConfig
-from dype.families import FLUX, FLUX2, PIXELS_PER_TOKEN, Family
+from dype.families import FLUX, PIXELS_PER_TOKEN, Family
 
 FLUX2_CAP_STEPS = 50  # FLUX.2's rule depends on the steps: the cap takes the documented number
 # of the pipelines' rule for mu, where a scheduler's configuration lacks them
@@ -48,9 +48,9 @@ def noise_schedule(
         mu = ours.replace_mu(mu) if ours else mu
     parameters = inspect.signature(scheduler.set_timesteps).parameters
     call = {"mu": mu} if "mu" in parameters else {}
-    makes_sigmas = config.get("use_flow_sigmas") and family in (FLUX, FLUX2)
+    makes_sigmas = config.get("use_flow_sigmas") and family.scheduler_makes_sigmas
     if "sigmas" in parameters and not makes_sigmas:
-        # every pipeline passes these sigmas to its scheduler, which shifts them
+        # the pipeline passes these sigmas to its scheduler, which shifts them
         call["sigmas"] = np.linspace(1.0, 1 / steps, steps)
     else:
         call["num_inference_steps"] = steps

@@ -320,6 +320,21 @@ def test_pipelines_use_the_printed_schedule(name):
         assert pipe.scheduler.sigmas.tolist() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"z-image"}))  # it fails in diffusers
+def test_pipelines_use_the_schedule_of_unipc(name):
+    """FLUX's and FLUX.2's pipelines alone leave the sigmas to UniPC."""
+    build, generate = FAMILIES[name]
+    pipe, unipc = build(), diffusers.UniPCMultistepScheduler
+    if "sigmas" not in inspect.signature(unipc.set_timesteps).parameters:
+        pytest.skip("the UniPC of this diffusers takes no sigmas")
+    flow = {"use_dynamic_shifting": True, "use_flow_sigmas": True}
+    pipe.scheduler = unipc.from_config(pipe.scheduler.config, **flow)
+    generate(pipe, 128, 192, steps=4)
+    family = CLASSES[type(pipe.transformer).__name__]
+    _, expected = noise_schedule(pipe.scheduler, 128, 192, 4, family)
+    assert pipe.scheduler.sigmas.tolist() == pytest.approx(expected, abs=1e-6)
+
+
 def test_schedule_of_the_distilled_krea_2():
     """The pipeline of the distilled Krea 2 ignores the scheduler and has mu = 1.15."""
     build, generate = FAMILIES["krea2"]

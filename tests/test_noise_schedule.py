@@ -156,7 +156,7 @@ def test_set_timesteps_alone(pipe):
     with pytest.raises(TypeError, match="step"):
         scheduler.set_timesteps(step=4)
     apply_dype(pipe, NUMBERS)
-    with pytest.raises(ValueError, match="`mu` (must be passed|when)"):
+    with pytest.raises(ValueError, match=r"`mu` (must be passed|when)"):
         scheduler.set_timesteps(4)
     apply_dype(pipe, OWN_SCHEDULE)
     assert "set_timesteps" not in vars(scheduler)

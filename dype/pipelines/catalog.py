@@ -4,7 +4,17 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dype.families import DEMO_WEIGHTS, FLUX, FLUX2, KREA2, KREA2_TURBO, QWEN, ZIMAGE, Family
+from dype.families import (
+    CHROMA,
+    DEMO_WEIGHTS,
+    FLUX,
+    FLUX2,
+    KREA2,
+    KREA2_TURBO,
+    QWEN,
+    ZIMAGE,
+    Family,
+)
 from dype.pipelines.hub import load_hub_json
 from dype.pipelines.model_paths import FILE_ENDINGS, INDEX, check_model_path
 
@@ -101,7 +111,7 @@ MODELS = {
         | {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02},
     ),
     "chroma": Model(
-        "lodestones/Chroma1-HD", "ChromaPipeline", parameters_billion=9,
+        "lodestones/Chroma1-HD", "ChromaPipeline", CHROMA, parameters_billion=9,
         steps=35, guidance=5.0, cfg_flag="guidance",
     ),
     "krea-2": KREA_2,
