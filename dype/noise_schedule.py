@@ -62,7 +62,8 @@ class DyPETimesteps:
     """`set_timesteps` of one scheduler with DyPE's shift, put on the instance by `set_shift`.
 
     The scheduler's class and configuration stay: `from_config(scheduler.config)` and a saved
-    scheduler have no shift of ours. A deep copy of the scheduler has the shift.
+    scheduler have no shift of ours. A deep copy of the scheduler has the shift; a shallow copy
+    calls the original's `set_timesteps`, until `set_shift` or `restore_shift`.
 
     Args:
         scheduler: any scheduler with a `config`.
@@ -73,6 +74,7 @@ class DyPETimesteps:
     def __init__(self, scheduler, config: DyPEConfig, family: Family):
         self.scheduler, self.config, self.family = scheduler, config, family
         self.stock = scheduler.set_timesteps
+        self.replaced = vars(scheduler).get("set_timesteps")  # by another program, or None
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -186,8 +188,8 @@ def restore_shift(scheduler) -> None:
     if ours is None:
         return
     del scheduler.set_timesteps
-    if scheduler.set_timesteps != ours.stock:  # another program had replaced it before us
-        scheduler.set_timesteps = ours.stock
+    if ours.replaced is not None:
+        scheduler.set_timesteps = ours.replaced
     # because some schedulers store exp(mu) in an attribute of their configuration
     scheduler._internal_dict = type(scheduler.config)(scheduler.config)
 

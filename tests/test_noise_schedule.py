@@ -142,6 +142,19 @@ def test_copy_of_a_scheduler_keeps_the_shift(pipe, duplicate):
     assert mu_of(thread_pipe.scheduler) == pytest.approx(11.55, abs=0.01)
 
 
+def test_shallow_copy_of_a_scheduler(pipe):
+    """apply_dype and remove_dype free a shallow copy from the scheduler that it is a copy of."""
+    for free in (apply_dype, remove_dype):
+        pipe.scheduler = make_scheduler()
+        apply_dype(pipe, CAPPED)
+        pipe.scheduler.set_timesteps(2)
+        twin = quiet(FluxPipeline(**pipe.components | {"scheduler": copy.copy(pipe.scheduler)}))
+        assert len(noise_schedule(twin.scheduler, 512, 512, 4)[1]) == 5
+        free(twin)
+        twin.scheduler.set_timesteps(4, mu=1.15)
+        assert (len(twin.scheduler.timesteps), len(pipe.scheduler.timesteps)) == (4, 2)
+
+
 def test_set_timesteps_alone(pipe):
     """A cap needs no mu, and the signature is the stock one; other errors of diffusers stay."""
     stock = inspect.signature(pipe.scheduler.set_timesteps)
