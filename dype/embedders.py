@@ -20,6 +20,8 @@ from dype import rope
 from dype.config import DyPEConfig
 
 MAX_CONSTANTS = 16  # two per size for FLUX; when full, all are made again
+# before torch 2.7 a compiler cannot read what belongs to a thread: it breaks its graph there
+break_graph = torch.compiler.disable if torch.__version__ < (2, 7) else lambda method: method
 
 
 class CallState(threading.local):
@@ -267,6 +269,7 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
             self.state.last_ids = ids, version, parsed
         return parsed
 
+    @break_graph
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin of ids [S, A], float32 [S, D] each."""
         tables = self.state.tables

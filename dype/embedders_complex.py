@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dype import rope
-from dype.embedders import DyPEEmbedder, add_by_broadcast, float64_device
+from dype.embedders import DyPEEmbedder, add_by_broadcast, break_graph, float64_device
 
 
 class DyPEQwenEmbedRope(DyPEEmbedder, torch.nn.Module):
@@ -35,6 +35,7 @@ class DyPEQwenEmbedRope(DyPEEmbedder, torch.nn.Module):
             self.state.tables = [tables]
         return call
 
+    @break_graph
     def forward(self, video_fhw, device=None, max_txt_seq_len=None):
         """Return the tables of the images and of the text; arguments as of the stock embedder."""
         tables = self.state.tables
@@ -148,6 +149,7 @@ class DyPEZImageRopeEmbedder(DyPEEmbedder):
         self.state.tables = self.axis_tables(call["x"][0].device)
         return call
 
+    @break_graph
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the table of ids int [S, 3], complex64 [S, D / 2]."""
         tables = self.state.tables

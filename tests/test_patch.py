@@ -196,6 +196,7 @@ def test_exact_ids_reach_the_embedder():
     assert len(calls[0][:, 1].unique()) == 320
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="the graph breaks in the embedder")
 @pytest.mark.parametrize("order", ["wrapped", "in place", "compiled first"])
 def test_one_compiled_graph(pipe, order):
     """One full graph serves all steps of two runs, also if compiled before apply_dype."""
