@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from dype.errors import UnavailableError
+from dype.families import family_of
+from dype.patch import transformer_and_controlnets
 
 # Image power below this fraction of the noise power counts as invisible (docs/log).
 VISIBLE_POWER_RATIO = 0.15
@@ -121,6 +123,18 @@ def check_autoencoder(pipeline: str, autoencoder: str) -> None:
         raise TypeError(
             f"{autoencoder} is not supported by --multipass, --progressive and --init_image, which "
             f"encode images, expected {' or '.join(supported)}"
+        )
+
+
+def check_refining(pipe) -> None:
+    """Raise TypeError if a loaded pipeline cannot encode an image and refine it."""
+    check_autoencoder(type(pipe).__name__, type(pipe.vae).__name__)
+    family = family_of(transformer_and_controlnets(pipe)[0])
+    if family.scheduler_makes_sigmas and pipe.scheduler.config.get("use_flow_sigmas"):
+        raise TypeError(
+            f"{type(pipe).__name__} ignores sigmas with a {type(pipe.scheduler).__name__}, "
+            "expected FlowMatchEulerDiscreteScheduler for --multipass, --progressive and "
+            "--init_image"
         )
 
 

@@ -5,7 +5,7 @@ import math
 from dype.config import check_number
 from dype.families import PIXELS_PER_TOKEN
 from dype.sampling import sample
-from dype.sampling.latents import check_autoencoder
+from dype.sampling.latents import check_refining
 
 # --multipass -> the scale of each pass
 PASS_SCALES = {"single": (1.0,), "twopass": (0.5, 1.0), "threepass": (0.25, 0.5, 1.0)}
@@ -78,7 +78,7 @@ def multipass(pipe, prompt, height: int, width: int, passes: list[dict], **setti
 
     Raises:
         ValueError: `passes` is empty or has invalid values.
-        TypeError: there are several passes, and `check_autoencoder` refuses the autoencoder.
+        TypeError: there are several passes, and `check_refining` refuses the pipeline.
     """
     if not passes:
         raise ValueError("passes is empty, expected at least one")
@@ -97,7 +97,7 @@ def multipass(pipe, prompt, height: int, width: int, passes: list[dict], **setti
     if previous_scale != 1:
         raise ValueError(f"the last pass has scale {previous_scale}, expected 1")
     if len(passes) > 1:
-        check_autoencoder(type(pipe).__name__, type(pipe.vae).__name__)
+        check_refining(pipe)
     return run_passes(pipe, prompt, resolve_pass_sizes(passes, height, width), **settings)
 
 

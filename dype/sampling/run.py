@@ -23,7 +23,7 @@ from dype.pipelines.fingerprint import fingerprint, hash_files, is_mapped
 from dype.pipelines.loading import check_files, load_pipeline
 from dype.pipelines.memory import execution_device, set_tiling
 from dype.sampling import multipass, records, sample
-from dype.sampling.latents import check_autoencoder
+from dype.sampling.latents import check_refining
 from dype.sampling.settings import RunSettings
 
 # settings that `load_pipeline` takes
@@ -104,7 +104,7 @@ def prepare_pipeline(pipe, run: RunSettings) -> dict:
     try:
         apply_dype(pipe, run.config)
         if run.encodes_images:
-            check_autoencoder(type(pipe).__name__, type(pipe.vae).__name__)
+            check_refining(pipe)
     except (TypeError, ValueError) as error:  # because some checks need the loaded checkpoint
         raise UserError(f"{run.model}: {error}") from error
     tiled = set_tiling(pipe, run.tiled_vae, run.tile_size, run.height * run.width)

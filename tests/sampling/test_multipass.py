@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import quiet, tiny_components, tiny_taesd
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, UniPCMultistepScheduler
 from PIL import Image
 from tiny import FAMILIES, TEXT, qwen3, random_tensor
 
@@ -254,6 +254,16 @@ def test_an_unknown_pipeline_or_autoencoder():
     with pytest.raises(TypeError, match="Identity is not supported"):
         encode_latents(pipe, Image.new("RGB", (64, 64)), torch.device("cpu"))
     with pytest.raises(TypeError, match="Identity is not supported"):  # before the first pass
+        multipass.multipass(pipe, None, 128, 128, TWO, **SETTINGS)
+
+
+def test_a_scheduler_that_makes_its_own_sigmas():
+    """FluxPipeline ignores the sigmas at which a refining pass starts if it has such a scheduler."""
+    pipe = flux()
+    pipe.scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+    )
+    with pytest.raises(TypeError, match="ignores sigmas with a UniPCMultistepScheduler"):
         multipass.multipass(pipe, None, 128, 128, TWO, **SETTINGS)
 
 
