@@ -258,7 +258,7 @@ def test_an_unknown_pipeline_or_autoencoder():
 
 
 def test_a_scheduler_that_makes_its_own_sigmas():
-    """FluxPipeline ignores the sigmas at which a refining pass starts if it has such a scheduler."""
+    """FluxPipeline with such a scheduler ignores the sigmas at which a refining pass starts."""
     pipe = flux()
     pipe.scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
