@@ -43,7 +43,7 @@ def write_contact_sheets(rows: list[dict], folder: Path, columns: str | None = N
         same_size = [row for row in rows if (int(row["height"]), int(row["width"])) == size]
         for number, sheet in enumerate(contact_sheets(same_size, folder, size, columns), 1):
             png = io.BytesIO()
-            sheet.save(png, "png", optimize=True)
+            sheet.save(png, "png")
             suffix = f"_{number}" if number > 1 else ""
             contents[folder / f"comparison_{size[0]}x{size[1]}{suffix}.png"] = png.getvalue()
     contents[folder / "summary.txt"] = summarize_rows(rows).encode()
