@@ -100,21 +100,28 @@ def test_one_graph_serves_every_step(family):
     assert count_graphs(family, "full", CONFIG) == 1
 
 
-@pytest.mark.parametrize("family", PIPELINE_CLASSES)
+@pytest.mark.parametrize("family", ["flux", "qwen-image"])
 def test_as_many_sizes_as_stock(family):
-    """A compiled transformer takes all sizes with as many graphs as without DyPE."""
+    """A compiled transformer takes all sizes with as many graphs as without DyPE.
+
+    The first size has a graph of its own, the second a dynamic one that serves the third.
+    """
     build, generate = FAMILIES[family]
+    # an image of the trained size has a path of its own in Qwen-Image's embedder
+    unstretched = [DyPEConfig()] if family == "qwen-image" else []
     counts = []
-    for config in (None, CONFIG, DyPEConfig()):
+    for config in (None, CONFIG, *unstretched):
         torch._dynamo.reset()
         pipe, counter = build(), CompileCounter()
+        del pipe.transformer.transformer_blocks[1:]  # for a faster compilation
         if config:
             apply_dype(pipe, config)
         pipe.transformer.compile(fullgraph=True, backend=counter)
-        for rows in range(2, 6):
+        for rows in (4, 5, 6):
             generate(pipe, 16 * rows, 16 * rows + 16, steps=2)
         counts.append(counter.frame_count)
-    assert counts[0] == counts[1] == counts[2] <= 3
+    assert counts == counts[:1] * len(counts)
+    assert counts[0] <= 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
