@@ -188,7 +188,7 @@ def test_rows_go_with_their_images(gray_runs):
     assert [row["seed"] for row in table()] == ["1", "2"]
 
 
-def test_a_folder_of_an_earlier_version(capsys):
+def test_a_folder_of_an_earlier_version(gray_runs, capsys):
     """It can be read but not continued: one sentence says what to do, and nothing changes."""
     line = [*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
     assert run(*line) == 0
@@ -215,7 +215,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_foreign_image_stays(name, capsys):
+def test_a_foreign_image_stays(name, gray_runs, capsys):
     record, reason = BROKEN[name]
     line = [*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
     assert run(*line) == 0
@@ -243,7 +243,7 @@ def test_a_table_that_a_spreadsheet_has_saved(gray_runs):
     assert results.read_rows(Path("out")) == rows
 
 
-def test_a_metric_named_like_a_column():
+def test_a_metric_named_like_a_column(gray_runs):
     """A metric does not replace a column, and an unknown column is not a metric."""
     assert run(*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1") == 0
     rows = [row | {"note": "nice"} for row in table()]
@@ -254,7 +254,7 @@ def test_a_metric_named_like_a_column():
     assert run("--grid_from", "out") == 0
 
 
-def test_a_deleted_image_is_generated_again_under_its_name():
+def test_a_deleted_image_is_generated_again_under_its_name(gray_runs):
     """The JSON that is left does not change the name."""
     line = [*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
     assert run(*line) == 0
@@ -268,7 +268,7 @@ def test_a_deleted_image_is_generated_again_under_its_name():
     assert path.read_bytes()[:30] == content[:30]
 
 
-def test_an_outdated_json_is_repaired():
+def test_an_outdated_json_is_repaired(gray_runs):
     """A kill between the JSON and the image may leave one."""
     line = [*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
     assert run(*line) == 0
@@ -289,7 +289,7 @@ def test_one_image_of_a_named_sweep_is_a_sweep(capsys):
     assert "1 images, 1 finished" in capsys.readouterr().out
 
 
-def test_an_image_of_other_settings_in_the_way(capsys):
+def test_an_image_of_other_settings_in_the_way(gray_runs, capsys):
     """The error names the flag that differs; --overwrite generates the image again."""
     line = [*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
     assert run(*line) == 0
@@ -349,7 +349,7 @@ def test_out_of_memory_suggests_a_cheaper_setting(monkeypatch, capsys):
     assert re.fullmatch(r"run_dype.py: out of memory at a peak of .* GiB; try --tiled_vae on", err)
 
 
-def test_dry_run_prints_the_plan(capsys):
+def test_dry_run_prints_the_plan(gray_runs, capsys):
     """The plan has the number of images and, after a first image, a time; nothing is written."""
     line = [*TINY_DEMO, "--size", "64,128", "--output_dir", "out", "--seed", "0-1"]
     assert run(*line, "--dry_run") == 0
@@ -364,7 +364,7 @@ def test_dry_run_prints_the_plan(capsys):
     assert re.search(r"4 images, 2 finished; about \d+ s left at the same speed", out)
 
 
-def test_two_sweeps_in_one_folder(capsys):
+def test_two_sweeps_in_one_folder(gray_runs, capsys):
     """The second sweep is told to wait; the lock ends with its process."""
     os.mkdir("out")
     code = "import fcntl, os, sys; fcntl.flock(os.open('out', 0), 2); print(flush=True); input()"
