@@ -4,19 +4,15 @@ import re
 
 from dype.errors import UserError
 
-# first and last letter of a text in quotes
-QUOTES = [
-    "''",
-    '""',
-    "``",
-    "\u2018\u2019",
-    "\u201c\u201d",
-    "\u201d\u201d",
-    "\u201e\u201c",
-    "\u00ab\u00bb",
-]
+# every kind of single and double quotes, of the keyboard and of other languages
+MARK = "['\"`\u00b4\u00ab\u00bb\u2018-\u201f\u2039\u203a\u300c-\u300f\uff02\uff07]"
+END = rf"{MARK}[,.;:!?]*"
+OPENING = re.compile(rf"{MARK}(?!.*{END}$).*")  # the first word of a text in quotes
+CLOSING = re.compile(rf"(?!{MARK}.).*{END}")  # the last
 # scripts that put no spaces between words: Thai to Burmese, Khmer, Chinese, Japanese
-UNSPACED = "[\u0e00-\u109f\u1780-\u17ff\u2e80-\uabff\uf900-\ufaff\U00020000-\U0003ffff]"
+UNSPACED = re.compile(
+    "[\u0e00-\u109f\u1780-\u17ff\u2e80-\u3007\u3010-\uabff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 MAX_WORDS = 3  # prompts of a single word after one --prompt
 
 
@@ -33,22 +29,20 @@ def check_quotes(texts: list[str]) -> None:
                 "the whole command on one line"
             )
     items = [text for text in texts if not re.search(r"\s", text)]
-    for first, last in QUOTES:
-        opening = [x for x in items if x.startswith(first) and not x[1:].endswith(last)]
-        closing = [x for x in items if x.endswith(last) and not x[:-1].startswith(first)]
-        if opening and closing:
-            raise UserError(
-                f"--prompt has the values {opening[0]} and {closing[-1]}, with quotes that the "
-                f"shell did not read, expected whole prompts; {cure}"
-            )
+    opening, closing = (list(filter(form.fullmatch, items)) for form in (OPENING, CLOSING))
+    if opening and closing:
+        raise UserError(
+            f"--prompt has the values {opening[0]} and {closing[-1]}, with quotes that the shell "
+            f"did not read, expected whole prompts; {cure}"
+        )
     for text in items:
-        if len(text) > 1 and text[0] + text[-1] in QUOTES:
+        if re.fullmatch(f"{MARK}.*{MARK}", text):
             print(f"--prompt is {text} with these quotes, which the shell did not read")
-    words = list(dict.fromkeys(x for x in items if not re.search(UNSPACED, x)))
+    words = {text for text in items if not UNSPACED.search(text)}
     if len(words) > MAX_WORDS and 2 * len(words) > len(texts):
         raise UserError(
             f"--prompt has {len(texts)} values, of which {len(words)} are single words, expected "
             f"whole prompts; {cure}; for prompts of a single word repeat --prompt"
         )
-    if len(words) > 1 and {*words} == {*texts}:
-        print(f"--prompt has {len(words)} prompts, each of a single word; for others {cure}")
+    if words and len({*texts}) > 1:
+        print(f"--prompt has {len(texts)} prompts, {len(words)} of a single word; if not, {cure}")
