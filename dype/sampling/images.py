@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of a TIFF
-WHITE_IS_ZERO = 0  # value of the second
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
+WHITE_IS_ZERO, SIGNED = 0, (2,)  # values of the last two
+# layout of a PNG -> factor by which Pillow multiplies pixels, but not the color that is transparent
+SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 # color space of an ICC profile -> the modes of images that it can describe, its own first
 PROFILE_MODES = {"RGB": ("RGB", "L", "P", "1", "YCbCr"), "GRAY": ("L", "1"), "CMYK": ("CMYK",)}
 SRGB_TOLERANCE = 0.5  # levels; a profile that changes colors by less, on average, is sRGB
@@ -22,9 +24,10 @@ def decode(path: str | Path) -> Image.Image:
     with Path(path).open("rb") as file, Image.open(file) as image:
         tags = dict(getattr(image, "tag_v2", {}))
         color = image.info.get("transparency")
-        if isinstance(color, tuple) and "RGB;16B" in str(image.tile):
-            # because Pillow keeps the high bytes of the pixels alone
-            image.info["transparency"] = tuple(x >> 8 for x in color)
+        for layout, scale in SCALES.items():
+            if color is not None and f"'{layout}'" in str(image.tile):
+                color = np.multiply(color, scale).astype(int).tolist()
+                image.info["transparency"] = tuple(color) if isinstance(color, list) else color
         image = ImageOps.exif_transpose(image)
     profile, alpha = image.info.get("icc_profile"), None
     if image.has_transparency_data:
@@ -64,7 +67,7 @@ def reduce_depth(image: Image.Image, tags: dict) -> Image.Image:
         ValueError: the values fit no such white.
     """
     values = np.asarray(image)
-    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
+    bits = tags.get(BITS_PER_SAMPLE, (16,))[0] - (tags.get(SAMPLE_FORMAT) == SIGNED)
     levels = [2**bits - 1] if image.mode[0] == "I" and bits <= 16 else [255, 65535]
     levels = [1, *levels] if image.mode == "F" else levels
     low, high = values.min(), values.max()

@@ -215,6 +215,8 @@ def open_image(path: str | Path) -> Image.Image:
 
     Raises OSError, with the reason if there is no `strerror`.
     """
+    if Path(path).is_fifo():  # which can be read only once, and may never end
+        raise OSError("it is a pipe, expected a file")
     limit = Image.MAX_IMAGE_PIXELS
     try:
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above it, and raises above twice

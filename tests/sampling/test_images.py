@@ -1,6 +1,7 @@
 """Images of other programs come in as a viewer shows them, or are refused with a reason."""
 
 import io
+import os
 import struct
 import warnings
 from pathlib import Path
@@ -30,7 +31,9 @@ def save(pixels: np.ndarray, name: str, **options) -> str:
     return name
 
 
-def png16(name: str, kind: int, pixels: np.ndarray, transparent: tuple = ()) -> str:
+def png16(
+    name: str, kind: int, pixels: np.ndarray, transparent: tuple = (), depth: int = 16
+) -> str:
     """Write a PNG of 16 bits, which Pillow cannot write in color.
 
     Args:
@@ -38,6 +41,7 @@ def png16(name: str, kind: int, pixels: np.ndarray, transparent: tuple = ()) -> 
         kind: color type of the format; 0 gray, 2 RGB, 4 gray and alpha, 6 RGBA.
         pixels: uint16 [h, w] or [h, w, channels].
         transparent: the value or color that is transparent.
+        depth: bits per value; below 16, each of `pixels` has several values.
     """
     from zlib import compress, crc32
 
@@ -45,7 +49,7 @@ def png16(name: str, kind: int, pixels: np.ndarray, transparent: tuple = ()) -> 
         return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", crc32(tag + data))
 
     height, width = pixels.shape[:2]
-    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width * 16 // depth, height, depth, kind, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     colors = struct.pack(f">{len(transparent)}H", *transparent)
     chunks = [(b"IHDR", header), (b"tRNS", colors), (b"IDAT", compress(rows)), (b"IEND", b"")]
@@ -117,6 +121,7 @@ DEEP = {  # file -> a function that writes the ramp into it
     "int32.tif": lambda name: save(WIDE.astype(np.int32), name),
     "int32-of-bytes.tif": lambda name: save(RAMP.astype(np.int32), name),
     "g.pgm": lambda name: Path(name).write_bytes(b"P5 16 16 65535 " + WIDE.astype(">u2").tobytes()),
+    "signed.tif": lambda name: save(WIDE // 2, name, tiffinfo={TiffImagePlugin.SAMPLEFORMAT: 2}),
     "float.tif": lambda name: save(RAMP.astype(np.float32) / 255, name),
     "float-of-bytes.tif": lambda name: save(RAMP.astype(np.float32), name),
     "float-of-words.tif": lambda name: save(RAMP.astype(np.float32) * 257, name),
@@ -199,6 +204,14 @@ def test_transparent_parts_lie_on_white(kind):
     pixels = read(write_transparent(kind))
     assert (pixels[:, :4] == 255).all()
     assert (pixels[:, 4:] == 40).all()
+
+
+@pytest.mark.parametrize(("depth", "row"), [(2, 0b00000000_01010101), (4, 0x0011)])
+def test_a_transparent_level_of_few_bits(depth, row):
+    """The level 1 is transparent."""
+    black, white = np.split(read(png16("a.png", 0, np.array([[row]]), (1,), depth))[0, :, 0], 2)
+    assert (black == 0).all()
+    assert (white == 255).all()
 
 
 def test_half_transparent_colors_mix_with_white():
@@ -313,6 +326,8 @@ def write_broken(name: str) -> None:
             save(COLORS, "a.png", icc_profile=profile[:200])
         case "profile of another space":
             save(COLORS, "a.png", icc_profile=gray)
+        case "pipe":
+            os.mkfifo("a.png")
         case "text":
             with open("a.png", "wb") as file:
                 file.write(b"text")
@@ -324,7 +339,7 @@ def write_broken(name: str) -> None:
                 file.write(content[: len(content) * 2 // 3])
 
 
-BROKEN = ["profile cut off", "profile of another space", "text"]
+BROKEN = ["profile cut off", "profile of another space", "text", "pipe"]
 BROKEN += [f"{kind} cut off" for kind in ("PNG", "JPEG", "TIFF", "WEBP", "AVIF", "BMP", "GIF")]
 
 
