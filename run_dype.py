@@ -68,11 +68,12 @@ def command(argv: list[str], rank: int) -> int:
 
 def generate_one(options: RunOptions, run: RunSettings) -> int:
     """Load a pipeline, generate one image and save it with its record."""
+    path = output_path(options, run)
     if options.dry_run:
         return dry_run(run)
     distributed.check_start(run, single_image=True)
     state = distributed.init_processes(run)
-    path = output_path(options, run)
+    records.check_writable(path.parent, path.name)
     pipe = load_for_run(run, run.height * run.width, state)
     pipe.set_progress_bar_config(disable=not state.is_main_process)
     prepared = prepare_pipeline(pipe, run)
@@ -126,10 +127,7 @@ def draw_sheets(folder: Path, columns: str | None) -> int:
 
 
 def output_path(options: RunOptions, run: RunSettings) -> Path:
-    """Return the path of the image, checked before the pipeline is loaded.
-
-    Raises UserError or OSError if it cannot be written.
-    """
+    """Return the path of the image. Raises UserError for a file that --output cannot name."""
     if options.output is None:
         name = "image.png" if options.no_metadata else run.file_name
         path = Path(options.output_dir or "outputs") / name
@@ -141,7 +139,6 @@ def output_path(options: RunOptions, run: RunSettings) -> Path:
         for target in (path, path.with_suffix(".json")):
             if target.is_dir() or (target.exists() and not options.overwrite):
                 raise UserError(f"--output: {target} exists, expected --overwrite or another name")
-    records.check_writable(path.parent, path.name)
     return path
 
 

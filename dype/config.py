@@ -63,6 +63,8 @@ class Flag:
     def parse(self, text: str):
         """Convert text to a checked value. Raise ValueError that names the flag."""
         value = text
+        if not text and self.type is str and "prompt" not in self.name.split("_"):
+            raise ValueError(f"--{self.option} is '', expected a value")
         if self.type is bool:
             check_choice(f"--{self.option}", text, ("on", "off"))
             value = text == "on"

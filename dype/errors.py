@@ -45,11 +45,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"formatter_class": WideHelp, "allow_abbrev": False} | kwargs)
 
     def error(self, message: str) -> NoReturn:
-        if match := re.match(
-            r"argument (--[^/:]+).*: expected (one|at least one) argument$", message
-        ):
+        argument = r"argument (?:-h/)?(--[^/:]+).*: "
+        if match := re.match(argument + r"expected (one|at least one) argument$", message):
             message = f"{match[1]} has no value, expected {match[2]}; "
             message += f"a value that begins with a hyphen needs {match[1]}=VALUE"
+        elif match := re.match(argument + "ignored explicit argument (.*)", message, re.DOTALL):
+            message = f"{match[1]} is {match[2]}, expected no value"
         raise UserError(message)
 
 

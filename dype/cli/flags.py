@@ -1,6 +1,7 @@
 """The flags of the command line: the settings of an image, and the options of a run."""
 
 import argparse
+import os
 import re
 from dataclasses import dataclass
 
@@ -148,6 +149,9 @@ ENCODING_FLAGS = {row.name for row in ALL_FLAGS if row.group == ENCODING_GROUP} 
     "no_dype",
     "isotropic",
 }
+# flags that are paths, or may be
+PATH_FLAGS = ("model", "transformer", "lora", "init_image", "prompts_file", "config", "from_")
+PATH_FLAGS += ("output_dir", "output", "grid_from")
 # methods with DyPE as results.csv and file names spell them; `settings.split_dynamic` reads them
 GROUPS = dict.fromkeys(row.group for row in ALL_FLAGS)
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212-"  # a text editor may replace hyphens by these
@@ -213,6 +217,8 @@ def parser() -> Parser:
             options |= {"nargs": "?", "const": "on"}
         if row.name == "prompt":
             options["action"] = Prompts
+        if row.name in PATH_FLAGS:  # because shells leave `--output=~/a.png` as it is
+            options["type"] = os.path.expanduser
         if row.name in SWITCHES:
             options = {"action": "store_true"}
         names = [f"--{row.option}", *row.aliases]

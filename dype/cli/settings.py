@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import os
 import tomllib
 from dataclasses import fields, replace
 from functools import reduce
@@ -169,7 +168,7 @@ def choose_model(explicit: dict, from_image: dict) -> tuple[str, Model, dict]:
     Raises:
         ValueError: there is no such model.
     """
-    name = os.path.expanduser(explicit.get("model", from_image.get("model", DEFAULT_MODEL)))
+    name = explicit.get("model", from_image.get("model", DEFAULT_MODEL))
     if name and name not in MODELS and Path(name).is_dir():
         name = str(Path(name).absolute())  # because the record must hold in any working directory
     revision = from_image.get("revision") if "model" not in explicit else None
@@ -204,7 +203,7 @@ def find_prompts(
     prompts = prompts or from_image.get("prompt") or [entry.prompt]
     for prompt in prompts:
         check_text("--prompt", prompt)
-    blank = [prompt for prompt in prompts if not prompt.strip()]
+    blank = [prompt for prompt in prompts if not any(map(str.isprintable, "".join(prompt.split())))]
     if blank:
         raise UserError(f"--prompt is {blank[0]!r}, expected some words")
     if not options.magic_suffix:
@@ -337,6 +336,8 @@ def load_image_settings(file: str) -> dict:
         raise UserError(f"--from {file} carries no complete settings") from error
     except ValueError as error:
         raise UserError(f"--from {file}: {error}") from error
+    if unknown := ", ".join(flags.keys() - {row.name for row in FLAGS} - {"init_sha256"}):
+        print(f"--from {file} has settings of another version, without effect: {unknown}")
     if source != Path(file):
         print(f"--from {file} carries no settings, so those of {source} apply")
     if config["base_resolution"] is None:

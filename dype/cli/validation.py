@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dype.cli.flags import PATH_FLAGS
 from dype.config import check_choice, check_number, check_text
 from dype.errors import UserError
 from dype.families import PIXELS_PER_TOKEN
@@ -17,10 +18,6 @@ from dype.pipelines.fingerprint import find_changed_weights
 from dype.sampling import records
 from dype.sampling.latents import check_autoencoder
 from dype.sampling.settings import RunSettings, weight_sources
-
-# flags that are paths, or may be
-PATH_FLAGS = ("model", "transformer", "lora", "init_image", "prompts_file", "config", "from_")
-PATH_FLAGS += ("output_dir", "output", "grid_from")
 
 
 def check_paths(values: dict) -> None:
@@ -211,8 +208,7 @@ def effective_negative_prompt(values: dict, explicit: dict, model: Model) -> str
 
 def normalize_path(text: str) -> str:
     """Return an existing path as an absolute one, another text as it is."""
-    path = os.path.expanduser(text)
-    return str(Path(path).absolute()) if os.path.exists(path) else text
+    return str(Path(text).absolute()) if os.path.exists(text) else text
 
 
 def normalize_lora(text: str) -> str:

@@ -88,6 +88,12 @@ BAD = {
     "from too long": (2, f"--from {'a' * 256}.png"),
     "grid_from too long": (2, f"--grid_from {'a' * 256}"),
     "output the root": (2, "--output /"),
+    "output another format, dry run": (2, "--output a.jpg --dry_run"),
+    "output empty": (2, "--output="),
+    "output_dir empty": (2, "--output_dir="),
+    "init image empty": (2, "--init_image="),
+    "device empty": (2, "--device="),
+    "prompt without letters": (2, "--prompt=\u200b\ufeff"),
     "height a word": (2, "--height tall"),
     "width a fraction": (2, "--width 512.5"),
     "steps 0": (2, "--steps 0"),
@@ -459,6 +465,18 @@ def test_from_an_image_of_the_first_version():
         "--dype_scale", "1.5", "--negative_prompt", "a ring", "--true_cfg", "3", "--prompt",
         run.prompt,
     ).file_name  # fmt: skip
+
+
+def test_from_an_image_of_a_later_version(capsys):
+    """A setting that this version lacks has no effect, which a note says."""
+    record = settings().record | {"commit": None, "tiled_vae": False}
+    record["flags"] = record["flags"] | {"sharpness": 3}
+    Path("a.json").write_text(json.dumps(record))
+    run = settings("--from", "a.json")
+    assert "another version, without effect: sharpness\n" in capsys.readouterr().out
+    Path("a.json").write_text(json.dumps(run.record | {"commit": None, "tiled_vae": False}))
+    settings("--from", "a.json")
+    assert "another version" not in capsys.readouterr().out
 
 
 def test_defaults_are_the_papers():

@@ -62,6 +62,13 @@ REFUSED = {  # words, separated by | -> words of the sentence
     "--prompt|'|cat|'": "the values ' and '",
     "--prompt|\u201ca|red|ring\u201d": "the values \u201ca and ring\u201d",
     "--prompt|\u201e\u732b|\u72ac\u201c": "with quotes that the shell did not read",
+    "--prompt|\u201aa|ring\u2018,": "the values \u201aa and ring\u2018,",
+    "--prompt|\u00bba|ring\u00ab.": "the values \u00bba and ring\u00ab.",
+    "--prompt|\u2039a|ring\u203a": "the values \u2039a and ring\u203a",
+    "--prompt|``a|ring''": "the values ``a and ring''",
+    "--prompt|\u300c\u732b|\u72ac\u300d": "the values \u300c\u732b and \u72ac\u300d",
+    "--no-dype=on": "--no_dype is 'on', expected no value",
+    "--help=x": "--help is 'x', expected no value",
     "--prompt|a red fox|\\": "expected the whole command on one line",
     "--prompt|a red fox|^": "expected the whole command on one line",
 }
@@ -82,7 +89,10 @@ LISTS = {  # prompts, separated by | -> whether a note says that each is a singl
     "cat|dog": True,
     "a|b|c": True,
     "a cat|a dog": False,
-    "a cat|dog|bird|fox|a wolf|a bear": False,
+    "a cat|dog|bird|fox|a wolf|a bear": True,
+    "a cat|in|snow": True,
+    "cat|cat": False,
+    "\u2018cat\u201b": True,
     "\u4e00\u53ea\u7ea2|\u65e5\u672c|\u57ce|\u732b|\u72ac": False,
     "'tis a fox|the dogs' bed": False,
 }
@@ -93,6 +103,14 @@ def test_lists_of_prompts_are_kept(prompts, capsys):
     texts = prompts.split("|")
     assert parse("--prompt", *texts)["prompt"] == texts
     assert capsys.readouterr().out.startswith("--prompt ") == LISTS[prompts]
+
+
+@pytest.mark.parametrize("flag", ["output", "output_dir", "lora", "model", "init_image", "from"])
+def test_the_home_folder_of_a_path(flag, monkeypatch):
+    """Shells do not replace it in FLAG=VALUE."""
+    monkeypatch.setenv("HOME", "/home/me")
+    [value] = parse(f"--{flag}=~/a").values()
+    assert value in ("/home/me/a", ["/home/me/a"])
 
 
 def test_a_repeated_flag_takes_any_number_of_single_words():
