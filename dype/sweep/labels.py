@@ -65,27 +65,22 @@ def open_font(path: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
 
 
-def draw_mask(font: ImageFont.FreeTypeFont, letter: str) -> tuple:
-    """Return the size and the pixels of a letter."""
-    mask = font.getmask(letter)
-    return mask.size, bytes(mask)
-
-
-def letters_of(font: ImageFont.FreeTypeFont, letters: Iterable[str]) -> set[str]:
+def letters_of(path: str, letters: Iterable[str]) -> set[str]:
     """Return the letters that a font has, which are those that it does not draw as a box."""
-    # Raqm, the other engine, sets a dotted circle beside the box of a mark.
-    font = font.font_variant(layout_engine=ImageFont.Layout.BASIC)
     try:
-        box = draw_mask(font, NO_LETTER)
-        return {letter for letter in letters if draw_mask(font, letter) != box}
-    except OSError:  # a font of bitmaps, as of emoji
+        # Raqm, the other engine, sets a dotted circle beside the box of a mark.
+        font = open_font(path, FIND_SIZE).font_variant(layout_engine=ImageFont.Layout.BASIC)
+        masks = {letter: font.getmask(letter) for letter in (NO_LETTER, *letters)}
+    except OSError:  # no font, or one of bitmaps, as of emoji
         return set()
+    pixels = {letter: (mask.size, bytes(mask)) for letter, mask in masks.items()}
+    return {letter for letter in letters if pixels[letter] != pixels[NO_LETTER]}
 
 
 @lru_cache(100_000)
 def has_letter(path: str, letter: str) -> bool:
     """Return whether a font file has a letter; path: "" for Pillow's own font."""
-    return bool(letters_of(open_font(path, FIND_SIZE), letter))
+    return bool(letters_of(path, letter))
 
 
 def find_fonts(text: str) -> None:
@@ -94,11 +89,7 @@ def find_fonts(text: str) -> None:
     for path in ("", *font_files()):
         if not missing:
             return
-        try:
-            font = ImageFont.truetype(path, FIND_SIZE) if path else open_font("", FIND_SIZE)
-        except OSError:
-            continue
-        present = letters_of(font, missing)
+        present = letters_of(path, missing)
         FONT_OF.update(dict.fromkeys(present, path))
         missing -= present
     FONT_OF.update(dict.fromkeys(missing))
