@@ -88,6 +88,8 @@ def run_command(
         return command() or 0
     except UserError as error:
         return fail(program, error, 2) if rank == 0 else 2
+    except BrokenPipeError:  # for example, of `| head`
+        return fail(program, f"nothing reads the output any more; {interrupted or 'it is cut off'}")
     except (UnavailableError, OSError) as error:
         return fail(program, error)
     except (RuntimeError, MemoryError) as error:

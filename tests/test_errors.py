@@ -17,6 +17,7 @@ CASES = [  # error, exit code, sentence after the program's name
     (UserError("--size is 0,\n expected more"), 2, "--size is 0, expected more"),
     (UnavailableError("there is no GPU"), 1, "there is no GPU"),
     (FileNotFoundError(2, "No such file", "a.png"), 1, "[Errno 2] No such file: 'a.png'"),
+    (BrokenPipeError(32, "Broken pipe"), 1, "nothing reads the output any more; go on"),
     (torch.OutOfMemoryError("CUDA out of memory."), 1, "out of memory; try less"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; try less"),
     (MemoryError(), 1, "out of memory; try less"),

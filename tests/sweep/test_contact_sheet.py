@@ -33,24 +33,18 @@ def make_rows(*changes: dict) -> list[dict]:
 
 def read_colors(sheet: Image.Image) -> list[list[str]]:
     """Return the colors of the images on a sheet, line by line; '?' is a gray box."""
-    pixels = np.asarray(sheet).astype(int)
-    width = 320
-    height = round(320 * 64 / 96)
-    names = {value: name for name, value in COLORS.items()} | {(211, 211, 211): "?"}
-    grid = []
-    for y in range(pixels.shape[0] - height + 1):
-        row = []
-        for x in range(pixels.shape[1] - width + 1):
-            corners = [
-                tuple(pixels[y + dy, x + dx]) for dy in (0, height - 1) for dx in (0, width - 1)
-            ]
-            is_top = y == 0 or tuple(pixels[y - 1, x]) not in names
-            is_left = x == 0 or tuple(pixels[y, x - 1]) not in names
-            if is_top and is_left and len(set(corners)) == 1 and corners[0] in names:
-                row.append(names[corners[0]])
-        if row:
-            grid.append(row)
-    return grid
+    colors = COLORS | {"?": (211, 211, 211)}
+    width, height = 320, round(320 * 64 / 96)
+    numbers = np.zeros((sheet.height + 1, sheet.width + 1), int)  # with an edge above and at left
+    for number, color in enumerate(colors.values(), 1):
+        numbers[1:, 1:][(np.asarray(sheet) == color).all(-1)] = number
+    is_corner = (numbers[1:, 1:] > 0) & (numbers[:-1, 1:] == 0) & (numbers[1:, :-1] == 0)
+    grid: dict[int, list[str]] = {}
+    for y, x in np.argwhere(is_corner[: 1 - height, : 1 - width]) + 1:
+        corners = {numbers[y + dy, x + dx] for dy in (0, height - 1) for dx in (0, width - 1)}
+        if len(corners) == 1:
+            grid.setdefault(y, []).append([*colors][corners.pop() - 1])
+    return [*grid.values()]
 
 
 def test_contact_sheet():
