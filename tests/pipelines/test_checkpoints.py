@@ -414,7 +414,7 @@ def test_variants_of_a_folder(models, capsys):
     assert "has no such files, expected one of bf16" in sentence
     sentence = both(capsys, 2, "--model", models / "flux", "--variant", "bf16")
     assert "has no such files, expected none" in sentence
-    sentence = both(capsys, 2, "--model", models / "flux", "--variant", "")
+    sentence = both(capsys, 2, "--model", models / "flux", "--variant", "fp 16")
     assert "expected a name such as fp16" in sentence
     for name in ("vae", "text_encoder", "text_encoder_2"):  # other components may lack the variant
         for file in Path("half", name).glob("*.bf16.*"):
