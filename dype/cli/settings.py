@@ -336,7 +336,7 @@ def load_image_settings(file: str) -> dict:
         raise UserError(f"--from {file} carries no complete settings") from error
     except ValueError as error:
         raise UserError(f"--from {file}: {error}") from error
-    if unknown := ", ".join(flags.keys() - {row.name for row in FLAGS} - {"init_sha256"}):
+    if unknown := ", ".join(sorted(flags.keys() - {row.name for row in FLAGS} - {"init_sha256"})):
         print(f"--from {file} has settings of another version, without effect: {unknown}")
     if source != Path(file):
         print(f"--from {file} carries no settings, so those of {source} apply")
