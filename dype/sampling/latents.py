@@ -41,8 +41,18 @@ def check_finite_decoding(vae):
     finally:
         hook.remove()
     for name, flags in (("generated latent", latents), ("decoded image", pixels)):
-        if flags and not torch.stack(flags).all():
-            raise UnavailableError(NOT_FINITE.format(name))
+        check_finite(name, *flags)
+
+
+def check_finite(name: str, *flags: torch.Tensor) -> None:
+    """Raise UnavailableError unless all flags are true; the host waits for the device once.
+
+    Args:
+        name: of what is not finite.
+        flags: results of `torch.isfinite(tensor).all()`.
+    """
+    if flags and not torch.stack(flags).all():
+        raise UnavailableError(NOT_FINITE.format(name))
 
 
 @torch.no_grad()
@@ -68,8 +78,7 @@ def encode_latents(pipe, image: Image.Image, device: torch.device) -> torch.Tens
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(device)
     pixels = pixels.permute(2, 0, 1)[None].to(pipe.vae.dtype) / 127.5 - 1
     latents = VAE_ENCODERS[kind](pipe, pixels)
-    if not torch.isfinite(latents).all():
-        raise UnavailableError(NOT_FINITE.format("latent of the image to refine"))
+    check_finite("latent of the image to refine", torch.isfinite(latents).all())
     return latents
 
 

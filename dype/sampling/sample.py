@@ -19,6 +19,7 @@ from dype.patch import transformer_and_controlnets
 from dype.pipelines import acceleration
 from dype.pipelines.memory import execution_device, hide_components
 from dype.sampling.latents import (
+    check_finite,
     check_finite_decoding,
     encode_latents,
     missing_power,
@@ -151,7 +152,7 @@ def generate(
         cache: key of `acceleration.CACHES`.
 
     Raises:
-        UnavailableError: the latents or the decoded image have NaN or infinite values.
+        UnavailableError: embeddings, latents or the decoded image have NaN or infinite values.
     """
     parameters, device = inspect.signature(pipe.__call__).parameters, execution_device(pipe)
     if guidance is None:
@@ -173,6 +174,9 @@ def generate(
             arguments = {"prompt": text}
             if f"{prefix}prompt_embeds" in parameters:
                 arguments = encode_prompt(pipe, text, max_sequence_length)
+        embeddings = arguments.get("prompt_embeds", ())  # Z-Image: a list
+        # because a text encoder in float16 overflows with some prompts, and the steps take long
+        check_finite("embedding of the prompt", *(torch.isfinite(x).all() for x in embeddings))
         call |= {f"{prefix}{name}": value for name, value in arguments.items()}
     call = {name: value for name, value in call.items() if name in parameters}
     call = send_to_device(call, device)

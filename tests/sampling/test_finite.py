@@ -47,6 +47,18 @@ def test_a_decoded_image_that_is_not_finite(pipe, value):
     assert not pipe.vae.decoder._forward_hooks
 
 
+def test_an_embedding_that_is_not_finite(pipe):
+    """A text encoder in float16 overflows; the image ends before its steps."""
+    prompt, calls = prompt_of(pipe), []
+    if isinstance(prompt, str):
+        prompt = sample.encode_prompt(pipe, prompt, 16)
+    prompt["prompt_embeds"][0][..., -1] = math.inf
+    pipe.transformer.register_forward_hook(lambda *args: calls.append(args))
+    with pytest.raises(UnavailableError, match="the embedding of the prompt has values"):
+        sample.generate(pipe, prompt, **SIZE, **SETTINGS)
+    assert not calls
+
+
 def test_an_image_to_refine_whose_latents_are_not_finite(pipe):
     """The second pass ends before its steps."""
     fill(pipe.vae.encoder, math.nan)
