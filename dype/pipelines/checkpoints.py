@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from dype.errors import UnavailableError, UserError
 from dype.pipelines.catalog import Model
-from dype.pipelines.hub import load_hub_json
-from dype.pipelines.model_paths import HUB_FILE, INDEX, WEIGHT_ENDINGS
+from dype.pipelines.hub import is_local, load_hub_json
+from dype.pipelines.model_paths import INDEX, WEIGHT_ENDINGS, download_hint
 
 Header = dict[str, tuple[str, tuple[int, ...]]]  # name of a tensor -> number format and shape
 
@@ -239,10 +239,7 @@ def check_transformer(path: str, model: Model, name: str, revision: str | None) 
 def describe_missing(path: str) -> str:
     """Return why the value of --transformer is no file, and what is expected."""
     if not os.path.exists(path):
-        match = HUB_FILE.fullmatch(path)
-        hint = (
-            f"; if it is on the hub, get it by `hf download {match[1]} {match[2]}`" if match else ""
-        )
+        hint = download_hint(path)
         return f"but there is no such file, expected a .safetensors or .gguf file{hint}"
     if not os.path.isdir(path):
         return "no file of weights, expected a .safetensors or .gguf file"
@@ -353,7 +350,7 @@ def load_transformer(
         config=model.repo,
         subfolder="transformer",
         config_revision=revision,
-        local_files_only=Path(model.repo).is_dir(),
+        local_files_only=is_local(model.repo, revision),
         torch_dtype=dtype,
         quantization_config=quantization,
     )

@@ -4,14 +4,17 @@ import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HTTPError
+from huggingface_hub import constants
 
+from dype.errors import UnavailableError
 from dype.pipelines.checkpoints import WEIGHT_FILE
-from dype.pipelines.hub import load_hub_json
+from dype.pipelines.hub import load_hub_json, repository_info
+from dype.pipelines.loras import DEFAULT_FILE
+from dype.pipelines.model_paths import INDEX, hub_repository
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt")
 CONFIGS = (".json", ".txt", ".model", ".jinja")  # of models, schedulers and tokenizers
@@ -19,10 +22,11 @@ WHOLE = 64 * 2**20  # bytes; a file up to this size is hashed completely
 BLOCK = 4096  # bytes of a sample of a larger file
 PARTS = 1024  # of a large file whose tensors are unknown
 COMMIT = re.compile(r"[0-9a-f]{40}")
-HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(/|$)", re.ASCII)
 
 
-def fingerprint(source: str, revision: str | None = None, variant: str | None = None) -> str | None:
+def fingerprint(
+    source: str, revision: str | None = None, variant: str | None = None, replaced: str = ""
+) -> str | None:
     """Return a text that differs for other weights: a hash, or the commit of a repository.
 
     The hash of a pipeline's folder covers the index and the folders of its components, that of
@@ -33,6 +37,7 @@ def fingerprint(source: str, revision: str | None = None, variant: str | None = 
         source: file, folder or hub id.
         revision: branch, tag or commit of a hub id; None: the newest.
         variant: of the weight files in a folder; None: those without one.
+        replaced: component of a pipeline whose weights are those of another file.
 
     Returns:
         16 hex digits, or 40 of a commit. None if the source cannot be read.
@@ -40,14 +45,16 @@ def fingerprint(source: str, revision: str | None = None, variant: str | None = 
     if not os.path.exists(source):
         return hub_commit(source, revision)
     try:
-        hashes = hash_files(source, variant)
+        hashes = hash_files(source, variant, replaced)
     except OSError:
         return None
     lines = [f"{name} {value}\n" for name, (_, value) in hashes.items()]
     return hashlib.sha256("".join(lines).encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def hash_files(source: str, variant: str | None = None) -> dict[str, tuple[Path, str]]:
+def hash_files(
+    source: str, variant: str | None = None, replaced: str = ""
+) -> dict[str, tuple[Path, str]]:
     """Return path and hash of each file that is loaded from a file or a folder.
 
     The keys are the names in the folder, or "" for a file. Raises OSError.
@@ -55,9 +62,10 @@ def hash_files(source: str, variant: str | None = None) -> dict[str, tuple[Path,
     Args:
         source: file or folder.
         variant: of the weight files in a folder; None: those without one.
+        replaced: component of a pipeline whose weights are those of another file.
     """
     hashes = {}
-    for file in list_files(Path(source), variant):
+    for file in list_files(Path(source), variant, replaced):
         status, name = file.stat(), os.path.relpath(file, source) if os.path.isdir(source) else ""
         key = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
         path = file.resolve()
@@ -65,17 +73,20 @@ def hash_files(source: str, variant: str | None = None) -> dict[str, tuple[Path,
     return hashes
 
 
-def list_files(path: Path, variant: str | None) -> list[Path]:
+def list_files(path: Path, variant: str | None, replaced: str) -> list[Path]:
     """Return a file itself, or the files of a folder that decide what is loaded from it."""
     if not path.is_dir():
         return [path]
-    index = path / "model_index.json"
+    index, lora = path / INDEX, path / DEFAULT_FILE
+    if lora.is_file() and not index.exists():
+        return [lora]
     if not index.exists():
         return list_component_files(path, variant)
     entries = load_hub_json(str(path), index.name).items()
     folders = [path / name for name, entry in entries if isinstance(entry, list) and any(entry)]
     folders = [folder for folder in folders if folder.is_dir()]
-    files = (file for folder in folders for file in list_component_files(folder, variant))
+    files = [file for folder in folders for file in list_component_files(folder, variant)]
+    files = [x for x in files if x.parent.name != replaced or x.suffix not in WEIGHTS]
     return [index, *files]
 
 
@@ -156,7 +167,6 @@ def read_spans(file, size: int) -> list[tuple[int, int]]:
     return [*((begin, min(begin + BLOCK, 8 + length)) for begin in pieces), *tensors]
 
 
-@lru_cache
 def hub_commit(repo: str, revision: str | None = None) -> str | None:
     """Return the commit of a repository that a library loads; None if it is not known.
 
@@ -166,13 +176,13 @@ def hub_commit(repo: str, revision: str | None = None) -> str | None:
     """
     if revision and COMMIT.fullmatch(revision):
         return revision
-    match = HUB_ID.match(repo)
-    if not match:
+    name = hub_repository(repo)
+    if name is None:
         return None
-    try:
-        return HfApi().repo_info(match[1], revision=revision, timeout=10).sha
-    except (OSError, ValueError, HTTPError):  # OSError, because the hub's own errors derive from it
-        folder = Path(constants.HF_HUB_CACHE, f"models--{match[1].replace('/', '--')}", "refs")
+    with suppress(UnavailableError):
+        if info := repository_info(name, revision):
+            return info.sha
+    folder = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "refs")
     try:
         return (folder / (revision or "main")).read_text().strip() or None
     except (OSError, ValueError):

@@ -1,14 +1,18 @@
 """Read files of the hub, and say why it did not answer."""
 
+from functools import lru_cache
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 
 from dype.errors import UnavailableError
 from dype.pipelines.model_paths import INDEX, read_config
 
+# the hub's own errors derive from OSError, but those of its connection may not
+HUB_ERRORS = (OSError, ValueError, HTTPError)
 NOT_REACHED = {"ConnectError", "ConnectionError", "OfflineModeIsEnabled", "TimeoutException"}
+NOT_REACHED |= {"LocalEntryNotFoundError"}
 
 
 def load_hub_json(repo: str, file: str, revision: str | None = None) -> dict:
@@ -27,8 +31,12 @@ def load_hub_json(repo: str, file: str, revision: str | None = None) -> dict:
     if Path(repo).is_dir():
         return read_config(Path(repo, file))
     try:
-        return read_config(Path(huggingface_hub.hf_hub_download(repo, file, revision=revision)))
-    except (OSError, ValueError) as error:  # OSError, because the hub's errors derive from it
+        local = is_local(repo, revision)
+        path = huggingface_hub.hf_hub_download(
+            repo, file, revision=revision, local_files_only=local
+        )
+        return read_config(Path(path))
+    except HUB_ERRORS as error:
         if file == INDEX and is_missing_entry(error):
             raise ValueError(
                 f"--model is {repo!r}, a repository without {INDEX}, expected a diffusers "
@@ -38,6 +46,37 @@ def load_hub_json(repo: str, file: str, revision: str | None = None) -> dict:
         if reason:
             raise UnavailableError(reason) from error
         return {}
+
+
+@lru_cache
+def repository_info(repo: str, revision: str | None):
+    """Return commit and files of a repository; None if the hub cannot be reached.
+
+    The hub is asked once per run. Without a network the answer takes no time, or at most 10 s,
+    where every download and every listing of files repeats its question for 23 s.
+
+    Args:
+        repo: hub id.
+        revision: branch, tag or commit; None: the newest.
+
+    Raises:
+        UnavailableError: the hub answers that there is no such repository or revision, or that its
+            license must be accepted.
+    """
+    try:
+        return huggingface_hub.HfApi().repo_info(repo, revision=revision, timeout=10)
+    except HUB_ERRORS as error:
+        if reason := explain_hub_error(repo, error):
+            raise UnavailableError(reason) from error
+        return None
+
+
+def is_local(repo: str, revision: str | None = None) -> bool:
+    """Return whether files are read from this machine alone: of a folder, or without a network.
+
+    Arguments and errors as for `repository_info`.
+    """
+    return Path(repo).is_dir() or repository_info(repo, revision) is None
 
 
 def is_missing_entry(error: Exception) -> bool:

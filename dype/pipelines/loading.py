@@ -9,11 +9,11 @@ import torch
 from safetensors import SafetensorError
 
 from dype.config import check_choice
-from dype.errors import UnavailableError
+from dype.errors import UnavailableError, UserError
 from dype.pipelines import checkpoints, memory
 from dype.pipelines.catalog import Model, resolve_model
 from dype.pipelines.devices import DTYPES, check_device, default_device
-from dype.pipelines.hub import NOT_REACHED, error_classes, explain_hub_error
+from dype.pipelines.hub import NOT_REACHED, error_classes, explain_hub_error, is_local
 from dype.pipelines.loras import check_loras, find_lora
 
 # the errors that libraries raise for a broken checkpoint or connection; the hub's are OSErrors
@@ -135,7 +135,7 @@ def load_checkpoint(
     from diffusers import DiffusionPipeline
 
     repo = model.repo
-    source = {"revision": revision, "local_files_only": Path(repo).is_dir()}
+    source = {"revision": revision, "local_files_only": is_local(repo, revision)}
     try:
         index = DiffusionPipeline.load_config(repo, **source)
         encoders = [encoder for encoder in TEXT_ENCODERS if index.get(encoder, [None])[0]]
@@ -244,6 +244,10 @@ def check_files(
     if model.is_guess and Path(model.repo).is_dir():
         raise UnavailableError(
             f"cannot load the pipeline in {model.repo}: its model_index.json cannot be read"
+        )
+    if revision is not None and Path(model.repo).is_dir():
+        raise UserError(
+            f"--revision is {revision!r}, but {name} is a folder on this machine, expected none"
         )
     silence_known_warnings()
     checkpoints.check_variant(name, model.repo, variant, transformer is None)

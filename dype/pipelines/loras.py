@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from dype.errors import UnavailableError, UserError
 from dype.pipelines.catalog import Model
 from dype.pipelines.checkpoints import describe_kind, meta_transformer, read_header, without_prefix
-from dype.pipelines.hub import explain_hub_error
-from dype.pipelines.model_paths import FILE_ENDINGS, HUB_FILE, HUB_ID, INDEX
+from dype.pipelines.hub import HUB_ERRORS, explain_hub_error, is_local, repository_info
+from dype.pipelines.model_paths import FILE_ENDINGS, HUB_FILE, HUB_ID, INDEX, split_address
 
 DEFAULT_FILE = "pytorch_lora_weights.safetensors"  # diffusers takes it before other files
 # names of tensors of adapters by LyCORIS that diffusers reads for few models
@@ -38,12 +38,15 @@ def find_lora(path: str, download: bool) -> str | None:
     if os.path.isdir(path):
         return str(Path(path, choose_file(path, list_folder(path))))
     hub = HUB_FILE.fullmatch(path)
-    if hub:
+    if hub and hub[2].endswith(".safetensors"):
         return find_hub_file(path, hub[1], hub[2], download)
     if not HUB_ID.fullmatch(path) or path.lower().endswith(FILE_ENDINGS):
+        repo, _, file = split_address(path)
+        name = "/".join(part for part in (repo, file) if part)
+        example = f", as --lora {name}" if name not in ("", path) else ""
         raise UserError(
             f"--lora is {path!r}, but there is no such file or folder, expected one, a hub id, or "
-            "OWNER/REPO/FILE.safetensors (its newest revision)"
+            f"OWNER/REPO/FILE.safetensors (its newest revision){example}"
         )
     files = list_repository(path)
     files = list_cache(path) if files is None else files
@@ -67,8 +70,9 @@ def find_hub_file(path: str, repo: str, file: str, download: bool) -> str | None
         UnavailableError: the file cannot be downloaded.
     """
     try:
-        return huggingface_hub.hf_hub_download(repo, file, local_files_only=not download)
-    except (OSError, ValueError) as error:  # OSError, because the hub's errors derive from it
+        local = not download or is_local(repo)
+        return huggingface_hub.hf_hub_download(repo, file, local_files_only=local)
+    except HUB_ERRORS as error:
         files = list_repository(repo)
         if files is not None and file not in files:
             listing = f"one of {', '.join(files)}" if files else "a repository with such files"
@@ -89,7 +93,8 @@ def list_folder(folder: str) -> list[str]:
     if Path(folder, INDEX).is_file():
         raise UserError(f"--lora is {folder!r}, a whole pipeline, expected --model {folder}")
     paths = sorted(file for file in Path(folder).glob("*") if not file.name.startswith("."))
-    files = [file.name for file in paths if file.suffix == ".safetensors" and file.is_file()]
+    files = [file for file in paths if file.suffix.lower() == ".safetensors"]
+    files = [file.name for file in files if file.is_file()]
     if not files:
         names = [str(file) for file in sorted(Path(folder).glob("*/*.safetensors"))]
         names = names or [file.name for file in paths]
@@ -105,14 +110,9 @@ def list_repository(repo: str) -> list[str] | None:
 
     Raises UnavailableError if the hub answers that there is no such repository.
     """
-    try:
-        files = huggingface_hub.list_repo_files(repo)
-    except (OSError, ValueError) as error:  # OSError, because the hub's errors derive from it
-        reason = explain_hub_error(repo, error)
-        if reason:
-            raise UnavailableError(reason) from error
-        return None
-    return sorted(file for file in files if file.endswith(".safetensors"))
+    info = repository_info(repo, None)
+    names = [file.rfilename for file in info.siblings] if info else []
+    return sorted(name for name in names if name.endswith(".safetensors")) if info else None
 
 
 def list_cache(repo: str) -> list[str] | None:

@@ -10,6 +10,12 @@ WEIGHT_ENDINGS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin
 FILE_ENDINGS = (*WEIGHT_ENDINGS, ".json", ".zip", ".onnx", ".png", ".txt", ".toml")
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]*\w", re.ASCII)
 HUB_FILE = re.compile(rf"({HUB_ID.pattern})/(.+\.(?:safetensors|gguf))", re.ASCII)
+# what other programs and the hub's pages take: an address, or a name with a revision
+HUB_ADDRESS = re.compile(
+    rf"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)?({HUB_ID.pattern})"
+    r"(?:[@:]([\w.-]+))?(?:/(?:blob|resolve|tree|raw)/([\w.-]+))?(?:/([^?]+?))?/?(?:\?.*)?",
+    re.ASCII,
+)
 
 
 def check_model_path(name: str) -> None:
@@ -19,16 +25,41 @@ def check_model_path(name: str) -> None:
             raise ValueError(f"--model is {name!r}, {describe_folder(Path(name).absolute())}")
     elif os.path.exists(name) or name.lower().endswith(FILE_ENDINGS):
         raise ValueError(f"--model is {name!r}, {describe_file(name)}")
-    elif "://" in name:
-        raise ValueError(
-            f"--model is {name!r}, an address, expected a hub id such as "
-            "black-forest-labs/FLUX.1-dev"
-        )
     elif not HUB_ID.fullmatch(name):
+        reason = "an address" if "://" in name else "but there is no such folder"
+        repo, revision, _ = split_address(name)
+        example = f" --revision {revision}" if revision else ""
+        example = f"{repo or 'black-forest-labs/FLUX.1-dev'}{example}"
         raise ValueError(
-            f"--model is {name!r}, but there is no such folder, expected a diffusers folder or a "
-            "hub id, which has one slash"
+            f"--model is {name!r}, {reason}, expected a diffusers folder or a hub id such as "
+            f"{example}"
         )
+
+
+def split_address(text: str) -> tuple[str, str, str]:
+    """Return repository, revision and file that an address of the hub means, "" for each missing.
+
+    A file is also the rest of a path OWNER/REPO/FILE; the branch main is no revision.
+    """
+    match = HUB_ADDRESS.fullmatch(text)
+    parts = [part or "" for part in match.groups()] if match else [""] * 4
+    repo, revision, file = parts[0], parts[2] or parts[1], parts[3]
+    return repo, "" if revision == "main" else revision, file
+
+
+def hub_repository(text: str) -> str | None:
+    """Return the repository of a hub id, or of a file in a repository; None for other texts."""
+    match = HUB_FILE.fullmatch(text)
+    return match[1] if match else text if HUB_ID.fullmatch(text) else None
+
+
+def download_hint(text: str) -> str:
+    """Return how to download a file of the hub; "" if the text means none."""
+    repo, revision, file = split_address(text)
+    if not file.lower().endswith(WEIGHT_ENDINGS):
+        return ""
+    revision = f" --revision {revision}" if revision else ""
+    return f"; if it is on the hub, get it by `hf download {repo} {file}{revision}`"
 
 
 def describe_file(name: str) -> str:
@@ -37,7 +68,7 @@ def describe_file(name: str) -> str:
     if name.lower().endswith(WEIGHT_ENDINGS):
         return (
             f"a single file{missing}, expected the model that it belongs to, for example --model "
-            f"flux-dev --transformer {name}"
+            f"flux-dev --transformer {'FILE' if missing else name}{download_hint(name)}"
         )
     if Path(name).name == INDEX and not missing:
         return f"a file of a pipeline, expected its folder: --model {Path(name).parent}"
@@ -52,8 +83,13 @@ def describe_folder(folder: Path) -> str:
     children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
     if not children:
         return f"an empty folder, expected a diffusers pipeline: a folder with {INDEX}"
-    for index in [*folder.glob(f"*/{INDEX}"), *folder.glob(f"snapshots/*/{INDEX}")]:
-        return f"a folder around a pipeline, expected --model {index.parent}"
+    pipelines = [index.parent for index in folder.glob(f"*/{INDEX}")]
+    pipelines += [index.parent for index in folder.glob(f"snapshots/*/{INDEX}")]
+    if len(pipelines) == 1:
+        return f"a folder around a pipeline, expected --model {pipelines[0]}"
+    if pipelines:
+        listing = ", ".join(sorted(str(path.relative_to(folder)) for path in pipelines))
+        return f"a folder around {len(pipelines)} pipelines, expected one of them: {listing}"
     names = [child.name for child in children]
     if "adapter_config.json" in names or "pytorch_lora_weights.safetensors" in names:
         return f"a LoRA, expected --lora {folder}, and as --model the pipeline that it belongs to"

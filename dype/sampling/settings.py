@@ -253,6 +253,7 @@ def weight_sources(repo: str, flags: dict) -> dict[str, tuple]:
     """
     sources = {"model": (repo, flags.get("revision"), flags.get("variant"))}
     if flags.get("transformer"):
+        sources["model"] += ("transformer",)  # whose weights in the folder have no effect
         sources["transformer"] = (flags["transformer"],)
     paths = (text.rpartition(":")[0] for text in flags.get("lora") or [])
     return sources | {f"lora {i}": (path,) for i, path in enumerate(paths, 1)}

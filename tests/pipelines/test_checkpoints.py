@@ -386,8 +386,10 @@ def test_files_of_another_size_or_incomplete(models, capsys):
     whole = Path("x.safetensors").read_bytes()
     Path("x.safetensors").write_bytes(whole[:-1000])
     assert "not a readable safetensors file" in both(capsys, 1, *words)
-    words = ["--model", models / "flux", "--transformer", "owner/repo/sub/x.gguf"]
-    assert "`hf download owner/repo sub/x.gguf`" in both(capsys, 2, *words)
+    address = "https://huggingface.co/owner/repo/resolve/main/sub/x.gguf?download=true"
+    for name in ("owner/repo/sub/x.gguf", address, "hf://owner/repo/sub/x.gguf"):
+        words = ["--model", models / "flux", "--transformer", name]
+        assert "`hf download owner/repo sub/x.gguf`" in both(capsys, 2, *words)
 
 
 def test_a_class_without_single_files(models, monkeypatch, capsys):

@@ -74,6 +74,17 @@ def test_what_a_folder_is_loaded_from_counts(folder, name):
     assert (fingerprint(str(folder)) != before) == counts
 
 
+def test_the_weights_of_a_replaced_transformer_do_not_count(folder):
+    """As with --transformer; its configuration does."""
+    before = fingerprint(str(folder), None, None, "transformer")
+    assert before != fingerprint(str(folder))
+    name = "diffusion_pytorch_model-00001-of-00002.safetensors"
+    write_weights(folder / "transformer" / name, 5)
+    assert fingerprint(str(folder), None, None, "transformer") == before
+    (folder / "transformer" / "config.json").write_text("{}")
+    assert fingerprint(str(folder), None, None, "transformer") != before
+
+
 def test_names_above_dates_and_links_do_not_count(folder, tmp_path):
     """A moved, copied, touched or linked folder has the same weights; so has a moved file."""
     before = fingerprint(str(folder))
@@ -148,6 +159,9 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
     before = fingerprint(str(tmp_path))
     write_weights(tmp_path / "pytorch_lora_weights.safetensors", 2)
     assert fingerprint(str(tmp_path)) != before
+    before = fingerprint(str(tmp_path))
+    write_weights(tmp_path / "epoch_2.safetensors", 3)  # diffusers' default is loaded
+    assert fingerprint(str(tmp_path)) == before
     (tmp_path / "model_index.json").write_text("spoiled")
     assert len(fingerprint(str(tmp_path))) == 16
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
@@ -158,16 +172,13 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
 def hub(tmp_path, monkeypatch):
     """A cache of the hub, without a network; returns a function that sets a repository's commit."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    module.hub_commit.cache_clear()
 
     def set_commit(repo, commit, revision="main"):
         path = tmp_path / f"models--{repo.replace('/', '--')}" / "refs" / revision
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(commit)
-        module.hub_commit.cache_clear()
 
-    yield set_commit
-    module.hub_commit.cache_clear()
+    return set_commit
 
 
 def test_the_commit_of_a_repository(hub):

@@ -75,7 +75,7 @@ def test_a_folder_decides_its_guidance(name, capsys):
 def test_a_repository_decides_its_guidance(monkeypatch, capsys):
     folder = write_folder("repo", "FluxPipeline", {"guidance_embeds": False})
     monkeypatch.setattr(
-        "huggingface_hub.hf_hub_download", lambda repo, file, revision: folder / file
+        "huggingface_hub.hf_hub_download", lambda repo, file, **arguments: folder / file
     )
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text("{}")

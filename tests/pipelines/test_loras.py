@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -9,12 +10,13 @@ import pytest
 import torch
 from conftest import quiet, run, tiny_components
 from diffusers import FluxPipeline
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dype.cli.validation import normalize_lora
 from dype.errors import UserError
+from dype.pipelines.hub import load_hub_json, repository_info
 from dype.pipelines.loras import find_lora
 
 SMALL = ["--size", "64", "--steps", "1", "--base_resolution", "32", "--prompt", "ring"]
@@ -50,6 +52,8 @@ def files(folder, tmp_path, monkeypatch):
         file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "lora.safetensors", file)
     Path("single/._mine.safetensors").write_text("of macOS")
+    Path("capital").mkdir()
+    shutil.copy(folder / "lora.safetensors", "capital/A.SAFETENSORS")
     Path("bin").mkdir()
     torch.save({}, "bin/a.bin")
 
@@ -64,10 +68,11 @@ def hub(folder, monkeypatch):
     }
     downloads = []
 
-    def list_repo_files(repo):
+    def repo_info(api, repo, *, revision, timeout):
         if repo not in repositories:
             raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
-        return repositories[repo]
+        files = [SimpleNamespace(rfilename=name) for name in repositories[repo]]
+        return SimpleNamespace(siblings=files, sha="a" * 40)
 
     def hf_hub_download(repo, file, *, revision=None, local_files_only=False):
         if local_files_only or file not in repositories.get(repo, []):
@@ -75,9 +80,11 @@ def hub(folder, monkeypatch):
         downloads.append((repo, file))
         return str(folder / "lora.safetensors")
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
-    return downloads
+    repository_info.cache_clear()
+    yield downloads
+    repository_info.cache_clear()
 
 
 def both(capsys, folder, code: int, lora) -> str:
@@ -118,6 +125,7 @@ def test_the_file_of_a_path(hub):
     for path, file in {
         "single": "single/mine.safetensors",
         "single/": "single/mine.safetensors",
+        "capital": "capital/A.SAFETENSORS",
         "default": f"default/{DEFAULT}",
         "epochs/epoch_1.safetensors": "epochs/epoch_1.safetensors",
         "local/repo": "local/repo/a.safetensors",
@@ -166,7 +174,14 @@ NO_LORA = {  # value of --lora -> part of the sentence
     "nowhere/none.safetensors": "there is no such file or folder",
     "./nowhere": "there is no such file or folder",
     "C:\\loras\\a.safetensors:0.8": "there is no such file or folder",
-    "https://huggingface.co/owner/many": "OWNER/REPO/FILE.safetensors",
+    "https://huggingface.co/owner/many": "revision), as --lora owner/many",
+    "https://huggingface.co/owner/many/blob/main/anime.safetensors:0.8": (
+        "revision), as --lora owner/many/anime.safetensors"
+    ),
+    "https://civitai.com/api/download/models/1": "FILE.safetensors (its newest revision)\n",
+    "owner/many@v2": "revision), as --lora owner/many\n",
+    "owner/many/": "revision), as --lora owner/many\n",
+    "owner/many/x.gguf": "there is no such file or folder",
 }
 
 
@@ -174,6 +189,28 @@ NO_LORA = {  # value of --lora -> part of the sentence
 def test_names_that_lead_to_no_lora(text, folder, hub, capsys):
     """One sentence before anything is loaded; a dry run says the same."""
     assert NO_LORA[text] in both(capsys, folder, 2, text)
+
+
+@pytest.mark.parametrize("text", ["owner/many", "owner/many/anime.safetensors"])
+def test_without_a_network_the_hub_is_asked_once(text, folder, hub, monkeypatch, capsys):
+    """The HTTP client's error, which is no OSError, ends in a sentence."""
+    questions = []
+
+    def refuse(api, repo, **arguments):
+        questions.append(repo)
+        raise HTTPError("Name or service not known")
+
+    def miss(repo, file, *, local_files_only, revision=None):
+        assert local_files_only  # because a download repeats its question for 23 s
+        raise LocalEntryNotFoundError("not here")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", refuse)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", miss)
+    assert run("--model", folder / "flux", "--lora", text, *SMALL, "--dry_run") == 0
+    assert run("--model", folder / "flux", "--lora", text, *SMALL) == 1
+    assert "the hub cannot be reached" in capsys.readouterr().err
+    assert load_hub_json("owner/many", "config.json") == {}
+    assert questions == ["owner/many"]
 
 
 def test_a_repository_that_does_not_exist(folder, hub, capsys):

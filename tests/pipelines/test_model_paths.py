@@ -35,12 +35,26 @@ NAMES = {  # value of --model -> part of the sentence
     "C:\\models\\flux": NO_FOLDER,
     "C:/models": NO_FOLDER,
     "owner/two words": NO_FOLDER,
-    "https://huggingface.co/owner/repo": "an address, expected a hub id",
+    "https://huggingface.co/owner/repo": (
+        "an address, expected a diffusers folder or a hub id such as owner/repo\n"
+    ),
+    "https://huggingface.co/owner/repo/tree/v2": "such as owner/repo --revision v2\n",
+    "https://huggingface.co/owner/repo/blob/v2/sub/x.safetensors": (
+        "--transformer FILE; if it is on the hub, get it by `hf download owner/repo sub/x.saf"
+        "etensors --revision v2`"
+    ),
+    "https://civitai.com/api/download/models/1": "such as black-forest-labs/FLUX.1-dev\n",
+    "hf://owner/repo": "an address, expected a diffusers folder or a hub id such as owner/repo\n",
+    "huggingface.co/owner/repo": "such as owner/repo\n",
+    "owner/repo@v2": f"{NO_FOLDER}, expected a diffusers folder or a hub id such as owner/repo --r",
+    "owner/repo:v2": "such as owner/repo --revision v2\n",
+    "owner/repo@main": "such as owner/repo\n",
     "pipe/model_index.json": "a file of a pipeline, expected its folder: --model pipe",
     "pipe/transformer/config.json": "a file, expected a diffusers folder",
     "pipe/transformer": "a part of the pipeline in",
     "around": "a folder around a pipeline",
     "models--a--b": "a folder around a pipeline",
+    "models--c--d": "around 2 pipelines, expected one of them: snapshots/123, snapshots/456",
     "models": "expected a diffusers folder, or a file for its transformer: --model flux-dev --tr",
     "comfy": "a folder of single files",
     "adapter": "a LoRA, expected --lora",
@@ -70,6 +84,8 @@ def files(tmp_path, monkeypatch):
         "pipe/transformer/weights.safetensors": "",
         "around/pipe/model_index.json": "{}",
         "models--a--b/snapshots/123/model_index.json": "{}",
+        "models--c--d/snapshots/123/model_index.json": "{}",
+        "models--c--d/snapshots/456/model_index.json": "{}",
         "adapter/adapter_config.json": "{}",
         "encoder/config.json": json.dumps({"architectures": ["T5EncoderModel"]}),
         "alone/config.json": json.dumps({"_class_name": "FluxTransformer2DModel"}),
@@ -79,6 +95,14 @@ def files(tmp_path, monkeypatch):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(text)
     os.mkdir("hollow")
+
+
+def test_a_folder_has_no_revision(files, capsys):
+    """A value without an effect would be in the record."""
+    Path("pipe/model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    real, dry = errors(capsys, "--model", "pipe", "--revision", "v2")
+    assert real == dry
+    assert "--revision is 'v2', but " in real
 
 
 def errors(capsys, *words) -> list[str]:

@@ -21,6 +21,7 @@ from dype.sweep import run as sweep_run
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 DEMO = Path(dype.__file__).parent / "demo" / "weights"
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 LINE = [*TINY_DEMO, "--size", "64", "--prompt", "a ring", "--output_dir", "out"]
 
 
@@ -43,8 +44,12 @@ def write_lora(path, seed):
 def retrain(folder, component):
     """Change every number in the weights of a component a little, as a training does."""
     [path] = Path(folder, component).glob("*.safetensors")
-    tensors = {name: value * 1.01 for name, value in load_file(path).items()}
-    save_file(tensors, path)
+    scale(path)
+
+
+def scale(path):
+    """Multiply every number in a file by 1.01."""
+    save_file({name: value * 1.01 for name, value in load_file(path).items()}, path)
 
 
 def change_config(folder):
@@ -68,6 +73,11 @@ SOURCES = {  # the flags of the source, what writes it, what changes it
         ["--lora", "lora:0.7"],
         lambda: write_lora_folder(1),
         lambda: write_lora_folder(2),
+    ),
+    "a file of a transformer": (
+        ["--transformer", "t.safetensors"],
+        lambda: shutil.copy(DEMO / WEIGHTS, "t.safetensors"),
+        lambda: scale("t.safetensors"),
     ),
     "the transformer": (
         ["--model", "copy"],
@@ -151,6 +161,17 @@ def test_weights_that_are_the_same():
     assert len(table()) == 4
 
 
+def test_weights_that_another_file_replaces(capsys):
+    """With --transformer those of the folder have no effect, so a change of them stops nothing."""
+    shutil.copytree(DEMO, "copy")
+    shutil.copy(DEMO / WEIGHTS, "t.safetensors")
+    line = [*LINE, "--model", "copy", *FOLDER_FLAGS, "--transformer", "t.safetensors"]
+    assert run(*line, "--seed", "0-1") == 0
+    retrain("copy", "transformer")
+    assert run(*line, "--seed", "0-1") == 0
+    assert "2 images, 2 finished" in capsys.readouterr().out
+
+
 def test_records_of_earlier_versions():
     """They have no fingerprint, so their images count as finished, and --from draws them."""
     shutil.copytree(DEMO, "copy")
@@ -174,7 +195,7 @@ def test_a_repository_whose_branch_moved(monkeypatch, tmp_path, capsys):
         quiet(FluxPipeline(**tiny_components())).save_pretrained(repo / "snapshots" / commit)
     (repo / "refs").mkdir()
 
-    def download(name, file, revision=None):
+    def download(name, file, revision=None, local_files_only=False):
         path = repo / "snapshots" / (revision or (repo / "refs" / "main").read_text()) / file
         if name != "owner/tiny" or not path.is_file():
             raise FileNotFoundError(file)
@@ -192,14 +213,12 @@ def test_a_repository_whose_branch_moved(monkeypatch, tmp_path, capsys):
     line = [*LINE, "--model", "owner/tiny", *FOLDER_FLAGS, "--device", "cpu"]
     for commit, code in zip((commits[0], commits[0], commits[1]), (0, 0, 2), strict=True):
         (repo / "refs" / "main").write_text(commit)
-        fingerprint.hub_commit.cache_clear()
         assert run(*line, "--seed", "0-1") == code
     assert "--model owner/tiny has other weights than" in capsys.readouterr().err
     image = next(Path("out").glob("seed_0*.png"))
     assert records.read_record(image)["commit"] == commits[0]
     assert run("--from", image, "--output", "again.png") == 0
     assert records.read_record("again.png")["commit"] == commits[0]
-    fingerprint.hub_commit.cache_clear()
 
 
 def test_a_lora_of_the_hub(monkeypatch, capsys):
