@@ -189,8 +189,8 @@ def to_diffusers_layout(tensors: dict, transformer: torch.nn.Module) -> dict:
     expected = transformer.state_dict().keys()
     if expected <= tensors.keys():
         return tensors
-    convert = SINGLE_FILE_LOADABLE_CLASSES[type(transformer).__name__]["checkpoint_mapping_fn"]
     try:
+        convert = SINGLE_FILE_LOADABLE_CLASSES[type(transformer).__name__]["checkpoint_mapping_fn"]
         return convert(checkpoint=dict(tensors), config=transformer.config)
     except (KeyError, IndexError, ValueError, RuntimeError, AttributeError) as error:
         if len(expected & tensors.keys()) > len(expected) / 2:
