@@ -120,7 +120,8 @@ def test_as_many_sizes_as_stock(family):
         for rows in (4, 5, 6):
             generate(pipe, 16 * rows, 16 * rows + 16, steps=2)
         counts.append(counter.frame_count)
-    assert counts == counts[:1] * len(counts)
+    is_old = torch.__version__ < (2, 8)  # there Qwen-Image takes one graph more
+    assert max(counts) <= counts[0] + is_old
     assert counts[0] <= 3
 
 
@@ -143,6 +144,7 @@ def test_export(family):
     assert not torch.equal(program(*calls[0][0], **calls[0][1])[0][0], exported[0])
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 8), reason="stops before the hook, at stock code")
 def test_strict_export_is_refused(pipe):
     apply_dype(pipe)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="strict=False"):
