@@ -255,9 +255,9 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
             if parsed.num_reference is not None and not is_sharded:
                 self.set_token_layout(len(text.prefix), parsed.num_reference)
         if not is_sharded:
-            all_ids = torch.cat([text.prefix.float(), exact_ids[start:]])
             separate_calls = [] if text.separate_call is None else [text.separate_call]
-            state.tables = [self.compute_table(all_ids), *map(self.table_from_ids, separate_calls)]
+            table = self.compute_table(text.prefix, exact_ids[start:])
+            state.tables = [table, *map(self.table_from_ids, separate_calls)]
         return call | {family.ids_arg: exact_ids.expand(ids.shape)}
 
     def read_ids(self, ids: torch.Tensor, start: int) -> "ImageIds":
@@ -274,15 +274,19 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
         """Return cos and sin of ids [S, A], float32 [S, D] each."""
         tables = self.state.tables
         is_prepared = tables and tables[0].shape[1] == len(ids)
-        table = tables.pop(0) if is_prepared else self.compute_table(ids)
+        num_text, _ = self.state.layout or (0, 0)
+        table = tables.pop(0) if is_prepared else self.compute_table(ids[:num_text], ids[num_text:])
+        table = table.to(ids.device)  # hooks may move a call after ours, as those that offload do
         return table[0], table[1]
 
-    def compute_table(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return m cos and m sin of ids [S, A], float32 [2, S, D]."""
+    def compute_table(self, text_ids: torch.Tensor, image_ids: torch.Tensor) -> torch.Tensor:
+        """Return m cos and m sin of text ids [T, A], then of image ids [S, A]: [2, T + S, D]."""
         (height, width), layout = self.grid, self.state.layout
-        if layout is None or len(ids) != height * width + sum(layout):
-            return self.table_from_ids(ids)  # a shard under context parallelism, or irregular ids
-        return self.table_by_broadcast(ids, *layout)
+        size = height * width
+        if layout is None or (len(text_ids), len(image_ids) - size) != layout:
+            # a shard under context parallelism, or irregular ids
+            return self.table_from_ids(torch.cat([text_ids, image_ids]))
+        return self.table_by_broadcast(text_ids, image_ids[size:])
 
     def table_from_ids(self, ids: torch.Tensor, num_stretched: int | None = None) -> torch.Tensor:
         """Return m cos and m sin of each token's ids, float32 [2, S, D], each value twice.
@@ -322,19 +326,20 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
         return stock, torch.ones_like(stock), torch.cat(axes)
 
     def table_by_broadcast(
-        self, ids: torch.Tensor, num_text: int, num_reference: int
+        self, text_ids: torch.Tensor, reference_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Return the table of `table_from_ids`, with trigonometry for one row and one column."""
-        (height, width), device = self.grid, ids.device
+        """Return the table of text, grid and references, by trigonometry for one row and column."""
+        (height, width), device = self.grid, reference_ids.device
         make = partial(self.first_row_and_column_ids, device)
         lines, row_mask, column_mask = self.get_constant("lines", self.grid, device, make=make)
+        num_text, num_reference = len(text_ids), len(reference_ids)
         end = num_text + height * width
-        few_ids = torch.cat([ids[:num_text], lines, ids[end:]])
+        few_ids = torch.cat([text_ids, lines, reference_ids])
         counts = num_text, height, width, num_reference
         tables = self.table_from_ids(few_ids, num_text + height + width).split(counts, dim=1)
         text, rows, columns, references = tables
         rows, columns = (rows * row_mask)[:, :, None], (columns * column_mask)[:, None]
-        table = rows.new_empty(2, len(ids), rows.shape[-1])
+        table = rows.new_empty(2, end + num_reference, rows.shape[-1])
         add_by_broadcast(rows, columns, table[:, num_text:end].view(2, height, width, -1))
         table[:, :num_text] = text
         if num_reference:

@@ -40,7 +40,8 @@ class DyPEQwenEmbedRope(DyPEEmbedder, torch.nn.Module):
         """Return the tables of the images and of the text; arguments as of the stock embedder."""
         tables = self.state.tables
         if tables and len(tables[0][1]) == max_txt_seq_len:
-            return tables.pop()
+            # hooks may move a call after ours, as those that offload do
+            return tuple(table.to(device=device) for table in tables.pop())
         return self.compute_tables(video_fhw, device, max_txt_seq_len)
 
     def compute_tables(self, video_fhw, device, max_txt_seq_len):
@@ -153,7 +154,7 @@ class DyPEZImageRopeEmbedder(DyPEEmbedder):
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the table of ids int [S, 3], complex64 [S, D / 2]."""
         tables = self.state.tables
-        if tables is None:
+        if tables is None or (tables and tables[0].device != ids.device):
             tables = self.axis_tables(ids.device)
         if not tables:
             return self.stock(ids)
