@@ -15,6 +15,7 @@ DEFAULT_RULE = {"base_image_seq_len": 256, "max_image_seq_len": 4096}
 DEFAULT_RULE |= {"base_shift": 0.5, "max_shift": 1.15}
 SIGMA_TOLERANCE = 0.01  # because bfloat16 rounds sigma by up to 2e-3, and some schedulers round too
 SET_SCHEDULE = ContextVar("dype_set_schedule", default=None)  # a `SetSchedule`, per thread
+SCHEDULERS = weakref.WeakValueDictionary()  # id -> scheduler whose `set_timesteps` of ours ran
 
 
 def noise_schedule(
@@ -88,6 +89,7 @@ class DyPETimesteps:
             call.arguments["mu"] = self.replace_mu(call.arguments.get("mu"))
         self.stock(*call.args, **call.kwargs)
         SET_SCHEDULE.set(SetSchedule(self.scheduler))
+        SCHEDULERS[id(self.scheduler)] = self.scheduler
 
     def replace_mu(self, mu: float | None) -> float | None:
         """Return our mu for the mu of the pipeline.
@@ -202,25 +204,35 @@ class SetSchedule:
     """The schedule that was set last in a thread; without a scheduler: none of ours."""
 
     def __init__(self, scheduler=None):
-        self.scheduler = weakref.ref(scheduler) if scheduler is not None else lambda: None
+        self.scheduler = None if scheduler is None else weakref.ref(scheduler)
         self.begun = set()  # checks of the denoisers that began an image before the first step
         self.last_sigmas = {}  # check -> sigma of its last call without a schedule of ours
 
     def is_used(self, check: "ScheduleCheck", sigma) -> bool:
         """Return whether a denoiser that begins an image at sigma runs through this schedule."""
+        if self.scheduler is None:  # a host may set the schedule in another thread
+            schedulers = [reference() for reference in SCHEDULERS.valuerefs()]
+            return any(is_at_step(each, check.shift, sigma) for each in schedulers)
         scheduler = self.scheduler()
-        ours = dype_timesteps(scheduler)  # None if it was restored since
-        if ours is None or resolve_shift(ours.config, ours.family) != check.shift:
-            return False
-        step = getattr(scheduler, "step_index", None)
-        if step is None:
-            is_first = check not in self.begun
+        if getattr(scheduler, "step_index", None) is None:
+            if check in self.begun:
+                return False
             self.begun.add(check)
-            return is_first
-        if step >= len(scheduler.timesteps):
-            return False  # its image is complete
-        expected = scheduler.timesteps[step] / scheduler.config.num_train_timesteps
-        return abs(float(expected) - float(sigma)) < SIGMA_TOLERANCE
+        return is_at_step(scheduler, check.shift, sigma)
+
+
+def is_at_step(scheduler, shift: tuple, sigma) -> bool:
+    """Return whether a scheduler has a shift of ours, and begins an image or is at sigma."""
+    ours = dype_timesteps(scheduler)  # None if it was restored since
+    if ours is None or resolve_shift(ours.config, ours.family) != shift:
+        return False
+    step = getattr(scheduler, "step_index", None)
+    if step is None:
+        return True
+    if step >= len(scheduler.timesteps):
+        return False  # its image is complete
+    expected = scheduler.timesteps[step] / scheduler.config.num_train_timesteps
+    return abs(float(expected) - float(sigma)) < SIGMA_TOLERANCE
 
 
 class ScheduleCheck:
@@ -228,7 +240,8 @@ class ScheduleCheck:
 
     It gives a `ScheduleWarning`, once per image, if the settings ask for a shift and the schedule
     that was set last in this thread does not have it: `apply_dype` had the transformer without its
-    pipeline, or the pipeline has another scheduler now. `DyPEConfig(shift="model")` asks for none;
+    pipeline, or the pipeline has another scheduler now. In a thread that set no schedule of ours,
+    that of any thread will do. `DyPEConfig(shift="model")` asks for none;
     `warnings.simplefilter("ignore", ScheduleWarning)` silences it.
 
     Args:

@@ -5,9 +5,9 @@ import inspect
 import math
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from threading import Thread
 
 import diffusers
 import pytest
@@ -423,12 +423,17 @@ def test_check_of_a_scheduler_that_is_gone():
 
 
 def test_check_of_a_thread():
-    """A schedule that was set in another thread is not this thread's."""
-    scheduler = make_scheduler()
-    set_shift(scheduler, CAPPED, FLUX)
-    thread = Thread(target=lambda: scheduler.set_timesteps(sigmas=[1.0, 0.5]))
-    thread.start()
-    thread.join()
-    assert scheduler.sigmas[1] == pytest.approx(1 / (1 + math.exp(-1.15)))
-    with pytest.warns(ScheduleWarning):
-        check_of()(1.0)
+    """A host may set a schedule in one thread, and call the denoiser in others."""
+    scheduler, config = make_scheduler(), replace(CAPPED, max_shift=1.7)
+    set_shift(scheduler, config, FLUX)
+    scheduler.set_timesteps(sigmas=[1.0, 0.5])
+    assert scheduler.sigmas[1] == pytest.approx(1 / (1 + math.exp(-1.7)))
+    check, sample = check_of(config), torch.zeros(1, 4, 16)
+    with ThreadPoolExecutor(1) as pool:
+        for sigma, timestep in zip(scheduler.sigmas, scheduler.timesteps, strict=False):
+            pool.submit(check, sigma).result()
+            with pytest.warns(ScheduleWarning):
+                pool.submit(check_of(NUMBERS), sigma).result()
+            scheduler.step(sample, timestep, sample)
+        with pytest.warns(ScheduleWarning):
+            pool.submit(check, 1.0).result()  # its image is complete
