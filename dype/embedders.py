@@ -235,10 +235,10 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
         family, state = self.family, self.state
         self.set_timestep_from(call)
         ids, text = call[family.ids_arg], family.text_ids(module, call)
-        start = len(text.prefix) if text.is_in_image_ids else 0
+        start = text.prefix.shape[0] if text.is_in_image_ids else 0
         # Under context parallelism `forward` gets a shard of the ids, and computes from these.
         is_sharded = getattr(module, "_parallel_config", None) is not None
-        if torch.compiler.is_compiling():  # torch.export traces ids without values
+        if torch.compiler.is_compiling() or ids.device.type == "meta":  # no values to read
             exact_ids = first_sample(ids).float()
             state.grid, state.layout = trace_grid(exact_ids[start:]), None
         else:
@@ -273,9 +273,13 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin of ids [S, A], float32 [S, D] each."""
         tables = self.state.tables
-        is_prepared = tables and tables[0].shape[1] == len(ids)
-        num_text, _ = self.state.layout or (0, 0)
-        table = tables.pop(0) if is_prepared else self.compute_table(ids[:num_text], ids[num_text:])
+        # not `len`, which would make a size of `torch.export` a constant
+        is_prepared = tables and tables[0].shape[1] == ids.shape[0]
+        if is_prepared:
+            table = tables.pop(0)
+        else:
+            num_text, _ = self.state.layout or (0, 0)
+            table = self.compute_table(ids[:num_text], ids[num_text:])
         table = table.to(ids.device)  # hooks may move a call after ours, as those that offload do
         return table[0], table[1]
 
@@ -305,7 +309,7 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
         f = torch.cat([stock[: pairs[0]], *f_axes, stock[sum(pairs[:3]) :]])
         m = torch.cat([unit_m[: pairs[0]], *m_axes, unit_m[sum(pairs[:3]) :]])
         positions = to_float64(ids)
-        if num_stretched != len(ids):
+        if num_stretched != ids.shape[0]:
             is_stretched = positions[:, :1] == 0
             if num_stretched is not None:
                 is_stretched = torch.arange(len(ids), device=m.device)[:, None] < num_stretched
@@ -414,9 +418,10 @@ def parse_image_ids(ids: torch.Tensor, num_text: int = 0) -> ImageIds:
     for start, end in pairwise(starts):
         block = host[start:end]
         counted, height, width = count_grid(block, ids.dtype)
-        exact += [counted, block[len(counted) :]]
+        references, are_grids = count_grids(block[len(counted) :], ids.dtype)
+        exact += [counted, references]
         if kinds[start] == 0 and grid is None:
-            size = len(counted) if are_grids(block[len(counted) :]) else 0
+            size = len(counted) if are_grids and not block[0].any() else 0
             grid = (height, width) if size else extent(block)
             num_reference = len(host) - size if size and start == 0 else None
     if grid is None:
@@ -432,27 +437,38 @@ def parse_image_ids(ids: torch.Tensor, num_text: int = 0) -> ImageIds:
 def count_grid(block: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int, int]:
     """Return exact ids of the row-major grid at the beginning of a block, its rows and columns.
 
+    They are counted from the first token's ids.
+
     Args:
         block: ids of one kind, float32 [S, A].
         dtype: of the ids before; it may have rounded them.
     """
-    row_changes = (block[:, 1] != block[0, 1]).nonzero()
-    width = int(row_changes[0]) if len(row_changes) else len(block)
-    counted = make_grid_ids(int(block[0, 0]), -(-len(block) // width), width)[: len(block)]
-    counted = F.pad(counted, (0, block.shape[1] - 3))
+    begins_row = (block[1:, 1] != block[0, 1]) | (block[1:, 2] < block[:-1, 2])
+    width = int(begins_row.nonzero()[0]) + 1 if begins_row.any() else len(block)
+    counted = make_grid_ids(0, -(-len(block) // width), width)[: len(block)]
+    counted = F.pad(counted, (0, block.shape[1] - 3)) + block[0]
     is_equal = (counted.to(dtype).float() == block).all(1)
     height = int(is_equal.long().cumprod(0).sum()) // width
     return counted[: height * width], height, width
 
 
-def are_grids(block: torch.Tensor) -> bool:
-    """Return whether ids [S, A] are row-major grids, of any origins and at least 2 x 2 tokens."""
+def count_grids(block: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
+    """Return exact ids of row-major grids, of any origins and at least 2 x 2 tokens.
+
+    Ids behind them stay as they are. The second value is whether there are none.
+
+    Args:
+        block: ids, float32 [S, A].
+        dtype: of the ids before; it may have rounded them.
+    """
+    exact = []
     while len(block):
-        _, height, width = count_grid(block - block[0], block.dtype)
+        counted, height, width = count_grid(block, dtype)
         if min(height, width) < 2:
-            return False
-        block = block[height * width :]
-    return True
+            break
+        exact.append(counted)
+        block = block[len(counted) :]
+    return torch.cat([*exact, block]), not len(block)
 
 
 def extent(block: torch.Tensor) -> tuple[int, int]:

@@ -148,8 +148,13 @@ def check_supported(module: torch.nn.Module) -> Family:
         ]
     if reasons:
         raise ValueError(f"this {type(module).__name__} is not supported: {reasons[0]}")
-    embedder = getattr(module, family.attribute)
-    family.embedder.check_stock(getattr(embedder, "stock", embedder))
+    stock = getattr(module, family.attribute)
+    stock = getattr(stock, "stock", stock)
+    if not hasattr(stock, "theta"):
+        raise TypeError(
+            f"its {type(stock).__name__} has no theta, expected the original rotary embedder"
+        )
+    family.embedder.check_stock(stock)
     return family
 
 

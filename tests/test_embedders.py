@@ -126,11 +126,22 @@ def test_rows_beyond_256_in_bfloat16():
     assert torch.equal(wide, make_grid_ids(0, 2, 700))
 
 
-def test_reference_ids_are_exact_too():
-    both = torch.cat([make_grid_ids(0, 300, 20), make_grid_ids(1, 20, 300)])
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("shift", [(0, 0), (0, 20), (300, 20), (600, 0), (0, 400)])
+def test_reference_ids_are_exact_too(kind, shift):
+    reference = make_grid_ids(kind, 20, 300) + torch.tensor([0, *shift])
+    both = torch.cat([make_grid_ids(0, 300, 20), reference])
     exact, grid, num_reference, _ = parse_image_ids(both.to(torch.bfloat16))
     assert (grid, num_reference) == ((300, 20), 6000)
     assert torch.equal(exact, both)
+
+
+def test_image_from_another_origin():
+    """Its ids stay, and the grid is their extent."""
+    ids = make_grid_ids(0, 8, 12) + torch.tensor([0, 4, 2])
+    exact, grid, num_reference, _ = parse_image_ids(ids)
+    assert torch.equal(exact, ids)
+    assert (grid, num_reference) == ((8, 12), None)
 
 
 def test_ids_that_are_no_grid_stay():
@@ -395,6 +406,22 @@ def test_nunchaku_has_another_format():
     assert isinstance(transformer.pos_embed, PackedPosEmbed)
     transformer.pos_embed = stock
     apply_dype(transformer)  # a subclass with diffusers' own embedder is as good as diffusers'
+
+
+def test_a_call_without_values():
+    """On the "meta" device, where programs ask for shapes, a call gives shapes."""
+    transformer = tiny_transformer().to("meta")
+    apply_dype(transformer, CONFIG)
+    call = denoiser_call(make_grid_ids(0, 8, 12))
+    (output,) = transformer(**{k: v.to("meta") for k, v in call.items()}, return_dict=False)
+    assert output.shape == (1, 96, 16)
+
+
+def test_embedder_of_another_kind():
+    transformer = tiny_transformer()
+    transformer.pos_embed = nn.Identity()
+    with pytest.raises(TypeError, match="its Identity has no theta, expected the original rotary"):
+        apply_dype(transformer)
 
 
 class PackedPosEmbed(nn.Module):

@@ -28,6 +28,7 @@ from tiny import (
     zimage_transformer,
 )
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from dype import DyPEConfig, apply_dype, remove_dype
 from dype.embedders_complex import pad_to_32
@@ -373,6 +374,33 @@ def test_second_apply_and_deep_copy(family):
     generate(pipe, 64, 64, steps=2)
     pipe.transformer = duplicate
     assert torch.equal(generate(pipe, 128, 192), expected)
+
+
+def test_a_call_moves_after_the_hook(family, tables):
+    """Tables follow a call that other hooks move to another device, as those that offload do.
+
+    The device is "meta", where tensors have no values.
+    """
+    pipe, generate, _ = family
+    calls, transformer = [], pipe.transformer
+    record = transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    generate(pipe, 128, 192, steps=2)
+    record.remove()
+    apply_dype(pipe, CONFIG)
+    transformer.to("meta").register_forward_pre_hook(
+        lambda module, args, kwargs: tree_map_only(torch.Tensor, move_to_meta, (args, kwargs)),
+        with_kwargs=True,
+    )
+    (args, kwargs), *_ = calls
+    with torch.no_grad():
+        transformer(*args, **kwargs)
+    assert {table.device.type for _, table in tables} == {"meta"}
+
+
+def move_to_meta(x: torch.Tensor) -> torch.Tensor:
+    return x.to("meta")
 
 
 def test_quantized_transformer():
