@@ -103,6 +103,13 @@ def test_one_graph_serves_every_step(family):
     assert count_graphs(family, "full", CONFIG) == 1
 
 
+def keep_one_block(transformer) -> None:
+    """Delete all blocks of each kind but the first, so that compilers are fast."""
+    for child in transformer.children():
+        if isinstance(child, torch.nn.ModuleList):
+            del child[1:]
+
+
 @pytest.mark.parametrize("family", ["flux", "qwen-image"])
 def test_as_many_sizes_as_stock(family):
     """A compiled transformer takes all sizes with as many graphs as without DyPE.
@@ -116,7 +123,7 @@ def test_as_many_sizes_as_stock(family):
     for config in (None, CONFIG, *unstretched):
         torch._dynamo.reset()
         pipe, counter = build(), CompileCounter()
-        del pipe.transformer.transformer_blocks[1:]  # for a faster compilation
+        keep_one_block(pipe.transformer)
         if config:
             apply_dype(pipe, config)
         pipe.transformer.compile(fullgraph=True, backend=counter)
@@ -128,12 +135,13 @@ def test_as_many_sizes_as_stock(family):
     assert counts[0] <= 3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "chroma"])
 def test_export(family):
     """An exported transformer follows sigma as the eager one, and takes other sizes as stock."""
     pipe, calls, images = FAMILIES[family][0](), [], []
     apply_dype(pipe, replace(CONFIG, shift="model"))
     transformer = pipe.transformer
+    keep_one_block(transformer)
     record = transformer.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append((args, kwargs)), prepend=True, with_kwargs=True
     )
