@@ -43,25 +43,38 @@ KINDS = {
     "a UNet": (r"^(input|down|output|up)_blocks\.", "a transformer of the family of --model"),
 }
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of a transformer among other models
-# tensors of float8 files that are no weights: scales, and marks of ComfyUI
-FP8_SCALES = (".scale_weight", ".weight_scale")
-FP8_MARKS = re.compile(r"(^|\.)(scaled_fp8|scale_input|input_scale|comfy_quant)$")
+# last parts of the names of a float8 file's tensors that are no weights: scales, marks of ComfyUI
+FP8_SCALES = ("scale_weight", "weight_scale")
+FP8_MARKS = ("scaled_fp8", "scale_input", "input_scale", "comfy_quant")
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 GGUF_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a value
 GGUF_TEXT, GGUF_ARRAY = 8, 9  # kinds of values whose length varies
+GGUF_ERRORS = (struct.error, KeyError, ValueError, OverflowError)  # of a broken file
+BROKEN = {  # first bytes of a file that cannot be read -> what it is
+    b"GGUF": "it is an incomplete GGUF file",
+    b"PK": "it is a file of torch.save, convert it to .safetensors",
+    b"\x80": "it is a file of torch.save, convert it to .safetensors",
+    b"version https://git-lfs": "it is a pointer of Git LFS, get the file itself by `git lfs pull`",
+    b"": "it is not a readable safetensors file",
+}
 # STEM.fp16.safetensors, and shards: STEM.fp16-00001-of-00002 or STEM-00001-of-00002.fp16
 WEIGHT_FILE = re.compile(
     r"[^.]+?(?:-\d+-of-\d+)?(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
 )
 
 
+def read_begin(path: str) -> bytes:
+    """Return the first bytes of a file, which tell its format; none if it is missing."""
+    if not os.path.isfile(path):
+        return b""
+    with Path(path).open("rb") as file:
+        return file.read(64)
+
+
 def is_gguf(path: str) -> bool:
     """Return whether a file begins as GGUF files do."""
-    if not os.path.isfile(path):
-        return False
-    with Path(path).open("rb") as file:
-        return file.read(4) == b"GGUF"
+    return read_begin(path).startswith(b"GGUF")
 
 
 def read_header(path: str) -> Header:
@@ -69,59 +82,49 @@ def read_header(path: str) -> Header:
 
     Raises ValueError, with what the file is instead, or OSError.
     """
-    if is_gguf(path):
-        try:
-            return read_gguf_header(path)
-        except (struct.error, KeyError, ValueError, OverflowError, OSError) as error:
-            raise ValueError("it is an incomplete GGUF file") from error
     try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {
-                name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()
-            }
-    except (OSError, SafetensorError) as error:
-        with Path(path).open("rb") as file:
-            begin = file.read(64)
-        if not begin:
-            reason = "it is empty"
-        elif begin.startswith((b"PK", b"\x80")):
-            reason = "it is a file of torch.save, convert it to .safetensors"
-        elif begin.startswith(b"version https://git-lfs"):
-            reason = "it is a pointer of Git LFS, get the file itself by `git lfs pull`"
-        else:
-            reason = "it is not a readable safetensors file"
-        raise ValueError(reason) from error
+        return read_gguf_header(path) if is_gguf(path) else read_safetensors_header(path)
+    except (*GGUF_ERRORS, OSError, SafetensorError) as error:
+        begin = read_begin(path)
+        reasons = [reason for start, reason in BROKEN.items() if begin.startswith(start)]
+        raise ValueError(reasons[0] if begin else "it is empty") from error
+
+
+def read_safetensors_header(path: str | Path) -> Header:
+    """Return format and shape of every tensor, in the order of the data that follow the header.
+
+    Raises OSError, or SafetensorError for another or an incomplete file.
+    """
+    with safe_open(path, "pt") as file:
+        parts = [(name, file.get_slice(name)) for name in file.offset_keys()]
+        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts}
 
 
 def read_gguf_header(path: str) -> Header:
     """Return type and shape of every tensor of a GGUF file, shapes as in PyTorch.
 
-    Raises struct.error, KeyError, ValueError, OverflowError or OSError for a broken file.
+    Raises OSError or `GGUF_ERRORS`.
     """
     with Path(path).open("rb") as file:
 
         def number(code: str) -> int:
             return struct.unpack(f"<{code}", file.read(struct.calcsize(code)))[0]
 
-        def skip_value(kind: int) -> None:
+        def skip_values(kind: int, count: int) -> None:
             if kind == GGUF_TEXT:
-                file.seek(number("Q"), os.SEEK_CUR)
+                for _ in range(count):
+                    file.seek(number("Q"), os.SEEK_CUR)
             elif kind == GGUF_ARRAY:
-                item, count = number("I"), number("Q")
-                if item in GGUF_BYTES:
-                    file.seek(GGUF_BYTES[item] * count, os.SEEK_CUR)
-                else:
-                    for _ in range(count):
-                        skip_value(item)
+                for _ in range(count):
+                    skip_values(number("I"), number("Q"))
             else:
-                file.seek(GGUF_BYTES[kind], os.SEEK_CUR)
+                file.seek(GGUF_BYTES[kind] * count, os.SEEK_CUR)
 
         file.seek(8)  # the magic number and the version
         tensors, entries = number("Q"), number("Q")
         for _ in range(entries):
-            file.seek(number("Q"), os.SEEK_CUR)
-            skip_value(number("I"))
+            skip_values(GGUF_TEXT, 1)
+            skip_values(number("I"), 1)
         header, last = {}, 0
         for _ in range(tensors):
             name = file.read(min(number("Q"), 1000)).decode()  # because a broken length may be huge
@@ -144,11 +147,7 @@ def describe_kind(names) -> tuple[str, str] | None:
 def without_prefix(tensors: dict) -> dict:
     """Return the tensors of the transformer in a file, without the prefix of ComfyUI."""
     for prefix in PREFIXES:
-        inner = {
-            name.removeprefix(prefix): value
-            for name, value in tensors.items()
-            if name.startswith(prefix)
-        }
+        inner = {x.removeprefix(prefix): y for x, y in tensors.items() if x.startswith(prefix)}
         if inner:
             return inner
     return tensors
@@ -212,26 +211,30 @@ def check_transformer(path: str, model: Model, name: str, revision: str | None) 
         UserError: the file is missing, or another kind of file, or of another family.
         UnavailableError: the file cannot be read, or a package is missing.
     """
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
     begin = f"--transformer is {path!r}"
     if not os.path.isfile(path):
         raise UserError(f"{begin}, {describe_missing(path)}")
     try:
-        header = read_header(path)
+        header = without_prefix(read_header(path))
     except ValueError as error:
         raise UnavailableError(f"cannot read --transformer {path}: {error}") from error
-    header = without_prefix(header)
-    kind = describe_kind(header)
-    if kind:
+    if kind := describe_kind(header):
         raise UserError(f"{begin}, {kind[0]}, expected {kind[1]}")
     check_formats(begin, header)
-    check_loadable(model)
+    class_name = transformer_class(model).__name__
+    if class_name not in SINGLE_FILE_LOADABLE_CLASSES:
+        raise UserError(
+            "--transformer is for classes of which diffusers reads single files, and "
+            f"{class_name} is none, expected --model FOLDER with the weights in diffusers' layout"
+        )
     if is_gguf(path) and importlib.util.find_spec("gguf") is None:
         raise UnavailableError(f"--transformer {path} needs the gguf package; pip install gguf")
     transformer = meta_transformer(model, revision)
-    reason = transformer and find_mismatch(header, transformer)
-    if reason:
+    if transformer and (reason := find_mismatch(header, transformer)):
         raise UserError(
-            f"{begin}, which does not fit the {type(transformer).__name__} of {name}: {reason}, "
+            f"{begin}, which does not fit the {class_name} of {name}: {reason}, "
             "expected a file of this model"
         )
 
@@ -245,7 +248,7 @@ def describe_missing(path: str) -> str:
         return "no file of weights, expected a .safetensors or .gguf file"
     if Path(path, INDEX).is_file():
         return f"a whole pipeline, expected --model {path}"
-    files = sorted(file.name for file in Path(path).glob("*") if file.suffix in WEIGHT_ENDINGS)
+    files = [file.name for file in list_weights(Path(path))]
     hint = f": {', '.join(files[:5])}" if files else ""
     return f"a folder, expected one file{hint}"
 
@@ -256,28 +259,16 @@ def check_formats(begin: str, header: Header) -> None:
     begin: of the sentence.
     """
     for name, (dtype, shape) in header.items():
-        scale = next((end for end in FP8_SCALES if name.endswith(end)), None)
-        if FP8_MARKS.search(name) or dtype.startswith("GGUF"):
+        stem, _, end = name.rpartition(".")
+        if end in FP8_MARKS or dtype.startswith("GGUF"):
             continue
-        weight = scale and header.get(name.removesuffix(scale) + ".weight")
+        weight = end in FP8_SCALES and header.get(f"{stem}.weight")
         is_block = weight and math.prod(shape) not in (1, weight[1][0])
         if is_block or (dtype not in FLOATS and len(shape) > 1):
             raise UserError(
                 f"{begin}, whose {name} is {dtype} in blocks or integers, expected 16 bits, "
                 "float8 with one scale for each layer or row, or GGUF"
             )
-
-
-def check_loadable(model: Model) -> None:
-    """Raise UserError if diffusers has no single files for a model's transformer."""
-    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-
-    name = transformer_class(model).__name__
-    if name not in SINGLE_FILE_LOADABLE_CLASSES:
-        raise UserError(
-            f"--transformer is for classes of which diffusers reads single files, and {name} is "
-            "none, expected --model FOLDER with the weights in diffusers' layout"
-        )
 
 
 def find_mismatch(header: Header, transformer: torch.nn.Module) -> str | None:
@@ -294,27 +285,24 @@ def find_mismatch(header: Header, transformer: torch.nn.Module) -> str | None:
     except ValueError as error:
         return str(error)
     expected = transformer.state_dict()
-    common = [name for name in expected if name in tensors]
     missing = [name for name in expected if name not in tensors]
-    extra = [name for name in tensors if name not in expected]
-    extra = [name for name in extra if name.endswith((".weight", ".bias"))]
-    wrong = [name for name in common if tensors[name].shape != expected[name].shape]
-    if not common:
+    extra = [x for x in tensors if x not in expected and x.endswith((".weight", ".bias"))]
+    if len(missing) == len(expected):
         return "none of its tensors is a layer of it"
-    if wrong:
-        name = wrong[0]
-        sizes = ["x".join(map(str, part[name].shape)) for part in (tensors, expected)]
-        return f"{name} is {sizes[0]}, not {sizes[1]}"
-    if missing or extra:
-        names = missing or extra
-        rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        return f"{'it lacks' if missing else 'the model has no'} {names[0]}{rest}"
+    for name, weight in expected.items():
+        if name in tensors and tensors[name].shape != weight.shape:
+            sizes = ["x".join(map(str, part.shape)) for part in (tensors[name], weight)]
+            return f"{name} is {sizes[0]}, not {sizes[1]}"
+    for verb, names in (("it lacks", missing), ("the model has no", extra)):
+        if names:
+            rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            return f"{verb} {names[0]}{rest}"
     return None
 
 
 def is_fp8_extra(name: str) -> bool:
     """Return whether a tensor of a float8 file is no weight."""
-    return name.endswith(FP8_SCALES) or bool(FP8_MARKS.search(name))
+    return name.rpartition(".")[2] in FP8_SCALES + FP8_MARKS
 
 
 def load_transformer(
@@ -322,8 +310,8 @@ def load_transformer(
 ):
     """Load the transformer of a model from a single file that `check_transformer` has accepted.
 
-    Float8 weights are multiplied by their scales, if there are any, and become `dtype`. The weights
-    of a GGUF file stay quantized.
+    Float8 weights are multiplied by their scales, if there are any, and become `dtype`. Those of
+    linear layers in a GGUF file stay quantized.
 
     Args:
         path: .safetensors or GGUF file.
@@ -338,10 +326,15 @@ def load_transformer(
     if is_gguf(path):
         from diffusers import GGUFQuantizationConfig
         from diffusers.models.model_loading_utils import load_gguf_checkpoint
+        from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 
         quantization = GGUFQuantizationConfig(compute_dtype=dtype)
         tensors = to_diffusers_layout(without_prefix(load_gguf_checkpoint(path)), transformer)
-        tensors = dequantize_gguf(tensors, transformer, dtype)
+        # diffusers computes with quantized weights in linear layers alone
+        layers = transformer.named_modules()
+        linear = {f"{x}.weight" for x, layer in layers if isinstance(layer, torch.nn.Linear)}
+        for name in tensors.keys() - linear:
+            tensors[name] = dequantize_gguf_tensor(tensors[name]).to(dtype)
     else:
         tensors = dequantize_float8(without_prefix(load_file(path)), dtype)
         tensors = to_diffusers_layout(tensors, transformer)
@@ -358,27 +351,6 @@ def load_transformer(
     return loaded
 
 
-def dequantize_gguf(tensors: dict, transformer: torch.nn.Module, dtype: torch.dtype) -> dict:
-    """Return tensors of a GGUF file, all but the weights of linear layers in `dtype`.
-
-    The reason is that diffusers computes with quantized weights in linear layers alone.
-
-    Args:
-        tensors: name -> tensor, by diffusers' names.
-        transformer: that the file is for.
-        dtype: of the computation.
-    """
-    from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
-
-    modules = dict(transformer.named_modules())
-    result = {}
-    for name, tensor in tensors.items():
-        layer, _, part = name.rpartition(".")
-        stays = part == "weight" and isinstance(modules.get(layer), torch.nn.Linear)
-        result[name] = tensor if stays else dequantize_gguf_tensor(tensor).to(dtype)
-    return result
-
-
 def dequantize_float8(tensors: dict, dtype: torch.dtype) -> dict:
     """Return tensors with those of float8 in `dtype`, multiplied by their scales; without scales.
 
@@ -388,12 +360,17 @@ def dequantize_float8(tensors: dict, dtype: torch.dtype) -> dict:
         if weight.dtype not in FLOAT8 or is_fp8_extra(name):
             continue
         stem = name.removesuffix(".weight")
-        scales = [tensors[stem + end] for end in FP8_SCALES if stem + end in tensors]
-        weight = weight.float() if scales else weight
-        for scale in scales:
-            weight = weight * scale.float().reshape(-1, *[1] * (weight.ndim - 1))
+        for end in FP8_SCALES:
+            if (scale := tensors.get(f"{stem}.{end}")) is not None:
+                weight = weight.float() * scale.float().reshape(-1, *[1] * (weight.ndim - 1))
         tensors[name] = weight.to(dtype)
     return {name: tensor for name, tensor in tensors.items() if not is_fp8_extra(name)}
+
+
+def list_weights(folder: Path) -> dict[Path, re.Match | None]:
+    """Return the weight files in a folder, sorted, each with its match of `WEIGHT_FILE`."""
+    files = [file for file in sorted(folder.glob("*")) if file.suffix in WEIGHT_ENDINGS]
+    return {file: WEIGHT_FILE.fullmatch(file.name) for file in files if file.is_file()}
 
 
 def check_variant(name: str, repo: str, variant: str | None, with_transformer: bool) -> None:
@@ -414,17 +391,15 @@ def check_variant(name: str, repo: str, variant: str | None, with_transformer: b
         return
     components = {}
     for component in load_hub_json(repo, INDEX):
-        folder = Path(repo, component)
-        names = [file.name for file in folder.glob("*")] if folder.is_dir() else []
-        matches = [match for match in map(WEIGHT_FILE.fullmatch, names) if match]
-        if matches and (with_transformer or component != "transformer"):
-            components[component] = {match["variant"] for match in matches}
+        if with_transformer or component != "transformer":
+            matches = list_weights(Path(repo, component)).values()
+            components[component] = {match["variant"] for match in matches if match}
     everything = sorted({x for variants in components.values() for x in variants if x})
     choices = f"expected one of {', '.join(everything)}" if everything else "expected none"
     if variant is not None and variant not in everything:
         raise UserError(f"--variant is {variant!r}, but {name} has no such files, {choices}")
     for component, variants in components.items():
-        if not {None, variant} & variants:
+        if variants and not {None, variant} & variants:
             begin = f"--variant is {variant!r}, but " if variant else ""
             raise UserError(
                 f"{begin}{name} has the weights of its {component} as the variant "

@@ -1,22 +1,23 @@
 """Compute fingerprints of weights, by which a sweep and `--from` notice that they have changed."""
 
 import hashlib
-import json
+import math
 import os
 import re
 from contextlib import suppress
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 from huggingface_hub import constants
+from safetensors import SafetensorError
 
 from dype.errors import UnavailableError
-from dype.pipelines.checkpoints import WEIGHT_FILE
+from dype.pipelines.checkpoints import list_weights, read_safetensors_header
 from dype.pipelines.hub import load_hub_json, repository_info
-from dype.pipelines.loras import DEFAULT_FILE
-from dype.pipelines.model_paths import INDEX, hub_repository
+from dype.pipelines.model_paths import HUB_FILE, HUB_ID, INDEX, LORA_FILE, WEIGHT_ENDINGS
 
-WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt")
 CONFIGS = (".json", ".txt", ".model", ".jinja")  # of models, schedulers and tokenizers
 WHOLE = 64 * 2**20  # bytes; a file up to this size is hashed completely
 BLOCK = 4096  # bytes of a sample of a larger file
@@ -75,19 +76,17 @@ def hash_files(
 
 def list_files(path: Path, variant: str | None, replaced: str) -> list[Path]:
     """Return a file itself, or the files of a folder that decide what is loaded from it."""
+    index, lora = path / INDEX, path / LORA_FILE
     if not path.is_dir():
         return [path]
-    index, lora = path / INDEX, path / DEFAULT_FILE
-    if lora.is_file() and not index.exists():
-        return [lora]
     if not index.exists():
-        return list_component_files(path, variant)
-    entries = load_hub_json(str(path), index.name).items()
-    folders = [path / name for name, entry in entries if isinstance(entry, list) and any(entry)]
-    folders = [folder for folder in folders if folder.is_dir()]
-    files = [file for folder in folders for file in list_component_files(folder, variant)]
-    files = [x for x in files if x.parent.name != replaced or x.suffix not in WEIGHTS]
-    return [index, *files]
+        return [lora] if lora.is_file() else list_component_files(path, variant)
+    files = [index]
+    for name, entry in load_hub_json(str(path), INDEX).items():
+        if isinstance(entry, list) and any(entry) and (path / name).is_dir():
+            component = list_component_files(path / name, variant)
+            files += [x for x in component if name != replaced or x.suffix not in WEIGHT_ENDINGS]
+    return files
 
 
 def list_component_files(folder: Path, variant: str | None) -> list[Path]:
@@ -96,17 +95,13 @@ def list_component_files(folder: Path, variant: str | None) -> list[Path]:
     Libraries load safetensors where there are some, so the other formats then do not count, nor do
     other variants of the weights. What an index of shards says is in them.
     """
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    weights = [file for file in files if file.suffix in WEIGHTS]
-    weights = [file for file in weights if file.suffix == WEIGHTS[0]] or weights
-    matches = [WEIGHT_FILE.fullmatch(file.name) for file in weights]
-    variants = [match and match["variant"] for match in matches]
-    for choice in (variant, None):
-        if choice in variants:
-            weights = [file for file, v in zip(weights, variants, strict=True) if v == choice]
-            break
-    configs = [file for file in files if file.suffix in CONFIGS and ".index." not in file.name]
-    return weights + configs
+    matches = list_weights(folder)
+    files = [file for file in matches if file.suffix == ".safetensors"] or [*matches]
+    variants = {file: matches[file] and matches[file]["variant"] for file in files}
+    choice = variant if variant in variants.values() else None
+    chosen = [file for file in files if variants[file] == choice] or files
+    configs = [file for file in sorted(folder.iterdir()) if file.suffix in CONFIGS]
+    return chosen + [file for file in configs if ".index." not in file.name and file.is_file()]
 
 
 @lru_cache
@@ -124,47 +119,27 @@ def hash_file(path: Path, key: tuple) -> str:
     return digest.hexdigest()
 
 
-def list_blocks(file, size: int) -> list[tuple[int, int]]:
+def list_blocks(file: BinaryIO, size: int) -> list[tuple[int, int]]:
     """Return the first and the last byte of each part of a file that `hash_file` reads.
 
-    A training changes every tensor, so three blocks of each tensor notice it.
-
-    Args:
-        file: binary file.
-        size: bytes of the file.
+    A training changes every tensor, so three blocks of each tensor notice it. The header of a
+    safetensors file is read completely.
     """
     if size <= WHOLE:
         return [(begin, begin + 2**20) for begin in range(0, size, 2**20)]
-    spans = read_spans(file, size) or [
-        (part * size // PARTS, (part + 1) * size // PARTS) for part in range(PARTS)
-    ]
     blocks = {(0, BLOCK)}
-    for begin, end in spans:
+    ends = [part * size // PARTS for part in range(PARTS + 1)]
+    with suppress(OSError, SafetensorError):
+        sizes = [
+            math.prod(shape) * int((re.search(r"\d+", dtype) or "8")[0]) // 8  # BOOL: 8 bits
+            for dtype, shape in read_safetensors_header(file.name).values()
+        ]
+        ends = [*accumulate(sizes, initial=8 + int.from_bytes(file.read(8), "little"))]
+        blocks |= {(begin, min(begin + BLOCK, ends[0])) for begin in range(8, ends[0], BLOCK)}
+    for begin, end in pairwise(ends):
         starts = begin, (begin + end - BLOCK) // 2, end - BLOCK
         blocks |= {(max(begin, start), min(end, max(begin, start) + BLOCK)) for start in starts}
     return sorted(blocks)
-
-
-def read_spans(file, size: int) -> list[tuple[int, int]]:
-    """Return the header and the tensors of a safetensors file as spans of bytes; [] of others.
-
-    Args:
-        file: binary file.
-        size: bytes of the file.
-    """
-    length = int.from_bytes(file.read(8), "little")
-    if length > min(size, 2**27):
-        return []
-    try:
-        header = json.loads(file.read(length))
-        offsets = [entry["data_offsets"] for name, entry in header.items() if name[:2] != "__"]
-        tensors = [(8 + length + int(begin), 8 + length + int(end)) for begin, end in offsets]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return []
-    if any(not 0 <= begin <= end <= size for begin, end in tensors):
-        return []
-    pieces = range(8, 8 + length, BLOCK)  # the header is read completely
-    return [*((begin, min(begin + BLOCK, 8 + length)) for begin in pieces), *tensors]
 
 
 def hub_commit(repo: str, revision: str | None = None) -> str | None:
@@ -176,8 +151,9 @@ def hub_commit(repo: str, revision: str | None = None) -> str | None:
     """
     if revision and COMMIT.fullmatch(revision):
         return revision
-    name = hub_repository(repo)
-    if name is None:
+    match = HUB_FILE.fullmatch(repo)
+    name = match[1] if match else repo
+    if not HUB_ID.fullmatch(name):
         return None
     with suppress(UnavailableError):
         if info := repository_info(name, revision):

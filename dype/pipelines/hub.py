@@ -37,13 +37,13 @@ def load_hub_json(repo: str, file: str, revision: str | None = None) -> dict:
         )
         return read_config(Path(path))
     except HUB_ERRORS as error:
-        if file == INDEX and is_missing_entry(error):
+        is_local_error = isinstance(error, LocalEntryNotFoundError)
+        if file == INDEX and isinstance(error, EntryNotFoundError) and not is_local_error:
             raise ValueError(
                 f"--model is {repo!r}, a repository without {INDEX}, expected a diffusers "
                 "pipeline; a single file of it is for --transformer FILE, after `hf download`"
             ) from error
-        reason = explain_hub_error(repo, error)
-        if reason:
+        if reason := explain_hub_error(repo, error):
             raise UnavailableError(reason) from error
         return {}
 
@@ -77,11 +77,6 @@ def is_local(repo: str, revision: str | None = None) -> bool:
     Arguments and errors as for `repository_info`.
     """
     return Path(repo).is_dir() or repository_info(repo, revision) is None
-
-
-def is_missing_entry(error: Exception) -> bool:
-    """Return whether the hub answers that a repository lacks a file."""
-    return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
 
 
 def error_classes(error: BaseException | None) -> set[str]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub
@@ -12,14 +13,19 @@ from dype.errors import UnavailableError, UserError
 from dype.pipelines.catalog import Model
 from dype.pipelines.checkpoints import describe_kind, meta_transformer, read_header, without_prefix
 from dype.pipelines.hub import HUB_ERRORS, explain_hub_error, is_local, repository_info
-from dype.pipelines.model_paths import FILE_ENDINGS, HUB_FILE, HUB_ID, INDEX, split_address
+from dype.pipelines.model_paths import (
+    FILE_ENDINGS,
+    HUB_FILE,
+    HUB_ID,
+    INDEX,
+    LORA_FILE,
+    split_address,
+)
 
-DEFAULT_FILE = "pytorch_lora_weights.safetensors"  # diffusers takes it before other files
 # names of tensors of adapters by LyCORIS that diffusers reads for few models
 LYCORIS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT"}
 # the errors that diffusers raises for a LoRA that it cannot convert
-READ_ERRORS = (OSError, ValueError, KeyError, IndexError, AttributeError, RuntimeError)
-READ_ERRORS += (SafetensorError,)
+READ_ERRORS = (OSError, ValueError, LookupError, AttributeError, RuntimeError, SafetensorError)
 
 
 def find_lora(path: str, download: bool) -> str | None:
@@ -37,47 +43,27 @@ def find_lora(path: str, download: bool) -> str | None:
         return path
     if os.path.isdir(path):
         return str(Path(path, choose_file(path, list_folder(path))))
-    hub = HUB_FILE.fullmatch(path)
-    if hub and hub[2].endswith(".safetensors"):
-        return find_hub_file(path, hub[1], hub[2], download)
-    if not HUB_ID.fullmatch(path) or path.lower().endswith(FILE_ENDINGS):
-        repo, _, file = split_address(path)
-        name = "/".join(part for part in (repo, file) if part)
+    if match := HUB_FILE.fullmatch(path):
+        repo, name = match.groups()
+    elif HUB_ID.fullmatch(path) and not path.lower().endswith(FILE_ENDINGS):
+        repo, name = path, choose_hub_file(path)
+    else:
+        address, _, file = split_address(path)
+        name = f"{address}/{file}".strip("/")
         example = f", as --lora {name}" if name not in ("", path) else ""
         raise UserError(
             f"--lora is {path!r}, but there is no such file or folder, expected one, a hub id, or "
             f"OWNER/REPO/FILE.safetensors (its newest revision){example}"
         )
-    files = list_repository(path)
-    files = list_cache(path) if files is None else files
-    if files is None:
-        return find_hub_file(path, path, DEFAULT_FILE, download)
-    files = [file for file in files if "checkpoint" not in file.rpartition("/")[0]]  # of training
-    return find_hub_file(path, path, choose_file(path, files), download)
-
-
-def find_hub_file(path: str, repo: str, file: str, download: bool) -> str | None:
-    """Return the path on this machine of a file of the hub; None if it is not there.
-
-    Args:
-        path: the value of --lora without its scale, for errors.
-        repo: hub id.
-        file: path within the repository.
-        download: get it.
-
-    Raises:
-        UserError: the hub answers that there is no such file.
-        UnavailableError: the file cannot be downloaded.
-    """
     try:
         local = not download or is_local(repo)
-        return huggingface_hub.hf_hub_download(repo, file, local_files_only=local)
+        return huggingface_hub.hf_hub_download(repo, name, local_files_only=local)
     except HUB_ERRORS as error:
         files = list_repository(repo)
-        if files is not None and file not in files:
+        if files is not None and name not in files:
             listing = f"one of {', '.join(files)}" if files else "a repository with such files"
             raise UserError(
-                f"--lora is {path!r}, but {repo} has no {file}, expected {listing}"
+                f"--lora is {path!r}, but {repo} has no {name}, expected {listing}"
             ) from error
         if not download:
             return None
@@ -88,13 +74,29 @@ def find_hub_file(path: str, repo: str, file: str, download: bool) -> str | None
         ) from error
 
 
+def choose_hub_file(repo: str) -> str:
+    """Return the LoRA's file in a repository, or in its copy on this machine without a network.
+
+    Raises UserError, or UnavailableError if the hub answers that there is no such repository.
+    """
+    files = list_repository(repo)
+    if files is None:
+        files = []
+        with suppress(OSError, ValueError):
+            folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+            files = sorted(x.relative_to(folder).as_posix() for x in folder.rglob("*.safetensors"))
+        files = files or [LORA_FILE]
+    files = [file for file in files if "checkpoint" not in file.rpartition("/")[0]]  # of training
+    return choose_file(repo, files)
+
+
 def list_folder(folder: str) -> list[str]:
     """Return the .safetensors files of a LoRA's folder. Raises UserError if it has none."""
     if Path(folder, INDEX).is_file():
         raise UserError(f"--lora is {folder!r}, a whole pipeline, expected --model {folder}")
-    paths = sorted(file for file in Path(folder).glob("*") if not file.name.startswith("."))
-    files = [file for file in paths if file.suffix.lower() == ".safetensors"]
-    files = [file.name for file in files if file.is_file()]
+    paths = [file for file in sorted(Path(folder).glob("*")) if not file.name.startswith(".")]
+    weights = [file for file in paths if file.suffix.lower() == ".safetensors"]
+    files = [file.name for file in weights if file.is_file()]
     if not files:
         names = [str(file) for file in sorted(Path(folder).glob("*/*.safetensors"))]
         names = names or [file.name for file in paths]
@@ -111,18 +113,10 @@ def list_repository(repo: str) -> list[str] | None:
     Raises UnavailableError if the hub answers that there is no such repository.
     """
     info = repository_info(repo, None)
-    names = [file.rfilename for file in info.siblings] if info else []
-    return sorted(name for name in names if name.endswith(".safetensors")) if info else None
-
-
-def list_cache(repo: str) -> list[str] | None:
-    """Return those files of a repository that are on this machine, sorted; None if none is."""
-    try:
-        folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
-    except (OSError, ValueError):
+    if info is None:
         return None
-    files = folder.rglob("*.safetensors")
-    return sorted(file.relative_to(folder).as_posix() for file in files) or None
+    names = [file.rfilename for file in info.siblings]
+    return sorted(name for name in names if name.endswith(".safetensors"))
 
 
 def choose_file(source: str, files: list[str]) -> str:
@@ -132,8 +126,8 @@ def choose_file(source: str, files: list[str]) -> str:
         source: folder or repository.
         files: paths of its .safetensors files.
     """
-    if DEFAULT_FILE in files:
-        return DEFAULT_FILE
+    if LORA_FILE in files:
+        return LORA_FILE
     if len(files) == 1:
         return files[0]
     if not files:
@@ -177,6 +171,8 @@ def check_lora(path: str, file: str, model: Model, transformer: torch.nn.Module 
         model: of the catalog.
         transformer: of the model, as `meta_transformer` returns.
     """
+    import diffusers
+
     begin = f"--lora is {path!r}"
     try:
         header = read_header(file)
@@ -184,34 +180,26 @@ def check_lora(path: str, file: str, model: Model, transformer: torch.nn.Module 
         raise UnavailableError(f"cannot read the LoRA {path}: {error}") from error
     if any(dtype.startswith("GGUF") for dtype, _ in header.values()):
         raise UserError(f"{begin}, a GGUF file, expected .safetensors")
-    kind = describe_kind(without_prefix(header))
-    if not kind or kind[0] != "a LoRA":
-        label = kind[0] if kind else "no LoRA by the names of its tensors"
+    kind, _ = describe_kind(without_prefix(header)) or ("", "")
+    if kind != "a LoRA":
         is_large = sum(len(shape) > 1 for _, shape in header.values()) > 20
-        expected = "a LoRA" if kind or not is_large else "a LoRA, or --transformer FILE"
-        raise UserError(f"{begin}, {label}, expected {expected}")
-    lycoris = [label for text, label in LYCORIS.items() if any(text in name for name in header)]
+        expected = "a LoRA, or --transformer FILE" if is_large and not kind else "a LoRA"
+        kind = kind or "no LoRA by the names of its tensors"
+        raise UserError(f"{begin}, {kind}, expected {expected}")
     try:
-        tensors = read_lora(file, model)
+        tensors = getattr(diffusers, model.pipeline).lora_state_dict(file)
+        if not any("lora" in name for name in tensors):
+            raise ValueError(f"diffusers does not know its layout for a {model.pipeline}")
         if transformer is not None:
             check_layers(tensors, transformer)
     except READ_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
-        if lycoris:
-            reason = f"it is a {lycoris[0]} of LyCORIS, which diffusers does not read here"
+        for text, label in LYCORIS.items():
+            if any(text in name for name in header):
+                reason = f"it is a {label} of LyCORIS, which diffusers does not read here"
         raise UserError(
             f"{begin}, which does not fit {model.repo}: {reason}, expected a LoRA of its family"
         ) from error
-
-
-def read_lora(file: str, model: Model) -> dict[str, torch.Tensor]:
-    """Return the tensors of a LoRA by diffusers' names. Raises `READ_ERRORS`."""
-    import diffusers
-
-    tensors = getattr(diffusers, model.pipeline).lora_state_dict(file)
-    if not any("lora" in name for name in tensors):
-        raise ValueError(f"diffusers does not know its layout for a {model.pipeline}")
-    return tensors
 
 
 def check_layers(tensors: dict[str, torch.Tensor], transformer: torch.nn.Module) -> None:

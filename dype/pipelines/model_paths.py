@@ -7,9 +7,10 @@ from pathlib import Path
 
 INDEX = "model_index.json"
 WEIGHT_ENDINGS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers takes it before other files
 FILE_ENDINGS = (*WEIGHT_ENDINGS, ".json", ".zip", ".onnx", ".png", ".txt", ".toml")
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]*\w", re.ASCII)
-HUB_FILE = re.compile(rf"({HUB_ID.pattern})/(.+\.(?:safetensors|gguf))", re.ASCII)
+HUB_FILE = re.compile(rf"({HUB_ID.pattern})/(.+\.safetensors)", re.ASCII)
 # what other programs and the hub's pages take: an address, or a name with a revision
 HUB_ADDRESS = re.compile(
     rf"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)?({HUB_ID.pattern})"
@@ -42,15 +43,9 @@ def split_address(text: str) -> tuple[str, str, str]:
     A file is also the rest of a path OWNER/REPO/FILE; the branch main is no revision.
     """
     match = HUB_ADDRESS.fullmatch(text)
-    parts = [part or "" for part in match.groups()] if match else [""] * 4
-    repo, revision, file = parts[0], parts[2] or parts[1], parts[3]
+    repo, suffix, branch, file = match.groups("") if match else ("", "", "", "")
+    revision = branch or suffix
     return repo, "" if revision == "main" else revision, file
-
-
-def hub_repository(text: str) -> str | None:
-    """Return the repository of a hub id, or of a file in a repository; None for other texts."""
-    match = HUB_FILE.fullmatch(text)
-    return match[1] if match else text if HUB_ID.fullmatch(text) else None
 
 
 def download_hint(text: str) -> str:
@@ -91,7 +86,7 @@ def describe_folder(folder: Path) -> str:
         listing = ", ".join(sorted(str(path.relative_to(folder)) for path in pipelines))
         return f"a folder around {len(pipelines)} pipelines, expected one of them: {listing}"
     names = [child.name for child in children]
-    if "adapter_config.json" in names or "pytorch_lora_weights.safetensors" in names:
+    if "adapter_config.json" in names or LORA_FILE in names:
         return f"a LoRA, expected --lora {folder}, and as --model the pipeline that it belongs to"
     config = read_config(folder / "config.json")
     if "_class_name" in config:
