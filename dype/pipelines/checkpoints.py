@@ -241,11 +241,9 @@ def check_transformer(path: str, model: Model, name: str, revision: str | None) 
 
 def describe_missing(path: str) -> str:
     """Return why the value of --transformer is no file, and what is expected."""
-    if not os.path.exists(path):
-        hint = download_hint(path)
-        return f"but there is no such file, expected a .safetensors or .gguf file{hint}"
     if not os.path.isdir(path):
-        return "no file of weights, expected a .safetensors or .gguf file"
+        reason = "no file of weights" if os.path.exists(path) else "but there is no such file"
+        return f"{reason}, expected a .safetensors or .gguf file{download_hint(path)}"
     if Path(path, INDEX).is_file():
         return f"a whole pipeline, expected --model {path}"
     files = [file.name for file in list_weights(Path(path))]

@@ -62,8 +62,8 @@ def hash_files(
 
     Args:
         source: file or folder.
-        variant: of the weight files in a folder; None: those without one.
-        replaced: component of a pipeline whose weights are those of another file.
+        variant: as in `fingerprint`, like the next argument.
+        replaced: see there.
     """
     hashes = {}
     for file in list_files(Path(source), variant, replaced):
@@ -159,10 +159,9 @@ def hub_commit(repo: str, revision: str | None = None) -> str | None:
         if info := repository_info(name, revision):
             return info.sha
     folder = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "refs")
-    try:
+    with suppress(OSError, ValueError):
         return (folder / (revision or "main")).read_text().strip() or None
-    except (OSError, ValueError):
-        return None
+    return None
 
 
 def find_changed_weights(record: dict, sources: dict[str, tuple]) -> str | None:

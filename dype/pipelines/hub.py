@@ -24,8 +24,7 @@ def load_hub_json(repo: str, file: str, revision: str | None = None) -> dict:
         revision: branch, tag or commit on the hub; None: the newest.
 
     Raises:
-        UnavailableError: the hub answers that there is no such repository or revision, or that its
-            license must be accepted.
+        UnavailableError: as from `repository_info`.
         ValueError: the hub answers that the repository is no pipeline.
     """
     if Path(repo).is_dir():

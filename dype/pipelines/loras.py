@@ -48,7 +48,7 @@ def find_lora(path: str, download: bool) -> str | None:
     elif HUB_ID.fullmatch(path) and not path.lower().endswith(FILE_ENDINGS):
         repo, name = path, choose_hub_file(path)
     else:
-        address, _, file = split_address(path)
+        address, file, _ = split_address(path)
         name = f"{address}/{file}".strip("/")
         example = f", as --lora {name}" if name not in ("", path) else ""
         raise UserError(

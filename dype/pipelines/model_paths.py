@@ -28,32 +28,29 @@ def check_model_path(name: str) -> None:
         raise ValueError(f"--model is {name!r}, {describe_file(name)}")
     elif not HUB_ID.fullmatch(name):
         reason = "an address" if "://" in name else "but there is no such folder"
-        repo, revision, _ = split_address(name)
-        example = f" --revision {revision}" if revision else ""
-        example = f"{repo or 'black-forest-labs/FLUX.1-dev'}{example}"
+        repo, _, revision = split_address(name)
         raise ValueError(
             f"--model is {name!r}, {reason}, expected a diffusers folder or a hub id such as "
-            f"{example}"
+            f"{repo or 'black-forest-labs/FLUX.1-dev'}{revision}"
         )
 
 
 def split_address(text: str) -> tuple[str, str, str]:
-    """Return repository, revision and file that an address of the hub means, "" for each missing.
+    """Return repository, file and " --revision NAME" of an address of the hub, "" for each missing.
 
     A file is also the rest of a path OWNER/REPO/FILE; the branch main is no revision.
     """
     match = HUB_ADDRESS.fullmatch(text)
     repo, suffix, branch, file = match.groups("") if match else ("", "", "", "")
     revision = branch or suffix
-    return repo, "" if revision == "main" else revision, file
+    return repo, file, f" --revision {revision}" if revision not in ("", "main") else ""
 
 
 def download_hint(text: str) -> str:
     """Return how to download a file of the hub; "" if the text means none."""
-    repo, revision, file = split_address(text)
+    repo, file, revision = split_address(text)
     if not file.lower().endswith(WEIGHT_ENDINGS):
         return ""
-    revision = f" --revision {revision}" if revision else ""
     return f"; if it is on the hub, get it by `hf download {repo} {file}{revision}`"
 
 
@@ -78,15 +75,14 @@ def describe_folder(folder: Path) -> str:
     children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
     if not children:
         return f"an empty folder, expected a diffusers pipeline: a folder with {INDEX}"
-    pipelines = [index.parent for index in folder.glob(f"*/{INDEX}")]
-    pipelines += [index.parent for index in folder.glob(f"snapshots/*/{INDEX}")]
+    globs = [f"*/{INDEX}", f"snapshots/*/{INDEX}"]
+    pipelines = [index.parent for pattern in globs for index in folder.glob(pattern)]
     if len(pipelines) == 1:
         return f"a folder around a pipeline, expected --model {pipelines[0]}"
     if pipelines:
         listing = ", ".join(sorted(str(path.relative_to(folder)) for path in pipelines))
         return f"a folder around {len(pipelines)} pipelines, expected one of them: {listing}"
-    names = [child.name for child in children]
-    if "adapter_config.json" in names or LORA_FILE in names:
+    if {"adapter_config.json", LORA_FILE} & {child.name for child in children}:
         return f"a LoRA, expected --lora {folder}, and as --model the pipeline that it belongs to"
     config = read_config(folder / "config.json")
     if "_class_name" in config:

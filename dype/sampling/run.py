@@ -19,7 +19,7 @@ from dype.patch import apply_dype
 from dype.pipelines import acceleration, distributed, memory
 from dype.pipelines.catalog import takes_guidance
 from dype.pipelines.devices import check_device, default_device, fast_dtype
-from dype.pipelines.fingerprint import fingerprint, hash_files, is_mapped
+from dype.pipelines.fingerprint import COMMIT, fingerprint, hash_files, is_mapped
 from dype.pipelines.loading import check_files, load_pipeline
 from dype.pipelines.memory import execution_device, set_tiling
 from dype.sampling import multipass, records, sample
@@ -29,7 +29,6 @@ from dype.sampling.settings import RunSettings
 # settings that `load_pipeline` takes
 LOADING_SETTINGS = ("revision", "variant", "transformer", "dtype", "text_encoder_device")
 LOADING_SETTINGS += ("vae_device", "offload", "quantize")
-FILE_SETTINGS = ("revision", "variant", "transformer")  # those that `check_files` takes
 # settings that `sample.generate` takes for every pass
 SAMPLING_SETTINGS = ("guidance", "seed", "max_sequence_length", "true_cfg", "cache")
 
@@ -45,7 +44,7 @@ def check_checkpoint(run: RunSettings) -> None:
 
     Raises UserError or UnavailableError.
     """
-    files = {name: getattr(run, name) for name in FILE_SETTINGS}
+    files = {name: getattr(run, name) for name in ("revision", "variant", "transformer")}
     check_files(run.model, run.entry, **files, loras=lora_pairs(run))
 
 
@@ -78,14 +77,12 @@ def load_for_run(run: RunSettings, pixels: int, state: PartialState):
         entry=run.entry,
     )
     check_unchanged(run, files, loaded=False)
-    pipe.dype_files, pipe.dype_weights = (
-        files,
-        {
-            part: fingerprint(*source)
-            for part, source in run.weight_sources.items()
-            if part in files or part != "model"  # a model of the hub has its commit in the record
-        },
-    )
+    pipe.dype_files = files
+    pipe.dype_weights = {
+        part: fingerprint(*source)
+        for part, source in run.weight_sources.items()
+        if part in files or part != "model"  # a model of the hub has its commit in the record
+    }
     if run.cache != "off":
         print(acceleration.CACHE_WARNING.format(run.cache))
     if run.ulysses > 1:
@@ -214,7 +211,7 @@ def runtime_info(pipe, seconds: float) -> dict:
     on_cuda = device.type == "cuda"
     # not of the transformer, which may be a single file
     path = pipe.vae.config.get("_name_or_path") or ""
-    snapshot = re.search(r"snapshots/([0-9a-f]{40})", path)  # the hub's cache names the commit
+    snapshot = re.search(rf"snapshots/({COMMIT.pattern})", path)  # the hub's cache names the commit
     return {
         "seconds": round(seconds, 3),
         "peak_memory": memory.peak_bytes(device),
