@@ -211,8 +211,6 @@ def check_transformer(path: str, model: Model, name: str, revision: str | None) 
         UserError: the file is missing, or another kind of file, or of another family.
         UnavailableError: the file cannot be read, or a package is missing.
     """
-    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-
     begin = f"--transformer is {path!r}"
     if not os.path.isfile(path):
         raise UserError(f"{begin}, {describe_missing(path)}")
@@ -222,7 +220,19 @@ def check_transformer(path: str, model: Model, name: str, revision: str | None) 
         raise UnavailableError(f"cannot read --transformer {path}: {error}") from error
     if kind := describe_kind(header):
         raise UserError(f"{begin}, {kind[0]}, expected {kind[1]}")
-    check_formats(begin, header)
+    for tensor, (dtype, shape) in header.items():
+        stem, _, end = tensor.rpartition(".")
+        if end in FP8_MARKS or dtype.startswith("GGUF"):
+            continue
+        weight = end in FP8_SCALES and header.get(f"{stem}.weight")
+        is_block = weight and math.prod(shape) not in (1, weight[1][0])
+        if is_block or (dtype not in FLOATS and len(shape) > 1):
+            raise UserError(
+                f"{begin}, whose {tensor} is {dtype} in blocks or integers, expected 16 bits, "
+                "float8 with one scale for each layer or row, or GGUF"
+            )
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
     class_name = transformer_class(model).__name__
     if class_name not in SINGLE_FILE_LOADABLE_CLASSES:
         raise UserError(
@@ -249,24 +259,6 @@ def describe_missing(path: str) -> str:
     files = [file.name for file in list_weights(Path(path))]
     hint = f": {', '.join(files[:5])}" if files else ""
     return f"a folder, expected one file{hint}"
-
-
-def check_formats(begin: str, header: Header) -> None:
-    """Raise UserError if a file is quantized in a way that diffusers cannot read.
-
-    begin: of the sentence.
-    """
-    for name, (dtype, shape) in header.items():
-        stem, _, end = name.rpartition(".")
-        if end in FP8_MARKS or dtype.startswith("GGUF"):
-            continue
-        weight = end in FP8_SCALES and header.get(f"{stem}.weight")
-        is_block = weight and math.prod(shape) not in (1, weight[1][0])
-        if is_block or (dtype not in FLOATS and len(shape) > 1):
-            raise UserError(
-                f"{begin}, whose {name} is {dtype} in blocks or integers, expected 16 bits, "
-                "float8 with one scale for each layer or row, or GGUF"
-            )
 
 
 def find_mismatch(header: Header, transformer: torch.nn.Module) -> str | None:
@@ -334,7 +326,14 @@ def load_transformer(
         for name in tensors.keys() - linear:
             tensors[name] = dequantize_gguf_tensor(tensors[name]).to(dtype)
     else:
-        tensors = dequantize_float8(without_prefix(load_file(path)), dtype)
+        tensors = without_prefix(load_file(path))
+        for name, weight in tensors.items():
+            if weight.dtype in FLOAT8 and not is_fp8_extra(name):
+                scales = [f"{name.removesuffix('.weight')}.{end}" for end in FP8_SCALES]
+                for scale in [tensors[x].float() for x in scales if x in tensors]:
+                    weight = weight.float() * scale.reshape(-1, *[1] * (weight.ndim - 1))
+                tensors[name] = weight.to(dtype)
+        tensors = {name: tensor for name, tensor in tensors.items() if not is_fp8_extra(name)}
         tensors = to_diffusers_layout(tensors, transformer)
     loaded = type(transformer).from_single_file(
         {name: tensors[name] for name in transformer.state_dict()},
@@ -347,22 +346,6 @@ def load_transformer(
     )
     loaded.register_to_config(_name_or_path=f"{model.repo}/transformer")
     return loaded
-
-
-def dequantize_float8(tensors: dict, dtype: torch.dtype) -> dict:
-    """Return tensors with those of float8 in `dtype`, multiplied by their scales; without scales.
-
-    tensors: name -> tensor; changed in place.
-    """
-    for name, weight in list(tensors.items()):
-        if weight.dtype not in FLOAT8 or is_fp8_extra(name):
-            continue
-        stem = name.removesuffix(".weight")
-        for end in FP8_SCALES:
-            if (scale := tensors.get(f"{stem}.{end}")) is not None:
-                weight = weight.float() * scale.float().reshape(-1, *[1] * (weight.ndim - 1))
-        tensors[name] = weight.to(dtype)
-    return {name: tensor for name, tensor in tensors.items() if not is_fp8_extra(name)}
 
 
 def list_weights(folder: Path) -> dict[Path, re.Match | None]:

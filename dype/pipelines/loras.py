@@ -153,53 +153,42 @@ def check_loras(loras: list[tuple[str, float]], model: Model, revision: str | No
     """
     if not loras:
         return
+    import diffusers
+
     transformer = meta_transformer(model, revision)
     for path, _ in loras:
         file = find_lora(path, download=False)
-        if file is not None:
-            check_lora(path, file, model, transformer)
+        if file is None:
+            continue
+        begin = f"--lora is {path!r}"
+        try:
+            header = read_header(file)
+        except ValueError as error:
+            raise UnavailableError(f"cannot read the LoRA {path}: {error}") from error
+        if any(dtype.startswith("GGUF") for dtype, _ in header.values()):
+            raise UserError(f"{begin}, a GGUF file, expected .safetensors")
+        kind, _ = describe_kind(without_prefix(header)) or ("", "")
+        if kind != "a LoRA":
+            is_large = sum(len(shape) > 1 for _, shape in header.values()) > 20
+            expected = "a LoRA, or --transformer FILE" if is_large and not kind else "a LoRA"
+            kind = kind or "no LoRA by the names of its tensors"
+            raise UserError(f"{begin}, {kind}, expected {expected}")
+        try:
+            tensors = getattr(diffusers, model.pipeline).lora_state_dict(file)
+            if not any("lora" in name for name in tensors):
+                raise ValueError(f"diffusers does not know its layout for a {model.pipeline}")
+            if transformer is not None:
+                check_layers(tensors, transformer)
+        except READ_ERRORS as error:
+            reason = " ".join(str(error).split())[:200]
+            kinds = [kind for text, kind in LYCORIS.items() if any(text in name for name in header)]
+            if kinds:
+                reason = f"it is a {kinds[0]} of LyCORIS, which diffusers does not read here"
+            raise UserError(
+                f"{begin}, which does not fit {model.repo}: {reason}, expected a LoRA of its family"
+            ) from error
     if importlib.util.find_spec("peft") is None:
         raise UnavailableError("--lora needs the peft package; pip install peft")
-
-
-def check_lora(path: str, file: str, model: Model, transformer: torch.nn.Module | None) -> None:
-    """Check a LoRA's file. Raises UserError or UnavailableError.
-
-    Args:
-        path: the value of --lora without its scale.
-        file: as `find_lora` returns.
-        model: of the catalog.
-        transformer: of the model, as `meta_transformer` returns.
-    """
-    import diffusers
-
-    begin = f"--lora is {path!r}"
-    try:
-        header = read_header(file)
-    except ValueError as error:
-        raise UnavailableError(f"cannot read the LoRA {path}: {error}") from error
-    if any(dtype.startswith("GGUF") for dtype, _ in header.values()):
-        raise UserError(f"{begin}, a GGUF file, expected .safetensors")
-    kind, _ = describe_kind(without_prefix(header)) or ("", "")
-    if kind != "a LoRA":
-        is_large = sum(len(shape) > 1 for _, shape in header.values()) > 20
-        expected = "a LoRA, or --transformer FILE" if is_large and not kind else "a LoRA"
-        kind = kind or "no LoRA by the names of its tensors"
-        raise UserError(f"{begin}, {kind}, expected {expected}")
-    try:
-        tensors = getattr(diffusers, model.pipeline).lora_state_dict(file)
-        if not any("lora" in name for name in tensors):
-            raise ValueError(f"diffusers does not know its layout for a {model.pipeline}")
-        if transformer is not None:
-            check_layers(tensors, transformer)
-    except READ_ERRORS as error:
-        reason = " ".join(str(error).split())[:200]
-        for text, label in LYCORIS.items():
-            if any(text in name for name in header):
-                reason = f"it is a {label} of LyCORIS, which diffusers does not read here"
-        raise UserError(
-            f"{begin}, which does not fit {model.repo}: {reason}, expected a LoRA of its family"
-        ) from error
 
 
 def check_layers(tensors: dict[str, torch.Tensor], transformer: torch.nn.Module) -> None:
