@@ -171,7 +171,6 @@ def choose_model(explicit: dict, from_image: dict) -> tuple[str, Model, dict]:
     name = explicit.get("model", from_image.get("model", DEFAULT_MODEL))
     if name and name not in MODELS and Path(name).is_dir():
         name = str(Path(name).absolute())  # because the record must hold in any working directory
-    if Path(name).is_dir():
         from_image.pop("revision", None)  # it has no effect on a folder, also of the hub's cache
     revision = from_image.get("revision") if "model" not in explicit else None
     revision = explicit.get("revision", revision)

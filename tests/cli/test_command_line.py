@@ -479,6 +479,14 @@ def test_from_an_image_of_a_later_version(capsys):
     assert "another version" not in capsys.readouterr().out
 
 
+def test_a_folder_named_like_a_model_of_the_table():
+    """The commit of a --from image counts all the same."""
+    record = settings("--model", "flux-dev").record | {"commit": "a" * 40, "tiled_vae": False}
+    Path("a.json").write_text(json.dumps(record))
+    Path("flux-dev").mkdir()
+    assert settings("--from", "a.json").revision == "a" * 40
+
+
 def test_defaults_are_the_papers():
     run = settings()
     assert run.model == "flux-krea"
