@@ -350,7 +350,7 @@ def load_transformer(
 
 def list_weights(folder: Path) -> dict[Path, re.Match | None]:
     """Return the weight files in a folder, sorted, each with its match of `WEIGHT_FILE`."""
-    files = [file for file in sorted(folder.glob("*")) if file.suffix in WEIGHT_ENDINGS]
+    files = [file for file in sorted(folder.glob("*")) if file.suffix.lower() in WEIGHT_ENDINGS]
     return {file: WEIGHT_FILE.fullmatch(file.name) for file in files if file.is_file()}
 
 

@@ -96,7 +96,7 @@ def list_component_files(folder: Path, variant: str | None) -> list[Path]:
     other variants of the weights. What an index of shards says is in them.
     """
     matches = list_weights(folder)
-    files = [file for file in matches if file.suffix == ".safetensors"] or [*matches]
+    files = [file for file in matches if file.suffix.lower() == ".safetensors"] or [*matches]
     variants = {file: matches[file] and matches[file]["variant"] for file in files}
     choice = variant if variant in variants.values() else None
     chosen = [file for file in files if variants[file] == choice] or files

@@ -162,6 +162,12 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
     before = fingerprint(str(tmp_path))
     write_weights(tmp_path / "epoch_2.safetensors", 3)  # diffusers' default is loaded
     assert fingerprint(str(tmp_path)) == before
+    (tmp_path / "upper").mkdir()
+    hashes = set()
+    for seed in (1, 2):
+        write_weights(tmp_path / "upper" / "A.SAFETENSORS", seed)
+        hashes.add(fingerprint(str(tmp_path / "upper")))
+    assert len(hashes) == 2
     (tmp_path / "model_index.json").write_text("spoiled")
     assert len(fingerprint(str(tmp_path))) == 16
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
