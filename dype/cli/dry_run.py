@@ -4,7 +4,8 @@ from dype.config import DEFAULT_LAMBDA_S, DyPEConfig
 from dype.noise_schedule import set_shift
 from dype.pipelines.catalog import Model
 from dype.pipelines.loading import silence_known_warnings
-from dype.sampling.run import schedule_record
+from dype.pipelines.loras import find_lora
+from dype.sampling.run import lora_pairs, schedule_record
 from dype.sampling.settings import RunSettings
 
 
@@ -21,6 +22,9 @@ def dry_run(run: RunSettings) -> int:
     print(summary_line(run, schedule))
     if run.entry.is_guess:
         print(f"  nothing could be read of {run.entry.repo}: defaults of FLUX.1-dev")
+    for path, _ in lora_pairs(run):
+        if find_lora(path, download=False) is None:
+            print(f"  the LoRA {path} is not on this machine, so its file was not checked")
     resolved = {name: schedule[name] for name in ("shift", "lambda_s")}
     for name, value in (run.record["flags"] | run.config.to_dict() | resolved).items():
         print(f"  {name:20} {value}")

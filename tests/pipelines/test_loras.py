@@ -207,6 +207,7 @@ def test_without_a_network_the_hub_is_asked_once(text, folder, hub, monkeypatch,
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", refuse)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", miss)
     assert run("--model", folder / "flux", "--lora", text, *SMALL, "--dry_run") == 0
+    assert f"the LoRA {text} is not on this machine" in capsys.readouterr().out
     assert run("--model", folder / "flux", "--lora", text, *SMALL) == 1
     assert "the hub cannot be reached" in capsys.readouterr().err
     assert load_hub_json("owner/many", "config.json") == {}
