@@ -16,8 +16,8 @@ __version__ = "0.1.0"
 # public name -> its module; imported on access, because load_pipeline needs diffusers
 EXPORTS = {"DyPEConfig": "config", "apply_dype": "patch", "remove_dype": "patch"}
 EXPORTS["load_pipeline"] = "pipelines.loading"
-CORE = ("config", "embedders", "embedders_complex", "errors", "families", "noise_schedule", "patch")
-CORE += ("rope",)
+CORE = ("config", "embedders", "embedders_complex", "errors", "families", "image_ids")
+CORE += ("noise_schedule", "patch", "rope")
 
 if sys.argv[:1] == ["-m"]:  # a program starts as `python -m dype...` and will import torch
     # Threads that spin while they wait make it many times slower beside other work.

@@ -16,8 +16,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from dype import DyPEConfig, apply_dype, embedders
-from dype.embedders import DyPEEmbedND, DyPEFluxPosEmbed, make_grid_ids, parse_image_ids
+from dype.embedders import DyPEEmbedND, DyPEFluxPosEmbed
 from dype.families import FAMILIES as FAMILIES_BY_CLASS
+from dype.image_ids import make_grid_ids, parse_image_ids
 from dype.patch import dype_applied
 from dype.rope import METHODS
 

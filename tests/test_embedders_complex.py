@@ -19,8 +19,8 @@ from tiny import (
 from torch import nn
 
 from dype import DyPEConfig, apply_dype
-from dype.embedders import make_grid_ids
 from dype.embedders_complex import DyPEQwenEmbedRope, DyPEZImageRopeEmbedder, pad_to_32
+from dype.image_ids import make_grid_ids
 from dype.rope import axis_frequencies, stock_frequencies
 
 

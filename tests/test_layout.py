@@ -16,8 +16,8 @@ import dype
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dype"
-CORE = {"config", "rope", "embedders", "embedders_complex", "families", "noise_schedule", "patch"}
-CORE |= {"errors", "__init__"}
+CORE = {"config", "rope", "image_ids", "embedders", "embedders_complex", "families"}
+CORE |= {"noise_schedule", "patch", "errors", "__init__"}
 
 
 def module_name(path: Path) -> str:

@@ -23,8 +23,9 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
 from dype import DyPEConfig, apply_dype, embedders, remove_dype
-from dype.embedders import DyPEFluxPosEmbed, make_grid_ids, parse_image_ids
+from dype.embedders import DyPEFluxPosEmbed
 from dype.families import base_resolution
+from dype.image_ids import make_grid_ids, parse_image_ids
 from dype.pipelines.catalog import MODELS
 
 CONFIG = DyPEConfig("yarn", base_resolution=64)

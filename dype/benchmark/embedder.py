@@ -22,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dype import rope
 from dype.config import DyPEConfig
-from dype.embedders import DyPEFluxPosEmbed, make_grid_ids
+from dype.embedders import DyPEFluxPosEmbed
 from dype.embedders_complex import DyPEQwenEmbedRope, DyPEZImageRopeEmbedder
 from dype.families import PIXELS_PER_TOKEN
+from dype.image_ids import make_grid_ids
 from dype.sweep.results import write_table
 
 TEXT_TOKENS = 512
