@@ -1,88 +1,286 @@
-"""Check by analysis whether an image shows the scene of its caption; validated on rendered truth.
+"""Check by analysis whether an image shows the landscape of its caption; validated on truth.
 
-The image, of any size and aspect, is averaged to a grid of 64 x 64 cells. Each cell gets the
-palette color that is nearest in chromaticity, because leaves and light change little but
-brightness. The cells of the object's color are compared with outlines of every shape.
+The image, of any size and aspect, is averaged to a grid of 128 x 128 cells. The sun is compared
+with a disk, each row with the next (the horizon), and a lake with what is above it. Regions are
+compared with those of small renderings.
 """
 
+from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from dype.demo.scenes import COLORS, SHAPES, Scene, outline
+from dype.demo.drawing import PINE, render
+from dype.demo.scenes import (
+    COVERS,
+    GROUNDS,
+    HEIGHTS,
+    HILLS,
+    SKIES,
+    SUNS,
+    TIMES,
+    Scene,
+    sample_scene,
+)
 
-CELLS = 64
-AREA = (0.04, 0.40)  # of the object, share of the image (truth: 0.09 to 0.36)
-CONNECTED = 0.9  # share of the object's color that its largest piece must hold
-CENTERED = 0.15  # largest distance of the centroid from the middle, per axis
-GROUNDED = 0.85  # least share of the ground's color among cells without the object's color
+CELLS = 128
+SUN_TOLERANCE = 45  # of the sun's color (RGB distance; truth: the sky is 51 away, or more)
+LEAST_SUN = 8  # cells; diameter of another sun near the mountains
+SUN_ROWS = 46  # cells from the top that no mountain reaches
+SUN_X = (0.325, 0.675)  # of the sun's center (truth: 0.34 to 0.66)
+SUN_RADIUS = (0.062, 0.088)  # (truth: 0.065 to 0.085)
+SUN_SLACK = 0.015  # added to both ends of HEIGHTS
+LEAST_OVERLAP = 0.8  # of the sun with a disk (truth: 0.94 or more)
+LARGEST_SPECK = 8  # cells of a sun's color in the rest of the sky (truth: 0)
+AXES = range(78, 88)  # rows below which the ground may begin (truth: 79.4 to 84.5)
+LEAST_EDGE = 2.5  # contrast of the horizon with the rows about it, at noon (truth: 4.6 or more)
+LEAST_STEP = 15  # of color at the horizon of land, at noon (truth: 25 or more)
+LARGEST_STEP = 36, 15  # above and below the horizon, at noon (truth: 0.99 below 12, 13)
+LARGEST_SHARE = 0.2  # of the step at the horizon, that another below may have in any case
+LEAST_MIRROR = 0.6  # correlation of a lake with what is above it (truth: 0.77 or more)
+PINE_TOLERANCE = 12
+COLOR_TOLERANCE = {"sky": 50, "mountains": 60, "ground": 40}  # RGB; truth: 40, 46, 26
+PER_LAND = 6  # renderings for each time, color and cover of the mountains
 
 
 class Verdict(NamedTuple):
-    """Result of the check of one image."""
+    """Result of the check of one image; an attribute that was not asked for is right."""
 
-    layout: bool  # one connected object of its color near the center of the ground
-    shape: str  # the shape that overlaps best
-    overlaps: dict[str, float]  # intersection over union with every shape, at its best place
+    layout: bool  # all below
+    overlap: float  # IoU of the sun with a disk where and as large as scenes have it
+    sun: bool  # one in the sky, of its color, round, in its place
+    horizon: bool  # one straight border, where scenes have it
+    sky: bool  # colors of the time
+    mountains: bool  # their color
+    ground: bool  # colors of the ground
+    mirror: bool  # a lake shows what is above it
 
 
-def color_cells(image: np.ndarray) -> np.ndarray:
-    """Return the index into COLORS of each cell, int [CELLS, CELLS], of uint8 [H, W, 3]."""
+def average_cells(image: np.ndarray) -> np.ndarray:
+    """Return the mean colors of a grid, float32 [CELLS, CELLS, 3], of uint8 [H, W, 3]."""
     small = Image.fromarray(image).resize((CELLS, CELLS), Image.Resampling.BOX)
-    rgb = np.asarray(small, float) + 1e-6
-    palette = np.array(list(COLORS.values()), float)
-    chroma = rgb / rgb.sum(-1, keepdims=True)
-    reference = palette / palette.sum(-1, keepdims=True)
-    return np.linalg.norm(chroma[:, :, None] - reference, axis=-1).argmin(-1)
+    return np.asarray(small, np.float32)
+
+
+def color_distance(cells: np.ndarray, color) -> np.ndarray:
+    """Return the distance of each cell from a color, [CELLS, CELLS]."""
+    return np.linalg.norm(cells - np.asarray(color, np.float32), axis=-1)
+
+
+def disk(x: float, y: float, radius: float) -> np.ndarray:
+    """Return the cells of a disk, bool [CELLS, CELLS]; lengths in units of the side."""
+    centers = (np.arange(CELLS) + 0.5) / CELLS
+    return np.hypot(centers - x, centers[:, None] - y) < radius
+
+
+def fit_disk(region: np.ndarray, heights) -> tuple[float, float, float, float]:
+    """Return the IoU with a region, and x, y and radius, of the disk of its centroid and area.
+
+    Args:
+        region: bool [CELLS, CELLS]; the disk is that of its largest piece.
+        heights: (lowest, highest) y of the disk. Its x and radius are limited, too.
+    """
+    pieces, count = ndimage.label(region)
+    sizes = ndimage.sum_labels(region, pieces, range(1, count + 1))
+    piece = pieces == 1 + np.argmax(sizes)
+    y, x = (np.argwhere(piece).mean(0) + 0.5) / CELLS
+    x, y = np.clip(x, *SUN_X), np.clip(y, heights[0] - SUN_SLACK, heights[1] + SUN_SLACK)
+    radius = np.clip(np.sqrt(piece.mean() / np.pi), *SUN_RADIUS)
+    mask = disk(x, y, radius)
+    return float((mask & region).sum() / (mask | region).sum()), x, y, radius
+
+
+def find_sun(cells: np.ndarray, color: str, height: str) -> tuple[float, float, float, float]:
+    """Return the overlap of the sun with a disk, and x, y and radius of the disk; 0s without it.
+
+    Args:
+        cells: [CELLS, CELLS, 3].
+        color: key of SUNS.
+        height: key of HEIGHTS; "": any.
+    """
+    sky = np.arange(CELLS)[:, None] < SUN_ROWS
+    region = sky & (color_distance(cells, SUNS[color]) < SUN_TOLERANCE)
+    if not region.any():
+        return 0.0, 0.0, 0.0, 0.0
+    region = sky & (color_distance(cells, np.median(cells[region], 0)) < SUN_TOLERANCE)
+    if not region.any():
+        return 0.0, 0.0, 0.0, 0.0
+    return max(fit_disk(region, HEIGHTS[h]) for h in ([height] if height else HEIGHTS))
+
+
+def has_other_sun(cells: np.ndarray, x: float, y: float, radius: float, horizon: int) -> bool:
+    """Return whether the sky has a sun of any color outside a disk.
+
+    Below SUN_ROWS, where snow and haze may have a sun's color, only a round piece is a sun.
+
+    Args:
+        cells: [CELLS, CELLS, 3].
+        x: center of the disk, in units of the side.
+        y: the same.
+        radius: of the disk.
+        horizon: row that the ground begins at.
+    """
+    outside = ~disk(x, y, radius + 2 / CELLS)
+    for color in SUNS.values():
+        similar = outside & (color_distance(cells, color) < SUN_TOLERANCE)
+        if similar[:SUN_ROWS].sum() > LARGEST_SPECK:
+            return True
+        pieces, _ = ndimage.label(similar[: horizon - 1])
+        for number, (rows, columns) in enumerate(ndimage.find_objects(pieces), 1):
+            piece = pieces[rows, columns] == number
+            sides = piece.shape
+            if (
+                min(sides) > LEAST_SUN
+                and max(sides) < 1.2 * min(sides)
+                and 0.72 < piece.mean() < 0.87
+            ):
+                return True
+    return False
+
+
+def find_pines(cells: np.ndarray, time: str) -> np.ndarray:
+    """Return the cells of pines and their edges, bool [CELLS, CELLS]."""
+    pine = np.array(PINE) * TIMES[time][3] * 1.1
+    return ndimage.binary_dilation(color_distance(cells, pine) < PINE_TOLERANCE, np.ones((3, 3)))
+
+
+def find_mirror(cells: np.ndarray, usable: np.ndarray) -> tuple[float, int]:
+    """Return the correlation of a lake with what is above it, and the row that it begins at.
+
+    The row is that of the best correlation of colors. The correlation returned is that of
+    differences from the mean of each row, which water of the right colors alone does not have.
+
+    Args:
+        cells: [CELLS, CELLS, 3].
+        usable: cells to compare, bool [CELLS, CELLS].
+    """
+    blur = (0.5, 1)  # ripples move colors by a few cells
+    weights = ndimage.gaussian_filter(usable.astype(np.float32), blur)[..., None]
+    smooth = ndimage.gaussian_filter(cells * usable[..., None], (*blur, 0))
+    smooth /= np.maximum(weights, 1e-3)
+
+    def correlate(axis: int) -> tuple[float, float]:
+        count = min(34, CELLS - axis)  # rows that mountains and their image may have
+        above, below = slice(axis - count, axis - 2), slice(axis + 2, axis + count)
+        weight = (usable[above][::-1] & usable[below])[..., None]
+        parts = smooth[above][::-1], smooth[below]
+        results = []
+        for axes in ((0, 1), 1):
+            total = np.maximum(weight.sum(axes, keepdims=True), 1)
+            a, b = (p - (weight * p).sum(axes, keepdims=True) / total for p in parts)
+            norm = np.sqrt((weight * a * a).sum() * (weight * b * b).sum())
+            results.append(float((weight * a * b).sum() / max(norm, 1e-6)))
+        return tuple(results)
+
+    (_, by_rows), axis = max((correlate(axis), axis) for axis in AXES)
+    return by_rows, axis
+
+
+def border_strengths(cells: np.ndarray, pines: np.ndarray) -> np.ndarray:
+    """Return the color step above each row that three quarters of the columns have, [CELLS]."""
+    steps = np.diff(cells, axis=0)
+    middle = np.median(steps, 1)
+    size = np.linalg.norm(middle, axis=-1, keepdims=True)
+    along = np.einsum("yxc,yc->yx", steps, middle / np.maximum(size, 1e-6))
+    along = np.where(pines[1:] | pines[:-1], size, along)
+    return np.concatenate([[0], np.quantile(along, 0.25, axis=1)])
+
+
+def has_single_horizon(cells: np.ndarray, borders: np.ndarray, horizon: int) -> bool:
+    """Return whether the horizon has an edge, and no other row has a step of color."""
+    edges = np.median(cells[1:-1] - (cells[2:] + cells[:-2]) / 2, 1)
+    edge = np.linalg.norm(edges, axis=-1)[horizon - 3 : horizon + 2].max()
+    above, below = borders[: horizon - 4].max(), borders[horizon + 5 : -2].max()
+    limit = max(LARGEST_STEP[1], LARGEST_SHARE * borders[horizon])
+    return bool(edge > LEAST_EDGE and above < LARGEST_STEP[0] and below < limit)
+
+
+def region_colors(cells: np.ndarray, horizon: int, usable: np.ndarray) -> dict[str, np.ndarray]:
+    """Return median colors of the sky, the mountains and the ground, each [strips, 3]."""
+
+    def median(top: float, bottom: float, darkest: float = 1) -> np.ndarray:
+        rows = slice(round(top), max(round(bottom), round(top) + 1))
+        part = cells[rows][usable[rows]] if usable[rows].any() else cells[rows].reshape(-1, 3)
+        light = part.sum(-1)
+        return np.median(part[light <= np.quantile(light, darkest)], 0)
+
+    h, depth = horizon, CELLS - horizon
+    return {
+        # the darkest cells, which are neither clouds nor glow
+        "sky": np.stack(
+            [median(a * h, b * h, 0.3) for a, b in ((0, 0.15), (0.3, 0.45), (0.45, 0.56))]
+        ),
+        "mountains": median(h - 4, h - 1, 0.25)[None],  # of the nearest ridge
+        "ground": np.stack(
+            [
+                median(h + d * depth, h + (d + 0.15) * depth)
+                for d in (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
+            ]
+        ),
+    }
 
 
 @lru_cache
-def templates() -> np.ndarray:
-    """Return masks of every shape at many places and sizes, float32 [shape, variant, cells]."""
-    places = np.linspace(0.36, 0.64, 10)
-    masks = [
-        outline(Scene(shape, "", "", "", 0, x, y, radius, 0), CELLS)
-        for shape in SHAPES
-        for radius in np.linspace(0.2, 0.38, 10)
-        for x in places
-        for y in places
-    ]
-    return np.stack(masks).astype(np.float32).reshape(len(SHAPES), -1, CELLS * CELLS) / 255
+def references() -> tuple[list[Scene], dict[str, np.ndarray]]:
+    """Return scenes of all kinds, and the colors of their regions, each [scenes, strips, 3]."""
+    rng, scenes, colors = np.random.default_rng(0), [], []
+    for time, hills, cover in product(TIMES, HILLS, COVERS):
+        for i in range(PER_LAND):
+            color, sky, ground = list(SUNS)[i % 4], SKIES[i // 2 % 2], list(GROUNDS)[i % 3]
+            kinds = {"color": color, "sky": sky, "ground": ground, "extra": ""}
+            scene = replace(sample_scene(rng), time=time, hills=hills, cover=cover, **kinds)
+            cells = average_cells(render(scene, CELLS))
+            scenes.append(scene)
+            horizon = round(scene.horizon * CELLS)
+            colors.append(region_colors(cells, horizon, np.ones((CELLS, CELLS), bool)))
+    return scenes, {part: np.stack([c[part] for c in colors]) for part in colors[0]}
 
 
-def overlaps(mask: np.ndarray) -> dict[str, float]:
-    """Return the largest IoU of a boolean [CELLS, CELLS] mask with each shape."""
-    shapes = templates()
-    common = shapes @ mask.ravel().astype(np.float32)
-    best = (common / (shapes.sum(-1) + mask.sum() - common)).max(-1)
-    return dict(zip(SHAPES, best.tolist(), strict=True))
+def nearest(colors: dict, part: str, attribute: str, time: str = "") -> tuple[str, float]:
+    """Return an attribute of the rendering with the most similar part, and their distance."""
+    scenes, all_colors = references()
+    distances = ((all_colors[part] - colors[part]) ** 2).sum(-1).mean(-1) ** 0.5
+    if time:
+        distances[[scene.time != time for scene in scenes]] = np.inf
+    return getattr(scenes[distances.argmin()], attribute), float(distances.min())
 
 
-def check(image: np.ndarray, color: str, ground: str) -> Verdict:
-    """Check an image against the colors of its caption.
+def check(image: np.ndarray, attributes: dict[str, str] | Scene) -> Verdict:
+    """Check an image against its caption.
 
     Args:
-        image: uint8 [H, W, 3]; if it is not square, its object should be stretched with it.
-        color: key of COLORS, of the object.
-        ground: key of COLORS.
+        image: uint8 [H, W, 3]; if it is not square, it should show a stretched scene.
+        attributes: those of `parse_caption`, or a scene.
     """
-    cells = color_cells(image)
-    names = list(COLORS)
-    object_cells = cells == names.index(color)
-    pieces, count = ndimage.label(object_cells)
-    if count == 0:
-        return Verdict(False, "", dict.fromkeys(SHAPES, 0.0))
-    sizes = ndimage.sum_labels(object_cells, pieces, range(1, count + 1))
-    mask = pieces == 1 + sizes.argmax()
-    centroid = (np.argwhere(mask).mean(0) + 0.5) / CELLS
-    layout = (
-        AREA[0] <= mask.mean() <= AREA[1]
-        and mask.sum() >= CONNECTED * object_cells.sum()
-        and abs(centroid - 0.5).max() <= CENTERED
-        and (cells[~object_cells] == names.index(ground)).mean() >= GROUNDED
-    )
-    ious = overlaps(mask)
-    return Verdict(bool(layout), max(ious, key=ious.get), ious)
+    words = vars(attributes) if isinstance(attributes, Scene) else attributes
+    cells = average_cells(image)
+    fits = {color: find_sun(cells, color, words["height"]) for color in SUNS}
+    overlap, *sun = fits[words["color"]] if words["color"] else max(fits.values())
+
+    no_pines = np.ones((CELLS, CELLS), bool)
+    time, sky_distance = nearest(region_colors(cells, 82, no_pines), "sky", "time")
+    pines, light = find_pines(cells, time), np.mean(TIMES[time][3])
+    beside_sun = abs((np.arange(CELLS) + 0.5) / CELLS - sun[0]) > 1.4 * sun[2]
+    mirror, axis = find_mirror(cells, ~pines & beside_sun)
+    borders = border_strengths(cells, pines)
+    is_lake = mirror > LEAST_MIRROR
+    horizon = axis if is_lake else AXES[0] + int(borders[AXES].argmax())
+    is_single = has_single_horizon(cells / light, borders / light, horizon)
+    has_border = is_lake or borders[horizon] > LEAST_STEP * light
+    colors = region_colors(cells, horizon, ~pines)
+    hills, hills_distance = nearest(colors, "mountains", "hills", time)
+    ground, ground_distance = nearest(colors, "ground", "ground", time)
+    parts = {
+        "sun": overlap >= LEAST_OVERLAP and not has_other_sun(cells, *sun, horizon),
+        "horizon": bool(is_single and has_border),
+        "sky": words["time"] in ("", time) and sky_distance < COLOR_TOLERANCE["sky"],
+        "mountains": words["hills"] in ("", hills)
+        and hills_distance < COLOR_TOLERANCE["mountains"],
+        "ground": words["ground"] in ("", ground) and ground_distance < COLOR_TOLERANCE["ground"],
+        "mirror": is_lake or (words["ground"] or ground) != "lake",
+    }
+    return Verdict(all(parts.values()), overlap, **parts)
