@@ -10,10 +10,11 @@ from transformers import (
     T5EncoderModel,
 )
 
-from dype.demo.scenes import COLORS, LIGHTS, SHAPES
+from dype.demo.scenes import ATTRIBUTES
+from dype.pipelines.catalog import MODELS
 
-MAX_TOKENS = 16
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 16
+MAX_TOKENS = MODELS["demo"].max_sequence_length
 TEXT_WIDTH = 128
 
 
@@ -22,8 +23,9 @@ def tokenizer(start: str | None) -> PreTrainedTokenizerFast:
 
     Its vocabulary is every word of the captions, sorted.
     """
-    lights = {word for light in LIGHTS for word in light.replace(",", " ").split()}
-    words = sorted({"a", "on", "leaves", ",", *lights, *COLORS, *SHAPES})
+    attributes = {word for words in ATTRIBUTES.values() for word in words if word}
+    grammar = {"a", "sun", "moon", "over", "mountains", "and", "at", "under", "sky", "with"}
+    words = sorted(attributes | grammar)
     ids = {word: i for i, word in enumerate(["<pad>", "<unk>", "<bos>", *words, "<eos>"])}
     backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()
@@ -44,7 +46,7 @@ def tokenizer(start: str | None) -> PreTrainedTokenizerFast:
 def vae() -> AutoencoderKL:
     """Return an autoencoder of FLUX's class, factor 8, without attention.
 
-    Attention trained at 256 px would meet sequences out of its range at 1024 px.
+    Attention trained at 512 px would meet sequences out of its range at 2048 px.
     """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -73,7 +75,7 @@ def transformer() -> FluxTransformer2DModel:
         num_attention_heads=2,
         joint_attention_dim=TEXT_WIDTH,
         pooled_projection_dim=TEXT_WIDTH,
-        guidance_embeds=False,
+        guidance_embeds=True,
         axes_dims_rope=(16, 56, 56),
     )
 
@@ -114,12 +116,5 @@ def text_encoders() -> dict:
 
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Return FLUX's scheduler at the demo's scale: mu 1.15, 3.23, 11.55 at 256, 512, 1024 px."""
-    return FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True,
-        shift=3.0,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=16,
-        max_image_seq_len=256,
-    )
+    """Return FLUX's scheduler at the demo's scale: mu 1.15, 3.23, 11.55 at 512, 1024, 2048 px."""
+    return FlowMatchEulerDiscreteScheduler(**MODELS["demo"].scheduler_config)

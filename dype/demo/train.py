@@ -1,17 +1,17 @@
-"""Train the demo model: `python -m dype.demo.train`. It takes under two hours on two CPU cores.
+"""Train the demo model: `python -m dype.demo.train`. It takes about 80 minutes on two CPU cores.
 
 Stage 1 trains the autoencoder on rendered scenes. Stage 2 trains the transformer and the text
-encoders on its latents. Stage 3 continues stage 2 with less attention to the text, as in larger
-images (docs/log/2026-11-21-text-attention.md). Every stage writes checkpoints to --work and
+encoders on latents of half the size, stage 3 on whole ones. Stage 4 distills classifier-free
+guidance into the guidance that the transformer embeds. Every stage writes checkpoints to --work and
 continues from them. Other settings need another --work. The pipeline is saved to --out.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from copy import deepcopy
 from functools import cache, partial
+from itertools import islice
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -23,24 +23,26 @@ from torch.nn import ModuleDict
 from tqdm import tqdm
 
 from dype.demo import model as demo_model
-from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, render, sample_scene
+from dype.demo.drawing import render
+from dype.demo.scenes import ATTRIBUTES, COMBINATIONS, HELD_OUT, Scene, sample_scene
 from dype.errors import Parser, UserError, run_command
 from dype.pipelines.devices import DTYPES, autocast, check_device, fast_dtype
 
-BASE = 256  # px, the only size of the transformer's training images
-TRAIN_TRIPLES = tuple(t for t in TRIPLES if t not in HELD_OUT)
-VAE_IMAGES = {256: 1500, 512: 160, 1024: 40}  # images per size for the autoencoder, equal in pixels
-NUM_SCENES = 6_000  # for the transformer, cached as latents
-SHIFT = math.exp(1.6)  # of training sigmas; above the sampler's 1.15, because shapes form early
+BASE = 512  # px, the size that the transformer is trained for
+TRAINED = tuple(c for c in COMBINATIONS if c not in HELD_OUT)
+VAE_IMAGES = {256: 800, 512: 600, 1024: 100}  # images per size for the autoencoder
+NUM_SCENES = 2000  # for the transformer, cached as latents
+SHIFT = math.exp(1.15)  # of training sigmas, the sampler's
 CAPTION_DROPOUT = 0.1  # for classifier-free guidance
-DILUTION = 16  # of the text in stage 3, at most; an image at 4x has 16 times the tokens
-COLOR_DROPOUT = 0.25  # of either color word, so that a shape does not depend on its colors
+ATTRIBUTE_DROPOUT = 0.15  # of each attribute of a caption
+DILUTION = 16  # of the text, at most; an image at 4x has 16 times the tokens
+GUIDANCE = 6  # largest embedded guidance
 EMA = 0.999
 CHECKPOINT_EVERY = 250  # steps
 WEIGHTS = Path(__file__).parent / "weights"
 EXAMPLES = """examples:
   python -m dype.demo.train
-  python -m dype.demo.train --seed 1 --vae dype/demo/weights --steps 3000 --diluted_steps 1000
+  python -m dype.demo.train --seed 1 --vae dype/demo/weights --steps 2000
 """
 
 
@@ -68,8 +70,66 @@ def save(path: Path, **state) -> None:
     path.with_suffix(".part").replace(path)
 
 
+def as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight as a matrix [out, in]; of a channels-last convolution a view of it."""
+    return weight.permute(0, 2, 3, 1).flatten(1) if weight.ndim == 4 else weight
+
+
+# parts of the names of weights that AdamW trains: first and last layers, and modulation
+OUTER_LAYERS = ("embed", "shared", "bias", "conv_in", "conv_out", "norm", "transformer.proj_out")
+
+
+class Optimizer:
+    """Muon (Jordan et al. 2024) for the matrices of hidden layers, AdamW for the other weights.
+
+    Muon needs fewer steps than AdamW alone (docs/log/2026-11-26-muon.md).
+
+    Attributes:
+        params: all weights.
+        hidden: weights of Muon; `matrices` are views of them.
+    """
+
+    def __init__(self, modules: torch.nn.Module, rate: float, muon_rate: float):
+        self.params, self.hidden, outer = list(modules.parameters()), [], []
+        for name, weight in modules.named_parameters():
+            is_outer = weight.ndim == 1 or any(part in name for part in OUTER_LAYERS)
+            (outer if is_outer else self.hidden).append(weight)
+        self.matrices = [torch.nn.Parameter(as_matrix(p.detach())) for p in self.hidden]
+        self.parts = (
+            torch.optim.Muon(self.matrices, muon_rate, weight_decay=0.01, momentum=0.9),
+            torch.optim.AdamW(outer, rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+        )
+        self.rates = (muon_rate, rate)
+
+    def step(self, factor: float) -> None:
+        """Take a step at `factor` times the peak rates, with clipped gradients; clear these."""
+        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        for matrix, weight in zip(self.matrices, self.hidden, strict=True):
+            matrix.grad = as_matrix(weight.grad).contiguous()
+        for part, rate in zip(self.parts, self.rates, strict=True):
+            part.param_groups[0]["lr"] = rate * factor
+            part.step()
+        for weight in self.params:
+            weight.grad = None
+
+    def state_dict(self) -> list[dict]:
+        """Return the states of both parts."""
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        """Set the states of both parts."""
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
 def train_stage(
-    name: str, modules: ModuleDict, loss_at, rate: float, steps: int, decay: int, args
+    name: str,
+    modules: ModuleDict,
+    loss_at,
+    rates: tuple[float, float],
+    steps: int,
+    decay: int,
+    args,
 ) -> None:
     """Train modules, from the last checkpoint if there is one, and set their averaged weights.
 
@@ -77,16 +137,16 @@ def train_stage(
         name: name of the stage and of its checkpoint.
         modules: modules to train, by name.
         loss_at: takes a step, returns its loss; its random numbers depend on the step alone.
-        rate: peak learning rate.
+        rates: peak learning rates of AdamW and of Muon.
         steps: steps of the training.
         decay: steps after which the learning rate is zero.
         args: parsed flags.
     """
     path = args.work / f"{name}.pt"
     modules.train()
-    params = list(modules.parameters())
+    optimizer = Optimizer(modules, *rates)
+    params = optimizer.params
     average = [p.detach().clone() for p in params]
-    optimizer = torch.optim.AdamW(params, rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     first, smooth = 0, None
     if path.exists():
         state = torch.load(path, map_location=args.device)
@@ -97,12 +157,9 @@ def train_stage(
     progress = tqdm(range(first, steps), name, initial=first, total=steps)
     for step in progress:
         torch.manual_seed(1_000_000 * args.seed + step)
-        optimizer.param_groups[0]["lr"] = rate * learning_rate(step, decay)
         loss = loss_at(step)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(learning_rate(step, decay))
         pace = 1 - min(EMA, step / (step + 10))
         torch._foreach_lerp_(average, [p.detach() for p in params], pace)
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
@@ -133,10 +190,12 @@ def init_vae(vae: torch.nn.Module) -> torch.nn.Module:
 
 
 def train_vae(args) -> torch.nn.Module:
-    """Train the autoencoder with an L1 loss and a small KL term, and return it.
+    """Train the autoencoder with L1, squared error and a small KL term, and return it.
 
-    Three of four steps have small crops, which train faster per pixel. The fourth has large crops,
-    so that GroupNorm sees the statistics of whole images.
+    Half of the steps have small crops, which train faster per pixel. A quarter have a large crop,
+    so that GroupNorm sees the statistics of whole images. In the last quarter the decoder gets
+    latents of half the size and has to return the image at half its size (EQ-VAE, Kouzelis et al.
+    2025): such latents are easier to generate.
     """
     torch.manual_seed(args.seed)
     vae = init_vae(demo_model.vae())
@@ -145,13 +204,13 @@ def train_vae(args) -> torch.nn.Module:
     @cache  # rendered late, so that a finished stage renders nothing
     def rendered_images(size):
         rng = np.random.default_rng([args.seed, size])
-        scenes = [sample_scene(rng, TRAIN_TRIPLES) for _ in range(VAE_IMAGES[size])]
+        scenes = [sample_scene(rng, TRAINED) for _ in range(VAE_IMAGES[size])]
         return [render(scene, size) for scene in tqdm(scenes, f"rendering {size} px")]
 
     def loss_at(step):
         """Return the loss of a batch of crops."""
         rng = np.random.default_rng([args.seed, 1, step])
-        crop, count = (BASE, 2) if step % 4 == 3 else (64, 16)
+        crop, count = (256, 1) if step % 4 == 3 else (64, 16)
         crops = []
         for size in rng.choice(list(VAE_IMAGES), count, p=(0.5, 0.25, 0.25)):
             image = rendered_images(size)[rng.integers(VAE_IMAGES[size])]
@@ -160,39 +219,33 @@ def train_vae(args) -> torch.nn.Module:
         x = to_tensor(np.stack(crops), args.device)
         with autocast(args.device, args.dtype):
             latents = vae.encode(x).latent_dist
-            out = vae.decode(latents.sample()).sample
-        return F.l1_loss(out.float(), x) + 1e-4 * latents.kl().mean() / latents.mean[0].numel()
+            sample = latents.sample()
+            if step % 4 == 1:
+                x, sample = F.avg_pool2d(x, 2), F.avg_pool2d(sample, 2)
+            error = vae.decode(sample).sample.float() - x
+        kl = latents.kl().mean() / latents.mean[0].numel()
+        return error.abs().mean() + 5 * error.square().mean() + 1e-4 * kl
 
-    train_stage(
-        "vae", ModuleDict({"vae": vae}), loss_at, 2e-3, args.vae_steps, args.vae_steps, args
-    )
+    modules, steps = ModuleDict({"vae": vae}), args.vae_steps
+    train_stage("vae", modules, loss_at, (2e-3, 0.03), steps, steps, args)
     return vae
 
 
 def cached_latents(vae, args) -> tuple[torch.Tensor, list[Scene]]:
-    """Return latents [N, C, 32, 32] of N rendered scenes, and the scenes."""
+    """Return latents [N, C, 64, 64] of N rendered scenes, and the scenes."""
     rng = np.random.default_rng([args.seed, BASE])
-    scenes = [sample_scene(rng, TRAIN_TRIPLES) for _ in range(NUM_SCENES)]
+    scenes = [sample_scene(rng, TRAINED) for _ in range(NUM_SCENES)]
     path = args.work / "latents.pt"
     if not path.exists():
         latents = []
         with Pool() as pool:
-            for start in tqdm(range(0, NUM_SCENES, 32), "latents"):
-                images = pool.map(partial(render, height=BASE), scenes[start : start + 32])
-                x = to_tensor(np.stack(images), args.device)
+            images = pool.imap(partial(render, height=BASE), scenes, chunksize=4)
+            for _ in tqdm(range(0, NUM_SCENES, 16), "latents"):
+                x = to_tensor(np.stack([*islice(images, 16)]), args.device)
                 with torch.no_grad(), autocast(args.device, args.dtype):
                     latents.append(vae.encode(x).latent_dist.mode().half().cpu())
         save(path, latents=torch.cat(latents))
     return torch.load(path)["latents"].float(), scenes
-
-
-def caption_variants(scene: Scene) -> list[str]:
-    """Return captions without colors, with the ground's color, with the object's, with both."""
-    return [
-        " ".join(replace(scene, color=color, ground=ground).caption.split())
-        for color in ("", scene.color)
-        for ground in ("", scene.ground)
-    ]
 
 
 def normalize(vae, latents: torch.Tensor) -> torch.Tensor:
@@ -224,7 +277,7 @@ def zero_modulation(transformer: torch.nn.Module) -> torch.nn.Module:
 
 
 def train_transformer(vae, args) -> FluxPipeline:
-    """Train the transformer and the text encoders in stages 2 and 3; return the pipeline."""
+    """Train the transformer and the text encoders in stages 2 to 4; return the pipeline."""
     torch.manual_seed(args.seed)
     latents, scenes = cached_latents(vae, args)
     latents = normalize(vae, latents).to(args.device)
@@ -236,63 +289,100 @@ def train_transformer(vae, args) -> FluxPipeline:
     ).to(args.device)
     names = ("transformer", "text_encoder", "text_encoder_2")
     modules = ModuleDict({name: getattr(pipe, name) for name in names})
-    loss_at = make_flow_matching_loss(pipe, latents, scenes, args)
-    train_stage("transformer", modules, loss_at, 1.2e-3, args.steps, 8000, args)
-    diluted, steps = partial(loss_at, dilution=DILUTION), args.diluted_steps
-    train_stage("diluted", modules, diluted, 6e-4, steps, steps, args)
+    half = F.avg_pool2d(latents, 2)  # of images of half the size, by the autoencoder's training
+    loss_at = partial(flow_matching_loss, pipe, half, scenes, args, batch=4 * args.batch)
+    train_stage("half", modules, loss_at, (1e-3, 0.02), args.half_steps, 2 * args.half_steps, args)
+    loss_at = partial(flow_matching_loss, pipe, latents, scenes, args, batch=args.batch)
+    train_stage("full", modules, loss_at, (1e-3, 0.02), args.steps, args.steps, args)
+    loss_at = partial(loss_at, teacher=deepcopy(modules))
+    steps = args.guidance_steps
+    train_stage("guidance", modules, loss_at, (3e-4, 0.005), steps, steps, args)
     return pipe
 
 
-def make_flow_matching_loss(pipe, latents: torch.Tensor, scenes: list[Scene], args) -> Callable:
-    """Return the loss as a function of the step; its target is noise - latent (Eq. 1).
+def sample_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Return the caption of a scene, with some of its attributes left out."""
+    left_out = [name for name in ATTRIBUTES if rng.random() < ATTRIBUTE_DROPOUT]
+    return scene.caption_without(left_out)
+
+
+def predict(pipe, modules, captions: list[str], noisy, sigma, guidance, bias) -> torch.Tensor:
+    """Return the transformer's output, [B, tokens, C].
+
+    Args:
+        pipe: pipeline, for its tokenizers.
+        modules: transformer and text encoders, by name.
+        captions: B captions.
+        noisy: [B, tokens, C] packed latents.
+        sigma: [B] noise levels.
+        guidance: [B] embedded guidance.
+        bias: [B, 1, 1, text tokens + tokens] added to the attention's logits.
+    """
+    clip_ids, t5_ids = (
+        tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(noisy.device)
+        for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
+    )
+    side = math.isqrt(noisy.shape[1])
+    img_ids = pipe._prepare_latent_image_ids(1, side, side, noisy.device, torch.float32)
+    stretch = BASE // 16 // side  # half-sized images lie at the positions of full-sized ones
+    img_ids[:, 1:] = stretch * img_ids[:, 1:] + (stretch - 1) / 2
+    return modules["transformer"](
+        hidden_states=noisy,
+        timestep=sigma,
+        guidance=guidance,
+        pooled_projections=modules["text_encoder"](clip_ids).pooler_output,
+        encoder_hidden_states=modules["text_encoder_2"](t5_ids)[0],
+        img_ids=img_ids,
+        txt_ids=torch.zeros(demo_model.MAX_TOKENS, 3, device=noisy.device),
+        joint_attention_kwargs={"attention_mask": bias},
+    ).sample
+
+
+def flow_matching_loss(pipe, latents, scenes, args, step, batch, teacher=None) -> torch.Tensor:
+    """Return the loss of a batch at a step; its target is noise - latent (Eq. 1).
 
     The attention logits of the text are lowered by ln r, the effect of r times as many image
-    tokens. r is log-uniform in 1 to `dilution`, per sample. Both stages sample the same numbers.
+    tokens, as in larger images. r is log-uniform in 1 to DILUTION, per sample. With a teacher the
+    target is its classifier-free guidance by the embedded scale (Meng et al. 2023).
 
     Args:
         pipe: pipeline to train.
         latents: [N, C, h, w] of the scenes.
         scenes: N scenes.
         args: parsed flags.
+        step: number of the step.
+        batch: number of latents.
+        teacher: modules of the trained model without guidance, or None.
     """
-    captions = ["", *(caption for scene in scenes for caption in caption_variants(scene))]
-    clip_ids, t5_ids = (
-        tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(args.device)
-        for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
-    )
-    side = latents.shape[-1] // 2
-    img_ids = pipe._prepare_latent_image_ids(1, side, side, args.device, torch.float32)
-    txt_ids = torch.zeros(demo_model.MAX_TOKENS, 3, device=args.device)
-
-    def loss_at(step, dilution=1):
-        """Return the loss of a batch of latents."""
-        rng = np.random.default_rng([args.seed, 2, step])
-        index = rng.choice(len(latents), args.batch, replace=False)
-        has_caption = rng.random(args.batch) >= CAPTION_DROPOUT
-        color, ground = rng.random((2, args.batch)) >= COLOR_DROPOUT
-        rows = np.where(has_caption, 1 + 4 * index + 2 * color + ground, 0)
-        rows = torch.from_numpy(rows).to(args.device)
-        u = (rng.permutation(args.batch) + rng.random(args.batch)) / args.batch  # stratified
-        sigma = torch.from_numpy(SHIFT * u / (1 + (SHIFT - 1) * u)).float().to(args.device)
-        x = latents[torch.from_numpy(index).to(args.device)]
-        x = pipe._pack_latents(x, *x.shape)
-        noise = torch.randn_like(x)
-        noisy = torch.lerp(x, noise, sigma[:, None, None])
-        bias = torch.zeros(args.batch, 1, 1, len(txt_ids) + x.shape[1])
-        bias[..., : len(txt_ids)] -= math.log(dilution) * torch.rand(args.batch, 1, 1, 1)
-        with autocast(args.device, args.dtype):
-            out = pipe.transformer(
-                hidden_states=noisy,
-                timestep=sigma,
-                pooled_projections=pipe.text_encoder(clip_ids[rows]).pooler_output,
-                encoder_hidden_states=pipe.text_encoder_2(t5_ids[rows])[0],
-                img_ids=img_ids,
-                txt_ids=txt_ids,
-                joint_attention_kwargs={"attention_mask": bias.to(args.device, DTYPES[args.dtype])},
-            ).sample
-        return F.mse_loss(out.float(), noise - x)
-
-    return loss_at
+    rng = np.random.default_rng([args.seed, 2, step])
+    index = rng.choice(len(latents), batch, replace=False)
+    captions = [sample_caption(scenes[i], rng) for i in index]
+    u = (rng.permutation(batch) + rng.random(batch)) / batch  # stratified
+    sigma = torch.from_numpy(SHIFT * u / (1 + (SHIFT - 1) * u)).float().to(args.device)
+    x = latents[torch.from_numpy(index)]
+    x = pipe._pack_latents(x, *x.shape)
+    noise = torch.randn_like(x)
+    noisy, target = torch.lerp(x, noise, sigma[:, None, None]), noise - x
+    bias = torch.zeros(batch, 1, 1, demo_model.MAX_TOKENS + x.shape[1], device=args.device)
+    dilution = torch.rand(batch, 1, 1, 1, device=args.device)
+    bias[..., : demo_model.MAX_TOKENS] -= math.log(DILUTION) * dilution
+    bias = bias.to(DTYPES[args.dtype])
+    guidance = torch.ones(batch, device=args.device)
+    with autocast(args.device, args.dtype):
+        if teacher:
+            guidance = GUIDANCE ** torch.rand(batch, device=args.device)
+            with torch.no_grad():
+                inputs = noisy, sigma, torch.ones_like(sigma), bias
+                inputs = [tensor.repeat(2, *[1] * (tensor.ndim - 1)) for tensor in inputs]
+                both = predict(pipe, teacher, captions + [""] * batch, *inputs).float()
+            with_text, without = both.chunk(2)
+            target = torch.lerp(without, with_text, guidance[:, None, None])
+        else:
+            dropped = rng.random(batch) < CAPTION_DROPOUT
+            captions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
+        modules = {name: getattr(pipe, name) for name in pipe.components}
+        out = predict(pipe, modules, captions, noisy, sigma, guidance, bias)
+    return F.mse_loss(out.float(), target)
 
 
 def parser() -> Parser:
@@ -312,20 +402,22 @@ def parser() -> Parser:
          "(default: %(default)s)")  # fmt: skip
     flag("--vae", type=Path, metavar="FOLDER", help="pipeline whose autoencoder replaces stage 1 "
          "(default: none)")  # fmt: skip
-    flag("--vae_steps", type=int, default=3200, metavar="N", help="steps of stage 1 "
+    flag("--vae_steps", type=int, default=4000, metavar="N", help="steps of stage 1 "
          "(default: %(default)s)")  # fmt: skip
-    flag("--steps", type=int, default=3750, metavar="N", help="steps of stage 2, of a cosine over "
-         "8000 (default: %(default)s)")  # fmt: skip
-    flag("--diluted_steps", type=int, default=2000, metavar="N", help="steps of stage 3 "
+    flag("--half_steps", type=int, default=2800, metavar="N", help="steps of stage 2 "
          "(default: %(default)s)")  # fmt: skip
-    flag("--batch", type=int, default=16, metavar="N", help="batch of stages 2 and 3 "
+    flag("--steps", type=int, default=3600, metavar="N", help="steps of stage 3 "
          "(default: %(default)s)")  # fmt: skip
+    flag("--guidance_steps", type=int, default=600, metavar="N", help="steps of stage 4 "
+         "(default: %(default)s)")  # fmt: skip
+    flag("--batch", type=int, default=4, metavar="N", help="batch of stages 3 and 4; stage 2 has "
+         "four times as many (default: %(default)s)")  # fmt: skip
     return argument_parser
 
 
 def resolve_dtype(args: argparse.Namespace) -> str:
     """Return the number format of the checkpoints, else --dtype, else the device's faster one."""
-    for stage in ("diluted", "transformer", "vae"):
+    for stage in ("guidance", "full", "half", "vae"):
         path = args.work / f"{stage}.pt"
         if path.exists():
             state = torch.load(path, map_location="cpu")
