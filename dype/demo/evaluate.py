@@ -2,7 +2,7 @@
 
 The command generates images of seeded prompts under many settings, and compares them with rendered
 scenes of the same size. It prints a table of scores of layout and texture, and a table of paired
-differences. The default table takes under two hours on two CPU cores. Existing images are not
+differences. The default table takes a few hours on two CPU cores. Existing images are not
 generated again. The packages of requirements-dev.txt are needed.
 """
 
@@ -27,6 +27,9 @@ from tqdm import tqdm
 
 from dype.config import check_choice, check_number
 from dype.demo.experiments import (
+    BASE,
+    COUNT,
+    DEMO,
     GRAMMAR,
     Cell,
     format_size,
@@ -35,10 +38,9 @@ from dype.demo.experiments import (
     plan_cells,
     requested_pairs,
 )
-from dype.demo.scenes import HELD_OUT, TRIPLES, Scene, sample_scene
+from dype.demo.scenes import COMBINATIONS, HELD_OUT, Scene, sample_scene
 from dype.errors import Parser, raise_user_errors, run_command
 from dype.patch import apply_dype
-from dype.pipelines.catalog import MODELS
 from dype.pipelines.devices import autocast, default_device, fast_dtype
 from dype.pipelines.loading import load_pipeline
 from dype.sampling import multipass, records
@@ -50,7 +52,6 @@ except ModuleNotFoundError as error:
     sys.exit(f"dype.demo.evaluate: it needs {error.name}; pip install -r requirements-dev.txt")
 
 
-DEMO = MODELS["demo"]
 PROCESSES = min(os.cpu_count() or 1, 8)
 DTYPES = ("bfloat16", "float32")
 SETTING_HELP = f"""
@@ -63,7 +64,7 @@ SETTING is {GRAMMAR}
 """
 EXAMPLES = """examples:
   python -m dype.demo.evaluate --quick
-  python -m dype.demo.evaluate base yarn_paper dy_yarn_paper --size 512 --count 16
+  python -m dype.demo.evaluate base yarn dy_yarn --size 768 --count 8
   python -m dype.demo.evaluate dy_pi:1:1 dy_pi:1:1:reversed --seed 1 --count 8
   python -m dype.demo.evaluate --full --drawn --save outputs/truth.json
 """
@@ -72,11 +73,11 @@ EXAMPLES = """examples:
 def sample_scenes(args) -> list[Scene]:
     """Return the scenes of the prompts.
 
-    They are at least 64, because tables have up to 64 prompts whatever --count is.
+    They are at least COUNT, because tables have up to COUNT prompts whatever --count is.
     """
     rng = np.random.default_rng(args.seed)
-    triples = HELD_OUT if args.held_out else TRIPLES
-    return [sample_scene(rng, triples) for _ in range(max(64, args.count))]
+    combinations = HELD_OUT if args.held_out else COMBINATIONS
+    return [sample_scene(rng, combinations) for _ in range(max(COUNT, args.count))]
 
 
 def seed_folder(args) -> Path:
@@ -90,7 +91,7 @@ def resolve_cell_passes(cell: Cell, steps: int) -> list[dict]:
     Raises ValueError for a size at which progressive passes cannot begin smaller.
     """
     name = "progressive" if cell.setting.control == "progressive" else "single"
-    return multipass.resolve_passes(name, *cell.size, steps, (), DEMO.base_resolution)
+    return multipass.resolve_passes(name, *cell.size, steps, (), BASE)
 
 
 def generate_image(cell: Cell, index: int, path: Path, caption: str, args) -> None:
@@ -112,9 +113,7 @@ def generate_image(cell: Cell, index: int, path: Path, caption: str, args) -> No
             pipe,
             caption,
             resolve_cell_passes(cell, args.steps),
-            negative_prompt=DEMO.negative_prompt,
-            true_cfg=args.true_cfg,
-            guidance=DEMO.guidance,
+            guidance=args.guidance,
             max_sequence_length=DEMO.max_sequence_length,
             seed=10_000 * args.seed + index,
         )
@@ -162,16 +161,16 @@ def parser() -> Parser:
     )
     flag = argument_parser.add_argument
     flag("settings", nargs="*", metavar="SETTING", help="settings to compare (default: a table)")
-    flag("--quick", action="store_true", help="small table; under 5 minutes")
-    flag("--full", action="store_true", help="table of all settings, up to 6x; half a day")
+    flag("--quick", action="store_true", help="small table; ten minutes on two cores")
+    flag("--full", action="store_true", help="table of all settings, up to 6x; a day or more")
     flag("--cutoff", action="store_true", help="table of all methods, with a comparison of cutoff "
          "and yarn_paper that includes 2:1 images")  # fmt: skip
     flag("--drawn", action="store_true", help="scores of existing images; generates none")
-    flag("--size", default="512", metavar="WxH", help="width x height of the SETTINGs' images "
-         "in px, or one number for a square; 64 to 4096, multiples of 16 "
+    flag("--size", default=str(2 * BASE), metavar="WxH", help="width x height of the SETTINGs' "
+         "images in px, or one number for a square; 64 to 4096, multiples of 16 "
          "(default: %(default)s)")  # fmt: skip
-    flag("--count", type=int, default=64, metavar="N", help="number of prompts per setting; 1 or "
-         "more (default: %(default)s)")  # fmt: skip
+    flag("--count", type=int, default=COUNT, metavar="N", help="number of prompts per setting; 1 "
+         "or more (default: %(default)s)")  # fmt: skip
     flag("--seed", type=int, default=0, metavar="N", help="seed of the prompts; we report 0 and "
          "select settings on others (default: %(default)s)")  # fmt: skip
     flag("--against", nargs="+", default=[], metavar="SETTING", help="baselines of the paired "
@@ -179,8 +178,8 @@ def parser() -> Parser:
     flag("--held_out", action="store_true", help="prompts that training left out")
     flag("--steps", type=int, default=DEMO.steps, metavar="N", help="sampling steps; 1 or more "
          "(default: %(default)s)")  # fmt: skip
-    flag("--true_cfg", type=float, default=DEMO.true_cfg, metavar="X", help="classifier-free "
-         "guidance by two denoiser calls (default: %(default)g)")  # fmt: skip
+    flag("--guidance", type=float, default=DEMO.guidance, metavar="X", help="guidance_scale of the "
+         "pipeline; 1 is off (default: %(default)g)")  # fmt: skip
     flag("--dtype", choices=DTYPES, metavar="DTYPE", help="number format of matrix products; "
          f"{', '.join(DTYPES)} (default: as in --out, else the faster one)")  # fmt: skip
     flag("--out", type=Path, default=Path("outputs/ground_truth"), metavar="FOLDER",
@@ -207,7 +206,7 @@ def resolve_protocol(args) -> dict:
     Writes the protocol to --out if there is none. Raises ValueError if the one in --out differs,
     and OSError.
     """
-    protocol = {name: getattr(args, name) for name in ("steps", "true_cfg", "dtype")}
+    protocol = {name: getattr(args, name) for name in ("steps", "guidance", "dtype")}
     protocol["weights"] = weights_hash(args.weights)
     path = args.out / "protocol.json"
     earlier = read_earlier(path, dict)
@@ -258,6 +257,7 @@ def requested_cells(args) -> list[Cell]:
         raise ValueError("--quick, --full, --cutoff and SETTINGS, expected at most one of them")
     for name, least in (("count", 1), ("steps", 1), ("seed", 0), ("processes", 1)):
         check_number(f"--{name}", getattr(args, name), least, math.inf, integer=True)
+    check_number("--guidance", args.guidance, 0, 100)
     if not (args.weights / "model_index.json").is_file():
         raise ValueError(f"--weights is {args.weights}, expected the folder of a trained pipeline")
     if args.out.exists() and not args.out.is_dir():
@@ -331,7 +331,7 @@ def run(args) -> None:
         print(report.to_markdown(tables["pairs"], report.PAIR_COLUMNS, signed=True))
     files = {}
     if args.save:
-        protocol |= {"seed": args.seed, "held_out": args.held_out}
+        protocol |= {"seed": args.seed, "held_out": args.held_out, "base_resolution": BASE}
         files = files_to_save(args.save, protocol, tables)
     if args.strip:
         files[args.strip] = report.draw_image_strips(cells, folder, args.strip)

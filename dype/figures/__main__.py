@@ -55,16 +55,16 @@ def parser() -> Parser:
          f"{', '.join(style.FORMATS)} (default: outputs/figures/NAME.png)")  # fmt: skip
     flag("--trajectories", metavar="FILE", type=Path, help="measurements for fig2a, fig2b, fig18 "
          f"and eq11 (default: {saved_numbers.TRAJECTORIES})")  # fmt: skip
-    flag("--unguided", metavar="FILE", type=Path, help="measurements with true CFG 1 for eq11 "
+    flag("--unguided", metavar="FILE", type=Path, help="measurements with guidance 1 for eq11 "
          f"(default: {saved_numbers.UNGUIDED})")  # fmt: skip
     flag("--ground_truth", metavar="FILE", type=Path, help="results for fig5 and frontier "
          f"(default: fig5 {saved_numbers.GROUND_TRUTH}, frontier "
          f"{saved_numbers.CUTOFF})")  # fmt: skip
     flag("--score", metavar="NAME", help="score on the y axis; fig5: "
-         f"{', '.join(saved_numbers.SCORES)}; frontier: spectrum, patches (default: fig5 joint, "
-         "frontier spectrum)")  # fmt: skip
+         f"{', '.join(saved_numbers.SCORES)}; frontier: {', '.join(saved_numbers.TEXTURE)} "
+         "(default: fig5 joint, frontier spectrum)")  # fmt: skip
     flag("--settings", metavar="NAME", nargs="+", help="settings of fig5; names in its results "
-         f"(default: {' '.join(saved_numbers.SETTING_COLORS)})")  # fmt: skip
+         f"(default: {' '.join(saved_numbers.SCALING_SETTINGS)})")  # fmt: skip
     flag("--crops", metavar="X,Y,SIZE", nargs="*", help="squares to enlarge; left, top and side "
          "in shares of the width, the height and the shorter side (default: "
          f"{image_rows.MIDDLE}; fig16 none; fig17 three)")  # fmt: skip

@@ -16,18 +16,18 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from dype.config import check_choice
-from dype.demo.experiments import BASE, CUTOFF_COMPARISON, is_setting_name, parse_setting
+from dype.demo.experiments import (
+    CUTOFF_COMPARISON,
+    SCALING_SETTINGS,
+    is_setting_name,
+    parse_setting,
+)
 from dype.figures import formulas, style
 from dype.rope import METHODS
 
 COMMAND = "python -m dype.demo.trajectories"
 TRAJECTORIES = Path("docs/data/trajectories.json")
-UNGUIDED = Path("docs/data/trajectories_cfg1.json")  # without classifier-free guidance
-SETTING_COLORS = {  # of fig18; its settings are the default of fig5
-    "base": style.BLACK,
-    "yarn_paper": style.ORANGE,
-    "dy_yarn_paper": style.BLUE,
-}
+UNGUIDED = Path("docs/data/trajectories_unguided.json")  # with guidance 1
 
 
 def read(path: Path, key: str, command: str):
@@ -49,6 +49,16 @@ def read(path: Path, key: str, command: str):
         raise ValueError(f"{path} is not what {command} writes: no {key} in it") from error
 
 
+def base_resolution_of(path: Path, command: str) -> int:
+    """Return the side of the images that the measured model was trained at, px.
+
+    Args:
+        path: file of measurements or results; files about the first demo do not name it.
+        command: command that writes such files, for the sentence.
+    """
+    return read(path, "protocol", command).get("base_resolution", 256)
+
+
 def finished_images(path: Path, size: int, setting: str = "base") -> list[dict]:
     """Return the measured images of one setting. Raise ValueError if there are none.
 
@@ -66,7 +76,7 @@ def finished_images(path: Path, size: int, setting: str = "base") -> list[dict]:
 
 def mean_spectra(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return f [N] in shares of Nyquist, t [steps + 1] from 1 to 0, and mean S [steps + 1, N]."""
-    images = finished_images(path, BASE)
+    images = finished_images(path, base_resolution_of(path, COMMAND))
     mean = np.mean([image["spectra"] for image in images], axis=0)
     return np.arange(1, mean.shape[1] + 1) / mean.shape[1], np.array(images[0]["sigmas"]), mean
 
@@ -138,7 +148,10 @@ def eq11(trajectories: Path = TRAJECTORIES, unguided: Path = UNGUIDED) -> Figure
             label = f"{ring + 1}/{len(f)}" if has_label else None
             color = style.sigma_color(1 - np.log(f[ring]) / np.log(f[0]))
             axes.plot(sigmas, power[:, ring] / expected[:, ring], color=color, label=label)
-        axes.set_title(f"true CFG {read(path, 'protocol', COMMAND)['true_cfg']:g}")
+        protocol = read(path, "protocol", COMMAND)
+        is_embedded = "guidance" in protocol  # the first demo had two calls a step
+        name, key = ("guidance", "guidance") if is_embedded else ("true CFG", "true_cfg")
+        axes.set_title(f"{name} {protocol[key]:g}")
         style.set_sigma_axis(axes)
     grid[0].set_ylabel("power / Eq. 11")
     entries = grid[0].get_legend_handles_labels()
@@ -148,16 +161,19 @@ def eq11(trajectories: Path = TRAJECTORIES, unguided: Path = UNGUIDED) -> Figure
 
 def fig18(trajectories: Path = TRAJECTORIES) -> Figure:
     """Draw the entropy of attention minus that of the prompt at the base resolution, over t."""
-    sizes = sorted({row["size"] for row in read(trajectories, "pictures", COMMAND)} - {BASE})
-    if not sizes:
-        raise ValueError(f"{trajectories} has {BASE} px alone, expected larger sizes too")
-    base_images = finished_images(trajectories, BASE)
+    base = base_resolution_of(trajectories, COMMAND)
+    rows = [row for row in read(trajectories, "pictures", COMMAND) if row["size"] != base]
+    if not rows:
+        raise ValueError(f"{trajectories} has {base} px alone, expected larger sizes too")
+    sizes = sorted({row["size"] for row in rows})
+    settings = dict.fromkeys(row["setting"] for row in rows)
+    base_images = finished_images(trajectories, base)
     base_entropy = {(image["prompt"], image["seed"]): image["entropy"] for image in base_images}
     width = style.DOUBLE if len(sizes) > 1 else style.SINGLE
     figure, [grid] = style.subplots(width, 2.6, 1, len(sizes), sharey=True, squeeze=False)
     for axes, size in zip(grid, sizes, strict=True):
         axes.axhline(0, color=style.GRAY, linewidth=0.6)
-        for name, color in SETTING_COLORS.items():
+        for name, color in zip(settings, (style.BLACK, *COLORS), strict=False):
             images = finished_images(trajectories, size, name)
             deviations = [
                 np.subtract(image["entropy"], base_entropy[image["prompt"], image["seed"]])
@@ -166,12 +182,12 @@ def fig18(trajectories: Path = TRAJECTORIES) -> Figure:
             t, mean = images[0]["sigmas"][:-1], np.mean(deviations, axis=0)
             axes.plot(t, np.transpose(deviations), color=color, linewidth=0.5, alpha=0.4)
             axes.plot(t, mean, color=color, label=f"{name}: {abs(mean).mean():.4f}")
-        axes.set_title(f"{size} px ({size / BASE:g}x), {len(images)} prompts")
+        axes.set_title(f"{size} px ({size / base:g}x), {len(images)} prompts")
         style.set_sigma_axis(axes)
         axes.legend(loc="upper right", title="mean absolute deviation", title_fontsize=7)
     low, high = grid[0].get_ylim()
     grid[0].set_ylim(low, high + 0.4 * (high - low))  # room for the legend
-    grid[0].set_ylabel(f"entropy minus that at {BASE} px")
+    grid[0].set_ylabel(f"entropy minus that at {base} px")
     return figure
 
 
@@ -181,8 +197,11 @@ SCORES = {  # -> label
     "layout": "share of right layouts",
     "overlap": "overlap with the requested shape (1: equal)",
     "spectrum": "distance of spectra (0: truth)",
+    "directions": "distance of directional spectra (0: truth)",
     "patches": "distance of patches (0: truth)",
+    "lite0": "distance of EfficientNet-Lite0 features (0: truth)",
 }
+TEXTURE = ("spectrum", "directions", "patches", "lite0")
 TRUTH = {"truth_vae": "truth through the VAE"}  # the best that the model can reach
 CUTOFF = Path("docs/data/cutoff.json")
 WITH_INTERVALS = [parse_setting(text).name for text in CUTOFF_COMPARISON[:4]]
@@ -197,10 +216,16 @@ METHOD_STYLES |= {"base": BASE_STYLE, "cutoff": {"color": style.BLACK, "marker":
 SPARE_MARKERS = "p8H"  # of methods with another lambda
 
 
-def read_square_rows(path: Path, command: str) -> list[dict]:
+def read_square_rows(path: Path, command: str, score: str) -> list[dict]:
     """Return the rows of square images, without controls.
 
-    Raises ValueError if there are none, or if an earlier version wrote the file.
+    Args:
+        path: JSON file of results.
+        command: command that writes such files, for the sentence.
+        score: a key of SCORES.
+
+    Raises:
+        ValueError: there are no rows, they lack the score, or an earlier version wrote the file.
     """
     rows = read(path, "rows", command)
     if not all(map(has_current_name, rows)):
@@ -211,6 +236,8 @@ def read_square_rows(path: Path, command: str) -> list[dict]:
     rows = [row for row in rows if not row["control"] and isinstance(row["size"], int)]
     if not rows:
         raise ValueError(f"{path} has no rows; expected what {command} writes")
+    present = [name for name in SCORES if all(name in row for row in rows)]
+    check_choice(f"--score, with {path},", score, present)
     return rows
 
 
@@ -228,7 +255,7 @@ def has_current_name(row: dict) -> bool:
 
 
 def fig5(
-    ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=tuple(SETTING_COLORS)
+    ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=tuple(SCALING_SETTINGS)
 ) -> Figure:
     """Draw a score over the size, with intervals, for several settings.
 
@@ -238,9 +265,9 @@ def fig5(
         settings: names of settings in the file.
     """
     check_choice("--score", score, SCORES)
-    rows = read_square_rows(
-        ground_truth, f"python -m dype.demo.evaluate --drawn --save {GROUND_TRUTH}"
-    )
+    command = f"python -m dype.demo.evaluate --drawn --save {GROUND_TRUTH}"
+    rows = read_square_rows(ground_truth, command, score)
+    base = base_resolution_of(ground_truth, command)
     for name in settings:
         check_choice("--settings", name, list(dict.fromkeys(row["setting"] for row in rows)))
     figure, axes = style.subplots(style.SINGLE, 2.6)
@@ -248,19 +275,19 @@ def fig5(
     line_styles = {"truth_vae": {"color": style.GRAY, "linestyle": ":"}}
     for name in settings:
         line_styles[name] = BASE_STYLE if name == "base" else next(marker_styles)
-    stock = {row["size"]: row for row in rows if row["size"] == BASE and row["setting"] == "base"}
+    stock = {row["size"]: row for row in rows if row["size"] == base and row["setting"] == "base"}
     for name, line_style in line_styles.items():
         # At the base resolution every setting is stock.
         by_size = {} if name in TRUTH else dict(stock)
         by_size |= {row["size"]: row for row in rows if row["setting"] == name}
         if by_size:
-            x = [size / BASE for size in sorted(by_size)]
+            x = [size / base for size in sorted(by_size)]
             results = [by_size[size][score] for size in sorted(by_size)]
             means, intervals = ([result[key] for result in results] for key in ("mean", "interval"))
             axes.plot(x, means, label=TRUTH.get(name, name), markersize=4, **line_style)
             axes.vlines(x, *zip(*intervals, strict=True), line_style["color"], lw=0.8)
     sizes = sorted({row["size"] for row in rows})
-    axes.set_xticks([s / BASE for s in sizes], labels=[f"{s / BASE:g}x\n{s}" for s in sizes])
+    axes.set_xticks([s / base for s in sizes], labels=[f"{s / base:g}x\n{s}" for s in sizes])
     axes.set(xlabel="side: multiple of the training size, and px", ylabel=SCORES[score])
     figure.legend(loc="outside upper center", ncols=2)
     return figure
@@ -280,11 +307,13 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
 
     Args:
         ground_truth: JSON file of results.
-        score: "spectrum" or "patches".
+        score: one of TEXTURE.
     """
-    check_choice("--score", score, ("spectrum", "patches"))
-    rows = read_square_rows(ground_truth, f"python -m dype.demo.evaluate --cutoff --save {CUTOFF}")
-    sizes = sorted({row["size"] for row in rows} - {BASE}) or [BASE]
+    check_choice("--score", score, TEXTURE)
+    command = f"python -m dype.demo.evaluate --cutoff --save {CUTOFF}"
+    rows = read_square_rows(ground_truth, command, score)
+    base = base_resolution_of(ground_truth, command)
+    sizes = sorted({row["size"] for row in rows} - {base}) or [base]
     marker_styles, spare_markers = dict(METHOD_STYLES), cycle(SPARE_MARKERS)
     for row in rows:
         if row["method"] and encoding_name(row) not in marker_styles:
@@ -302,7 +331,7 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
     for axes, size in zip(figure.axes, sizes, strict=True):
         size_rows = [row for row in rows if row["size"] == size]
         draw_frontier(axes, size_rows, marker_styles, score)
-        axes.set(title=f"{size} px ({size / BASE:g}x)")
+        axes.set(title=f"{size} px ({size / base:g}x)")
         legend |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     figure.axes[0].set_ylim(bottom=0)
     for axes in figure.axes[-columns:]:  # the lowest of each column
@@ -324,7 +353,7 @@ def draw_frontier(axes, rows: list[dict], marker_styles: dict, score: str) -> No
         axes: axes to draw on.
         rows: rows of the size.
         marker_styles: color and marker by `encoding_name`.
-        score: "spectrum" or "patches".
+        score: one of TEXTURE.
     """
 
     def point(row):

@@ -13,10 +13,10 @@ from PIL import Image, ImageFilter
 
 from dype.config import DyPEConfig
 from dype.demo import evaluate, experiments, report, scores
+from dype.demo.drawing import render
 from dype.demo.experiments import Cell, parse_setting
-from dype.demo.layout_check import check
-from dype.demo.scenes import render, sample_scene
-from dype.demo.scores import log_spectrum, patch_features
+from dype.demo.scenes import sample_scene
+from dype.demo.scores import log_spectrum, mean_power, patch_features
 from dype.metrics import intervals
 from dype.rope import METHODS, axis_frequencies
 
@@ -32,19 +32,19 @@ def blur(image):
 
 def constant_statistics(values):
     """Statistics that have these values in every field."""
-    return scores.ImageStatistics(*[values] * 5)
+    return scores.ImageStatistics(*[values] * len(scores.ImageStatistics._fields))
 
 
 def test_spectrum():
     """White noise is flat, a wave is in its band, and twice the contrast adds ln 4 everywhere."""
     noise = np.random.default_rng(0).normal(128, 20, (128, 128, 1)).repeat(3, 2)
-    flat = log_spectrum(noise)
+    flat = log_spectrum(mean_power(noise))
     assert len(flat) == 16  # 4 octaves, from 4 to 64 cycles per image
     assert np.ptp(flat[4:]) < 0.5
     wave = 128 + 50 * np.cos(2 * np.pi * 17 * np.arange(128) / 128)
     wave = np.broadcast_to(wave[:, None, None], noise.shape)
-    assert log_spectrum(wave).argmax() == 8  # [16, 19) cycles
-    doubled = log_spectrum(2 * noise - noise.mean())
+    assert log_spectrum(mean_power(wave)).argmax() == 8  # [16, 19) cycles
+    doubled = log_spectrum(mean_power(2 * noise - noise.mean()))
     flat, doubled = constant_statistics(flat[None]), constant_statistics(doubled[None])
     assert scores.spectrum_distance(flat, flat) == 0
     assert scores.spectrum_distance(doubled, flat) == pytest.approx(np.log(4))
@@ -81,29 +81,22 @@ def test_patch_features():
 
 
 def test_scores_of_right_and_wrong_images():
-    """Other leaves are as good as the truth, blur spoils the texture, other shapes the layout."""
+    """Other ridges are as good as the truth, blur spoils the texture, no sun the layout."""
     scenes = make_scenes(6)
     truth = scores.measure([render(scene, 256) for scene in scenes], scenes)
     images = [render(replace(scene, seed=scene.seed + 1), 256) for scene in scenes]
     right = scores.measure(images, scenes)
     blurred = scores.measure([blur(image) for image in images], scenes)
-    shapes = {
-        "disk": "cross",
-        "square": "ring",
-        "triangle": "disk",
-        "ring": "cross",
-        "cross": "disk",
-    }
-    wrong = [replace(scene, shape=shapes[scene.shape]) for scene in scenes]
-    wrong = scores.measure([render(scene, 256) for scene in wrong], scenes)
-    assert scores.layout_share(right, truth) == scores.layout_share(blurred, truth) == 1
+    sunless = [np.repeat(image[:, :1], 256, axis=1) for image in images]
+    wrong = scores.measure(sunless, scenes)
+    assert scores.layout_share(right, truth) == 1
     assert scores.layout_share(wrong, truth) == scores.joint_score(wrong, truth) == 0
-    assert scores.mean_overlap(right, truth) > 0.85 > scores.mean_overlap(wrong, truth)
+    assert scores.mean_overlap(right, truth) > 0.9 > 0.1 > scores.mean_overlap(wrong, truth)
     for distance in (scores.spectrum_distance, scores.patch_distance):
         assert distance(truth, truth) == pytest.approx(0, abs=1e-6)
         assert distance(blurred, truth) > 5 * distance(right, truth)
-    expected = np.exp(-scores.spectrum_distance(blurred, truth))
-    assert scores.joint_score(blurred, truth) == pytest.approx(expected)
+    share, distance = scores.layout_share(blurred, truth), scores.spectrum_distance(blurred, truth)
+    assert scores.joint_score(blurred, truth) == pytest.approx(share * np.exp(-distance))
 
 
 def test_bootstrap_covers_the_mean(monkeypatch):
@@ -121,8 +114,9 @@ def test_bootstrap_covers_the_mean(monkeypatch):
     assert np.mean(widths) == pytest.approx(2 * 1.96 * 2 / 60**0.5, rel=0.05)
 
 
-def test_differences_are_paired():
+def test_differences_are_paired(monkeypatch):
     """Equal sets have 0; a constant gap has an interval of no width."""
+    monkeypatch.setattr(scores, "RESAMPLES", 50)
     scenes = make_scenes(4)
     truth = scores.measure([render(scene, 128) for scene in scenes], scenes)
     differences = scores.paired_differences(truth, truth, truth)
@@ -166,7 +160,8 @@ def test_shares_of_the_same_images(monkeypatch):
 
 def test_wilson():
     right, texture = np.array([1.0] * 90 + [0.0] * 10), np.ones((100, 2, 2))
-    images = scores.ImageStatistics(right, right, texture[:, 0], texture[:, 0], texture)
+    moments = texture[:, 0], texture
+    images = scores.ImageStatistics(right, right, texture[:, 0], *moments, texture, *moments)
     result = scores.score(images, images)["layout"]
     assert [result["mean"], *result["interval"]] == pytest.approx([0.9, 0.826, 0.945], abs=5e-4)
     assert scores.format_interval(result) == "0.90 [0.83, 0.94]"
@@ -189,7 +184,7 @@ NAMES = {  # text -> name of the setting, None: the text
     "dy_cutoff:cutoff=1": "dy_cutoff",
     "dy_cutoff:cutoff=0.5:attention_scale=0.3:attention_path=rising:model": None,
     "dy_yarn:dype_start_sigma=0.123456789:progressive": None,
-    "dy_yarn:base_resolution=256": "dy_yarn",
+    "dy_yarn:base_resolution=512": "dy_yarn",
     "dy_cutoff:cutoff_width=1:spectrum_exponent=2": "dy_cutoff:cutoff_width=1",
 }
 
@@ -267,22 +262,43 @@ def test_static_forms():
 
 
 def test_the_table_holds_every_method():
-    """At 2x all methods, dynamic and static; at 4x base and three methods in both forms."""
-    cells = experiments.plan_cells("default")
-    by_size = {s: [cell for cell in cells if cell.size == (s, s)] for s in (256, 512, 1024)}
-    assert [cell.setting.name for cell in by_size[256]] == ["base"]
-    forms = {(cell.setting.config.method, cell.setting.config.dype) for cell in by_size[512]}
-    assert {method for method, dynamic in forms if dynamic} == METHODS.keys() - {"base"}
-    static = experiments.STATIC_FORMS
-    assert {(static[method], False) for method in METHODS if method != "base"} <= forms
-    assert {cell.count for cell in by_size[512]} == {64}
-    assert len(by_size[1024]) == 1 + 3 * 2
-    names = {cell.setting.name: cell for cell in by_size[512]}
+    """Of --full, at 2x and 4x: all methods, dynamic and static."""
+    cells = experiments.plan_cells("full")
+    by_size = {s: [cell for cell in cells if cell.size == (s, s)] for s in (512, 1024, 2048)}
+    assert [cell.setting.name for cell in by_size[512]] == ["base"]
+    for size, count in ((1024, 24), (2048, 4)):
+        forms = {(cell.setting.config.method, cell.setting.config.dype) for cell in by_size[size]}
+        assert {method for method, dynamic in forms if dynamic} == METHODS.keys() - {"base"}
+        static = experiments.STATIC_FORMS
+        assert {(static[method], False) for method in METHODS if method != "base"} <= forms
+        assert {cell.count for cell in by_size[size]} == {count}
+    names = {cell.setting.name: cell for cell in by_size[1024]}
     pairs = experiments.default_pairs(names)
     assert ("dy_yarn_power", "yarn") in pairs
     assert ("dy_tasr", "tasr") in pairs
     assert ("pi", "base") in pairs
     assert {name for name, _ in pairs} == names.keys() - {"base"}
+
+
+def test_the_default_table():
+    """At 2x four methods in both forms; at 4x the demo's method; both with base and its pairs."""
+    cells = experiments.plan_cells("default")
+    table = {}
+    for cell in cells:
+        table.setdefault((cell.size[0], cell.count), []).append(cell.setting.name)
+    forms = [
+        name for method in ("yarn", "yarn_paper", "ntk", "pi") for name in (method, f"dy_{method}")
+    ]
+    method = evaluate.DEMO.dype_defaults["method"]
+    assert table == {
+        (512, 24): ["base"],
+        (1024, 24): ["base", *forms],
+        (2048, 4): ["base", method, f"dy_{method}"],
+    }
+    names = {cell.setting.name: cell for cell in cells if cell.size == (1024, 1024)}
+    pairs = experiments.default_pairs(names)
+    assert {(f"dy_{name}", name) for name in ("yarn", "yarn_paper", "ntk", "pi")} <= {*pairs}
+    assert {(name, "base") for name in forms} <= {*pairs}
 
 
 def test_the_table_of_the_cutoffs():
@@ -291,11 +307,11 @@ def test_the_table_of_the_cutoffs():
     by_size = {}
     for cell in cells:
         by_size.setdefault(cell.size, []).append(cell.setting.name)
-    assert [*by_size] == [(512, 512), (1024, 1024), (256, 512), (512, 1024)]
+    assert [*by_size] == [(1024, 1024), (2048, 2048), (512, 1024), (1024, 2048)]
     compared = {parse_setting(text).name for text in experiments.CUTOFF_COMPARISON}
     assert len(compared) == 5
     assert all(compared <= {*names} and len({*names}) == len(names) for names in by_size.values())
-    assert {cell.setting.config.method for cell in cells if cell.size == (512, 512)} == {*METHODS}
+    assert {cell.setting.config.method for cell in cells if cell.size == (1024, 1024)} == {*METHODS}
     pairs = experiments.requested_pairs([], [], is_cutoff_table=True)
     assert {name for pair in pairs for name in pair} <= {cell.setting.name for cell in cells}
     assert ("dy_cutoff:model", "dy_cutoff") in pairs
@@ -319,20 +335,12 @@ def test_size_not_square(tmp_path, small_base):
     assert (pair["setting"], pair["against"]) == ("pi", "base")
 
 
-def test_truth_not_square():
-    """The layout is that of the square scene, stretched; the leaves and their spectrum stay."""
-    for scene in make_scenes(4):
-        square, wide = render(scene, 256), render(scene, 128, 256)
-        assert wide.shape == (128, 256, 3)
-        assert (render(scene, 256, 256) == square).all()
-        verdict = check(wide, scene.color, scene.ground)
-        assert verdict.layout
-        assert verdict.shape == scene.shape
-        # ground in the corner, the same leaves under another light
-        corner = wide[:16, :16].astype(float) / square[:16, :16]
-        assert corner.std((0, 1)).max() < 0.05
-    halves = np.mean([np.exp(log_spectrum(half)) for half in (wide[:, :128], wide[:, 128:])], 0)
-    np.testing.assert_allclose(log_spectrum(wide), np.log(halves))
+def test_spectrum_of_wide_images():
+    """It is the mean power of the squares that the image is cut into."""
+    [scene] = make_scenes(1)
+    wide = render(scene, 128, 256)
+    halves = [np.exp(log_spectrum(mean_power(half))) for half in (wide[:, :128], wide[:, 128:])]
+    np.testing.assert_allclose(log_spectrum(mean_power(wide)), np.log(np.mean(halves, 0)))
 
 
 def test_controls_are_compared_with_their_settings():
@@ -429,9 +437,9 @@ def test_interrupted_run(tmp_path, monkeypatch, capsys, small_base):
     pairs = list(csv.DictReader(files[2].read_text().splitlines()))
     csv_pairs = [(row["setting"], row["against"]) for row in pairs]
     assert csv_pairs == [(row["setting"], row["against"]) for row in saved["pairs"]]
-    assert saved["rows"][1]["layout"]["mean"] == 1
-    assert saved["rows"][1]["spectrum"]["mean"] > 0.01  # because the leaves differ
-    assert saved["protocol"]["steps"] == 2
+    assert saved["rows"][0]["overlap"]["mean"] > 0.7
+    assert saved["rows"][1]["spectrum"]["mean"] > 0.01  # because the ridges differ
+    assert (saved["protocol"]["steps"], saved["protocol"]["base_resolution"]) == (2, 512)
     assert len(set(read_pngs(tmp_path / "whole").values())) == 12
 
 
@@ -497,6 +505,7 @@ BAD = {
     "base --size 100": "--size is 100, expected a multiple of 16",
     "base --count 0": "--count is 0, expected a whole number at least 1",
     "base --steps 0": "--steps is 0, expected",
+    "base --guidance -1": "--guidance is -1.0, expected",
     "base --processes 0": "--processes is 0, expected",
     "base --seed -1": "--seed is -1, expected a whole number at least 0",
     "base --out there/protocol.json": "--out is there/protocol.json, expected a folder",
@@ -516,7 +525,7 @@ def test_bad_input(words, tmp_path, monkeypatch, capsys):
     """Wrong input gives one sentence and exit code 2, before anything is loaded or written."""
     monkeypatch.chdir(tmp_path)
     weights = evaluate.weights_hash(Path(evaluate.DEMO.repo))
-    no_dtype = json.dumps({"steps": 20, "true_cfg": 5.0, "dtype": ["x"], "weights": weights})
+    no_dtype = json.dumps({"steps": 20, "guidance": 4.0, "dtype": ["x"], "weights": weights})
     texts = {"there": '{"steps": 20}', "odd": "[1]", "bare": "{}", "other": no_dtype}
     for name, text in texts.items():
         (tmp_path / name).mkdir()
@@ -579,6 +588,6 @@ def test_reversed_time(control, tmp_path, small_base):
     pipe.transformer.register_forward_hook(record_sigma, with_kwargs=True)
     caption = evaluate.sample_scenes(args)[0].caption
     evaluate.generate_image(cell, 0, tmp_path / "0.png", caption, args)
-    assert len(sigmas) == 2 * 2  # steps, with and without the prompt
+    assert len(sigmas) == 2  # steps
     for expected, sigma in sigmas:
         assert sigma == pytest.approx(expected, abs=1e-6)

@@ -311,10 +311,11 @@ def test_recorder_sees_each_step_once(pipe):
 
 def test_trajectories_continue(tmp_path, monkeypatch, capsys):
     """A second run keeps finished images; the figures read them; another protocol is refused."""
+    monkeypatch.setattr(trajectories, "BASE", 64)
     out = tmp_path / "t.json"
     flags = ["--out", str(out), "--steps", "2", "--dtype", "float32"]
-    both = [*flags, "--sizes", "256", "272", "--counts", "1", "1"]
-    assert trajectories.main([*flags, "--sizes", "256", "--counts", "1"]) == 0
+    both = [*flags, "--sizes", "64", "96", "--counts", "1", "1"]
+    assert trajectories.main([*flags, "--sizes", "64", "--counts", "1"]) == 0
     first = json.loads(out.read_text())["pictures"]
     assert trajectories.main(both) == 0
     second = json.loads(out.read_text())["pictures"]
@@ -324,6 +325,8 @@ def test_trajectories_continue(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trajectories, "load_pipeline", None)
     assert trajectories.main(both) == 0
     assert len(saved_numbers.fig18(out).axes) == 1
+    titles = [axes.get_title() for axes in saved_numbers.eq11(out, SAVED).axes]
+    assert titles == ["guidance 4", "true CFG 5"]  # the second file is of the first demo
     capsys.readouterr()
     assert trajectories.main([*flags[:2], "--steps", "3"]) == 2
     assert "steps is 3, but" in capsys.readouterr().err
@@ -345,14 +348,14 @@ def test_entropy_deviation(tmp_path):
         row = {"size": size, "setting": setting, "prompt": "a", "seed": seed, "entropy": entropy}
         return row | {"sigmas": [1.0, 0.5, 0.0]}
 
-    rows = [make_row(256, "base", 0, [0.5, 0.4]), make_row(256, "base", 1, [0.7, 0.6])]
-    for i, setting in enumerate(saved_numbers.SETTING_COLORS):
-        rows += [make_row(512, setting, 0, [0.6, 0.4 + i]), make_row(512, setting, 1, [0.7, 0.9])]
+    rows = [make_row(512, "base", 0, [0.5, 0.4]), make_row(512, "base", 1, [0.7, 0.6])]
+    for i, setting in enumerate(saved_numbers.SCALING_SETTINGS):
+        rows += [make_row(1024, setting, 0, [0.6, 0.4 + i]), make_row(1024, setting, 1, [0.7, 0.9])]
     path = tmp_path / "t.json"
-    path.write_text(json.dumps({"protocol": {}, "pictures": rows}))
+    path.write_text(json.dumps({"protocol": {"base_resolution": 512}, "pictures": rows}))
     axes = saved_numbers.fig18(path).axes[0]
-    assert axes.get_title() == "512 px (2x), 2 prompts"
-    for i, label in enumerate(saved_numbers.SETTING_COLORS):
+    assert axes.get_title() == "1024 px (2x), 2 prompts"
+    for i, label in enumerate(saved_numbers.SCALING_SETTINGS):
         name = next(name for name in lines_by_label(axes) if name.startswith(f"{label}: "))
         t, mean = lines_by_label(axes)[name]
         assert list(t) == [1.0, 0.5]
@@ -370,12 +373,12 @@ def write_table(path: Path) -> Path:
         row = {"size": size, "setting": setting, "method": method, "n": 2, "control": control}
         return row | {"dype": setting.startswith("dy_")} | cells
 
-    rows = [make_row(256, "base", "base", 0.9, 0.8), make_row(512, "base", "base", 0.1, 0.7)]
-    rows += [make_row(512, "truth_vae", None, 1.0, 0.0), make_row(512, "vae", None, 1.0, 0.1)]
-    rows += [make_row(512, "yarn_paper", "yarn_paper", 0.8, 0.3)]
-    rows += [make_row(512, "dy_yarn_paper", "yarn_paper", 0.9, 0.5)]
-    rows += [make_row(512, "dy_yarn_paper:reversed", "yarn_paper", 0.0, 0.0, "reversed")]
-    path.write_text(json.dumps({"protocol": {}, "rows": rows, "pairs": []}))
+    rows = [make_row(512, "base", "base", 0.9, 0.8), make_row(1024, "base", "base", 0.1, 0.7)]
+    rows += [make_row(1024, "truth_vae", None, 1.0, 0.0), make_row(1024, "vae", None, 1.0, 0.1)]
+    rows += [make_row(1024, "yarn_paper", "yarn_paper", 0.8, 0.3)]
+    rows += [make_row(1024, "dy_yarn_paper", "yarn_paper", 0.9, 0.5)]
+    rows += [make_row(1024, "dy_yarn_paper:reversed", "yarn_paper", 0.0, 0.0, "reversed")]
+    path.write_text(json.dumps({"protocol": {"base_resolution": 512}, "rows": rows, "pairs": []}))
     return path
 
 
@@ -403,8 +406,8 @@ def test_frontier(tmp_path):
     path = write_table(tmp_path / "t.json")
     table = json.loads(path.read_text())
     template, selected = table["rows"][-2], saved_numbers.SELECTED
-    square = [("dy_cutoff", 0.8, 512), (selected, 0.9, 512), ("dy_cutoff:cutoff=2", 0.4, 512)]
-    for name, layout, size in [*square, ("dy_cutoff", 0.7, "512x256")]:
+    square = [("dy_cutoff", 0.8, 1024), (selected, 0.9, 1024), ("dy_cutoff:cutoff=2", 0.4, 1024)]
+    for name, layout, size in [*square, ("dy_cutoff", 0.7, "1024x512")]:
         row = dict(template, setting=name, method="cutoff", size=size)
         row["overlap"] = {"mean": layout, "interval": [layout - 0.2, layout + 0.1]}
         table["rows"].append(row)
@@ -478,7 +481,7 @@ def write_sweep(folder: Path, methods=METHODS, **settings) -> Path:
     """Write a finished sweep of images with different colors and return the folder."""
     folder.mkdir(exist_ok=True)
     rows = results.read_rows(folder)
-    for prompt in ("a ring", "a cross"):
+    for prompt in ("a sun", "a cross"):
         for i, name in enumerate(methods):
             method, dynamic = name.removeprefix("dy_"), name.startswith("dy_")
             pixels = np.full((48, 64, 3), 40 * i, np.uint8)
@@ -497,7 +500,7 @@ def test_image_rows(tmp_path):
     """fig3 has a column per method, a block per prompt, and the crops of --crops."""
     figure = image_rows.FIGURES["fig3"](write_sweep(tmp_path / "out"), crops=["0.5,0.25,0.5"])
     assert [text.get_text() for text in figure.texts] == [
-        "a ring, seed 0, 64x48",
+        "a sun, seed 0, 64x48",
         *("static", "yarn"),
         *("with DyPE", "dy_yarn"),
         "a cross, seed 0, 64x48",
@@ -579,12 +582,17 @@ BAD = [
     ((*SWEPT, "--crops", "nan,0,1"), "--crops is 'nan,0,1', expected X,Y,SIZE"),
     ((*SWEPT, "--where", "seed=7"), "--where is 'seed=7', expected one of 0"),
     ((*SWEPT, "--where", "color=7"), "--where is 'color=7', expected model, height"),
-    (("fig1", "broken"), "ring_base.png cannot be shown"),
+    (("fig1", "broken"), "sun_base.png cannot be shown"),
     (("fig2a", "--trajectories", "none.json"), "there is no none.json"),
     (("fig2a", "--trajectories", "scores.json"), "scores.json is not what"),
-    (("fig5", "--ground_truth", "broken/ring_base.png"), "is not what"),
+    (("fig5", "--ground_truth", "broken/sun_base.png"), "is not what"),
     (("fig5", "--ground_truth", "scores.json", "--score", "x"), "--score is 'x', expected one of"),
     (("frontier", "--ground_truth", "scores.json", "--score", "joint"), "expected one of spectrum"),
+    (
+        ("frontier", "--ground_truth", "scores.json", "--score", "lite0"),
+        "joint, layout, overlap, s",
+    ),
+    (("fig5", "--ground_truth", "scores.json", "--score", "directions"), "with scores.json, is 'd"),
     (("fig5", "--ground_truth", "scores.json", "--settings", "pi"), "--settings is 'pi', expected"),
 ]
 
@@ -593,7 +601,7 @@ BAD = [
 def test_bad_input(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_sweep(Path("out"))
-    (write_sweep(Path("broken")) / "ring_base.png").write_bytes(b"no image")
+    (write_sweep(Path("broken")) / "sun_base.png").write_bytes(b"no image")
     write_table(Path("scores.json"))
     assert figures.main(list(argv)) == 2
     sentence = capsys.readouterr().err
@@ -607,8 +615,9 @@ def test_bad_input(argv, message, tmp_path, monkeypatch, capsys):
     [
         (["--counts", "1"], "--counts has 1 numbers, expected 3"),
         (["--sizes", "100", "--counts", "1"], "--sizes is 100, expected a multiple of 16"),
-        (["--sizes", "256", "--counts", "0"], "--counts is 0, expected a whole number"),
+        (["--sizes", "512", "--counts", "0"], "--counts is 0, expected a whole number"),
         (["--steps", "0"], "--steps is 0, expected a whole number"),
+        (["--guidance", "101"], "--guidance is 101.0, expected"),
         (["--dtype", "int8"], "int8"),
     ],
 )
