@@ -139,7 +139,7 @@ class DyPEConfig:
             but "base"; 0.1 is YaRN's.
         attention_path: "constant". How a follows sigma: "falling" is a u, "rising" a (1 - u). Needs
             `attention_scale`; no effect on a static method.
-        base_resolution: None, that of the model's family (the demo's folder: 256). Side in px that
+        base_resolution: None, that of the model's family (the demo's folder: 512). Side in px that
             the model was trained at, a multiple of 16.
         anisotropic: True. Each axis is stretched by its own scale; False: every axis by the
             largest. Try False where shapes look stretched in wide or tall images.

@@ -21,6 +21,7 @@ from dype.embedders_complex import DyPEQwenEmbedRope, DyPEZImageRopeEmbedder
 
 PIXELS_PER_TOKEN = 16  # of every family: factor 8 of the autoencoder, 2 x 2 latents a token
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
+DEMO_RESOLUTION = 512  # px
 
 
 class Family(NamedTuple):
@@ -159,9 +160,9 @@ def check_supported(module: torch.nn.Module) -> Family:
 
 
 def base_resolution(module: torch.nn.Module) -> int:
-    """Return the trained size in px: 256 of the demo, else that of the family."""
+    """Return the trained size in px: DEMO_RESOLUTION of the demo, else that of the family."""
     name = getattr(module, "config", {}).get("_name_or_path")
     path = Path(name).resolve() if name else None
     if path and path.exists() and path.is_relative_to(DEMO_WEIGHTS.resolve()):
-        return 256
+        return DEMO_RESOLUTION
     return family_of(module).base_resolution

@@ -117,7 +117,7 @@ def pipe() -> FluxPipeline:
 def generate_latents(pipe, height=256, width=192, steps=3, seed=0, **arguments) -> torch.Tensor:
     """Generate with a tiny FLUX pipeline and return packed latents [B, S, 16]."""
     settings = {
-        "prompt": "a red ring on teal leaves",
+        "prompt": "a red sun over blue mountains",
         "height": height,
         "width": width,
         "num_inference_steps": steps,

@@ -18,11 +18,13 @@ from dype.figures import __main__ as figures
 from dype.metrics import __main__ as metrics
 
 ROOT = Path(__file__).parent.parent
+FIRST_DEMO = "2026-11-23"  # older pages of the log keep the commands of their day
+LOG = [path for path in (ROOT / "docs" / "log").glob("*.md") if path.name > FIRST_DEMO]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "dype" / "demo" / "README.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted([*(ROOT / "docs").glob("*.md"), *LOG]),
     ROOT / "docs" / "example.toml",
 ]
 PARSERS = {
@@ -108,9 +110,9 @@ def test_every_program_escapes_letters_that_an_encoding_lacks(program, monkeypat
 
 
 RUN = {  # page -> words of the command to run; the space makes a second key for one page
-    "README.md": '--prompt "a red ring on teal leaves" --height 512',
+    "README.md": 'and a lake at dusk" --height 1024',
     "usage.md": "--multipass single,twopass",
-    "README.md ": "--method base,yarn_paper",
+    "README.md ": "--method base,yarn",
 }
 
 

@@ -327,7 +327,7 @@ def test_another_schedule_is_reported_once_per_image(pipe, make):
     wrong = make(pipe)
     assert count_warnings(lambda: generate_latents(wrong)) == 1
     assert count_warnings(lambda: [generate_latents(wrong) for _ in range(2)]) == 2
-    guidance = {"negative_prompt": "a disk", "true_cfg_scale": 3.0}
+    guidance = {"negative_prompt": "a moon", "true_cfg_scale": 3.0}
     assert count_warnings(lambda: generate_latents(wrong, **guidance)) == 1
     assert count_warnings(lambda: generate_latents(wrong, 64, 64)) == 0  # not stretched
     names = inspect.signature(FluxImg2ImgPipeline).parameters  # fewer in an old diffusers

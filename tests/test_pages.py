@@ -98,15 +98,15 @@ def test_the_readme_is_short_and_quotes_the_benchmark():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     with (ROOT / "docs/data/ground_truth.csv").open() as file:
-        results = {row["setting"]: row for row in csv.DictReader(file) if row["size"] == "512"}
+        results = {row["setting"]: row for row in csv.DictReader(file) if row["size"] == "1024"}
     lines = re.findall(r"^\| `(\w+)`: .+? \| (.+) \| (.+) \| (.+) \|$", text, re.MULTILINE)
     assert len(lines) == 4
     for setting, *cells in lines:
         row = results[setting]
-        low, high = float(row["layout_low"]), float(row["layout_high"])
-        layout = f"{float(row['layout']):.2f} [{low:.2f}, {high:.2f}]"
-        assert cells == [layout, f"{float(row['spectrum']):.2f}", f"{float(row['joint']):.2f}"]
-        assert int(row["n"]) == 64
+        names = ("spectrum", "directions")
+        scores = [format_score(row, name, "", False) for name in names]
+        assert cells == [format_score(row, "overlap"), *scores]
+        assert f"*{row['n']} prompts" in text
 
 
 def test_numbers_of_the_paper():
@@ -159,26 +159,21 @@ def test_the_tables_of_demo_md_are_those_of_the_files():
         for row in csv.DictReader(file):
             differences[row["size"], row["setting"], row["against"]] = row
     page = (ROOT / "docs/demo.md").read_text()
-    sections = re.split(r"^(?:At (\d+) px \(.x\)|With DyPE minus)", page, flags=re.MULTILINE)
-    [_, small, small_text, large, large_text, _, pairs_text] = sections
+    [_, *sections] = re.split(r"^(?:At (\d+) px|With DyPE minus)", page, flags=re.MULTILINE)
     counts = []
-    for size, text in ((small, small_text), (large, large_text)):
-        rows = re.findall(r"^\| `(.+?)` \|(?: (\d+) \|)? (.+) \|$", text, re.MULTILINE)
+    for size, text in zip(sections[:-2:2], sections[1:-2:2], strict=True):
+        rows = re.findall(r"^\| `(.+?)` \| (\d+) \| (.+) \|$", text, re.MULTILINE)
         counts.append(len(rows))
         for setting, n, cells in rows:
             row = results[size, setting]
-            scores = [format_score(row, "layout")]
-            scores += [format_score(row, x, "", False) for x in ("overlap", "spectrum", "joint")]
-            assert row["n"] == (n or "8")
+            scores = [format_score(row, name) for name in ("layout", "overlap")]
+            scores += [format_score(row, name, "", False) for name in ("spectrum", "directions")]
+            assert row["n"] == n
             assert cells.split(" | ") == scores
-    assert counts == [7, 4]
-    static = {"dy_yarn_paper": "yarn_paper", "dy_pi:1:1": "pi"}
-    rows = re.findall(r"^\| (\d+) \| `(.+?)` \| (.+) \|$", pairs_text, re.MULTILINE)
-    assert len(rows) == 4
+    assert counts == [2, 8]
+    rows = re.findall(r"^\| (\d+) \| `(.+?)` \| (.+) \|$", sections[-1], re.MULTILINE)
+    assert len(rows) == 2
     for size, setting, cells in rows:
-        row = differences[size, setting, static[setting]]
-        scores = [format_score(row, name, "+") for name in ("overlap", "spectrum", "joint")]
+        row = differences[size, setting, setting.removeprefix("dy_")]
+        scores = [format_score(row, name, "+") for name in ("overlap", "spectrum", "directions")]
         assert cells.split(" | ") == scores
-    row = differences["512", "dy_yarn_paper", "base"]
-    for name in ("layout", "joint", "spectrum", "patches"):
-        assert format_score(row, name, "+") in page

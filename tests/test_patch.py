@@ -83,7 +83,7 @@ def test_sigmas_with_true_cfg(pipe):
     """Both denoiser calls of a step have its sigma."""
     apply_dype(pipe, CONFIG)
     spy = Spy(pipe.transformer)
-    generate_latents(pipe, negative_prompt="a disk", true_cfg_scale=3.0)
+    generate_latents(pipe, negative_prompt="a moon", true_cfg_scale=3.0)
     expected = [sigma for sigma in scheduler_sigmas(pipe) for _ in (0, 1)]
     assert spy.sigmas == pytest.approx(expected, abs=1e-6)
 
@@ -123,7 +123,7 @@ def test_batches_and_sizes_in_turn(pipe):
     """A batch of 2 works, and two sizes of equal token count equal those of a new pipeline."""
     apply_dype(pipe, CONFIG)
     wide, tall = generate_latents(pipe, 128, 256), generate_latents(pipe, 256, 128)
-    pair = generate_latents(pipe, 128, 256, prompt=["a red ring on teal leaves"] * 2)
+    pair = generate_latents(pipe, 128, 256, prompt=["a red sun over blue mountains"] * 2)
     assert pair.shape[0] == 2
     new_pipe = quiet(FluxPipeline(**tiny_components()))
     apply_dype(new_pipe, CONFIG)
@@ -314,11 +314,11 @@ def test_config_of_wrong_type(pipe):
 
 
 def test_base_resolution_of_the_demo_model(monkeypatch):
-    """Only a transformer from the demo's folder has its base resolution of 256 px."""
+    """Only a transformer from the demo's folder has its base resolution of 512 px."""
     transformer = tiny_transformer()
     assert base_resolution(transformer) == 1024
     transformer.register_to_config(_name_or_path=f"{MODELS['demo'].repo}/transformer")
-    assert base_resolution(transformer) == 256
+    assert base_resolution(transformer) == 512
     transformer.register_to_config(_name_or_path=f"{MODELS['demo'].repo}_of_another/transformer")
     assert base_resolution(transformer) == 1024
     monkeypatch.chdir(MODELS["demo"].repo)  # the current folder does not matter

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     "pip install -r requirements.txt && python run_dype.py --model demo "
-    '--prompt "a red ring on teal leaves" --height 512 --width 512',
+    f'--prompt "{MODELS["demo"].prompt}" --height 1024 --width 1024',
     "pip install -r requirements-dev.txt && pytest",
 ]
 
@@ -37,7 +37,7 @@ def test_readme_and_ci_hold_the_two_commands():
 def test_pins_are_exact():
     for path in ROOT.glob("requirements*.txt"):
         for line in path.read_text().splitlines():
-            assert re.fullmatch(r"[a-z-]+==[0-9.]+|-r requirements\.txt", line), line
+            assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+|-r requirements\.txt", line), line
 
 
 def test_oldest_releases():
@@ -102,8 +102,7 @@ def test_the_model_cards_example_is_the_command_lines():
         "height": model.height,
         "width": model.width,
         "num_inference_steps": model.steps,
-        "true_cfg_scale": model.true_cfg,
-        "negative_prompt": model.negative_prompt,
+        "guidance_scale": model.guidance,
         "max_sequence_length": model.max_sequence_length,
     }
 

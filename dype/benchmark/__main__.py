@@ -29,7 +29,7 @@ REPEATS = {"embedder": 9, "step": 15, "pipeline": 2}
 
 EXAMPLES = """examples:
   python -m dype.benchmark --repeats 15
-  python -m dype.benchmark step --sizes 256 512 1024
+  python -m dype.benchmark step --sizes 512 1024 2048
   python -m dype.benchmark step --model flux --sizes 1024 2048 --device cuda
   python -m dype.benchmark pipeline --model flux --sizes 4096 --repeats 1 --alone
 """

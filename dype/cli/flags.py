@@ -30,7 +30,7 @@ METHOD_HELP = {
     "cutoff": "pi above a moving cutoff wavelength, base below (this project's)",
 }
 EXAMPLES = {  # command -> comment
-    'python run_dype.py --model demo --prompt "a red ring on teal leaves"': (
+    'python run_dype.py --model demo --prompt "a red sun over blue mountains"': (
         "one image, with the demo model, which needs no GPU and no download"
     ),
     'python run_dype.py --prompt "a red fox in snow" --size 2048x3072': (

@@ -5,7 +5,6 @@ weights are missing, it raises UnavailableError and says how to get them.
 """
 
 import io
-import re
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -96,24 +95,16 @@ def load_demo(name: str, weights: None, device: str):
     """
     try:
         from dype.demo.layout_check import check
-        from dype.demo.scenes import COLORS, SHAPES
+        from dype.demo.scenes import parse_caption
     except ImportError as error:
         raise UnavailableError(
             f"{name} needs dype.demo and scipy ({error}); pip install scipy==1.17.1"
         ) from error
-    colors = "|".join(COLORS)
-    caption = re.compile(f"an? ({colors}) ({'|'.join(SHAPES)}) on ({colors}) leaves")
 
     def measure(image: Image.Image, prompt: str) -> float:
-        """Return demo_overlap, or demo_layout: 1 if layout and shape are right, else 0."""
-        match = caption.match(prompt)
-        if match is None:
-            raise ValueError(f"{prompt!r} is not a caption of the demo model")
-        color, shape, ground = match.groups()
-        verdict = check(np.asarray(image), color, ground)
-        if name == "demo_overlap":
-            return verdict.overlaps[shape]
-        return float(verdict.layout and verdict.shape == shape)
+        """Return demo_overlap, or demo_layout: 1 if everything is as the prompt says, else 0."""
+        verdict = check(np.asarray(image), parse_caption(prompt))
+        return verdict.overlap if name == "demo_overlap" else float(verdict.layout)
 
     yield measure
 
@@ -280,11 +271,11 @@ IMAGE_METRICS = {
         protocol="JPEG 95, 4:2:0", statistic=intervals.harmonic_mean,
     ),
     "demo_layout": ImageMetric(
-        partial(load_demo, "demo_layout"), "share with the right layout and shape",
+        partial(load_demo, "demo_layout"), "share with the right layout",
         protocol="dype.demo.layout_check", uses_prompt=True, interval=intervals.wilson_interval,
     ),
     "demo_overlap": ImageMetric(
-        partial(load_demo, "demo_overlap"), "overlap with the requested shape, higher is better",
+        partial(load_demo, "demo_overlap"), "overlap of the sun with a disk, higher is better",
         protocol="dype.demo.layout_check", uses_prompt=True,
     ),
 }  # fmt: skip

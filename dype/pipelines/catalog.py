@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dype.families import (
     CHROMA,
+    DEMO_RESOLUTION,
     DEMO_WEIGHTS,
     FLUX,
     FLUX2,
@@ -117,14 +118,11 @@ MODELS = {
     "krea-2": KREA_2,
     "krea-2-turbo": KREA_2_TURBO,
     "demo": Model(
-        str(DEMO_WEIGHTS), parameters_billion=0.007, base_resolution=256,
-        height=512, width=512, dtype="float32",
-        steps=20, guidance=0.0, true_cfg=5.0, negative_prompt="", max_sequence_length=16,
-        prompt="a red ring on teal leaves",
-        # because its texture is nearest to the ground truth, among the methods that keep the
-        # layout at 512 px (docs/demo.md)
-        dype_defaults={"method": "yarn_paper"},
-        scheduler_config=DYNAMIC | {"base_image_seq_len": 16, "max_image_seq_len": 256},
+        str(DEMO_WEIGHTS), parameters_billion=0.007, base_resolution=DEMO_RESOLUTION,
+        height=1024, width=1024, dtype="float32", steps=20, guidance=4.0, max_sequence_length=24,
+        prompt="a low red sun over snowy blue mountains and a lake at dusk",
+        scheduler_config=DYNAMIC | {"base_image_seq_len": 64, "max_image_seq_len": 1024},
+        dype_defaults={"method": "yarn_paper"},  # it keeps the layout at 2x (docs/demo.md)
     ),
 }
 # fmt: on

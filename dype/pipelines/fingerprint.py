@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from safetensors import SafetensorError
 
 from dype.errors import UnavailableError
+from dype.families import DEMO_WEIGHTS
 from dype.pipelines.checkpoints import list_weights, read_safetensors_header
 from dype.pipelines.hub import load_hub_json, repository_info
 from dype.pipelines.model_paths import HUB_FILE, HUB_ID, INDEX, LORA_FILE, WEIGHT_ENDINGS
@@ -23,6 +24,7 @@ WHOLE = 64 * 2**20  # bytes; a file up to this size is hashed completely
 BLOCK = 4096  # bytes of a sample of a larger file
 PARTS = 1024  # of a large file whose tensors are unknown
 COMMIT = re.compile(r"[0-9a-f]{40}")
+FIRST_DEMO = "d590f3b54085fa5f"  # of the demo's weights when records had no fingerprints
 
 
 def fingerprint(
@@ -167,8 +169,8 @@ def hub_commit(repo: str, revision: str | None = None) -> str | None:
 def find_changed_weights(record: dict, sources: dict[str, tuple]) -> str | None:
     """Return the flag and the source whose weights are not those of a record; None if all are.
 
-    Weights that the record says nothing about, as those of earlier versions, count as equal. So do
-    sources that cannot be read.
+    Weights that the record says nothing about, as those of earlier versions, count as equal, except
+    that they were the first demo's for the demo. So do sources that cannot be read.
 
     Args:
         record: record of an image.
@@ -177,13 +179,14 @@ def find_changed_weights(record: dict, sources: dict[str, tuple]) -> str | None:
     weights = record.get("weights")
     weights = {"model": record.get("commit")} | (weights if isinstance(weights, dict) else {})
     for part, (source, *rest) in sources.items():
-        expected = weights.get(part)
+        is_demo = part == "model" and Path(source).resolve() == DEMO_WEIGHTS.resolve()
+        expected = weights.get(part) or (FIRST_DEMO if is_demo else None)
         # a folder in the hub's cache has a commit too, and earlier versions recorded it alone
         is_commit = COMMIT.fullmatch(str(expected))
         if expected is None or (is_commit and os.path.exists(source)):
             continue
         if fingerprint(source, *rest) not in (None, expected):
-            return f"--{part.split()[0]} {source}"
+            return f"--{part.split()[0]} {'demo' if is_demo else source}"
     return None
 
 

@@ -32,7 +32,7 @@ class RunSettings:
     negative_prompt: str | None = flag(
         "negative prompt; needs classifier-free guidance, by --true_cfg or by a model's --guidance",
         metavar="TEXT",
-        default_help="none (qwen-image \" \", demo \"\")",
+        default_help="none (qwen-image \" \")",
     )
     height: int = flag("image height in px; 64 to 16384, multiple of 16", **SIDE_LIMITS)
     width: int = flag("image width in px; 64 to 16384, multiple of 16", **SIDE_LIMITS)

@@ -72,6 +72,8 @@ def read_existing_record(run: RunSettings, path: Path) -> dict | None:
         raise ValueError(
             f"{path} is in the way: {reason}; try --overwrite, or another --output_dir"
         ) from error
+    if existing["model"] == run.model:  # first, because other weights have other defaults
+        check_weights(run, record, path)
     for name, value in run.identity.items():
         # earlier versions recorded the guidance of a model that takes none
         if value != existing.get(name) and (name != "guidance" or run.entry.guidance):
@@ -79,7 +81,6 @@ def read_existing_record(run: RunSettings, path: Path) -> dict | None:
                 f"--{name} is {value!r}, but {path} was generated with {existing.get(name)!r}, "
                 "expected the same, --overwrite, or another --output_dir"
             )
-    check_weights(run, record, path)
     return record
 
 

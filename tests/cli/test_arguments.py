@@ -23,8 +23,8 @@ from dype.sampling import run as sampling_run
 
 LINE = """--model demo --revision abc --dtype bfloat16 --device cpu --vae_device cpu
  --text_encoder_device cpu --tiled_vae on --tile_size 128 --true_cfg 3 --negative_prompt fog
- --seed 7 --steps 3 --max_sequence_length 12 --height 64 --width 96 --lora a/b:0.5 --prompt x
- --variant fp16 --transformer a.gguf
+ --guidance 5 --seed 7 --steps 3 --max_sequence_length 12 --height 64 --width 96 --lora a/b:0.5
+ --prompt x --variant fp16 --transformer a.gguf
  --method ntk --dype_scale 1.5 --dype_exponent 0.5 --dype_start_sigma 0.9 --base_resolution 32
  --cutoff 0.7 --attention_scale 0.2 --attention_path rising
  --isotropic --shift model --base_shift 0.25 --max_shift 2 --attention native
@@ -37,7 +37,7 @@ def calls(tmp_path, monkeypatch):
     """Records the arguments of the loader, `apply_dype`, the tiling and `sample.generate`."""
     monkeypatch.chdir(tmp_path)
     arguments = {}
-    pipe = quiet(FluxPipeline(**tiny_components()))
+    pipe = quiet(FluxPipeline(**tiny_components(guidance_embeds=True)))
     pipe.dype_device_overrides, pipe.dype_offload, pipe.dype_decode_budget = {}, "none", 1
 
     def record(name, result):
@@ -105,7 +105,7 @@ def test_every_flag_arrives_and_comes_back(calls):
         "height": 64,
         "width": 96,
         "steps": 3,
-        "guidance": 0.0,
+        "guidance": 5.0,
         "seed": 7,
         "max_sequence_length": 12,
         "negative_prompt": "fog",

@@ -26,7 +26,7 @@ from dype.sampling.settings import RunSettings
 from dype.sweep import results
 
 SMALL = ["--height", "64", "--width", "64", "--steps", "2", "--base_resolution", "32"]
-SMALL += ["--prompt", "a red ring"]
+SMALL += ["--prompt", "a red sun"]
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +135,7 @@ BAD = {
     "prompts file binary": (2, "--prompts_file binary.txt"),
     "negative prompt ignored": (2, "--negative_prompt fog"),
     "true_cfg ignored": (2, "--true_cfg 3"),
-    "guidance ignored": (2, "--model demo --guidance 3"),
+    "guidance ignored": (2, "--model flux-schnell --guidance 3"),
     "from missing": (2, "--from none.png"),
     "from without settings": (2, "--from plain.png"),
     "from no image": (2, "--from binary.txt"),
@@ -268,10 +268,10 @@ def test_dry_run_names_assumed_defaults(capsys):
 
 
 PROMPTS_FILES = {
-    "byte order mark": b"\xef\xbb\xbfa red ring\n\xef\xbb\xbfa blue disk",
-    "lines of Windows": b"a red ring\r\n\r\n  a blue disk \r\n",
-    "lines of an old Mac": b"a red ring\ra blue disk",
-    "blank lines": b"\n \t\na red ring\n\n\xe2\x80\x83\na blue disk\n\n",
+    "byte order mark": b"\xef\xbb\xbfa red sun\n\xef\xbb\xbfa white moon",
+    "lines of Windows": b"a red sun\r\n\r\n  a white moon \r\n",
+    "lines of an old Mac": b"a red sun\ra white moon",
+    "blank lines": b"\n \t\na red sun\n\n\xe2\x80\x83\na white moon\n\n",
 }
 
 
@@ -279,7 +279,7 @@ PROMPTS_FILES = {
 def test_prompts_files(name):
     Path("prompts.txt").write_bytes(PROMPTS_FILES[name])
     runs = resolve_all("--prompts_file", "prompts.txt")
-    assert [run.prompt for run in runs] == ["a red ring", "a blue disk"]
+    assert [run.prompt for run in runs] == ["a red sun", "a white moon"]
 
 
 def test_lines_of_a_prompts_file_are_kept_to_the_letter():
@@ -322,7 +322,7 @@ def test_generate_record_and_generate_again(folder):
     assert (pixels[0] == pixels[2]).all()
     record = records.read_record(first)
     assert record == json.loads(Path(f"outputs/{name}.json").read_text())
-    assert record["prompt"] == "a red ring"
+    assert record["prompt"] == "a red sun"
     assert record["config"]["dype_scale"] == 1.5
     assert record["mu"] == 1.15
     assert len(record["sigmas"]) == 3
@@ -371,10 +371,10 @@ def test_several_prompts(folder):
     runs = resolve_all("--prompt", "a", "--prompt", "b", "c")
     assert [run.prompt for run in runs] == ["a", "b", "c"]
     with open("prompts.txt", "w") as file:
-        file.write("a blue disk\n\n  a red cross  \n")
+        file.write("a white moon\n\n  a yellow sun  \n")
     assert run("--model", folder, *SMALL[:-2], "--prompts_file", "prompts.txt", "--no_dype") == 0
     rows = results.read_rows(Path("outputs/sweep"))
-    assert [row["prompt"] for row in rows] == ["a blue disk", "a red cross"]
+    assert [row["prompt"] for row in rows] == ["a white moon", "a yellow sun"]
     for row in rows:
         assert records.read_record(Path("outputs/sweep") / row["file"])["prompt"] == row["prompt"]
         assert row["prompt"].replace(" ", "-") in row["file"]
@@ -382,7 +382,7 @@ def test_several_prompts(folder):
 
 def test_components_on_several_devices(folder):
     """Separate devices for text encoders and autoencoder (here all the CPU) change no pixel."""
-    guided = ["--true_cfg", "2", "--negative_prompt", "a blue disk"]
+    guided = ["--true_cfg", "2", "--negative_prompt", "a white moon"]
     assert run("--model", folder, *SMALL, *guided, "--output", "together.png") == 0
     devices = ["--text_encoder_device", "cpu", "--vae_device", "cpu"]
     assert run("--model", folder, *SMALL, *guided, *devices, "--output", "apart.png") == 0
@@ -453,17 +453,20 @@ def test_precedence(folder):
 
 
 def test_from_an_image_of_the_first_version():
-    """--from takes the settings of its record; settings that the record lacks have defaults."""
+    """--from takes the settings of its record; settings that the record lacks have defaults.
+
+    It is of the first demo, so --model accepts the present one.
+    """
     image = Path(__file__).parents[1] / "golden" / "first_version.png"
     record = records.read_record(image)
-    run = settings("--from", str(image))
+    run = settings("--from", str(image), "--model", "demo")
     assert {**record["flags"], "tiled_vae": "off"}.items() <= run.record["flags"].items()
     assert record["config"].items() <= run.record["config"].items()
     assert (run.prompt, run.tiled_vae) == ("a blue ring on red leaves", "off")
     assert run.file_name == settings(
         "--model", "demo", "--size", "64", "--steps", "2", "--seed", "7", "--method", "ntk",
-        "--dype_scale", "1.5", "--negative_prompt", "a ring", "--true_cfg", "3", "--prompt",
-        run.prompt,
+        "--dype_scale", "1.5", "--negative_prompt", "a ring", "--true_cfg", "3", "--guidance", "0",
+        "--max_sequence_length", "16", "--base_resolution", "256", "--prompt", run.prompt,
     ).file_name  # fmt: skip
 
 
@@ -541,7 +544,7 @@ NAMES = {  # flags -> the end of the name
     "--isotropic": "dy_yarn_res_4096x4096_anisotropic_off",
     "--device cpu --offload group --tiled_vae on": "dy_yarn_res_4096x4096",
     "--model z-image": "dy_yarn_res_4096x4096_model_z-image",
-    "--model demo": "dy_yarn_paper_res_512x512_model_demo",
+    "--model demo": "dy_yarn_paper_res_1024x1024_model_demo",
     "--prompt Cats": "dy_yarn_res_4096x4096_prompt_cats-ec05d70c6f14",
 }
 

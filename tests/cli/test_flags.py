@@ -12,13 +12,13 @@ def parse(*words) -> dict:
 
 
 KEPT = [  # prompts
-    "--no-humans, a red-ring",
-    "--no-dype, a red-ring",
+    "--no-humans, a red-sun",
+    "--no-dype, a red-sun",
     "--low-quality=bad, blurry",
     "-1 degrees",
     "-1",
     "a\n--no-dype = x-y",
-    "\u2013 a red-ring \u2014",
+    "\u2013 a red-sun \u2014",
     "'hello'",
     "\u201chello\u201d",
     "a fox \\",
@@ -54,13 +54,13 @@ REFUSED = {  # words, separated by | -> words of the sentence
     "-prompt|a red fox": "expected --prompt",
     "--seed\u00a03": r"--seed\xa03",
     "--init_image|my|photo.png": "a value of several words needs quotes",
-    "--prompt|a|red|ring|on|teal|leaves": "6 values, of which 6 are single words",
+    "--prompt|a|red|sun|over|blue|mountains": "6 values, of which 6 are single words",
     "--prompt|1girl,|solo,|red_hair,|blue_eyes": "4 values",
     "--prompt|a|sign|that|says|open now|in|neon": "7 values, of which 6 are single words",
-    "--prompt|'a|red|ring'": "the values 'a and ring'",
+    "--prompt|'a|red|sun'": "the values 'a and sun'",
     "--prompt|a cat|'a|dog'": "the values 'a and dog'",
     "--prompt|'|cat|'": "the values ' and '",
-    "--prompt|\u201ca|red|ring\u201d": "the values \u201ca and ring\u201d",
+    "--prompt|\u201ca|red|sun\u201d": "the values \u201ca and sun\u201d",
     "--prompt|\u201e\u732b|\u72ac\u201c": "with quotes that the shell did not read",
     "--prompt|\u201aa|ring\u2018,": "the values \u201aa and ring\u2018,",
     "--prompt|\u00bba|ring\u00ab.": "the values \u00bba and ring\u00ab.",
@@ -114,5 +114,5 @@ def test_the_home_folder_of_a_path(flag, monkeypatch):
 
 
 def test_a_repeated_flag_takes_any_number_of_single_words():
-    words = ["a", "red", "ring", "on", "teal", "leaves"]
+    words = ["a", "red", "sun", "over", "blue", "mountains"]
     assert parse(*(f"--prompt={word}" for word in words))["prompt"] == words

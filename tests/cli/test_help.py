@@ -38,7 +38,7 @@ def test_defaults_per_model():
     rows = {row.name: row for row in flags.ALL_FLAGS}
     for name, default in {
         "steps": "per model (docs/models.md)",
-        "base_resolution": "1024 (qwen-image 1328, demo 256)",
+        "base_resolution": "1024 (qwen-image 1328, demo 512)",
         "method": "yarn (demo yarn_paper)",
         "seed": "42",
         "sweep": "none",

@@ -16,7 +16,7 @@ FILE = """
 model = "demo"
 steps = 9
 seed = "0-1"
-prompt = ["a red ring", "a blue disk"]
+prompt = ["a red sun", "a white moon"]
 
 [default.dype]
 method = "ntk"
@@ -47,7 +47,7 @@ def settings(*argv) -> list[RunSettings]:
 def test_default_table():
     runs = settings()
     pairs = [(run.prompt, run.seed) for run in runs]
-    assert pairs == [(prompt, seed) for prompt in ("a red ring", "a blue disk") for seed in (0, 1)]
+    assert pairs == [(prompt, seed) for prompt in ("a red sun", "a white moon") for seed in (0, 1)]
     assert (runs[0].model, runs[0].steps) == ("demo", 9)
     assert (runs[0].config.method, runs[0].config.dype_scale) == ("ntk", 1.5)
 

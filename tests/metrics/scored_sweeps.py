@@ -12,7 +12,7 @@ from dype.metrics import __main__ as metrics
 from dype.metrics import inception_features
 from dype.sweep import results
 
-PROMPT = "a red ring on teal leaves"
+PROMPT = "a red sun over blue mountains"
 FEATURES, CLASSES = 12, 5
 
 

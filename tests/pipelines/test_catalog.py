@@ -15,7 +15,7 @@ def test_z_image_from_the_command_line(in_tmp_path, capsys):
     """A folder gets its class's defaults; with --guidance a negative prompt has an effect."""
     FAMILIES["z-image"][0](**qwen3()).save_pretrained("tiny")
     size = ["--height", "128", "--width", "64", "--steps", "2", "--base_resolution", "64"]
-    text = ["--dtype", "float32", "--prompt", "a red ring", "--max_sequence_length", "16"]
+    text = ["--dtype", "float32", "--prompt", "a red sun", "--max_sequence_length", "16"]
     common = ["--model", "tiny", *size, *text]
     assert run_dype.main([*common, "--output", "a.png"]) == 0
     assert run_dype.main([*common, "--output", "b.png", "--negative_prompt", "leaves"]) == 0

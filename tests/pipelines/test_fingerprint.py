@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
+from dype.families import DEMO_WEIGHTS
 from dype.pipelines import fingerprint as module
 from dype.pipelines.fingerprint import find_changed_weights, fingerprint, is_mapped
 
@@ -222,6 +223,10 @@ def test_weights_of_a_record(hub, tmp_path):
     assert find_changed_weights({"commit": COMMIT}, {"model": ("owner/model", COMMIT)}) is None
     # earlier versions recorded the commit of a folder in the hub's cache, and no fingerprint
     assert find_changed_weights({"commit": COMMIT}, {"model": (str(tmp_path), None)}) is None
+    demo = {"model": (str(DEMO_WEIGHTS), None, None)}
+    for record in ({}, {"commit": None, "weights": {"lora 1": value}}):
+        assert find_changed_weights(record, demo) == "--model demo"
+    assert find_changed_weights({"weights": {"model": fingerprint(*demo["model"])}}, demo) is None
     path.unlink()
     assert find_changed_weights({"weights": {"lora 1": value}}, sources) is None
 

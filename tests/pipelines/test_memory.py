@@ -164,10 +164,11 @@ print(peak - memory.peak_bytes(cpu))
 vae = AutoencoderKL.from_pretrained("dype/demo/weights/vae", torch_dtype=torch.float32)
 side = 768
 with torch.no_grad():
-    vae.decode(torch.zeros(1, 8, 8, 8))
+    channels = vae.config.latent_channels
+    vae.decode(torch.zeros(1, channels, 8, 8))
     memory.reset_peak()
     peak = memory.peak_bytes(cpu)
-    vae.decode(torch.zeros(1, 8, side // 8, side // 8))
+    vae.decode(torch.zeros(1, channels, side // 8, side // 8))
 used = memory.peak_bytes(cpu) - peak
 print(used / memory.decode_bytes(vae, side * side, "cpu"))
 """
@@ -234,23 +235,23 @@ def test_encoders_with_a_device_override_run_once(offload):
     plain = quiet(FluxPipeline(**tiny_components()))
     place_components(plain, "cpu", "none", {}, 64 * 64)
     size = {"height": 64, "width": 96, "steps": 2}
-    expected = np.asarray(sample.generate(plain, "a red ring", **size, **SETTINGS))
+    expected = np.asarray(sample.generate(plain, "a red sun", **size, **SETTINGS))
     pipe = quiet(FluxPipeline(**tiny_components()))
     overrides = dict.fromkeys(("text_encoder", "text_encoder_2"), "cpu")
     place_components(pipe, "cpu", offload, overrides, 64 * 64)
     calls = []
     pipe.text_encoder_2.register_forward_hook(lambda *args: calls.append(1))
-    image = sample.generate(pipe, "a red ring", **size, **SETTINGS)
+    image = sample.generate(pipe, "a red sun", **size, **SETTINGS)
     assert (np.asarray(image) == expected).all()
     settings = {"guidance": 0.0, "negative_prompt": None, "max_sequence_length": 16}
-    runs = [SimpleNamespace(prompt=text, **settings) for text in ("a red ring", "b")]
+    runs = [SimpleNamespace(prompt=text, **settings) for text in ("a red sun", "b")]
     calls.clear()
     encode = sample.prompt_encoder(pipe, runs)
     assert len(calls) == 2
     assert pipe.text_encoder is None
     assert pipe.text_encoder_2 is None
     for _ in range(2):
-        image = sample.generate(pipe, encode("a red ring"), **size, **SETTINGS)
+        image = sample.generate(pipe, encode("a red sun"), **size, **SETTINGS)
         assert (np.asarray(image) == expected).all()
     assert len(calls) == 2
 
@@ -313,9 +314,9 @@ def test_quantized_demo(quantize):
     expected, near, far = (
         np.asarray(sample.generate(pipe, text, **settings), float)
         for pipe, text in (
-            (plain, "a red ring on teal leaves"),
-            (quantized, "a red ring on teal leaves"),
-            (plain, "a blue disk on red leaves"),
+            (plain, "a red sun over blue mountains"),
+            (quantized, "a red sun over blue mountains"),
+            (plain, "a white moon over green mountains"),
         )
     )
     assert 0 < np.abs(near - expected).mean() < np.abs(far - expected).mean() / 2

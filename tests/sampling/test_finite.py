@@ -78,8 +78,8 @@ def test_a_second_pass_that_is_not_finite():
 
     pipe.transformer.register_forward_hook(overflow, with_kwargs=True)
     with pytest.raises(UnavailableError, match="generated latent"):
-        multipass.multipass(pipe, "a red ring", 128, 128, TWO, **SETTINGS)
-    sample.generate(pipe, "a red ring", **SIZE, **SETTINGS)
+        multipass.multipass(pipe, "a red sun", 128, 128, TWO, **SETTINGS)
+    sample.generate(pipe, "a red sun", **SIZE, **SETTINGS)
 
 
 @pytest.mark.parametrize("override", [{}, {"vae": "cpu"}])
@@ -97,7 +97,7 @@ def test_one_tile_that_is_not_finite(override):
 
     pipe.vae.decoder.register_forward_hook(overflow)
     with pytest.raises(UnavailableError, match="decoded image"):
-        sample.generate(pipe, "a red ring", height=128, width=128, steps=1, **SETTINGS)
+        sample.generate(pipe, "a red sun", height=128, width=128, steps=1, **SETTINGS)
     assert len(outputs) > 3
 
 
@@ -111,10 +111,10 @@ def test_a_tiny_autoencoder():
         shift_factor=0.0,
     ).eval()
     pipe = quiet(FluxPipeline(**tiny_components() | {"vae": vae}))
-    sample.generate(pipe, "a red ring", **SIZE, **SETTINGS)
+    sample.generate(pipe, "a red sun", **SIZE, **SETTINGS)
     fill(pipe.transformer, math.inf)
     with pytest.raises(UnavailableError, match="generated latent"):
-        sample.generate(pipe, "a red ring", **SIZE, **SETTINGS)
+        sample.generate(pipe, "a red sun", **SIZE, **SETTINGS)
 
 
 def test_the_host_waits_once(monkeypatch):
@@ -149,7 +149,7 @@ def test_the_command_line(flags, tmp_path, monkeypatch, capsys):
     weights["decoder.conv_out.bias"].fill_(math.nan)
     save_file(weights, path)
     line = [*TINY_DEMO, "--model", "copy", "--max_sequence_length", "16", "--size", "64"]
-    line += ["--prompt", "a ring", *flags.split()]
+    line += ["--prompt", "a sun", *flags.split()]
     assert run(*line, "--output", "a.png") == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("run_dype.py: the decoded image has values that are NaN or infinite")

@@ -231,6 +231,6 @@ def test_an_error_with_other_bytes_is_a_row(monkeypatch):
 def test_a_prompt_beyond_the_limit_of_the_csv_module():
     """The table can be read again, so that the sweep can be resumed."""
     assert run(*SMALL, "--seed", "0-1", "--output_dir", FOLDER) == 0
-    rows = [row | {"prompt": "a ring " * 20000} for row in table(FOLDER)]
+    rows = [row | {"prompt": "a sun " * 20000} for row in table(FOLDER)]
     results.write_table(FOLDER / results.RESULTS, list(rows[0]), rows)
-    assert [row["prompt"] for row in results.read_rows(FOLDER)] == ["a ring " * 20000] * 2
+    assert [row["prompt"] for row in results.read_rows(FOLDER)] == ["a sun " * 20000] * 2

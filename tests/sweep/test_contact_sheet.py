@@ -22,7 +22,7 @@ def make_rows(*changes: dict) -> list[dict]:
     os.makedirs("out", exist_ok=True)
     empty = dict.fromkeys(results.COLUMNS, "")
     defaults = {"height": "64", "width": "96", "method": "dy_yarn", "seed": "0"}
-    defaults |= {"prompt": "a ring", "seconds": "2.0", "peak_memory": str(memory.GIB)}
+    defaults |= {"prompt": "a sun", "seconds": "2.0", "peak_memory": str(memory.GIB)}
     rows = []
     for row in changes:
         name = row.pop("color")
@@ -82,7 +82,7 @@ def test_labels_name_the_varying_settings(monkeypatch):
     contact_sheet.contact_sheets(rows, Path("out"), (64, 96), None)
     assert sorted(set(texts)) == ["dy_ntk", "dy_yarn", "seed 0", "seed 1"]
     texts.clear()
-    prompts = [f"a yellow cross on teal leaves, lit from {side}" for side in ("above", "below")]
+    prompts = [f"a yellow sun over blue mountains at {time}" for time in ("dawn", "dusk")]
     pairs = [(prompt, seed) for prompt in prompts for seed in "01"]
     rows = make_rows(*({"color": "a", "prompt": prompt, "seed": seed} for prompt, seed in pairs))
     contact_sheet.contact_sheets(rows, Path("out"), (96, 96), None)
@@ -137,7 +137,7 @@ def test_grid_from_a_finished_folder(capsys):
 
 def test_narrow_images_and_long_prompts():
     """Labels are cut to the width of the sheet."""
-    rows = make_rows({"color": "a", "prompt": "a ring " * 100}, {"color": "b", "seed": "1"})
+    rows = make_rows({"color": "a", "prompt": "a sun " * 100}, {"color": "b", "seed": "1"})
     for size, columns in (((1024, 64), None), ((64, 96), "seed")):
         [sheet] = contact_sheet.contact_sheets(rows, Path("out"), size, columns)
         assert max(sheet.size) < 1400

@@ -80,7 +80,7 @@ def test_a_font_that_has_all_letters_is_taken_for_all(fonts):
 
 
 ESCAPES = {  # text -> its line where the system has no font
-    "seed 0, a red ring": "seed 0, a red ring",
+    "seed 0, a red sun": "seed 0, a red sun",
     "caf\xe9": r"caf\xe9",
     "\u57ce \U0001f98a": r"\u57ce \U0001f98a",
     "a\x07b": r"a\x07b",
@@ -116,16 +116,16 @@ def test_a_text_without_spaces_is_cut_not_dropped():
         assert all(len(line) > 15 for line in lines)
         widths = [labels.measure(line, 16) for line in labels.wrap(text, 16, 320, 3)]
         assert max(widths) <= 320
-    assert wrap("seed 0, a red ring on teal leaves", 105) == [
+    assert wrap("seed 0, a red sun over blue mountains", 105) == [
         "seed 0, a red",
-        "ring on teal",
-        "leaves",
+        "sun over blue",
+        "mountains",
     ]
     assert wrap("abc", 1, 2) == ["a", "b..."]
 
 
 def test_labels_that_are_alike_after_the_cut_get_numbers():
-    texts = [f"{'a red ring ' * 40}{end}" for end in "xy"]
+    texts = [f"{'a red sun ' * 40}{end}" for end in "xy"]
     first, second = labels.wrap_all(texts, 16, 320, 3)
     assert first[0][0][0].startswith("1. a red")
     assert second[0][0][0].startswith("2. a red")

@@ -22,7 +22,7 @@ from dype.sweep import run as sweep_run
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 DEMO = Path(dype.__file__).parent / "demo" / "weights"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-LINE = [*TINY_DEMO, "--size", "64", "--prompt", "a ring", "--output_dir", "out"]
+LINE = [*TINY_DEMO, "--size", "64", "--prompt", "a sun", "--output_dir", "out"]
 
 
 def write_lora(path, seed):
@@ -183,6 +183,29 @@ def test_records_of_earlier_versions():
         records.save_image(records.open_image(path), record, path)
     retrain("copy", "transformer")
     assert run(*line) == 0
+    assert run("--from", path, "--output", "again.png", "--dry_run") == 0
+
+
+def test_records_of_the_first_demo(monkeypatch, capsys):
+    """Without a fingerprint they count as its own: refused, unless the weights are still those."""
+    assert run(*LINE, "--seed", "0-1") == 0
+    images = sorted(Path("out").glob("seed_*.png"))
+    for path in images:
+        record = records.read_record(path)
+        weights = record.pop("weights")
+        record["flags"] |= {"guidance": 0.0, "true_cfg": 5.0, "negative_prompt": ""}
+        records.save_image(records.open_image(path), record, path)
+    sentence = "--model demo has other weights than when"
+    for words in (["--seed", "0-1"], ["--seed", "2-3"], ["--seed", "0-1", "--dry_run"]):
+        capsys.readouterr()
+        assert run(*LINE, *words) == 2
+        [error] = capsys.readouterr().err.splitlines()
+        assert f"{sentence} {images[0]} was generated" in error
+    assert run("--from", path, "--output", "again.png") == 2
+    [error] = capsys.readouterr().err.splitlines()
+    assert f"{sentence} the --from image was generated" in error
+    assert run("--from", path, "--model", "demo", "--output", "again.png", "--dry_run") == 0
+    monkeypatch.setattr(fingerprint, "FIRST_DEMO", weights["model"])
     assert run("--from", path, "--output", "again.png", "--dry_run") == 0
 
 

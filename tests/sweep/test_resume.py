@@ -14,7 +14,7 @@ from PIL import Image
 from dype.sampling import records
 
 ROOT = Path(__file__).parents[2]
-SWEEP = "--model demo --method yarn_paper,ntk --seed 0-2 --size 64,96x64 --steps 1 --true_cfg 1"
+SWEEP = "--model demo --method yarn_paper,ntk --seed 0-2 --size 64,96x64 --steps 1"
 SWEEP += " --base_resolution 32 --output_dir out"
 CUES = [
     ["png", 1],

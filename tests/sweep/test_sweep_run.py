@@ -13,6 +13,7 @@ import torch
 from conftest import TINY_DEMO, run, table
 from PIL import Image
 
+from dype.pipelines.fingerprint import fingerprint
 from dype.sampling import records, sample
 from dype.sampling import run as sampling_run
 from dype.sweep import results
@@ -67,7 +68,7 @@ def test_a_longer_list_adds_images(monkeypatch):
     )
     assert run(*line, "--seed", "0-3") == 0
     assert run(*line, "--seed", "0-1", "--dype_scale", "1,2") == 0
-    assert run(*line, "--seed", "0", "--true_cfg", "2,5", "--base_resolution", "48") == 0
+    assert run(*line, "--seed", "0", "--guidance", "2,5", "--base_resolution", "48") == 0
     assert seeds == [2, 3, 0, 1, 0, 0]
     rows = table()
     assert all(row in rows for row in first)
@@ -81,8 +82,8 @@ def test_a_longer_list_adds_images(monkeypatch):
 def test_settings_without_a_column_of_their_own():
     """One column names them all, so that sheets and summary separate them from the defaults."""
     line = ["--model", "demo", "--steps", "1", "--size", "64", "--seed", "0-1", "--output_dir", "o"]
-    assert run(*line, "--true_cfg", "1") == 0
-    assert run(*line, "--true_cfg", "1", "--isotropic", "--base_resolution", "32") == 0
+    assert run(*line) == 0
+    assert run(*line, "--isotropic", "--base_resolution", "32") == 0
     settings = ["defaults"] * 2 + ["base_resolution 32, anisotropic off"] * 2
     assert [row["settings"] for row in table("o")] == settings
     lines = Path("o/summary.txt").read_text().splitlines()[1:3]
@@ -97,6 +98,7 @@ def gray_runs(monkeypatch) -> list:
     def generate(pipe, run, *args):
         runs.append(run)
         record = run.record | {"commit": None, "tiled_vae": False, "seconds": 1, "peak_memory": 1}
+        record["weights"] = {part: fingerprint(*x) for part, x in run.weight_sources.items()}
         return Image.new("RGB", (64, 64), "gray"), record
 
     pipe = SimpleNamespace(set_progress_bar_config=lambda disable: None)
