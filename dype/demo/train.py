@@ -1,4 +1,4 @@
-"""Train the demo model: `python -m dype.demo.train`. It takes about 80 minutes on two CPU cores.
+"""Train the demo model: `python -m dype.demo.train`. It takes about 70 minutes on two CPU cores.
 
 Stage 1 trains the autoencoder on rendered scenes. Stage 2 trains the transformer and the text
 encoders on latents of half the size, stage 3 on whole ones. Stage 4 distills classifier-free
@@ -404,11 +404,11 @@ def parser() -> Parser:
          "(default: none)")  # fmt: skip
     flag("--vae_steps", type=int, default=4000, metavar="N", help="steps of stage 1 "
          "(default: %(default)s)")  # fmt: skip
-    flag("--half_steps", type=int, default=2800, metavar="N", help="steps of stage 2 "
+    flag("--half_steps", type=int, default=1300, metavar="N", help="steps of stage 2 "
          "(default: %(default)s)")  # fmt: skip
-    flag("--steps", type=int, default=3600, metavar="N", help="steps of stage 3 "
+    flag("--steps", type=int, default=2600, metavar="N", help="steps of stage 3 "
          "(default: %(default)s)")  # fmt: skip
-    flag("--guidance_steps", type=int, default=600, metavar="N", help="steps of stage 4 "
+    flag("--guidance_steps", type=int, default=400, metavar="N", help="steps of stage 4 "
          "(default: %(default)s)")  # fmt: skip
     flag("--batch", type=int, default=4, metavar="N", help="batch of stages 3 and 4; stage 2 has "
          "four times as many (default: %(default)s)")  # fmt: skip
