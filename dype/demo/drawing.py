@@ -237,8 +237,8 @@ def draw_lake(canvas: Canvas) -> None:
     path = np.exp(-(((canvas.x - scene.x) / spread) ** 2))
     glitter = smoothstep((ripples + 1.3 * path - 1.1) * 1.6) * path * (0.35 + 0.4 * (1 - depth))
     canvas.paint(canvas.sun, glitter, rows)
-    shore = np.exp(-depth * (1 - scene.horizon) * 160)
-    canvas.paint(canvas.haze, 0.4 * shore * np.ones_like(canvas.x), rows)
+    shore = np.exp(-depth * (1 - scene.horizon) * 110)
+    canvas.paint(canvas.haze, 0.75 * shore * np.ones_like(canvas.x), rows)
 
 
 def draw_land(canvas: Canvas) -> None:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from dype.demo import model as demo_model
 from dype.demo.drawing import render
+from dype.demo.optimizer import Optimizer, learning_rate
 from dype.demo.scenes import ATTRIBUTES, COMBINATIONS, HELD_OUT, Scene, sample_scene
 from dype.errors import Parser, UserError, run_command
 from dype.pipelines.devices import DTYPES, autocast, check_device, fast_dtype
@@ -31,8 +32,10 @@ from dype.pipelines.devices import DTYPES, autocast, check_device, fast_dtype
 BASE = 512  # px, the size that the transformer is trained for
 TRAINED = tuple(c for c in COMBINATIONS if c not in HELD_OUT)
 VAE_IMAGES = {256: 800, 512: 600, 1024: 100}  # images per size for the autoencoder
-NUM_SCENES = 2000  # for the transformer, cached as latents
-SHIFT = math.exp(1.15)  # of training sigmas, the sampler's
+WINDOW = 16  # px, of the decoder's texture error
+TEXTURE = 0.04  # weight of the texture error
+NUM_SCENES = 4000  # for the transformer, cached as latents
+SHIFT = math.exp(1.4)  # of training sigmas; a larger image's sampler shifts more
 CAPTION_DROPOUT = 0.1  # for classifier-free guidance
 ATTRIBUTE_DROPOUT = 0.15  # of each attribute of a caption
 DILUTION = 16  # of the text, at most; an image at 4x has 16 times the tokens
@@ -51,75 +54,11 @@ def to_tensor(images: np.ndarray, device) -> torch.Tensor:
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
-    """Return the factor of the peak rate: a linear warm-up, then half a cosine to zero.
-
-    Args:
-        step: number of finished steps.
-        steps: length of the cosine.
-        warmup: length of the warm-up, steps.
-    """
-    done = min(step / steps, 1)
-    return min((step + 1) / warmup, 1) * (0.5 + 0.5 * math.cos(math.pi * done))
-
-
 def save(path: Path, **state) -> None:
     """Write a checkpoint; a killed run leaves the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
-
-
-def as_matrix(weight: torch.Tensor) -> torch.Tensor:
-    """Return a weight as a matrix [out, in]; of a channels-last convolution a view of it."""
-    return weight.permute(0, 2, 3, 1).flatten(1) if weight.ndim == 4 else weight
-
-
-# parts of the names of weights that AdamW trains: first and last layers, and modulation
-OUTER_LAYERS = ("embed", "shared", "bias", "conv_in", "conv_out", "norm", "transformer.proj_out")
-
-
-class Optimizer:
-    """Muon (Jordan et al. 2024) for the matrices of hidden layers, AdamW for the other weights.
-
-    Muon needs fewer steps than AdamW alone (docs/log/2026-11-26-muon.md).
-
-    Attributes:
-        params: all weights.
-        hidden: weights of Muon; `matrices` are views of them.
-    """
-
-    def __init__(self, modules: torch.nn.Module, rate: float, muon_rate: float):
-        self.params, self.hidden, outer = list(modules.parameters()), [], []
-        for name, weight in modules.named_parameters():
-            is_outer = weight.ndim == 1 or any(part in name for part in OUTER_LAYERS)
-            (outer if is_outer else self.hidden).append(weight)
-        self.matrices = [torch.nn.Parameter(as_matrix(p.detach())) for p in self.hidden]
-        self.parts = (
-            torch.optim.Muon(self.matrices, muon_rate, weight_decay=0.01, momentum=0.9),
-            torch.optim.AdamW(outer, rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
-        )
-        self.rates = (muon_rate, rate)
-
-    def step(self, factor: float) -> None:
-        """Take a step at `factor` times the peak rates, with clipped gradients; clear these."""
-        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
-        for matrix, weight in zip(self.matrices, self.hidden, strict=True):
-            matrix.grad = as_matrix(weight.grad).contiguous()
-        for part, rate in zip(self.parts, self.rates, strict=True):
-            part.param_groups[0]["lr"] = rate * factor
-            part.step()
-        for weight in self.params:
-            weight.grad = None
-
-    def state_dict(self) -> list[dict]:
-        """Return the states of both parts."""
-        return [part.state_dict() for part in self.parts]
-
-    def load_state_dict(self, states: list[dict]) -> None:
-        """Set the states of both parts."""
-        for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(state)
 
 
 def train_stage(
@@ -189,17 +128,12 @@ def init_vae(vae: torch.nn.Module) -> torch.nn.Module:
     return vae
 
 
-def train_vae(args) -> torch.nn.Module:
-    """Train the autoencoder with L1, squared error and a small KL term, and return it.
+def crop_sampler(args):
+    """Return a function from a step to crops [B, 3, h, w] of rendered scenes.
 
-    Half of the steps have small crops, which train faster per pixel. A quarter have a large crop,
-    so that GroupNorm sees the statistics of whole images. In the last quarter the decoder gets
-    latents of half the size and has to return the image at half its size (EQ-VAE, Kouzelis et al.
-    2025): such latents are easier to generate.
+    Three quarters of the steps have 16 small crops, which train faster per pixel. A quarter have a
+    large one, so that GroupNorm sees the statistics of whole images.
     """
-    torch.manual_seed(args.seed)
-    vae = init_vae(demo_model.vae())
-    vae = vae.to(args.device, memory_format=torch.channels_last)
 
     @cache  # rendered late, so that a finished stage renders nothing
     def rendered_images(size):
@@ -207,8 +141,7 @@ def train_vae(args) -> torch.nn.Module:
         scenes = [sample_scene(rng, TRAINED) for _ in range(VAE_IMAGES[size])]
         return [render(scene, size) for scene in tqdm(scenes, f"rendering {size} px")]
 
-    def loss_at(step):
-        """Return the loss of a batch of crops."""
+    def sample(step):
         rng = np.random.default_rng([args.seed, 1, step])
         crop, count = (256, 1) if step % 4 == 3 else (64, 16)
         crops = []
@@ -216,7 +149,46 @@ def train_vae(args) -> torch.nn.Module:
             image = rendered_images(size)[rng.integers(VAE_IMAGES[size])]
             y, x = rng.integers(size - crop + 1, size=2)
             crops.append(image[y : y + crop, x : x + crop])
-        x = to_tensor(np.stack(crops), args.device)
+        return to_tensor(np.stack(crops), args.device)
+
+    return sample
+
+
+def texture_error(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Return the relative error of the amplitudes of gray windows' spectra, mean over frequencies.
+
+    Phases do not count, so fine texture need not be in its place, only as strong as it is.
+
+    Args:
+        decoded: [B, 3, h, w].
+        images: [B, 3, h, w].
+    """
+    window = torch.hann_window(WINDOW, device=images.device)
+    ours, true = (
+        x.mean(1).unfold(1, WINDOW, WINDOW // 2).unfold(2, WINDOW, WINDOW // 2)
+        for x in (decoded, images)
+    )
+    ours, true = (
+        torch.fft.rfft2(x * window * window[:, None]).abs().flatten(0, 2) for x in (ours, true)
+    )
+    return ((ours - true).abs().mean(0) / true.mean(0).clamp(min=1e-3)).mean()
+
+
+def train_vae(args) -> torch.nn.Module:
+    """Train the autoencoder, then its decoder alone, and return it.
+
+    The autoencoder minimizes L1, squared error and a small KL term. In a quarter of the steps the
+    decoder gets latents of half the size and has to return the image at half its size (EQ-VAE,
+    Kouzelis et al. 2025): such latents are easier to generate. That blurs fine texture, whose phase
+    is lost. The decoder alone then learns its strength, and the latents stay as they are.
+    """
+    torch.manual_seed(args.seed)
+    vae = init_vae(demo_model.vae())
+    vae = vae.to(args.device, memory_format=torch.channels_last)
+    crops = crop_sampler(args)
+
+    def vae_loss(step):
+        x = crops(step)
         with autocast(args.device, args.dtype):
             latents = vae.encode(x).latent_dist
             sample = latents.sample()
@@ -226,8 +198,20 @@ def train_vae(args) -> torch.nn.Module:
         kl = latents.kl().mean() / latents.mean[0].numel()
         return error.abs().mean() + 5 * error.square().mean() + 1e-4 * kl
 
+    def decoder_loss(step):
+        x = crops(step)
+        with autocast(args.device, args.dtype):
+            with torch.no_grad():
+                latents = vae.encode(x).latent_dist.mode()
+            decoded = vae.decode(latents).sample.float()
+        error = decoded - x
+        pixels = error.abs().mean() + 5 * error.square().mean()
+        return pixels + TEXTURE * texture_error(decoded, x)
+
     modules, steps = ModuleDict({"vae": vae}), args.vae_steps
-    train_stage("vae", modules, loss_at, (2e-3, 0.03), steps, steps, args)
+    train_stage("vae", modules, vae_loss, (2e-3, 0.03), steps, steps, args)
+    modules, steps = ModuleDict({"decoder": vae.decoder}), args.decoder_steps
+    train_stage("decoder", modules, decoder_loss, (1e-3, 0.01), steps, steps, args)
     return vae
 
 
@@ -293,7 +277,9 @@ def train_transformer(vae, args) -> FluxPipeline:
     loss_at = partial(flow_matching_loss, pipe, half, scenes, args, batch=4 * args.batch)
     train_stage("half", modules, loss_at, (1e-3, 0.02), args.half_steps, 2 * args.half_steps, args)
     loss_at = partial(flow_matching_loss, pipe, latents, scenes, args, batch=args.batch)
-    train_stage("full", modules, loss_at, (1e-3, 0.02), args.steps, args.steps, args)
+    for cycle, steps in enumerate(args.steps, 1):
+        name = f"full_{cycle}" if cycle > 1 else "full"
+        train_stage(name, modules, loss_at, (1e-3, 0.02), steps, steps, args)
     loss_at = partial(loss_at, teacher=deepcopy(modules))
     steps = args.guidance_steps
     train_stage("guidance", modules, loss_at, (3e-4, 0.005), steps, steps, args)
@@ -404,10 +390,12 @@ def parser() -> Parser:
          "(default: none)")  # fmt: skip
     flag("--vae_steps", type=int, default=4000, metavar="N", help="steps of stage 1 "
          "(default: %(default)s)")  # fmt: skip
+    flag("--decoder_steps", type=int, default=2000, metavar="N", help="steps of the decoder alone, "
+         "the end of stage 1 (default: %(default)s)")  # fmt: skip
     flag("--half_steps", type=int, default=1300, metavar="N", help="steps of stage 2 "
          "(default: %(default)s)")  # fmt: skip
-    flag("--steps", type=int, default=2600, metavar="N", help="steps of stage 3 "
-         "(default: %(default)s)")  # fmt: skip
+    flag("--steps", type=int, nargs="+", default=[2600, 4200], metavar="N", help="steps of stage "
+         "3; every number is a cycle of the learning rate (default: 2600 4200)")  # fmt: skip
     flag("--guidance_steps", type=int, default=400, metavar="N", help="steps of stage 4 "
          "(default: %(default)s)")  # fmt: skip
     flag("--batch", type=int, default=4, metavar="N", help="batch of stages 3 and 4; stage 2 has "

@@ -106,14 +106,15 @@ def set_tiny_modules(monkeypatch) -> None:
 
 
 def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    """A run that is interrupted in stages 2 and 4 ends with the weights of a whole run."""
+    """A run that is interrupted in every stage but the first ends with a whole run's weights."""
     set_tiny_modules(monkeypatch)
     monkeypatch.setattr(train, "BASE", 64)
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
-    monkeypatch.setattr(train, "VAE_IMAGES", {64: 2, 128: 1, 256: 1})
+    monkeypatch.setattr(train, "VAE_IMAGES", {256: 2, 272: 1, 288: 1})
     monkeypatch.setattr(train, "NUM_SCENES", 8)
     small = ["--device", "cpu", "--batch", "2", "--vae_steps", "2", "--dtype", "float32"]
-    small += ["--half_steps", "4", "--steps", "4", "--guidance_steps", "4"]
+    small += ["--decoder_steps", "4", "--half_steps", "4", "--steps", "2", "4"]
+    small += ["--guidance_steps", "4"]
 
     def run_training(name, seed="3", *flags):
         folder = ["--work", str(tmp_path / name), "--out", str(tmp_path / name / "out")]
@@ -125,7 +126,7 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
         return [value for module in modules for value in module.state_dict().values()]
 
     assert run_training("whole") == 0
-    save, left = train.save, ["half", "guidance"]
+    save, left = train.save, ["decoder", "half", "full_2", "guidance"]
 
     def save_or_interrupt(path, **state):
         save(path, **state)
@@ -134,7 +135,7 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "save", save_or_interrupt)
-    assert [run_training("parts") for _ in range(3)] == [130, 130, 0]
+    assert [run_training("parts") for _ in range(5)] == [130, 130, 130, 130, 0]
     assert all(map(torch.equal, load_weights("whole"), load_weights("parts")))
     monkeypatch.setattr(train, "train_vae", None)
     monkeypatch.setattr(train, "save", save)
@@ -147,6 +148,17 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
     # The decoder's last bias is that of --vae.
     last = whole[-1].float(), seed_4[-1].float()
     torch.testing.assert_close(*last, rtol=1e-3, atol=1e-3)
+
+
+def test_texture_error():
+    """It is 0 for the same texture elsewhere, 1 without texture, and 1 at twice the strength."""
+    x = torch.arange(64) * torch.pi / 4
+    stripes = torch.sin(x + torch.tensor([[0.0], [1.0]]))[:, None, None].expand(2, 3, 64, 64)
+    error = train.texture_error(stripes, stripes.flip(0))
+    assert error < 0.02
+    random = torch.randn(2, 3, 64, 64)
+    for decoded, expected in ((random, 0), (0 * random, 1), (2 * random, 1)):
+        assert train.texture_error(decoded, random) == pytest.approx(expected, abs=1e-5)
 
 
 def test_training_continues_in_its_number_format(tmp_path, monkeypatch):
