@@ -1,7 +1,7 @@
 """Drawing of landscapes in resolution-free coordinates: the training data and the ground truth.
 
-Every part is a sum of octaves down to a few pixels: a larger drawing of a scene shows the same
-picture with finer detail, and all sizes have the same statistics per pixel, as natural images do.
+Every part is a sum of octaves down to a few pixels, so a larger drawing of a scene shows the same
+picture with finer detail.
 """
 
 import numpy as np

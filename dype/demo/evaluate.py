@@ -270,7 +270,8 @@ def requested_cells(args) -> list[Cell]:
     for side in size:
         check_number("--size", side, 64, 4096, multiple=16)
     if args.settings:
-        cells = [Cell(size, parse_setting(text), args.count) for text in args.settings]
+        settings = {setting.name: setting for setting in map(parse_setting, args.settings)}
+        cells = [Cell(size, setting, args.count) for setting in settings.values()]
         for cell in cells:
             resolve_cell_passes(cell, args.steps)
     else:
@@ -324,7 +325,7 @@ def run(args) -> None:
         for _ in generate_images(jobs, args.processes):
             bar.update()
     pairs = requested_pairs(args.settings, args.against, args.cutoff)
-    tables = report.score_cells(vae, cells, scenes, folder, pairs)
+    tables = report.score_cells(vae, args.dtype, cells, scenes, folder, pairs)
     print(report.to_markdown(tables["rows"], report.ROW_COLUMNS[:3], signed=False))
     if tables["pairs"]:
         print()

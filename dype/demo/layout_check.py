@@ -2,7 +2,7 @@
 
 The image, of any size and aspect, is averaged to a grid of 128 x 128 cells. The sun is compared
 with a disk, each row with the next (the horizon), and a lake with what is above it. Regions are
-compared with those of small renderings.
+compared with those of small renderings. Cover, clouds, pines and birds are not judged.
 """
 
 from dataclasses import replace
@@ -41,6 +41,7 @@ LEAST_EDGE = 2.5  # contrast of the horizon with the rows about it, at noon (tru
 LEAST_STEP = 15  # of color at the horizon of land, at noon (truth: 25 or more)
 LARGEST_STEP = 36, 15  # above and below the horizon, at noon (truth: 0.99 below 12, 13)
 LARGEST_SHARE = 0.2  # of the step at the horizon, that another below may have in any case
+MIRROR_ROWS = 34  # cells from the horizon; mountains reach so far
 LEAST_MIRROR = 0.6  # correlation of a lake with what is above it (truth: 0.77 or more)
 PINE_TOLERANCE = 12
 COLOR_TOLERANCE = {"sky": 50, "mountains": 60, "ground": 40}  # RGB; truth: 40, 46, 26
@@ -103,19 +104,19 @@ def find_sun(cells: np.ndarray, color: str, height: str) -> tuple[float, float, 
         height: key of HEIGHTS; "": any.
     """
     sky = np.arange(CELLS)[:, None] < SUN_ROWS
-    region = sky & (color_distance(cells, SUNS[color]) < SUN_TOLERANCE)
-    if not region.any():
-        return 0.0, 0.0, 0.0, 0.0
-    region = sky & (color_distance(cells, np.median(cells[region], 0)) < SUN_TOLERANCE)
-    if not region.any():
-        return 0.0, 0.0, 0.0, 0.0
+    color = SUNS[color]
+    for _ in range(2):  # the second time with the image's own color
+        region = sky & (color_distance(cells, color) < SUN_TOLERANCE)
+        if not region.any():
+            return 0.0, 0.0, 0.0, 0.0
+        color = np.median(cells[region], 0)
     return max(fit_disk(region, HEIGHTS[h]) for h in ([height] if height else HEIGHTS))
 
 
 def has_other_sun(cells: np.ndarray, x: float, y: float, radius: float, horizon: int) -> bool:
-    """Return whether the sky has a sun of any color outside a disk.
+    """Return whether the image has a sun of any color outside a disk.
 
-    Below SUN_ROWS, where snow and haze may have a sun's color, only a round piece is a sun.
+    Below SUN_ROWS, where snow, haze and glitter may have a sun's color, only a round piece is one.
 
     Args:
         cells: [CELLS, CELLS, 3].
@@ -125,18 +126,19 @@ def has_other_sun(cells: np.ndarray, x: float, y: float, radius: float, horizon:
         horizon: row that the ground begins at.
     """
     outside = ~disk(x, y, radius + 2 / CELLS)
+    outside[horizon - 1 : horizon + 1] = False  # a bright shore joins no pieces
     for color in SUNS.values():
         similar = outside & (color_distance(cells, color) < SUN_TOLERANCE)
         if similar[:SUN_ROWS].sum() > LARGEST_SPECK:
             return True
-        pieces, _ = ndimage.label(similar[: horizon - 1])
+        pieces, _ = ndimage.label(similar)
         for number, (rows, columns) in enumerate(ndimage.find_objects(pieces), 1):
             piece = pieces[rows, columns] == number
             sides = piece.shape
             if (
                 min(sides) > LEAST_SUN
                 and max(sides) < 1.2 * min(sides)
-                and 0.72 < piece.mean() < 0.87
+                and 0.72 < piece.mean() < 0.9
             ):
                 return True
     return False
@@ -164,8 +166,8 @@ def find_mirror(cells: np.ndarray, usable: np.ndarray) -> tuple[float, int]:
     smooth /= np.maximum(weights, 1e-3)
 
     def correlate(axis: int) -> tuple[float, float]:
-        count = min(34, CELLS - axis)  # rows that mountains and their image may have
-        above, below = slice(axis - count, axis - 2), slice(axis + 2, axis + count)
+        above = slice(axis - MIRROR_ROWS, axis - 2)
+        below = slice(axis + 2, axis + MIRROR_ROWS)
         weight = (usable[above][::-1] & usable[below])[..., None]
         parts = smooth[above][::-1], smooth[below]
         results = []
@@ -258,9 +260,8 @@ def check(image: np.ndarray, attributes: dict[str, str] | Scene) -> Verdict:
     """
     words = vars(attributes) if isinstance(attributes, Scene) else attributes
     cells = average_cells(image)
-    fits = {color: find_sun(cells, color, words["height"]) for color in SUNS}
-    overlap, *sun = fits[words["color"]] if words["color"] else max(fits.values())
-
+    colors = [words["color"]] if words["color"] else SUNS
+    overlap, *sun = max(find_sun(cells, color, words["height"]) for color in colors)
     no_pines = np.ones((CELLS, CELLS), bool)
     time, sky_distance = nearest(region_colors(cells, 82, no_pines), "sky", "time")
     pines, light = find_pines(cells, time), np.mean(TIMES[time][3])

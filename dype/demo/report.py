@@ -21,6 +21,7 @@ from dype.demo.experiments import (
     image_paths,
 )
 from dype.demo.scenes import Scene
+from dype.pipelines.devices import autocast
 from dype.sampling import records
 
 # columns before the scores
@@ -30,11 +31,14 @@ PAIR_COLUMNS = ("size", "setting", "against", "n")
 PRINTED_SCORES = (("layout", "overlap", "joint"), ("spectrum", "directions"), ("patches", "lite0"))
 
 
-def score_cells(vae, cells: list[Cell], scenes: list[Scene], folder: Path, pairs=()) -> dict:
+def score_cells(
+    vae, dtype: str, cells: list[Cell], scenes: list[Scene], folder: Path, pairs=()
+) -> dict:
     """Return the scores of every cell and of the truth as "rows", paired differences as "pairs".
 
     Args:
         vae: autoencoder that rendered truth passes through.
+        dtype: number format of the images' own decoding.
         cells: cells with finished images.
         scenes: scene of each prompt, at least as many as the largest cell has.
         folder: folder of the seed.
@@ -44,7 +48,7 @@ def score_cells(vae, cells: list[Cell], scenes: list[Scene], folder: Path, pairs
     for size in dict.fromkeys(cell.size for cell in cells):
         cells_by_name = {cell.setting.name: cell for cell in cells if cell.size == size}
         size_scenes = scenes[: max(cell.count for cell in cells_by_name.values())]
-        truth, baselines = truth_baselines(vae, size_scenes, size)
+        truth, baselines = truth_baselines(vae, dtype, size_scenes, size)
         rows += [score_row(size, name, None, *sets) for name, sets in baselines.items()]
         label, statistics = format_size(size), {}
         for name, cell in tqdm(cells_by_name.items(), f"scores {label}", leave=False):
@@ -63,7 +67,7 @@ def score_cells(vae, cells: list[Cell], scenes: list[Scene], folder: Path, pairs
 
 
 def truth_baselines(
-    vae, scenes: list[Scene], size: tuple[int, int]
+    vae, dtype: str, scenes: list[Scene], size: tuple[int, int]
 ) -> tuple[scores.ImageStatistics, dict]:
     """Return the truth that images are compared with, and the rows that score truth itself.
 
@@ -74,6 +78,7 @@ def truth_baselines(
 
     Args:
         vae: autoencoder.
+        dtype: number format of the round trip.
         scenes: scenes to render.
         size: (height, width), px.
 
@@ -84,9 +89,9 @@ def truth_baselines(
     for name, seed_offset in (("same_seed", 0), ("other_seed", 1)):
         variants = [replace(scene, seed=scene.seed + seed_offset) for scene in scenes]
         images = [render(scene, *size) for scene in tqdm(variants, f"truth {label}", leave=False)]
-        decoded = [round_trip(vae, image) for image in images]
-        statistics |= {name: scores.measure(images, scenes)}
-        statistics |= {f"{name}_vae": scores.measure(decoded, scenes)}
+        decoded = [round_trip(vae, image, dtype) for image in images]
+        statistics[name] = scores.measure(images, scenes)
+        statistics[f"{name}_vae"] = scores.measure(decoded, scenes)
         decibels += map(psnr, images, decoded)
     print(f"{label} px: round trip {np.mean(decibels):.1f} dB, deviation {np.std(decibels):.1f}")
     return statistics["same_seed_vae"], {
@@ -172,11 +177,12 @@ def to_csv(rows: list[dict], columns: tuple[str, ...]) -> bytes:
 
 
 @torch.no_grad()
-def round_trip(vae, image: np.ndarray) -> np.ndarray:
-    """Encode and decode an image; both are uint8 [H, W, 3]."""
-    x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
-    out = vae(x).sample[0].permute(1, 2, 0)
-    return ((out + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+def round_trip(vae, image: np.ndarray, dtype: str = "float32") -> np.ndarray:
+    """Encode and decode an image, uint8 [H, W, 3], in a number format; return the same."""
+    x = torch.from_numpy(image).to(vae.device).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with autocast(vae.device, dtype):
+        out = vae(x).sample[0].permute(1, 2, 0).float()
+    return ((out + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
 
 
 def psnr(image: np.ndarray, reference: np.ndarray) -> float:

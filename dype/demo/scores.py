@@ -27,22 +27,28 @@ PATCH = 32  # px, two tokens
 FEATURES = 32  # random filters of 5 x 5 px; a feature is the mean magnitude over a patch
 SEED = 0  # of the filters
 AXIS_ANGLE = 7.5  # degrees; a narrower sector shows fainter lines, but has few low frequencies
+LEAST_POWER = 1e-3  # an image of one color has none
 LITE0_BLOCKS = 5  # of 16
 LITE0_TILE = 256  # px, near the 224 px of the network's training; bounds the memory
+
+
+def tile_starts(side: int, tile: int) -> list[int]:
+    """Return where tiles begin that cover a side; the last may overlap the one before."""
+    return sorted({*range(0, side - tile + 1, tile), side - tile})
 
 
 def mean_power(image: np.ndarray) -> np.ndarray:
     """Return the power of a gray square, in the order of `rfft2`: [side, side // 2 + 1].
 
-    An image that is not square is cut into squares, whose powers are averaged. A Hann window keeps
-    the gradient of the light from leaking into the high frequencies.
+    The power of an image that is not square is the mean over squares that cover it. A Hann window
+    keeps the gradient of the light from leaking into the high frequencies.
     """
     size, gray = min(image.shape[:2]), image.mean(-1)
     window = np.outer(np.hanning(size), np.hanning(size))
     squares = [
         gray[y : y + size, x : x + size]
-        for y in range(0, gray.shape[0] - size + 1, size)
-        for x in range(0, gray.shape[1] - size + 1, size)
+        for y in tile_starts(gray.shape[0], size)
+        for x in tile_starts(gray.shape[1], size)
     ]
     return np.mean([abs(np.fft.rfft2((s - s.mean()) * window)) ** 2 for s in squares], 0)
 
@@ -64,7 +70,7 @@ def log_power_by_band(power: np.ndarray, sectors: np.ndarray, per_octave: int) -
     bins = np.where(bands < 0, -1, bands * count + sectors)
     total = int(per_octave * np.log2(size / 8)) * count
     mean = mean_power_by_bin(*map(torch.from_numpy, (power, bins)), total)
-    return np.log(mean.numpy()).reshape(-1, count)
+    return np.log(np.maximum(mean.numpy(), LEAST_POWER)).reshape(-1, count)
 
 
 def frequencies(size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -149,8 +155,8 @@ def lite0_features(image: np.ndarray) -> np.ndarray:
     pixels = torch.from_numpy(scaled).permute(2, 0, 1)
     (height, width), rows = image.shape[:2], []
     tile_height, tile_width = min(height, LITE0_TILE), min(width, LITE0_TILE)
-    for y in range(0, height - tile_height + 1, tile_height):
-        for x in range(0, width - tile_width + 1, tile_width):
+    for y in tile_starts(height, tile_height):
+        for x in tile_starts(width, tile_width):
             tile = pixels[None, :, y : y + tile_height, x : x + tile_width]
             rows.append(F.avg_pool2d(network(tile), PATCH // 8)[0].flatten(1).T)
     return torch.cat(rows).double().numpy()
@@ -159,8 +165,8 @@ def lite0_features(image: np.ndarray) -> np.ndarray:
 class ImageStatistics(NamedTuple):
     """Statistics of n images, from which every score follows."""
 
-    is_right: np.ndarray  # [n] 1: one object of the prompt's color and shape, in its place
-    overlap: np.ndarray  # [n] IoU of the object with the prompt's shape at its best place
+    is_right: np.ndarray  # [n] 1: the layout is right
+    overlap: np.ndarray  # [n] IoU of the sun with a disk
     spectra: np.ndarray  # [n, bands]
     feature_means: np.ndarray  # [n, F] over the patches of an image
     feature_outers: np.ndarray  # [n, F, F] mean outer product over the patches of an image
@@ -192,23 +198,28 @@ def select(statistics: ImageStatistics, index: np.ndarray) -> ImageStatistics:
 
 
 def layout_share(images: ImageStatistics, truth: ImageStatistics) -> float:
-    """Return the share of images with one object of the prompt's color and shape in its place."""
+    """Return the share of images whose layout is right."""
     return float(images.is_right.mean())
 
 
 def mean_overlap(images: ImageStatistics, truth: ImageStatistics) -> float:
-    """Return the mean intersection over union of the object with the prompt's shape."""
+    """Return the mean intersection over union of the sun with a disk."""
     return float(images.overlap.mean())
 
 
 def spectrum_distance(images: ImageStatistics, truth: ImageStatistics) -> float:
     """Return the RMS over bands of the difference of the mean log power spectra; 0 is best."""
-    return float(np.sqrt(np.mean((images.spectra.mean(0) - truth.spectra.mean(0)) ** 2)))
+    return rms_of_means(images.spectra - truth.spectra)
 
 
 def directions_distance(images: ImageStatistics, truth: ImageStatistics) -> float:
     """Return the RMS over bands and sectors of the difference of the means; 0 is best."""
-    return float(np.sqrt(np.mean((images.directions.mean(0) - truth.directions.mean(0)) ** 2)))
+    return rms_of_means(images.directions - truth.directions)
+
+
+def rms_of_means(differences: np.ndarray) -> float:
+    """Return the root mean square of the means over the first axis."""
+    return float(np.sqrt(np.mean(differences.mean(0) ** 2)))
 
 
 def patch_distance(images: ImageStatistics, truth: ImageStatistics) -> float:
@@ -243,7 +254,7 @@ def patch_moments(means: np.ndarray, outers: np.ndarray) -> tuple[np.ndarray, np
 
 
 def joint_score(images: ImageStatistics, truth: ImageStatistics) -> float:
-    """Return layout times exp(-spectrum), which a right layout and a right texture make 1."""
+    """Return layout times exp(-spectrum); 1 is best."""
     return layout_share(images, truth) * float(np.exp(-spectrum_distance(images, truth)))
 
 
@@ -274,17 +285,16 @@ def bootstrap(
         statistic: takes one argument per set.
         sets: statistics of the same n scenes. Each of the RESAMPLES samples has n scenes with
             replacement, the same ones in all sets.
-        is_set_score: return an interval about the value, at least 0, instead of percentiles.
+        is_set_score: return an interval about the value instead of percentiles.
     """
     value, n = statistic(*sets), len(sets[0].is_right)
     resampled = [
         statistic(*(select(statistics, index) for statistics in sets))
         for index in intervals.bootstrap_indices(n, RESAMPLES)
     ]
-    if not is_set_score:
-        return {"mean": value, "interval": intervals.percentile_interval(resampled)}
-    low, high = intervals.normal_interval(value, resampled)
-    return {"mean": value, "interval": [max(low, 0.0), high]}
+    if is_set_score:
+        return {"mean": value, "interval": intervals.normal_interval(value, resampled)}
+    return {"mean": value, "interval": intervals.percentile_interval(resampled)}
 
 
 def score(images: ImageStatistics, truth: ImageStatistics) -> dict:
@@ -294,6 +304,8 @@ def score(images: ImageStatistics, truth: ImageStatistics) -> dict:
     results["overlap"] = bootstrap(mean_overlap, images, truth)
     for name in (name for name in score_names(images) if name in SET_SCORES):
         results[name] = bootstrap(SCORES[name], images, truth, is_set_score=True)
+        low, high = results[name]["interval"]
+        results[name]["interval"] = [max(low, 0.0), high]
     return results
 
 
@@ -307,12 +319,15 @@ def paired_differences(
         baseline: statistics of the same scenes.
         truth: statistics of the same scenes.
     """
-    differences = {
-        name: bootstrap(lambda a, b, c, f=SCORES[name]: f(a, c) - f(b, c), images, baseline, truth)
-        for name in score_names(images)
-    }
+    gain = layout_share(images, truth) - layout_share(baseline, truth)
     interval = intervals.paired_shares(images.is_right, baseline.is_right)
-    differences["layout"]["interval"] = interval
+    differences = {"layout": {"mean": gain, "interval": interval}}
+    for name in score_names(images)[1:]:
+        differences[name] = bootstrap(
+            lambda a, b, c, f=SCORES[name]: f(a, c) - f(b, c),
+            *(images, baseline, truth),
+            is_set_score=name in SET_SCORES,
+        )
     return differences
 
 

@@ -22,14 +22,16 @@ from diffusers import AutoencoderKL, FluxPipeline
 from torch.nn import ModuleDict
 from tqdm import tqdm
 
+from dype.config import check_number
 from dype.demo import model as demo_model
 from dype.demo.drawing import render
 from dype.demo.optimizer import Optimizer, learning_rate
 from dype.demo.scenes import ATTRIBUTES, COMBINATIONS, HELD_OUT, Scene, sample_scene
-from dype.errors import Parser, UserError, run_command
+from dype.errors import Parser, UserError, raise_user_errors, run_command
+from dype.pipelines.catalog import MODELS
 from dype.pipelines.devices import DTYPES, autocast, check_device, fast_dtype
 
-BASE = 512  # px, the size that the transformer is trained for
+BASE = MODELS["demo"].base_resolution  # px
 TRAINED = tuple(c for c in COMBINATIONS if c not in HELD_OUT)
 VAE_IMAGES = {256: 800, 512: 600, 1024: 100}  # images per size for the autoencoder
 WINDOW = 16  # px, of the decoder's texture error
@@ -72,6 +74,8 @@ def train_stage(
 ) -> None:
     """Train modules, from the last checkpoint if there is one, and set their averaged weights.
 
+    A checkpoint that began with other weights raises UserError.
+
     Args:
         name: name of the stage and of its checkpoint.
         modules: modules to train, by name.
@@ -87,8 +91,11 @@ def train_stage(
     params = optimizer.params
     average = [p.detach().clone() for p in params]
     first, smooth = 0, None
+    start = torch.nn.utils.get_total_norm(params).item()
     if path.exists():
         state = torch.load(path, map_location=args.device)
+        if not math.isclose(start, state.get("start", start), rel_tol=1e-5):
+            raise UserError(f"{path} began with other weights, expected another --work")
         first, smooth, average = state["step"], state["loss"], state["average"]
         optimizer.load_state_dict(state["optimizer"])
         for key, module in modules.items():
@@ -104,7 +111,7 @@ def train_stage(
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
         progress.set_postfix(loss=f"{smooth:.4f}")
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-            saved = {"optimizer": optimizer.state_dict(), "dtype": args.dtype}
+            saved = {"optimizer": optimizer.state_dict(), "dtype": args.dtype, "start": start}
             saved |= {key: module.state_dict() for key, module in modules.items()}
             save(path, step=step + 1, loss=smooth, average=average, **saved)
     for param, mean in zip(params, average, strict=True):
@@ -220,7 +227,11 @@ def cached_latents(vae, args) -> tuple[torch.Tensor, list[Scene]]:
     rng = np.random.default_rng([args.seed, BASE])
     scenes = [sample_scene(rng, TRAINED) for _ in range(NUM_SCENES)]
     path = args.work / "latents.pt"
-    if not path.exists():
+    encoder = torch.nn.utils.get_total_norm(vae.encoder.parameters()).item()
+    state = torch.load(path) if path.exists() else {}
+    latents = state.get("latents", ())
+    is_current = math.isclose(encoder, state.get("encoder", encoder), rel_tol=1e-5)
+    if len(latents) != NUM_SCENES or not is_current:
         latents = []
         with Pool() as pool:
             images = pool.imap(partial(render, height=BASE), scenes, chunksize=4)
@@ -228,8 +239,9 @@ def cached_latents(vae, args) -> tuple[torch.Tensor, list[Scene]]:
                 x = to_tensor(np.stack([*islice(images, 16)]), args.device)
                 with torch.no_grad(), autocast(args.device, args.dtype):
                     latents.append(vae.encode(x).latent_dist.mode().half().cpu())
-        save(path, latents=torch.cat(latents))
-    return torch.load(path)["latents"].float(), scenes
+        latents = torch.cat(latents)
+        save(path, latents=latents, encoder=encoder)
+    return latents.float(), scenes
 
 
 def normalize(vae, latents: torch.Tensor) -> torch.Tensor:
@@ -405,11 +417,10 @@ def parser() -> Parser:
 
 def resolve_dtype(args: argparse.Namespace) -> str:
     """Return the number format of the checkpoints, else --dtype, else the device's faster one."""
-    for stage in ("guidance", "full", "half", "vae"):
+    for stage in ("vae", "half"):  # the first one; with --vae there is no vae.pt
         path = args.work / f"{stage}.pt"
         if path.exists():
-            state = torch.load(path, map_location="cpu")
-            dtype = state.get("dtype", "bfloat16")  # older checkpoints do not name it
+            dtype = torch.load(path, map_location="cpu")["dtype"]
             if args.dtype not in (None, dtype):
                 raise UserError(
                     f"--dtype is {args.dtype}, but {path} was trained in {dtype}, expected the "
@@ -419,8 +430,11 @@ def resolve_dtype(args: argparse.Namespace) -> str:
     return args.dtype or fast_dtype(args.device)
 
 
+@raise_user_errors()
 def train(args: argparse.Namespace) -> None:
     """Train all stages and save the pipeline. Raises UserError, UnavailableError and OSError."""
+    check_number("--seed", args.seed, 0, math.inf, integer=True)
+    check_number("--batch", args.batch, 1, NUM_SCENES // 4, integer=True)
     args.work = args.work or Path(f"outputs/demo_training_{args.seed}")
     args.out = args.out or (args.work / "pipeline" if args.seed else WEIGHTS)
     check_device(args.device, "none")

@@ -106,14 +106,14 @@ def set_tiny_modules(monkeypatch) -> None:
 
 
 def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    """A run that is interrupted in every stage but the first ends with a whole run's weights."""
+    """A run that is interrupted in every stage ends with the weights of a whole run."""
     set_tiny_modules(monkeypatch)
     monkeypatch.setattr(train, "BASE", 64)
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
     monkeypatch.setattr(train, "VAE_IMAGES", {256: 2, 272: 1, 288: 1})
     monkeypatch.setattr(train, "NUM_SCENES", 8)
-    small = ["--device", "cpu", "--batch", "2", "--vae_steps", "2", "--dtype", "float32"]
-    small += ["--decoder_steps", "4", "--half_steps", "4", "--steps", "2", "4"]
+    small = ["--device", "cpu", "--batch", "2", "--vae_steps", "4", "--dtype", "float32"]
+    small += ["--decoder_steps", "4", "--half_steps", "4", "--steps", "4", "4"]
     small += ["--guidance_steps", "4"]
 
     def run_training(name, seed="3", *flags):
@@ -126,7 +126,7 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
         return [value for module in modules for value in module.state_dict().values()]
 
     assert run_training("whole") == 0
-    save, left = train.save, ["decoder", "half", "full_2", "guidance"]
+    save, left = train.save, ["vae", "decoder", "half", "full", "full_2", "guidance"]
 
     def save_or_interrupt(path, **state):
         save(path, **state)
@@ -135,7 +135,7 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "save", save_or_interrupt)
-    assert [run_training("parts") for _ in range(5)] == [130, 130, 130, 130, 0]
+    assert [run_training("parts") for _ in range(7)] == [130] * 6 + [0]
     assert all(map(torch.equal, load_weights("whole"), load_weights("parts")))
     monkeypatch.setattr(train, "train_vae", None)
     monkeypatch.setattr(train, "save", save)
@@ -166,12 +166,10 @@ def test_training_continues_in_its_number_format(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "fast_dtype", lambda device: "float32")
     args = train.parser().parse_args(["--work", str(tmp_path)])
     assert train.resolve_dtype(args) == "float32"
-    torch.save({"step": 250}, tmp_path / "vae.pt")  # of older versions, without a format
+    torch.save({"dtype": "bfloat16"}, tmp_path / "vae.pt")
     assert train.resolve_dtype(args) == "bfloat16"
-    torch.save({"dtype": "float32"}, tmp_path / "full.pt")
-    assert train.resolve_dtype(args) == "float32"
-    args.dtype = "bfloat16"
-    with pytest.raises(UserError, match=r"--dtype is bfloat16, but .* was trained in float32"):
+    args.dtype = "float32"
+    with pytest.raises(UserError, match=r"--dtype is float32, but .* was trained in bfloat16"):
         train.resolve_dtype(args)
 
 
