@@ -41,6 +41,8 @@ class Optimizer:
             is_outer = weight.ndim == 1 or any(part in name for part in OUTER_LAYERS)
             (outer if is_outer else self.hidden).append(weight)
         self.matrices = [torch.nn.Parameter(as_matrix(p.detach())) for p in self.hidden]
+        for matrix, weight in zip(self.matrices, self.hidden, strict=True):
+            assert matrix.data_ptr() == weight.data_ptr()  # a copy would leave the weight as it is
         self.parts = (
             torch.optim.Muon(self.matrices, muon_rate, weight_decay=0.01, momentum=0.9),
             torch.optim.AdamW(outer, rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),

@@ -122,7 +122,7 @@ MODELS = {
         height=1024, width=1024, dtype="float32", steps=20, guidance=4.0, max_sequence_length=24,
         prompt="a low red sun over snowy blue mountains and a lake at dusk",
         scheduler_config=DYNAMIC | {"base_image_seq_len": 64, "max_image_seq_len": 1024},
-        dype_defaults={"method": "yarn_paper"},  # it keeps the layout at 2x (docs/demo.md)
+        dype_defaults={"method": "yarn_paper"},  # it keeps one sun at 2x (docs/demo.md)
     ),
 }
 # fmt: on

@@ -6,166 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import scipy.linalg
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from dype.config import DyPEConfig
 from dype.demo import evaluate, experiments, report, scores
-from dype.demo.drawing import render
 from dype.demo.experiments import Cell, parse_setting
-from dype.demo.scenes import sample_scene
-from dype.demo.scores import log_spectrum, mean_power, patch_features
-from dype.metrics import intervals
 from dype.rope import METHODS, axis_frequencies
-
-
-def make_scenes(count, seed=7):
-    rng = np.random.default_rng(seed)
-    return [sample_scene(rng) for _ in range(count)]
-
-
-def blur(image):
-    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(2)))
-
-
-def constant_statistics(values):
-    """Statistics that have these values in every field."""
-    return scores.ImageStatistics(*[values] * len(scores.ImageStatistics._fields))
-
-
-def test_spectrum():
-    """White noise is flat, a wave is in its band, and twice the contrast adds ln 4 everywhere."""
-    noise = np.random.default_rng(0).normal(128, 20, (128, 128, 1)).repeat(3, 2)
-    flat = log_spectrum(mean_power(noise))
-    assert len(flat) == 16  # 4 octaves, from 4 to 64 cycles per image
-    assert np.ptp(flat[4:]) < 0.5
-    wave = 128 + 50 * np.cos(2 * np.pi * 17 * np.arange(128) / 128)
-    wave = np.broadcast_to(wave[:, None, None], noise.shape)
-    assert log_spectrum(mean_power(wave)).argmax() == 8  # [16, 19) cycles
-    doubled = log_spectrum(mean_power(2 * noise - noise.mean()))
-    flat, doubled = constant_statistics(flat[None]), constant_statistics(doubled[None])
-    assert scores.spectrum_distance(flat, flat) == 0
-    assert scores.spectrum_distance(doubled, flat) == pytest.approx(np.log(4))
-
-
-def test_patch_distance_is_frechets(monkeypatch):
-    """As with scipy's matrix root of the product; |shift|^2 for a moved set, 0 for the same."""
-
-    def measure_features(features):
-        monkeypatch.setattr(scores, "patch_features", lambda image: features)
-        [scene] = make_scenes(1)
-        return scores.measure([render(scene, 64)], [scene])
-
-    rng = np.random.default_rng(0)
-    first, second = rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6)), rng.normal(1, 2, (400, 6))
-    images, truth = measure_features(first), measure_features(second)
-    root = scipy.linalg.sqrtm(np.cov(first.T, bias=True) @ np.cov(second.T, bias=True)).real
-    traces = np.trace(np.cov(first.T, bias=True)) + np.trace(np.cov(second.T, bias=True))
-    expected = np.sum((first.mean(0) - second.mean(0)) ** 2) + traces - 2 * np.trace(root)
-    assert scores.patch_distance(images, truth) == pytest.approx(1000 * expected, rel=1e-9)
-    assert scores.patch_distance(images, images) == pytest.approx(0, abs=1e-6)
-    moved = measure_features(first + 2)
-    assert scores.patch_distance(images, moved) == pytest.approx(24_000)
-
-
-def test_patch_features():
-    """Features are 0 on one color and alike on dark and light grounds; patches have 32 px."""
-    flat = np.full((64, 96, 3), 90, np.uint8)
-    assert patch_features(flat).shape == (6, 32)
-    assert abs(patch_features(flat)).max() < 1e-5
-    texture = np.random.default_rng(0).integers(100, 200, (64, 64, 1), np.uint8).repeat(3, 2)
-    light, dark = patch_features(texture), patch_features(texture // 2)
-    np.testing.assert_allclose(light, dark, rtol=0.05)
-
-
-def test_scores_of_right_and_wrong_images():
-    """Other ridges are as good as the truth, blur spoils the texture, no sun the layout."""
-    scenes = make_scenes(6)
-    truth = scores.measure([render(scene, 256) for scene in scenes], scenes)
-    images = [render(replace(scene, seed=scene.seed + 1), 256) for scene in scenes]
-    right = scores.measure(images, scenes)
-    blurred = scores.measure([blur(image) for image in images], scenes)
-    sunless = [np.repeat(image[:, :1], 256, axis=1) for image in images]
-    wrong = scores.measure(sunless, scenes)
-    assert scores.layout_share(right, truth) == 1
-    assert scores.layout_share(wrong, truth) == scores.joint_score(wrong, truth) == 0
-    assert scores.mean_overlap(right, truth) > 0.9 > 0.1 > scores.mean_overlap(wrong, truth)
-    for distance in (scores.spectrum_distance, scores.patch_distance):
-        assert distance(truth, truth) == pytest.approx(0, abs=1e-6)
-        assert distance(blurred, truth) > 5 * distance(right, truth)
-    share, distance = scores.layout_share(blurred, truth), scores.spectrum_distance(blurred, truth)
-    assert scores.joint_score(blurred, truth) == pytest.approx(share * np.exp(-distance))
-
-
-def test_bootstrap_covers_the_mean(monkeypatch):
-    """About 95 of 100 intervals contain the true mean, and have the width of theory."""
-    monkeypatch.setattr(scores, "RESAMPLES", 300)
-    rng, covered, widths = np.random.default_rng(1), 0, []
-    for _ in range(200):
-        sample = rng.normal(3, 2, 60)
-        result = scores.bootstrap(lambda images: images.overlap.mean(), constant_statistics(sample))
-        low, high = result["interval"]
-        covered += low < 3 < high
-        widths.append(high - low)
-        assert result["mean"] == sample.mean()
-    assert 180 <= covered <= 198
-    assert np.mean(widths) == pytest.approx(2 * 1.96 * 2 / 60**0.5, rel=0.05)
-
-
-def test_differences_are_paired(monkeypatch):
-    """Equal sets have 0; a constant gap has an interval of no width."""
-    monkeypatch.setattr(scores, "RESAMPLES", 50)
-    scenes = make_scenes(4)
-    truth = scores.measure([render(scene, 128) for scene in scenes], scenes)
-    differences = scores.paired_differences(truth, truth, truth)
-    layout = differences.pop("layout")
-    assert all(result == {"mean": 0, "interval": [0, 0]} for result in differences.values())
-    assert layout["mean"] == 0
-    assert layout["interval"] == pytest.approx([-1.96 / 6, 1.96 / 6])  # n + 2 = 6
-    worse = truth._replace(overlap=truth.overlap - 0.25)
-    result = scores.paired_differences(worse, truth, truth)["overlap"]
-    assert [result["mean"], *result["interval"]] == pytest.approx([-0.25] * 3)
-
-
-def test_intervals_of_distances_contain_the_value(monkeypatch):
-    """The interval of a distance always contains it, also a small one, unlike percentiles.
-
-    For sets whose laws are 0.5 apart it contains the expected distance in 85 of 100 cases or more.
-    """
-    monkeypatch.setattr(scores, "RESAMPLES", 200)
-    rng, covered = np.random.default_rng(2), 0
-    for _ in range(100):
-        far, truth = rng.normal(0.5, 1, (32, 16)), rng.normal(0, 1, (32, 16))
-        for values, shift in ((far, 0.5), (rng.normal(0, 1, (32, 16)), 0)):
-            sets = constant_statistics(values), constant_statistics(truth)
-            result = scores.bootstrap(scores.spectrum_distance, *sets, is_set_score=True)
-            low, high = result["interval"]
-            assert low <= result["mean"] <= high
-            covered += shift == 0.5 and low < np.hypot(0.5, (2 / 32) ** 0.5) < high
-    assert covered >= 85
-
-
-def test_shares_of_the_same_images(monkeypatch):
-    """The paired interval covers the true gain, also where few images differ."""
-    rng, covered = np.random.default_rng(3), 0
-    for _ in range(400):
-        baseline = rng.random(32) < 0.9
-        right = np.where(rng.random(32) < 0.1, True, baseline)  # a tenth of the wrong ones is right
-        low, high = intervals.paired_shares(right.astype(float), baseline.astype(float))
-        covered += low < 0.1 * 0.1 < high
-    assert covered >= 380
-
-
-def test_wilson():
-    right, texture = np.array([1.0] * 90 + [0.0] * 10), np.ones((100, 2, 2))
-    moments = texture[:, 0], texture
-    images = scores.ImageStatistics(right, right, texture[:, 0], *moments, texture, *moments)
-    result = scores.score(images, images)["layout"]
-    assert [result["mean"], *result["interval"]] == pytest.approx([0.9, 0.826, 0.945], abs=5e-4)
-    assert scores.format_interval(result) == "0.90 [0.83, 0.94]"
-
 
 NAMES = {  # text -> name of the setting, None: the text
     "base": None,
@@ -333,14 +180,6 @@ def test_size_not_square(tmp_path, small_base):
     assert {row["size"] for row in saved["rows"]} == {"128x64"}
     [pair] = saved["pairs"]
     assert (pair["setting"], pair["against"]) == ("pi", "base")
-
-
-def test_spectrum_of_wide_images():
-    """It is the mean power of the squares that the image is cut into."""
-    [scene] = make_scenes(1)
-    wide = render(scene, 128, 256)
-    halves = [np.exp(log_spectrum(mean_power(half))) for half in (wide[:, :128], wide[:, 128:])]
-    np.testing.assert_allclose(log_spectrum(mean_power(wide)), np.log(np.mean(halves, 0)))
 
 
 def test_controls_are_compared_with_their_settings():

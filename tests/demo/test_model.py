@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from landscapes import make_scenes
 from PIL import Image
 
 import run_dype
@@ -21,7 +22,7 @@ from dype.demo import train
 from dype.demo.drawing import render
 from dype.demo.layout_check import check
 from dype.demo.report import psnr, round_trip
-from dype.demo.scenes import parse_caption, sample_scene
+from dype.demo.scenes import parse_caption
 from dype.demo.scores import log_spectrum, mean_power
 from dype.errors import UserError
 from dype.noise_schedule import noise_schedule
@@ -29,11 +30,6 @@ from dype.pipelines.catalog import MODELS
 
 WEIGHTS = Path(MODELS["demo"].repo)
 CHILDREN = ("children_user", "children_system")
-
-
-def make_scenes(count, seed=7):
-    rng = np.random.default_rng(seed)
-    return [sample_scene(rng) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")

@@ -4,17 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from landscapes import make_scenes
 from PIL import Image
 
 from dype.demo import train
 from dype.demo.drawing import render
-from dype.demo.scenes import COMBINATIONS, GROUNDS, HELD_OUT, SUNS, sample_scene
+from dype.demo.scenes import COMBINATIONS, GROUNDS, HELD_OUT, SUNS
 from dype.demo.scores import log_spectrum, mean_power
-
-
-def make_scenes(count, seed=7):
-    rng = np.random.default_rng(seed)
-    return [sample_scene(rng) for _ in range(count)]
 
 
 def test_scenes_are_free_of_resolution():

@@ -17,3 +17,14 @@ def test_intervals_of_means_cover():
     low, high = intervals.mean_interval(values, intervals.harmonic_mean)
     assert low < 1 / np.mean(1 / values) < high < values.mean()
     assert intervals.mean_interval(values[:1]) is None
+
+
+def test_shares_of_the_same_images():
+    """The paired interval covers the true gain, also where few images differ."""
+    rng, covered = np.random.default_rng(3), 0
+    for _ in range(400):
+        baseline = rng.random(32) < 0.9
+        right = np.where(rng.random(32) < 0.1, True, baseline)  # a tenth of the wrong ones is right
+        low, high = intervals.paired_shares(right.astype(float), baseline.astype(float))
+        covered += low < 0.1 * 0.1 < high
+    assert covered >= 380
