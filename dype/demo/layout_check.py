@@ -39,10 +39,11 @@ LARGEST_SPECK = 8  # cells of a sun's color in the rest of the sky (truth: 0)
 AXES = range(78, 88)  # rows below which the ground may begin (truth: 79.4 to 84.5)
 LEAST_EDGE = 2.5  # contrast of the horizon with the rows about it, at noon (truth: 4.6 or more)
 LEAST_STEP = 15  # of color at the horizon of land, at noon (truth: 25 or more)
+LEAST_SHORE = 6  # the same of a lake (truth: 10 or more)
 LARGEST_STEP = 36, 15  # above and below the horizon, at noon (truth: 0.99 below 12, 13)
 LARGEST_SHARE = 0.2  # of the step at the horizon, that another below may have in any case
 MIRROR_ROWS = 34  # cells from the horizon; mountains reach so far
-LEAST_MIRROR = 0.6  # correlation of a lake with what is above it (truth: 0.77 or more)
+LEAST_MIRROR = 0.8  # correlation of a lake's rows with those above it (truth: 0.9 or more)
 PINE_TOLERANCE = 12
 COLOR_TOLERANCE = {"sky": 50, "mountains": 60, "ground": 40}  # RGB; truth: 40, 46, 26
 PER_LAND = 6  # renderings for each time, color and cover of the mountains
@@ -58,7 +59,7 @@ class Verdict(NamedTuple):
     sky: bool  # colors of the time
     mountains: bool  # their color
     ground: bool  # colors of the ground
-    mirror: bool  # a lake shows what is above it
+    mirror: bool  # a lake has the colors above it, in mirrored order
 
 
 def average_cells(image: np.ndarray) -> np.ndarray:
@@ -151,35 +152,25 @@ def find_pines(cells: np.ndarray, time: str) -> np.ndarray:
 
 
 def find_mirror(cells: np.ndarray, usable: np.ndarray) -> tuple[float, int]:
-    """Return the correlation of a lake with what is above it, and the row that it begins at.
+    """Return how well a lake mirrors the colors above it, and the row that it begins at.
 
-    The row is that of the best correlation of colors. The correlation returned is that of
-    differences from the mean of each row, which water of the right colors alone does not have.
+    The first number is the correlation of the mean colors of rows above and below, at the best of
+    AXES. Ridges are not compared one by one.
 
     Args:
         cells: [CELLS, CELLS, 3].
-        usable: cells to compare, bool [CELLS, CELLS].
+        usable: cells that count, bool [CELLS, CELLS].
     """
-    blur = (0.5, 1)  # ripples move colors by a few cells
-    weights = ndimage.gaussian_filter(usable.astype(np.float32), blur)[..., None]
-    smooth = ndimage.gaussian_filter(cells * usable[..., None], (*blur, 0))
-    smooth /= np.maximum(weights, 1e-3)
+    weights = usable[..., None]
+    rows = (cells * weights).sum(1) / np.maximum(weights.sum(1), 1)
 
-    def correlate(axis: int) -> tuple[float, float]:
-        above = slice(axis - MIRROR_ROWS, axis - 2)
-        below = slice(axis + 2, axis + MIRROR_ROWS)
-        weight = (usable[above][::-1] & usable[below])[..., None]
-        parts = smooth[above][::-1], smooth[below]
-        results = []
-        for axes in ((0, 1), 1):
-            total = np.maximum(weight.sum(axes, keepdims=True), 1)
-            a, b = (p - (weight * p).sum(axes, keepdims=True) / total for p in parts)
-            norm = np.sqrt((weight * a * a).sum() * (weight * b * b).sum())
-            results.append(float((weight * a * b).sum() / max(norm, 1e-6)))
-        return tuple(results)
+    def correlate(axis: int) -> float:
+        above = rows[axis - MIRROR_ROWS : axis - 2][::-1]
+        below = rows[axis + 2 : axis + MIRROR_ROWS]
+        a, b = above - above.mean(0), below - below.mean(0)
+        return float((a * b).sum() / max(np.sqrt((a * a).sum() * (b * b).sum()), 1e-6))
 
-    (_, by_rows), axis = max((correlate(axis), axis) for axis in AXES)
-    return by_rows, axis
+    return max((correlate(axis), axis) for axis in AXES)
 
 
 def border_strengths(cells: np.ndarray, pines: np.ndarray) -> np.ndarray:
@@ -262,16 +253,17 @@ def check(image: np.ndarray, attributes: dict[str, str] | Scene) -> Verdict:
     cells = average_cells(image)
     colors = [words["color"]] if words["color"] else SUNS
     overlap, *sun = max(find_sun(cells, color, words["height"]) for color in colors)
-    no_pines = np.ones((CELLS, CELLS), bool)
-    time, sky_distance = nearest(region_colors(cells, 82, no_pines), "sky", "time")
+    guess = region_colors(cells, 82, np.ones((CELLS, CELLS), bool))  # with the middle of AXES
+    time, sky_distance = nearest(guess, "sky", "time")
+    is_lake = (words["ground"] or nearest(guess, "ground", "ground", time)[0]) == "lake"
     pines, light = find_pines(cells, time), np.mean(TIMES[time][3])
     beside_sun = abs((np.arange(CELLS) + 0.5) / CELLS - sun[0]) > 1.4 * sun[2]
     mirror, axis = find_mirror(cells, ~pines & beside_sun)
     borders = border_strengths(cells, pines)
-    is_lake = mirror > LEAST_MIRROR
     horizon = axis if is_lake else AXES[0] + int(borders[AXES].argmax())
     is_single = has_single_horizon(cells / light, borders / light, horizon)
-    has_border = is_lake or borders[horizon] > LEAST_STEP * light
+    least = (LEAST_SHORE if is_lake else LEAST_STEP) * light
+    has_border = borders[horizon - 2 : horizon + 3].max() > least
     colors = region_colors(cells, horizon, ~pines)
     hills, hills_distance = nearest(colors, "mountains", "hills", time)
     ground, ground_distance = nearest(colors, "ground", "ground", time)
@@ -282,6 +274,6 @@ def check(image: np.ndarray, attributes: dict[str, str] | Scene) -> Verdict:
         "mountains": words["hills"] in ("", hills)
         and hills_distance < COLOR_TOLERANCE["mountains"],
         "ground": words["ground"] in ("", ground) and ground_distance < COLOR_TOLERANCE["ground"],
-        "mirror": is_lake or (words["ground"] or ground) != "lake",
+        "mirror": not is_lake or mirror > LEAST_MIRROR,
     }
     return Verdict(all(parts.values()), overlap, **parts)

@@ -291,7 +291,7 @@ def train_transformer(vae, args) -> FluxPipeline:
     loss_at = partial(flow_matching_loss, pipe, latents, scenes, args, batch=args.batch)
     for cycle, steps in enumerate(args.steps, 1):
         name = f"full_{cycle}" if cycle > 1 else "full"
-        train_stage(name, modules, loss_at, (1e-3, 0.02), steps, steps, args)
+        train_stage(name, modules, loss_at, (1e-3 / cycle, 0.02 / cycle), steps, steps, args)
     loss_at = partial(loss_at, teacher=deepcopy(modules))
     steps = args.guidance_steps
     train_stage("guidance", modules, loss_at, (3e-4, 0.005), steps, steps, args)
@@ -406,8 +406,9 @@ def parser() -> Parser:
          "the end of stage 1 (default: %(default)s)")  # fmt: skip
     flag("--half_steps", type=int, default=1300, metavar="N", help="steps of stage 2 "
          "(default: %(default)s)")  # fmt: skip
-    flag("--steps", type=int, nargs="+", default=[2600, 4200], metavar="N", help="steps of stage "
-         "3; every number is a cycle of the learning rate (default: 2600 4200)")  # fmt: skip
+    flag("--steps", type=int, nargs="+", default=[2600, 4200, 2400], metavar="N", help="steps of "
+         "stage 3; every number is a cycle of the learning rate, the n-th from 1/n of the first's "
+         "peak (default: 2600 4200 2400)")  # fmt: skip
     flag("--guidance_steps", type=int, default=400, metavar="N", help="steps of stage 4 "
          "(default: %(default)s)")  # fmt: skip
     flag("--batch", type=int, default=4, metavar="N", help="batch of stages 3 and 4; stage 2 has "
