@@ -119,7 +119,7 @@ MODELS = {
     "krea-2-turbo": KREA_2_TURBO,
     "demo": Model(
         str(DEMO_WEIGHTS), parameters_billion=0.007, base_resolution=DEMO_RESOLUTION,
-        height=1024, width=1024, dtype="float32", steps=20, guidance=4.0, max_sequence_length=24,
+        height=1024, width=1024, dtype="float32", steps=20, guidance=2.5, max_sequence_length=24,
         prompt="a low red sun over snowy blue mountains and a lake at dusk",
         scheduler_config=DYNAMIC | {"base_image_seq_len": 64, "max_image_seq_len": 1024},
         dype_defaults={"method": "yarn_paper"},  # it keeps one sun at 2x (docs/demo.md)

@@ -364,7 +364,7 @@ def test_bad_input(words, tmp_path, monkeypatch, capsys):
     """Wrong input gives one sentence and exit code 2, before anything is loaded or written."""
     monkeypatch.chdir(tmp_path)
     weights = evaluate.weights_hash(Path(evaluate.DEMO.repo))
-    no_dtype = json.dumps({"steps": 20, "guidance": 4.0, "dtype": ["x"], "weights": weights})
+    no_dtype = json.dumps({"steps": 20, "guidance": 2.5, "dtype": ["x"], "weights": weights})
     texts = {"there": '{"steps": 20}', "odd": "[1]", "bare": "{}", "other": no_dtype}
     for name, text in texts.items():
         (tmp_path / name).mkdir()

@@ -326,7 +326,7 @@ def test_trajectories_continue(tmp_path, monkeypatch, capsys):
     assert trajectories.main(both) == 0
     assert len(saved_numbers.fig18(out).axes) == 1
     titles = [axes.get_title() for axes in saved_numbers.eq11(out, SAVED).axes]
-    assert titles == ["guidance 4", "true CFG 5"]  # the second file is of the first demo
+    assert titles == ["guidance 2.5", "true CFG 5"]  # the second file is of the first demo
     capsys.readouterr()
     assert trajectories.main([*flags[:2], "--steps", "3"]) == 2
     assert "steps is 3, but" in capsys.readouterr().err
