@@ -1,4 +1,6 @@
-"""Train the demo model: `python -m dype.demo.train`. It takes about 70 minutes on two CPU cores.
+"""Train the demo model: `python -m dype.demo.train`. It takes three hours on two CPU cores.
+
+The cores have fast bfloat16 (AVX-512); without it expect more than a day.
 
 Stage 1 trains the autoencoder on rendered scenes. Stage 2 trains the transformer and the text
 encoders on latents of half the size, stage 3 on whole ones. Stage 4 distills classifier-free
