@@ -103,7 +103,7 @@ def set_tiny_modules(monkeypatch) -> None:
     )
 
 
-def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
+def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):
     """A run that is interrupted in every stage ends with the weights of a whole run."""
     set_tiny_modules(monkeypatch)
     monkeypatch.setattr(train, "BASE", 64)
@@ -124,6 +124,12 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
         return [value for module in modules for value in module.state_dict().values()]
 
     assert run_training("whole") == 0
+    path = tmp_path / "other" / "half.pt"
+    path.parent.mkdir()
+    torch.save(torch.load(tmp_path / "whole" / "half.pt") | {"start": 1.0}, path)
+    flags = ["--vae", str(tmp_path / "whole" / "out")]
+    assert run_training("other", "3", *flags) == 2
+    assert "half.pt began with other weights, expected another --work" in capsys.readouterr().err
     save, left = train.save, ["vae", "decoder", "half", "full", "full_2", "guidance"]
 
     def save_or_interrupt(path, **state):
