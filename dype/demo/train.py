@@ -1,11 +1,13 @@
-"""Train the demo model: `python -m dype.demo.train`. It takes three hours on two CPU cores.
+"""Train the demo model: `python -m dype.demo.train`.
 
-The cores have fast bfloat16 (AVX-512); without it expect more than a day.
+Stages 2 to 4 take ten minutes on an H100, stage 1 half an hour on two CPU cores. Without a GPU the
+second example takes some three hours, on two cores with fast bfloat16 (AVX-512).
 
-Stage 1 trains the autoencoder on rendered scenes. Stage 2 trains the transformer and the text
-encoders on latents of half the size, stage 3 on whole ones. Stage 4 distills classifier-free
-guidance into the guidance that the transformer embeds. Every stage writes checkpoints to --work and
-continues from them. Other settings need another --work. The pipeline is saved to --out.
+Stage 1 trains the autoencoder on rendered scenes, then its encoder and its decoder alone. Stage 2
+trains the transformer and the text encoders on latents of half the size, stage 3 on whole ones.
+Stage 4 distills classifier-free guidance into the guidance that the transformer embeds. Every stage
+writes checkpoints to --work and continues from them. Other settings need another --work. The
+pipeline is saved to --out.
 """
 
 import argparse
@@ -38,7 +40,8 @@ TRAINED = tuple(c for c in COMBINATIONS if c not in HELD_OUT)
 VAE_IMAGES = {256: 800, 512: 600, 1024: 100}  # images per size for the autoencoder
 WINDOW = 16  # px, of the decoder's texture error
 TEXTURE = 0.04  # weight of the texture error
-NUM_SCENES = 4000  # for the transformer, cached as latents
+BORDER = 32  # px
+NUM_SCENES = 16000  # for the transformer, cached as latents
 SHIFT = math.exp(1.4)  # of training sigmas; a larger image's sampler shifts more
 CAPTION_DROPOUT = 0.1  # for classifier-free guidance
 ATTRIBUTE_DROPOUT = 0.15  # of each attribute of a caption
@@ -49,7 +52,7 @@ CHECKPOINT_EVERY = 250  # steps
 WEIGHTS = Path(__file__).parent / "weights"
 EXAMPLES = """examples:
   python -m dype.demo.train
-  python -m dype.demo.train --seed 1 --vae dype/demo/weights --steps 2000
+  python -m dype.demo.train --seed 1 --vae dype/demo/weights --batch 4 --steps 9000
 """
 
 
@@ -107,11 +110,13 @@ def train_stage(
         torch.manual_seed(1_000_000 * args.seed + step)
         loss = loss_at(step)
         loss.backward()
+        loss = loss.detach()
         optimizer.step(learning_rate(step, decay))
         pace = 1 - min(EMA, step / (step + 10))
         torch._foreach_lerp_(average, [p.detach() for p in params], pace)
-        smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
-        progress.set_postfix(loss=f"{smooth:.4f}")
+        smooth = loss if smooth is None else smooth.lerp(loss, 0.01)
+        if step % 10 == 0:  # reading a number waits for the device
+            progress.set_postfix(loss=f"{smooth:.4f}")
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
             saved = {"optimizer": optimizer.state_dict(), "dtype": args.dtype, "start": start}
             saved |= {key: module.state_dict() for key, module in modules.items()}
@@ -183,13 +188,26 @@ def texture_error(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     return ((ours - true).abs().mean(0) / true.mean(0).clamp(min=1e-3)).mean()
 
 
+def encode_with_border(vae, images: torch.Tensor) -> torch.Tensor:
+    """Return the latents [B, C, h, w] of images [B, 3, 8 h, 8 w] with a reflected border.
+
+    Without it the encoder pads the right and the bottom with zeros, and the last latents are
+    outliers.
+    """
+    padded = F.pad(images, (0, BORDER, 0, BORDER), mode="reflect")
+    return vae.encode(padded).latent_dist.mode()[..., : -BORDER // 8, : -BORDER // 8]
+
+
 def train_vae(args) -> torch.nn.Module:
-    """Train the autoencoder, then its decoder alone, and return it.
+    """Train the autoencoder, then its encoder alone, then its decoder alone, and return it.
 
     The autoencoder minimizes L1, squared error and a small KL term. In a quarter of the steps the
     decoder gets latents of half the size and has to return the image at half its size (EQ-VAE,
-    Kouzelis et al. 2025): such latents are easier to generate. That blurs fine texture, whose phase
-    is lost. The decoder alone then learns its strength, and the latents stay as they are.
+    Kouzelis et al. 2025): such latents are easier to generate.
+
+    The encoder alone then learns to return what it returned for images with a border: a transformer
+    repeats outliers of the last column within larger images. The decoder alone learns the strength
+    of fine texture, which is blurred because the phase is lost.
     """
     torch.manual_seed(args.seed)
     vae = init_vae(demo_model.vae())
@@ -207,6 +225,14 @@ def train_vae(args) -> torch.nn.Module:
         kl = latents.kl().mean() / latents.mean[0].numel()
         return error.abs().mean() + 5 * error.square().mean() + 1e-4 * kl
 
+    def encoder_loss(step, teacher):
+        x = crops(4 * step + 3)  # a large one
+        with autocast(args.device, args.dtype):
+            with torch.no_grad():
+                target = encode_with_border(teacher, x)
+            latents = vae.encode(x).latent_dist.mode()
+        return F.mse_loss(latents.float(), target.float())
+
     def decoder_loss(step):
         x = crops(step)
         with autocast(args.device, args.dtype):
@@ -219,13 +245,16 @@ def train_vae(args) -> torch.nn.Module:
 
     modules, steps = ModuleDict({"vae": vae}), args.vae_steps
     train_stage("vae", modules, vae_loss, (2e-3, 0.03), steps, steps, args)
+    modules, steps = ModuleDict({"encoder": vae.encoder}), args.encoder_steps
+    loss_at = partial(encoder_loss, teacher=deepcopy(vae).requires_grad_(False))
+    train_stage("encoder", modules, loss_at, (1e-3, 0.01), steps, steps, args)
     modules, steps = ModuleDict({"decoder": vae.decoder}), args.decoder_steps
     train_stage("decoder", modules, decoder_loss, (1e-3, 0.01), steps, steps, args)
     return vae
 
 
 def cached_latents(vae, args) -> tuple[torch.Tensor, list[Scene]]:
-    """Return latents [N, C, 64, 64] of N rendered scenes, and the scenes."""
+    """Return latents [N, C, 64, 64] of N rendered scenes in float16, and the scenes."""
     rng = np.random.default_rng([args.seed, BASE])
     scenes = [sample_scene(rng, TRAINED) for _ in range(NUM_SCENES)]
     path = args.work / "latents.pt"
@@ -243,27 +272,29 @@ def cached_latents(vae, args) -> tuple[torch.Tensor, list[Scene]]:
                     latents.append(vae.encode(x).latent_dist.mode().half().cpu())
         latents = torch.cat(latents)
         save(path, latents=latents, encoder=encoder)
-    return latents.float(), scenes
+    return latents, scenes
 
 
 def normalize(vae, latents: torch.Tensor) -> torch.Tensor:
-    """Scale every latent channel to deviation 1 by the autoencoder's convolutions.
+    """Scale every channel of latents, in place, to deviation 1 by the autoencoder's convolutions.
 
     This is exact because the decoder's first convolution pads with zeros. Only the mean of all
     channels moves, by `shift_factor`, because another mean per channel would change the meaning of
     that padding.
     """
-    deviation, channels = latents.std((0, 2, 3)), demo_model.LATENT_CHANNELS
-    latents = latents / deviation[:, None, None]
+    channels = demo_model.LATENT_CHANNELS
+    deviation = torch.stack([channel.float().std() for channel in latents.unbind(1)])
+    latents /= deviation[:, None, None]
+    shift = sum(channel.float().mean().item() for channel in latents.unbind(1)) / channels
+    latents -= shift
     deviation = deviation.to(vae.device)
     encoder, decoder = vae.encoder.conv_out, vae.decoder.conv_in
     encoder.weight.data[:channels] /= deviation[:, None, None, None]
     encoder.bias.data[:channels] /= deviation
     encoder.bias.data[channels:] -= 2 * deviation.log()  # these are log variances
     decoder.weight.data *= deviation[:, None, None]
-    shift = latents.mean().item()
     vae.register_to_config(shift_factor=shift)
-    return latents - shift
+    return latents
 
 
 def zero_modulation(transformer: torch.nn.Module) -> torch.nn.Module:
@@ -291,9 +322,7 @@ def train_transformer(vae, args) -> FluxPipeline:
     loss_at = partial(flow_matching_loss, pipe, half, scenes, args, batch=4 * args.batch)
     train_stage("half", modules, loss_at, (1e-3, 0.02), args.half_steps, 2 * args.half_steps, args)
     loss_at = partial(flow_matching_loss, pipe, latents, scenes, args, batch=args.batch)
-    for cycle, steps in enumerate(args.steps, 1):
-        name = f"full_{cycle}" if cycle > 1 else "full"
-        train_stage(name, modules, loss_at, (1e-3 / cycle, 0.02 / cycle), steps, steps, args)
+    train_stage("full", modules, loss_at, (1e-3, 0.02), args.steps, args.steps, args)
     loss_at = partial(loss_at, teacher=deepcopy(modules))
     steps = args.guidance_steps
     train_stage("guidance", modules, loss_at, (3e-4, 0.005), steps, steps, args)
@@ -306,22 +335,26 @@ def sample_caption(scene: Scene, rng: np.random.Generator) -> str:
     return scene.caption_without(left_out)
 
 
-def predict(pipe, modules, captions: list[str], noisy, sigma, guidance, bias) -> torch.Tensor:
+def tokenize(pipe, captions: list[str]) -> list[torch.Tensor]:
+    """Return the ids [B, words] of B captions by CLIP's and T5's tokenizers."""
+    tokenizers = pipe.tokenizer, pipe.tokenizer_2
+    options = {"padding": "max_length", "return_tensors": "pt"}
+    return [tokenizer(captions, **options).input_ids for tokenizer in tokenizers]
+
+
+def predict(pipe, modules, ids, noisy, sigma, guidance, bias) -> torch.Tensor:
     """Return the transformer's output, [B, tokens, C].
 
     Args:
         pipe: pipeline, for its tokenizers.
         modules: transformer and text encoders, by name.
-        captions: B captions.
+        ids: ids of B captions, by `tokenize`, on the device.
         noisy: [B, tokens, C] packed latents.
         sigma: [B] noise levels.
         guidance: [B] embedded guidance.
         bias: [B, 1, 1, text tokens + tokens] added to the attention's logits.
     """
-    clip_ids, t5_ids = (
-        tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(noisy.device)
-        for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
-    )
+    clip_ids, t5_ids = ids
     side = math.isqrt(noisy.shape[1])
     img_ids = pipe._prepare_latent_image_ids(1, side, side, noisy.device, torch.float32)
     stretch = BASE // 16 // side  # half-sized images lie at the positions of full-sized ones
@@ -358,8 +391,14 @@ def flow_matching_loss(pipe, latents, scenes, args, step, batch, teacher=None) -
     index = rng.choice(len(latents), batch, replace=False)
     captions = [sample_caption(scenes[i], rng) for i in index]
     u = (rng.permutation(batch) + rng.random(batch)) / batch  # stratified
+    if teacher:
+        captions += [""] * batch
+    else:
+        dropped = rng.random(batch) < CAPTION_DROPOUT
+        captions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
+    ids = [tensor.to(args.device) for tensor in tokenize(pipe, captions)]
     sigma = torch.from_numpy(SHIFT * u / (1 + (SHIFT - 1) * u)).float().to(args.device)
-    x = latents[torch.from_numpy(index)]
+    x = latents[torch.from_numpy(index)].float()
     x = pipe._pack_latents(x, *x.shape)
     noise = torch.randn_like(x)
     noisy, target = torch.lerp(x, noise, sigma[:, None, None]), noise - x
@@ -374,14 +413,13 @@ def flow_matching_loss(pipe, latents, scenes, args, step, batch, teacher=None) -
             with torch.no_grad():
                 inputs = noisy, sigma, torch.ones_like(sigma), bias
                 inputs = [tensor.repeat(2, *[1] * (tensor.ndim - 1)) for tensor in inputs]
-                both = predict(pipe, teacher, captions + [""] * batch, *inputs).float()
+                both = predict(pipe, teacher, ids, *inputs).float()
             with_text, without = both.chunk(2)
             target = torch.lerp(without, with_text, guidance[:, None, None])
-        else:
-            dropped = rng.random(batch) < CAPTION_DROPOUT
-            captions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
         modules = {name: getattr(pipe, name) for name in pipe.components}
-        out = predict(pipe, modules, captions, noisy, sigma, guidance, bias)
+        out = predict(
+            pipe, modules, [tensor[:batch] for tensor in ids], noisy, sigma, guidance, bias
+        )
     return F.mse_loss(out.float(), target)
 
 
@@ -404,16 +442,17 @@ def parser() -> Parser:
          "(default: none)")  # fmt: skip
     flag("--vae_steps", type=int, default=4000, metavar="N", help="steps of stage 1 "
          "(default: %(default)s)")  # fmt: skip
-    flag("--decoder_steps", type=int, default=2000, metavar="N", help="steps of the decoder alone, "
+    flag("--encoder_steps", type=int, default=2000, metavar="N", help="steps of the encoder alone "
+         "(default: %(default)s)")  # fmt: skip
+    flag("--decoder_steps", type=int, default=3000, metavar="N", help="steps of the decoder alone, "
          "the end of stage 1 (default: %(default)s)")  # fmt: skip
-    flag("--half_steps", type=int, default=1300, metavar="N", help="steps of stage 2 "
+    flag("--half_steps", type=int, default=1200, metavar="N", help="steps of stage 2 "
          "(default: %(default)s)")  # fmt: skip
-    flag("--steps", type=int, nargs="+", default=[2600, 4200, 2400], metavar="N", help="steps of "
-         "stage 3; every number is a cycle of the learning rate, the n-th from 1/n of the first's "
-         "peak (default: 2600 4200 2400)")  # fmt: skip
-    flag("--guidance_steps", type=int, default=400, metavar="N", help="steps of stage 4 "
+    flag("--steps", type=int, default=4600, metavar="N", help="steps of stage 3 "
          "(default: %(default)s)")  # fmt: skip
-    flag("--batch", type=int, default=4, metavar="N", help="batch of stages 3 and 4; stage 2 has "
+    flag("--guidance_steps", type=int, default=500, metavar="N", help="steps of stage 4 "
+         "(default: %(default)s)")  # fmt: skip
+    flag("--batch", type=int, default=64, metavar="N", help="batch of stages 3 and 4; stage 2 has "
          "four times as many (default: %(default)s)")  # fmt: skip
     return argument_parser
 
@@ -444,6 +483,7 @@ def train(args: argparse.Namespace) -> None:
     args.dtype = resolve_dtype(args)
     if args.vae and not (args.vae / "vae").is_dir():
         raise UserError(f"--vae is {args.vae}, expected the folder of a pipeline")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass failed with our mask
     print(f"training on {args.device} in {args.dtype}")
     if args.vae:
         vae = AutoencoderKL.from_pretrained(args.vae, subfolder="vae", local_files_only=True)

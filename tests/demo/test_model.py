@@ -50,6 +50,20 @@ def test_autoencoder(demo):
         assert np.sqrt(np.mean((spectra[0] - spectra[1]) ** 2)) <= 0.3
 
 
+def test_the_last_latents_are_like_the_others(demo):
+    """They are those of an image with a border; before, the error was half of the variance."""
+    images = np.stack([render(scene, 512) for scene in make_scenes(2, seed=98)])
+    x = train.to_tensor(images, "cpu")
+    padded = np.pad(images, ((0, 0), (0, 48), (0, 48), (0, 0)), "reflect")
+    with torch.no_grad():
+        latents = demo.vae.encode(x).latent_dist.mode()
+        larger = demo.vae.encode(train.to_tensor(padded, "cpu")).latent_dist.mode()
+        expected = larger[..., :64, :64]
+        with_border = train.encode_with_border(demo.vae, x)
+    for tensor in (latents, with_border):
+        assert (tensor - expected).square().mean() < 0.01 * expected.var()
+
+
 def test_it_is_a_flux_pipeline(demo):
     """FLUX's classes, head layout and schedule at the demo's scale; 24 MB at most."""
     config = demo.transformer.config
@@ -69,10 +83,7 @@ def test_image_of_the_prompt(tmp_path, monkeypatch):
     assert run_dype.main(["--model", "demo", *size]) == 0
     record = json.loads(Path("lake.json").read_text())
     verdict = check(np.asarray(Image.open("lake.png")), parse_caption(record["prompt"]))
-    assert verdict.horizon, verdict
-    assert verdict.sky, verdict
-    assert verdict.ground, verdict
-    assert verdict.overlap > 0.4, verdict  # the sun is not round enough for the judge
+    assert verdict.layout, verdict
     assert record["prompt"] == "a low red sun over snowy blue mountains and a lake at dusk"
     assert record["mu"] == 1.15
 
@@ -111,7 +122,7 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "VAE_IMAGES", {256: 2, 272: 1, 288: 1})
     monkeypatch.setattr(train, "NUM_SCENES", 8)
     small = ["--device", "cpu", "--batch", "2", "--vae_steps", "4", "--dtype", "float32"]
-    small += ["--decoder_steps", "4", "--half_steps", "4", "--steps", "4", "4"]
+    small += ["--encoder_steps", "4", "--decoder_steps", "4", "--half_steps", "4", "--steps", "4"]
     small += ["--guidance_steps", "4"]
 
     def run_training(name, seed="3", *flags):
@@ -130,7 +141,7 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):
     flags = ["--vae", str(tmp_path / "whole" / "out")]
     assert run_training("other", "3", *flags) == 2
     assert "half.pt began with other weights, expected another --work" in capsys.readouterr().err
-    save, left = train.save, ["vae", "decoder", "half", "full", "full_2", "guidance"]
+    save, left = train.save, ["vae", "encoder", "decoder", "half", "full", "guidance"]
 
     def save_or_interrupt(path, **state):
         save(path, **state)
@@ -232,12 +243,12 @@ def test_guidance_is_distilled(demo, monkeypatch):
     """The target is the teacher's classifier-free guidance at the scale that the student gets."""
     scales = []
 
-    def predict(pipe, modules, captions, noisy, sigma, guidance, bias):
+    def predict(pipe, modules, ids, noisy, sigma, guidance, bias):
+        with_text = (ids[1] != demo.tokenizer_2.pad_token_id).sum(1) > 1  # more than <eos>
         if modules == "teacher":
             assert guidance.tolist() == [1] * 8
-            with_text = torch.tensor([float(text != "") for text in captions])
-            return with_text[:, None, None].expand_as(noisy)  # 1 with a caption, 0 without
-        assert "" not in captions
+            return with_text.float()[:, None, None].expand_as(noisy)
+        assert with_text.tolist() == [True] * 4
         scales.extend(guidance.tolist())
         return guidance[:, None, None].expand_as(noisy)
 
