@@ -1,7 +1,7 @@
 """Train the demo model: `python -m dype.demo.train`.
 
-Stages 2 to 4 take ten minutes on an H100, stage 1 half an hour on two CPU cores. Without a GPU the
-second example takes some three hours, on two cores with fast bfloat16 (AVX-512).
+On an H100 stages 2 and 3 took nine minutes. On two cores with fast bfloat16 (AVX-512) stage 1 takes
+40 minutes, and the others about a day; `--batch 4 --steps 9000` takes some three hours in all.
 
 Stage 1 trains the autoencoder on rendered scenes, then its encoder and its decoder alone. Stage 2
 trains the transformer and the text encoders on latents of half the size, stage 3 on whole ones.
@@ -40,7 +40,7 @@ TRAINED = tuple(c for c in COMBINATIONS if c not in HELD_OUT)
 VAE_IMAGES = {256: 800, 512: 600, 1024: 100}  # images per size for the autoencoder
 WINDOW = 16  # px, of the decoder's texture error
 TEXTURE = 0.04  # weight of the texture error
-BORDER = 32  # px
+BORDER = 32  # px, of images for the encoder's training
 NUM_SCENES = 16000  # for the transformer, cached as latents
 SHIFT = math.exp(1.4)  # of training sigmas; a larger image's sampler shifts more
 CAPTION_DROPOUT = 0.1  # for classifier-free guidance
@@ -99,7 +99,7 @@ def train_stage(
     start = torch.nn.utils.get_total_norm(params).item()
     if path.exists():
         state = torch.load(path, map_location=args.device)
-        if not math.isclose(start, state.get("start", start), rel_tol=1e-5):
+        if not math.isclose(start, state.get("start", 0), rel_tol=1e-5):
             raise UserError(f"{path} began with other weights, expected another --work")
         first, smooth, average = state["step"], state["loss"], state["average"]
         optimizer.load_state_dict(state["optimizer"])
@@ -145,8 +145,8 @@ def init_vae(vae: torch.nn.Module) -> torch.nn.Module:
 def crop_sampler(args):
     """Return a function from a step to crops [B, 3, h, w] of rendered scenes.
 
-    Three quarters of the steps have 16 small crops, which train faster per pixel. A quarter have a
-    large one, so that GroupNorm sees the statistics of whole images.
+    Three quarters of the steps have 16 crops of 64 px, which train faster per pixel. A quarter have
+    one of `large` px, so that GroupNorm sees the statistics of whole images.
     """
 
     @cache  # rendered late, so that a finished stage renders nothing
@@ -155,11 +155,12 @@ def crop_sampler(args):
         scenes = [sample_scene(rng, TRAINED) for _ in range(VAE_IMAGES[size])]
         return [render(scene, size) for scene in tqdm(scenes, f"rendering {size} px")]
 
-    def sample(step):
+    def sample(step, large=256):
         rng = np.random.default_rng([args.seed, 1, step])
-        crop, count = (256, 1) if step % 4 == 3 else (64, 16)
-        crops = []
-        for size in rng.choice(list(VAE_IMAGES), count, p=(0.5, 0.25, 0.25)):
+        crop, count = (large, 1) if step % 4 == 3 else (64, 16)
+        crops, sizes = [], [size for size in VAE_IMAGES if size >= crop]
+        shares = np.array([2, 1, 1][-len(sizes) :])
+        for size in rng.choice(sizes, count, p=shares / shares.sum()):
             image = rendered_images(size)[rng.integers(VAE_IMAGES[size])]
             y, x = rng.integers(size - crop + 1, size=2)
             crops.append(image[y : y + crop, x : x + crop])
@@ -189,10 +190,10 @@ def texture_error(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 
 def encode_with_border(vae, images: torch.Tensor) -> torch.Tensor:
-    """Return the latents [B, C, h, w] of images [B, 3, 8 h, 8 w] with a reflected border.
+    """Return the latents [B, C, h, w] of images [B, 3, 8 h, 8 w] within larger ones.
 
-    Without it the encoder pads the right and the bottom with zeros, and the last latents are
-    outliers.
+    The encoder pads the right and the bottom with zeros, which make outliers of the last row and
+    column. A reflected border keeps the zeros away from them.
     """
     padded = F.pad(images, (0, BORDER, 0, BORDER), mode="reflect")
     return vae.encode(padded).latent_dist.mode()[..., : -BORDER // 8, : -BORDER // 8]
@@ -205,9 +206,9 @@ def train_vae(args) -> torch.nn.Module:
     decoder gets latents of half the size and has to return the image at half its size (EQ-VAE,
     Kouzelis et al. 2025): such latents are easier to generate.
 
-    The encoder alone then learns to return what it returned for images with a border: a transformer
-    repeats outliers of the last column within larger images. The decoder alone learns the strength
-    of fine texture, which is blurred because the phase is lost.
+    The encoder alone then learns to return what it returned for images with a border, because a
+    transformer repeats outliers of the last column within larger images. The decoder alone learns
+    the strength of fine texture, which is blurred because the phase is lost.
     """
     torch.manual_seed(args.seed)
     vae = init_vae(demo_model.vae())
@@ -234,7 +235,7 @@ def train_vae(args) -> torch.nn.Module:
         return F.mse_loss(latents.float(), target.float())
 
     def decoder_loss(step):
-        x = crops(step)
+        x = crops(step, large=BASE)
         with autocast(args.device, args.dtype):
             with torch.no_grad():
                 latents = vae.encode(x).latent_dist.mode()
@@ -259,19 +260,21 @@ def cached_latents(vae, args) -> tuple[torch.Tensor, list[Scene]]:
     scenes = [sample_scene(rng, TRAINED) for _ in range(NUM_SCENES)]
     path = args.work / "latents.pt"
     encoder = torch.nn.utils.get_total_norm(vae.encoder.parameters()).item()
-    state = torch.load(path) if path.exists() else {}
-    latents = state.get("latents", ())
-    is_current = math.isclose(encoder, state.get("encoder", encoder), rel_tol=1e-5)
-    if len(latents) != NUM_SCENES or not is_current:
-        latents = []
-        with Pool() as pool:
-            images = pool.imap(partial(render, height=BASE), scenes, chunksize=4)
-            for _ in tqdm(range(0, NUM_SCENES, 16), "latents"):
-                x = to_tensor(np.stack([*islice(images, 16)]), args.device)
-                with torch.no_grad(), autocast(args.device, args.dtype):
-                    latents.append(vae.encode(x).latent_dist.mode().half().cpu())
-        latents = torch.cat(latents)
-        save(path, latents=latents, encoder=encoder)
+    if path.exists():
+        state = torch.load(path)
+        is_whole = len(state["latents"]) == NUM_SCENES
+        if not is_whole or not math.isclose(encoder, state["encoder"], rel_tol=1e-5):
+            raise UserError(f"{path} is of another autoencoder, expected another --work")
+        return state["latents"], scenes
+    latents = []
+    with Pool() as pool:
+        images = pool.imap(partial(render, height=BASE), scenes, chunksize=4)
+        for _ in tqdm(range(0, NUM_SCENES, 16), "latents"):
+            x = to_tensor(np.stack([*islice(images, 16)]), args.device)
+            with torch.no_grad(), autocast(args.device, args.dtype):
+                latents.append(vae.encode(x).latent_dist.mode().half().cpu())
+    latents = torch.cat(latents)
+    save(path, latents=latents, encoder=encoder)
     return latents, scenes
 
 
@@ -336,7 +339,7 @@ def sample_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def tokenize(pipe, captions: list[str]) -> list[torch.Tensor]:
-    """Return the ids [B, words] of B captions by CLIP's and T5's tokenizers."""
+    """Return the ids [B, text tokens] of B captions, by CLIP's and by T5's tokenizer."""
     tokenizers = pipe.tokenizer, pipe.tokenizer_2
     options = {"padding": "max_length", "return_tensors": "pt"}
     return [tokenizer(captions, **options).input_ids for tokenizer in tokenizers]
@@ -346,7 +349,7 @@ def predict(pipe, modules, ids, noisy, sigma, guidance, bias) -> torch.Tensor:
     """Return the transformer's output, [B, tokens, C].
 
     Args:
-        pipe: pipeline, for its tokenizers.
+        pipe: pipeline, for its position ids.
         modules: transformer and text encoders, by name.
         ids: ids of B captions, by `tokenize`, on the device.
         noisy: [B, tokens, C] packed latents.
@@ -444,7 +447,7 @@ def parser() -> Parser:
          "(default: %(default)s)")  # fmt: skip
     flag("--encoder_steps", type=int, default=2000, metavar="N", help="steps of the encoder alone "
          "(default: %(default)s)")  # fmt: skip
-    flag("--decoder_steps", type=int, default=3000, metavar="N", help="steps of the decoder alone, "
+    flag("--decoder_steps", type=int, default=4000, metavar="N", help="steps of the decoder alone, "
          "the end of stage 1 (default: %(default)s)")  # fmt: skip
     flag("--half_steps", type=int, default=1200, metavar="N", help="steps of stage 2 "
          "(default: %(default)s)")  # fmt: skip
@@ -483,7 +486,7 @@ def train(args: argparse.Namespace) -> None:
     args.dtype = resolve_dtype(args)
     if args.vae and not (args.vae / "vae").is_dir():
         raise UserError(f"--vae is {args.vae}, expected the folder of a pipeline")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass failed with our mask
+    torch.backends.cuda.enable_cudnn_sdp(False)  # in torch 2.11 its backward fails with our mask
     print(f"training on {args.device} in {args.dtype}")
     if args.vae:
         vae = AutoencoderKL.from_pretrained(args.vae, subfolder="vae", local_files_only=True)

@@ -84,26 +84,26 @@ def check_offload(mode: str, offload: str) -> None:
         )
 
 
-def compile_transformer(pipe, mode: str, **compile_options) -> None:
+def compile_transformer(pipe, extent: str, **compile_options) -> None:
     """Compile the pipeline's transformer in place.
 
     One graph serves all steps of a size and method.
 
     Args:
         pipe: a pipeline after `place_components`.
-        mode: one of `COMPILES`; "blocks" compiles each kind of block once, "full" the whole
+        extent: one of `COMPILES`; "blocks" compiles each kind of block once, "full" the whole
             transformer.
         compile_options: arguments of `torch.compile`.
 
     Raises:
         UserError: the pipeline's offloading moves weights within a compiled module.
     """
-    if mode == "off":
+    if extent == "off":
         return
-    check_offload(mode, pipe.dype_offload)
+    check_offload(extent, pipe.dype_offload)
     # because each setting and size of a sweep needs its own graph
     torch._dynamo.config.recompile_limit = 256
-    if mode == "blocks":
+    if extent == "blocks":
         pipe.transformer.compile_repeated_blocks(fullgraph=True, **compile_options)
     else:
         pipe.transformer.compile(fullgraph=True, **compile_options)

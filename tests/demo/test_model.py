@@ -39,7 +39,7 @@ def demo():
 
 def test_autoencoder(demo):
     """Unseen scenes keep 34 dB, and their spectrum up to half of Nyquist within 0.3."""
-    for size, count in ((512, 4), (1024, 1)):
+    for size, count in ((512, 4), (1024, 2)):
         images = [render(scene, size) for scene in make_scenes(count, seed=99)]
         decoded = [round_trip(demo.vae, image) for image in images]
         assert np.mean([*map(psnr, images, decoded)]) >= 34
@@ -51,7 +51,10 @@ def test_autoencoder(demo):
 
 
 def test_the_last_latents_are_like_the_others(demo):
-    """They are those of an image with a border; before, the error was half of the variance."""
+    """They are those of an image with a border.
+
+    Without the encoder's training the error of the last column is 12 times the variance.
+    """
     images = np.stack([render(scene, 512) for scene in make_scenes(2, seed=98)])
     x = train.to_tensor(images, "cpu")
     padded = np.pad(images, ((0, 0), (0, 48), (0, 48), (0, 0)), "reflect")
@@ -60,8 +63,9 @@ def test_the_last_latents_are_like_the_others(demo):
         larger = demo.vae.encode(train.to_tensor(padded, "cpu")).latent_dist.mode()
         expected = larger[..., :64, :64]
         with_border = train.encode_with_border(demo.vae, x)
-    for tensor in (latents, with_border):
-        assert (tensor - expected).square().mean() < 0.01 * expected.var()
+    assert (with_border - expected).square().mean() < 1e-3 * expected.var()
+    for last in ((..., slice(None), -1), (..., -1, slice(None))):  # the column, the row
+        assert (latents - expected)[last].square().mean() < 0.1 * expected.var()
 
 
 def test_it_is_a_flux_pipeline(demo):

@@ -367,11 +367,13 @@ def test_no_sync_on_a_gpu(family):
 def test_cuda_graphs():
     """Mode "reduce-overhead" captures a step with DyPE, and generates the same image."""
     pipe = flux().to("cuda")
+    pipe.dype_offload = "none"
     apply_dype(pipe, CONFIG)
     expected = generate_latents(pipe)
-    pipe.transformer.compile(fullgraph=True, mode="reduce-overhead")
+    acceleration.compile_transformer(pipe, "full", mode="reduce-overhead")
     for _ in range(3):
         torch.testing.assert_close(generate_latents(pipe), expected, atol=1e-3, rtol=1e-3)
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
 @GPU
