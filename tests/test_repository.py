@@ -97,7 +97,9 @@ def test_the_model_cards_example_is_the_command_lines():
     model = MODELS["demo"]
     [method] = by_name["DyPEConfig"].args
     assert {"method": ast.literal_eval(method)} == model.dype_defaults
-    arguments = {word.arg: ast.literal_eval(word.value) for word in by_name["pipe"].keywords}
+    words = {word.arg: word.value for word in by_name["pipe"].keywords}
+    assert ast.unparse(words.pop("generator")) == "torch.Generator().manual_seed(42)"
+    arguments = {name: ast.literal_eval(value) for name, value in words.items()}
     assert arguments == {
         "height": model.height,
         "width": model.width,
