@@ -1,7 +1,7 @@
 """Train the demo model: `python -m dype.demo.train`.
 
-On an H100 stages 2 and 3 took nine minutes. On two cores with fast bfloat16 (AVX-512) stage 1 takes
-40 minutes, and the others about a day; `--batch 4 --steps 9000` takes some three hours in all.
+On an H100 stages 2 and 3 took nine minutes. On two cores with fast bfloat16 (AVX-512), by estimate,
+stage 1 takes 40 minutes, and the others a day; `--batch 4 --steps 9000` three hours in all.
 
 Stage 1 trains the autoencoder on rendered scenes, then its encoder and its decoder alone. Stage 2
 trains the transformer and the text encoders on latents of half the size, stage 3 on whole ones.
