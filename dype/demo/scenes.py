@@ -39,6 +39,7 @@ HELD_OUT = tuple(
     COMBINATIONS[i]
     for i in np.random.default_rng(2510_20766).choice(len(COMBINATIONS), 29, replace=False)
 )
+TRAINED = tuple(combination for combination in COMBINATIONS if combination not in HELD_OUT)
 
 
 @dataclass(frozen=True)

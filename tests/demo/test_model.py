@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from landscapes import make_scenes
 from PIL import Image
+from torch.nn import ModuleDict
 
 import run_dype
 from dype.demo import model as demo_model
-from dype.demo import train
+from dype.demo import train, train_autoencoder, train_stage
 from dype.demo.drawing import render
 from dype.demo.layout_check import check
+from dype.demo.optimizer import Optimizer
 from dype.demo.report import psnr, round_trip
 from dype.demo.scenes import parse_caption
 from dype.demo.scores import log_spectrum, mean_power
@@ -56,13 +58,13 @@ def test_the_last_latents_are_like_the_others(demo):
     Without the encoder's training the error of the last column is 12 times the variance.
     """
     images = np.stack([render(scene, 512) for scene in make_scenes(2, seed=98)])
-    x = train.to_tensor(images, "cpu")
+    x = train_autoencoder.to_tensor(images, "cpu")
     padded = np.pad(images, ((0, 0), (0, 48), (0, 48), (0, 0)), "reflect")
     with torch.no_grad():
         latents = demo.vae.encode(x).latent_dist.mode()
-        larger = demo.vae.encode(train.to_tensor(padded, "cpu")).latent_dist.mode()
+        larger = demo.vae.encode(train_autoencoder.to_tensor(padded, "cpu")).latent_dist.mode()
         expected = larger[..., :64, :64]
-        with_border = train.encode_with_border(demo.vae, x)
+        with_border = train_autoencoder.encode_with_border(demo.vae, x)
     assert (with_border - expected).square().mean() < 1e-3 * expected.var()
     for last in ((..., slice(None), -1), (..., -1, slice(None))):  # the column, the row
         assert (latents - expected)[last].square().mean() < 0.1 * expected.var()
@@ -121,9 +123,10 @@ def set_tiny_modules(monkeypatch) -> None:
 def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):
     """A run that is interrupted in every stage ends with the weights of a whole run."""
     set_tiny_modules(monkeypatch)
-    monkeypatch.setattr(train, "BASE", 64)
-    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
-    monkeypatch.setattr(train, "VAE_IMAGES", {256: 2, 272: 1, 288: 1})
+    for module in (train, train_autoencoder):
+        monkeypatch.setattr(module, "BASE", 64)
+    monkeypatch.setattr(train_stage, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(train_autoencoder, "VAE_IMAGES", {256: 2, 272: 1, 288: 1})
     monkeypatch.setattr(train, "NUM_SCENES", 8)
     small = ["--device", "cpu", "--batch", "2", "--vae_steps", "4", "--dtype", "float32"]
     small += ["--encoder_steps", "4", "--decoder_steps", "4", "--half_steps", "4", "--steps", "4"]
@@ -145,7 +148,8 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):
     flags = ["--vae", str(tmp_path / "whole" / "out")]
     assert run_training("other", "3", *flags) == 2
     assert "half.pt began with other weights, expected another --work" in capsys.readouterr().err
-    save, left = train.save, ["vae", "encoder", "decoder", "half", "full", "guidance"]
+    save = train_stage.save_checkpoint
+    left = ["vae", "encoder", "decoder", "half", "full", "guidance"]
 
     def save_or_interrupt(path, **state):
         save(path, **state)
@@ -153,11 +157,11 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):
             left.remove(path.stem)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save", save_or_interrupt)
+    monkeypatch.setattr(train_stage, "save_checkpoint", save_or_interrupt)
     assert [run_training("parts") for _ in range(7)] == [130] * 6 + [0]
     assert all(map(torch.equal, load_weights("whole"), load_weights("parts")))
-    monkeypatch.setattr(train, "train_vae", None)
-    monkeypatch.setattr(train, "save", save)
+    monkeypatch.setattr(train, "train_autoencoder", None)
+    monkeypatch.setattr(train_stage, "save_checkpoint", save)
     flags = ["--vae", str(tmp_path / "whole" / "out"), "--steps", "1", "--half_steps", "1"]
     flags += ["--guidance_steps", "1"]
     assert [run_training(seed, seed, *flags) for seed in "34"] == [0, 0]
@@ -173,11 +177,11 @@ def test_texture_error():
     """It is 0 for the same texture elsewhere, 1 without texture, and 1 at twice the strength."""
     x = torch.arange(64) * torch.pi / 4
     stripes = torch.sin(x + torch.tensor([[0.0], [1.0]]))[:, None, None].expand(2, 3, 64, 64)
-    error = train.texture_error(stripes, stripes.flip(0))
+    error = train_autoencoder.texture_error(stripes, stripes.flip(0))
     assert error < 0.02
     random = torch.randn(2, 3, 64, 64)
     for decoded, expected in ((random, 0), (0 * random, 1), (2 * random, 1)):
-        assert train.texture_error(decoded, random) == pytest.approx(expected, abs=1e-5)
+        assert train_autoencoder.texture_error(decoded, random) == pytest.approx(expected, abs=1e-5)
 
 
 def test_training_continues_in_its_number_format(tmp_path, monkeypatch):
@@ -265,7 +269,7 @@ def test_guidance_is_distilled(demo, monkeypatch):
 def test_muon_moves_convolutions_in_place():
     """A step moves hidden weights by about the rate, whatever the gradient's size."""
     vae = demo_model.vae().to(memory_format=torch.channels_last)
-    optimizer = train.Optimizer(vae, 1e-3, 0.02)
+    optimizer = Optimizer(vae, 1e-3, 0.02, "bfloat16")
     pairs = zip(optimizer.matrices, optimizer.hidden, strict=True)
     assert all(matrix.data_ptr() == weight.data_ptr() for matrix, weight in pairs)
     weight = vae.decoder.mid_block.resnets[0].conv1.weight
@@ -277,6 +281,23 @@ def test_muon_moves_convolutions_in_place():
     singular_values = torch.linalg.svdvals(change) / 0.02
     assert 0.5 < singular_values.min() < singular_values.max() < 1.5
     assert all(parameter.grad is None for parameter in vae.parameters())
+
+
+def test_muon_in_float32():
+    """It does not round to bfloat16, which CPUs with AVX2 alone multiply slowly.
+
+    Expected: five Newton-Schulz steps of Jordan et al. 2024, in float64.
+    """
+    layer = torch.nn.Linear(8, 24)
+    layer.weight.data.zero_()
+    gradient = torch.randn(24, 8)
+    layer.weight.grad = gradient.clone()
+    Optimizer(ModuleDict({"layer": layer}), 1e-3, 0.02, "float32").step(1.0)
+    x = (gradient / gradient.norm()).double()
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    torch.testing.assert_close(layer.weight.double(), -0.02 * 3**0.5 * x, rtol=1e-4, atol=1e-6)
 
 
 def test_vocabulary_is_the_captions():

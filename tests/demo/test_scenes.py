@@ -7,9 +7,8 @@ import pytest
 from landscapes import make_scenes
 from PIL import Image
 
-from dype.demo import train
 from dype.demo.drawing import render
-from dype.demo.scenes import COMBINATIONS, GROUNDS, HELD_OUT, SUNS
+from dype.demo.scenes import COMBINATIONS, GROUNDS, HELD_OUT, SUNS, TRAINED
 from dype.demo.scores import log_spectrum, mean_power
 
 
@@ -42,9 +41,9 @@ def test_held_out_combinations():
     """15 % of the combinations are kept from training, and all are kept or trained."""
     assert len(set(HELD_OUT)) == 29
     assert len(HELD_OUT) / len(COMBINATIONS) == pytest.approx(0.15, abs=0.005)
-    assert {*HELD_OUT, *train.TRAINED} == {*COMBINATIONS}
-    assert not {*HELD_OUT} & {*train.TRAINED}
-    values = [{combination[i] for combination in train.TRAINED} for i in range(4)]
+    assert {*HELD_OUT, *TRAINED} == {*COMBINATIONS}
+    assert not {*HELD_OUT} & {*TRAINED}
+    values = [{combination[i] for combination in TRAINED} for i in range(4)]
     assert [len(names) for names in values] == [4, 4, 4, 3]  # every word is trained
 
 
