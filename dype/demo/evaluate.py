@@ -13,12 +13,13 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import cache
 from itertools import starmap, takewhile
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -137,9 +138,16 @@ def cached_pipeline(weights: Path):
 
 
 def init_worker() -> None:
-    """Set one thread for a worker process, and leave Ctrl-C to the parent."""
+    """Set one thread for a worker process, and leave Ctrl-C to the parent; end with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def exit_with_parent() -> None:
+    """Wait until the parent has ended, then end this process."""
+    parent_process().join()
+    os._exit(1)
 
 
 def generate_images(jobs: list[tuple], processes: int) -> Iterator[None]:

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import signal
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -291,6 +293,32 @@ def test_two_processes_generate_the_same_images(tmp_path):
     for first, second in pairs:
         gap = abs(report.read_image(first).astype(int) - report.read_image(second))
         assert gap.max() <= 2  # of 255, because rounding depends on the number of threads
+
+
+def test_workers_end_with_their_parent():
+    """A worker ends when the parent is killed, for the pipe that it holds is closed."""
+    fork = get_context("fork")
+    reader, writer = fork.Pipe(duplex=False)
+
+    def work():
+        evaluate.init_worker()
+        signal.alarm(60)  # in case that the test fails
+        writer.send("ready")
+        signal.pause()
+
+    def start_worker():
+        fork.Process(target=work).start()
+        signal.pause()
+
+    parent = fork.Process(target=start_worker)
+    parent.start()
+    writer.close()
+    assert reader.recv() == "ready"
+    assert not reader.poll(0.5)
+    parent.kill()
+    assert reader.poll(30)
+    with pytest.raises(EOFError):
+        reader.recv()
 
 
 BAD = {
