@@ -170,9 +170,9 @@ def test_the_tables_of_demo_md_are_those_of_the_files():
             scores += [format_score(row, name, "", False) for name in ("spectrum", "lite0")]
             assert row["n"] == n
             assert cells.split(" | ") == scores
-    assert counts == [2, 8]
+    assert counts == [2, 8, 4]
     rows = re.findall(r"^\| (\d+) \| `(.+?)` \| (.+) \|$", sections[-1], re.MULTILINE)
-    assert len(rows) == 2
+    assert len(rows) == 3
     for size, setting, cells in rows:
         row = differences[size, setting, setting.removeprefix("dy_")]
         names = ("layout", "overlap", "spectrum", "lite0")

@@ -202,12 +202,13 @@ def draw_image_strips(cells: list[Cell], folder: Path, path: Path) -> bytes:
         Content of the file.
     """
     font, side, bar = ImageFont.load_default(16), 160, 26
-    sheet = Image.new("RGB", (6 * side, len(cells) * (side + bar)), "white")
+    columns = min(max(cell.count for cell in cells), 6)
+    sheet = Image.new("RGB", (columns * side, len(cells) * (side + bar)), "white")
     pen = ImageDraw.Draw(sheet)
     for row, cell in enumerate(cells):
         top = row * (side + bar)
         pen.text((4, top + 5), f"{cell.setting.name}, {format_size(cell.size)} px", "black", font)
-        for column, image_path in enumerate(image_paths(cell, folder)[:6]):
+        for column, image_path in enumerate(image_paths(cell, folder)[:columns]):
             image = Image.fromarray(read_image(image_path))
             thumbnail = image.resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(thumbnail, (column * side, top + bar))
