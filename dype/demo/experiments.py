@@ -31,6 +31,7 @@ PAPER_SETTINGS = ["base", "yarn", "dy_yarn", "yarn_paper", "dy_yarn_paper", "ntk
 PAPER_SETTINGS += ["pi", "dy_pi"]
 # at every size, and in fig5 and fig18: stock and the demo's method
 SCALING_SETTINGS = ["base", DEMO.dype_defaults["method"], f"dy_{DEMO.dype_defaults['method']}"]
+PROGRESSIVE = f"{SCALING_SETTINGS[-1]}:progressive"
 UNCAPPED_CUTOFF = [f"{name}:model" for name in CUTOFF_COMPARISON[:2]]
 GRAMMAR = "base[:CONTROL] or [dy_]METHOD[:LAMBDA_S[:LAMBDA_T]][:NAME=VALUE...][:CONTROL]"
 
@@ -199,8 +200,8 @@ def plan_cells(name: str) -> list[Cell]:
         "quick": [((1, 1), ["base"], 3), ((2, 2), SCALING_SETTINGS, 3)],
         "default": [
             base_line,
-            ((2, 2), PAPER_SETTINGS, COUNT),
-            ((4, 4), SCALING_SETTINGS, LARGE_COUNT),
+            ((2, 2), [*PAPER_SETTINGS, PROGRESSIVE], COUNT),
+            ((4, 4), [*SCALING_SETTINGS, PROGRESSIVE], LARGE_COUNT),
         ],
         "full": [
             base_line,

@@ -130,7 +130,10 @@ def test_the_table_holds_every_method():
 
 
 def test_the_default_table():
-    """At 2x four methods in both forms; at 4x the demo's method; both with base and its pairs."""
+    """At 2x four methods in both forms; at 4x the demo's method; both with base and its pairs.
+
+    Both have the demo's method with progressive passes too.
+    """
     cells = experiments.plan_cells("default")
     table = {}
     for cell in cells:
@@ -139,10 +142,11 @@ def test_the_default_table():
         name for method in ("yarn", "yarn_paper", "ntk", "pi") for name in (method, f"dy_{method}")
     ]
     method = evaluate.DEMO.dype_defaults["method"]
+    progressive = f"dy_{method}:progressive"
     assert table == {
         (512, 24): ["base"],
-        (1024, 24): ["base", *forms],
-        (2048, 4): ["base", method, f"dy_{method}"],
+        (1024, 24): ["base", *forms, progressive],
+        (2048, 4): ["base", method, f"dy_{method}", progressive],
     }
     names = {cell.setting.name: cell for cell in cells if cell.size == (1024, 1024)}
     pairs = experiments.default_pairs(names)
