@@ -148,10 +148,7 @@ def eq11(trajectories: Path = TRAJECTORIES, unguided: Path = UNGUIDED) -> Figure
             label = f"{ring + 1}/{len(f)}" if has_label else None
             color = style.sigma_color(1 - np.log(f[ring]) / np.log(f[0]))
             axes.plot(sigmas, power[:, ring] / expected[:, ring], color=color, label=label)
-        protocol = read(path, "protocol", COMMAND)
-        is_embedded = "guidance" in protocol  # the first demo had two calls a step
-        name, key = ("guidance", "guidance") if is_embedded else ("true CFG", "true_cfg")
-        axes.set_title(f"{name} {protocol[key]:g}")
+        axes.set_title(f"guidance {read(path, 'protocol', COMMAND)['guidance']:g}")
         style.set_sigma_axis(axes)
     grid[0].set_ylabel("power / Eq. 11")
     entries = grid[0].get_legend_handles_labels()
