@@ -2,7 +2,7 @@
 
 The command generates images of seeded prompts under many settings, and compares them with rendered
 scenes of the same size. It prints a table of scores of layout and texture, and a table of paired
-differences. The default table takes a few hours on two CPU cores. Existing images are not
+differences. The default table takes some two hours on two CPU cores. Existing images are not
 generated again. The packages of requirements-dev.txt are needed.
 """
 
@@ -169,7 +169,7 @@ def parser() -> Parser:
     )
     flag = argument_parser.add_argument
     flag("settings", nargs="*", metavar="SETTING", help="settings to compare (default: a table)")
-    flag("--quick", action="store_true", help="small table; ten minutes on two cores")
+    flag("--quick", action="store_true", help="small table; a few minutes on two cores")
     flag("--full", action="store_true", help="table of all settings, up to 6x; a day or more")
     flag("--cutoff", action="store_true", help="table of all methods, with a comparison of cutoff "
          "and yarn_paper that includes 2:1 images")  # fmt: skip
