@@ -148,7 +148,10 @@ def eq11(trajectories: Path = TRAJECTORIES, unguided: Path = UNGUIDED) -> Figure
             label = f"{ring + 1}/{len(f)}" if has_label else None
             color = style.sigma_color(1 - np.log(f[ring]) / np.log(f[0]))
             axes.plot(sigmas, power[:, ring] / expected[:, ring], color=color, label=label)
-        axes.set_title(f"guidance {read(path, 'protocol', COMMAND)['guidance']:g}")
+        guidance = read(path, "protocol", COMMAND).get("guidance")
+        if guidance is None:
+            raise ValueError(f"{path} is of the first demo, expected the present one's numbers")
+        axes.set_title(f"guidance {guidance:g}")
         style.set_sigma_axis(axes)
     grid[0].set_ylabel("power / Eq. 11")
     entries = grid[0].get_legend_handles_labels()

@@ -327,6 +327,12 @@ def test_trajectories_continue(tmp_path, monkeypatch, capsys):
     assert len(saved_numbers.fig18(out).axes) == 1
     titles = [axes.get_title() for axes in saved_numbers.eq11(out, SAVED).axes]
     assert titles == ["guidance 2.5", "guidance 2.5"]
+    protocol = json.loads(out.read_text())["protocol"]
+    first_demo = tmp_path / "first.json"
+    del protocol["guidance"]
+    first_demo.write_text(json.dumps({"protocol": protocol, "pictures": second}))
+    with pytest.raises(ValueError, match=r"first.json is of the first demo, expected"):
+        saved_numbers.eq11(out, first_demo)
     capsys.readouterr()
     assert trajectories.main([*flags[:2], "--steps", "3"]) == 2
     assert "steps is 3, but" in capsys.readouterr().err
