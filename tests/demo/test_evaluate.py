@@ -265,10 +265,14 @@ def test_interrupted_run(tmp_path, monkeypatch, capsys, small_base):
     assert "| 64 | `dy_pi` | 1 |" in out
     assert "incomplete: dy_pi 64 px 1, pi 64 px 0, dy_pi:reversed 64 px 0" in out
     assert "| `pi` |" not in out
-    assert evaluate.main([*parts, "--save", str(tmp_path / "saved.json")]) == 0
+    strip = ["--strip", str(tmp_path / "strip.jpg")]
+    assert evaluate.main([*parts, "--save", str(tmp_path / "saved.json"), *strip]) == 0
     assert left[0] == -8  # images of the second run: 12 less the 4 of the first
     assert read_pngs(tmp_path / "parts") == read_pngs(tmp_path / "whole")
-    files = [tmp_path / name for name in ("saved.json", "saved.csv", "saved_pairs.csv")]
+    names = ("saved.json", "saved.csv", "saved_pairs.csv", "strip.jpg")
+    files = [tmp_path / name for name in names]
+    with Image.open(files[3]) as image:  # three images of 160 px for each of four settings
+        assert image.size == (3 * 160, 4 * (160 + 26))
     assert capsys.readouterr().out == whole_output + "".join(f"{path}\n" for path in files)
     saved = json.loads((tmp_path / "saved.json").read_text())
     names = [row["setting"] for row in saved["rows"]]
