@@ -7,6 +7,7 @@ that does not call the transformer as a module calls `set_timestep` and `set_gri
 `embedders_complex`.
 """
 
+import math
 import threading
 from functools import cache, partial
 from typing import NamedTuple
@@ -14,11 +15,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dype import rope
+from dype import rope, sega
 from dype.config import DyPEConfig
 from dype.image_ids import ImageIds, first_sample, make_grid_ids, parse_image_ids, trace_grid
 
-MAX_CONSTANTS = 16  # two per size for FLUX; when full, all are made again
+MAX_CONSTANTS = 32  # two per size for FLUX, three with SEGA's m; when full, all are made again
 # before torch 2.7 a compiler cannot read what belongs to a thread: it breaks its graph there
 break_graph = torch.compiler.disable if torch.__version__ < (2, 7) else lambda method: method
 
@@ -35,6 +36,9 @@ class CallState(threading.local):
         self.grid = (1, 1)  # rows and columns of the generated image
         self.layout = None  # what is known of the tokens' order; each format has its own form
         self.tables = None  # one per embedder call, from the pre-hook; None: there was no hook
+        self.latent_scales = {}  # grid -> `sega.attention_scales`, where m follows the latent
+        self.num_text = 0  # text tokens of a sample, without copies ...
+        self.copies = 1  # ... and how often `text_repeat` has them
         self.last_ids = (None, 0, None)  # ids, their version, and what `parse_image_ids` returns
 
     def __reduce__(self):
@@ -85,8 +89,10 @@ class DyPEEmbedder:
 
     def set_grid(self, height_tokens: int, width_tokens: int) -> None:
         """Set the size of the generated image in tokens, for this thread."""
-        self.state.grid = (int(height_tokens), int(width_tokens))
-        self.state.layout = self.state.tables = None
+        state = self.state
+        state.grid = (int(height_tokens), int(width_tokens))
+        state.layout = state.tables = None
+        state.latent_scales, state.num_text, state.copies = {}, 0, 1
 
     def set_timestep_from(self, call: dict) -> None:
         """Set sigma from the arguments of a denoiser call; it is read from the first sample."""
@@ -100,10 +106,53 @@ class DyPEEmbedder:
         """
         return self.config.method != "base" and max(grid) > self.trained_tokens
 
-    def frequencies(self, grid, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return f of rows and columns, float64 [2, n], and m of both, [2].
+    def count_copies(self, grid: tuple[int, int]) -> int:
+        """Return how often a call has its text, by `text_repeat`; once without a stretch."""
+        count = self.config.text_repeat
+        if count == "auto":
+            count = round(math.prod(rope.scale(self.trained_tokens, side) for side in grid))
+        return count if max(grid) > self.trained_tokens else 1
 
-        Where the axes have different numbers of pairs, the shorter row of f ends with zeros.
+    def read_latent(self, module: torch.nn.Module, call: dict, grid: tuple[int, int]) -> None:
+        """Compute m from the latent of a denoiser call, if m follows it."""
+        if not (self.config.follows_latent and self.is_extrapolating(grid)):
+            return
+        if torch.compiler.is_compiling():
+            raise ValueError("torch.export cannot trace SEGA's attention scale, expected another")
+        tokens, embed = self.image_tokens(module, call, grid)
+        pairs = tuple(dim // 2 for dim in self.axes_dim[1:3])
+        s_max = rope.max_scale(self.trained_tokens, grid)
+        with torch.no_grad():
+            latent = sega.latent_map(tokens, embed, grid, self.get_constant)
+            latent = latent.to(float64_device(latent.device))
+            scales = sega.attention_scales(latent, pairs, s_max, self.config, self.get_constant)
+        self.state.latent_scales[grid] = scales
+
+    def image_tokens(self, module: torch.nn.Module, call: dict, grid) -> tuple:
+        """Return the image tokens of a call, [B, S, C], and the layer that embeds them."""
+        return call[self.family.image_arg], getattr(module, self.family.image_layer)
+
+    def scale_table(self, table: torch.Tensor, grid) -> torch.Tensor:
+        """Return a table of all axes times the m of `attention_path` "proportional", if it is so.
+
+        Args:
+            table: of any format.
+            grid: rows and columns of the image; a tensor [2] while `torch.export` traces.
+        """
+        if self.config.attention_path != "proportional" or self.config.method == "base":
+            return table
+        num_text, copies = self.state.num_text, self.state.copies
+        tokens = grid[0] * grid[1] + copies * num_text
+        m = rope.proportional_scale(tokens, self.trained_tokens**2 + num_text)
+        s_max = rope.max_scale(self.trained_tokens, grid)
+        if isinstance(s_max, torch.Tensor):
+            return table * torch.where(s_max > 1, m, 1.0)
+        return table * m if s_max > 1 else table
+
+    def frequencies(self, grid, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return f of rows and columns, float64 [2, n], and m of both, [2, 1] or [2, n].
+
+        Where the axes have different numbers of pairs, the shorter rows end with zeros.
 
         Args:
             grid: rows and columns; a tensor [2] while `torch.export` traces.
@@ -121,9 +170,16 @@ class DyPEEmbedder:
             make = partial(rope.build_axes, *arguments)
             axis = self.get_constant("axis", dim, tokens, s_max, device, make=make)
             f_axis, m_axis = rope.batched_frequencies(axis, self.sigma.to(device), self.config)
-            f.append(F.pad(f_axis, (0, (max(dims) - dim) // 2)) if dim < max(dims) else f_axis)
+            f.append(f_axis)
             m.append(m_axis)
-        return (f[0], m[0]) if len(f) == 1 else (torch.cat(f), torch.cat(m))
+        if self.state.latent_scales:
+            m = [m_axes.to(device) for m_axes in self.state.latent_scales[grid]]
+        if len(f) == 1:
+            return f[0], m[0]
+        m = [m_axis.expand_as(f_axis) for m_axis, f_axis in zip(m, f, strict=True)]
+        missing = [(max(dims) - dim) // 2 for dim in dims]
+        f, m = ([F.pad(x, (0, n)) for x, n in zip(rows, missing, strict=True)] for rows in (f, m))
+        return torch.cat(f), torch.cat(m)
 
     def positions(self, start: int, end: int, device) -> torch.Tensor:
         """Return the positions from start to end - 1, float64."""
@@ -162,12 +218,43 @@ def sigma_from_complement(time: torch.Tensor) -> torch.Tensor:
     return 1 - time
 
 
+def repeat_text(call: dict, arguments: tuple[tuple[str, int], ...], copies: int) -> dict:
+    """Return a denoiser call with its text `copies` times, one copy behind the other.
+
+    Attention to k equal keys is attention to one whose logit has ln k more, so this is the bias
+    ln k on the text (the text anchoring of TIDE, arXiv 2603.08928), exactly and without a mask.
+
+    Args:
+        call: arguments by name.
+        arguments: names, and the axis of the text's tokens, which come first there; the first one
+            is the text.
+        copies: k.
+    """
+    if copies == 1:
+        return call
+    for name in ("joint_attention_kwargs", "attention_kwargs"):
+        if "attention_mask" in (call.get(name) or {}):
+            raise ValueError(f"{name} has an attention_mask, expected none with text_repeat")
+    text, axis = arguments[0]
+    num_text, call = call[text].shape[axis], dict(call)
+    for name, axis in arguments:
+        if isinstance(call.get(name), torch.Tensor):
+            first, rest = call[name].tensor_split([num_text], axis)
+            call[name] = torch.cat([first] * copies + [rest], axis)
+    return call
+
+
 class TextIds(NamedTuple):
     """Ids of the text tokens, [T, A], by the place where a family has them."""
 
     prefix: torch.Tensor  # in front of the image tokens when the embedder is called
     is_in_image_ids: bool = False  # whether the denoiser's ids argument begins with them
     separate_call: torch.Tensor | None = None  # in a second call of the embedder
+
+    @property
+    def count(self) -> int:
+        """Return the number of text tokens."""
+        return len(self.prefix if self.separate_call is None else self.separate_call)
 
 
 def flux1_text_ids(module, call: dict) -> TextIds:
@@ -215,7 +302,7 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
         The table is then written by broadcasting one row and one column; the ids of the grid are
         not read.
         """
-        self.state.layout = (num_text, num_reference)
+        self.state.layout, self.state.num_text = (num_text, num_reference), num_text
 
     def prepare_call(self, module: torch.nn.Module, call: dict) -> dict:
         """Read sigma and grid from a denoiser call, and return the call with exact ids.
@@ -234,7 +321,12 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
         is_sharded = getattr(module, "_parallel_config", None) is not None
         if torch.compiler.is_compiling() or ids.device.type == "meta":  # no values to read
             exact_ids = first_sample(ids).float()
-            state.grid, state.layout = trace_grid(exact_ids[start:]), None
+            state.grid, state.layout, state.copies = trace_grid(exact_ids[start:]), None, 1
+            if self.config.follows_latent or self.config.text_repeat != 1:
+                raise ValueError(
+                    "without values in img_ids, as under torch.export, neither text_repeat nor "
+                    "SEGA's attention scale works, expected text_repeat 1 and another scale"
+                )
         else:
             last_ids, parsed = state.last_ids[0], self.read_ids(ids, start)
             exact_ids = parsed.ids
@@ -246,13 +338,26 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
                     "a reference image has kind 0 in img_ids, as the generated image, expected "
                     "another kind under context parallelism"
                 )
+            if self.config.follows_latent and parsed.num_reference is None:
+                raise ValueError(
+                    "the image is not the first row-major grid in img_ids, expected it there for "
+                    "SEGA's attention scale"
+                )
+            self.read_latent(module, call, parsed.grid)
+            state.copies = self.count_copies(parsed.grid)
+            if state.copies > 1:
+                call = call | {family.ids_arg: exact_ids}
+                call = repeat_text(call, family.text_args, state.copies)
+                exact_ids, text = call[family.ids_arg], family.text_ids(module, call)
+                start = text.prefix.shape[0] if text.is_in_image_ids else 0
             if parsed.num_reference is not None and not is_sharded:
-                self.set_token_layout(len(text.prefix), parsed.num_reference)
+                state.layout = (len(text.prefix), parsed.num_reference)
+        state.num_text = text.count // state.copies
         if not is_sharded:
             separate_calls = [] if text.separate_call is None else [text.separate_call]
             table = self.compute_table(text.prefix, exact_ids[start:])
             state.tables = [table, *map(self.table_from_ids, separate_calls)]
-        return call | {family.ids_arg: exact_ids.expand(ids.shape)}
+        return call | {family.ids_arg: exact_ids.expand(*ids.shape[:-2], -1, -1)}
 
     def read_ids(self, ids: torch.Tensor, start: int) -> ImageIds:
         """Return `parse_image_ids(ids, start)`, or its last result in this thread."""
@@ -298,8 +403,11 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
         pairs = [dim // 2 for dim in self.axes_dim]
         make = partial(self.stock_frequencies_per_pair, m_axes.device)
         stock, unit_m, axis_of_pair = self.get_constant("stock", m_axes.device, make=make)
-        f_axes = [f[:count] for f, count in zip(f_axes, pairs[1:3], strict=True)]
-        m_axes = [m.expand(count) for m, count in zip(m_axes, pairs[1:3], strict=True)]
+        m_axes = m_axes.expand_as(f_axes)
+        f_axes, m_axes = (
+            [x[:count] for x, count in zip(axes, pairs[1:3], strict=True)]
+            for axes in (f_axes, m_axes)
+        )
         f = torch.cat([stock[: pairs[0]], *f_axes, stock[sum(pairs[:3]) :]])
         m = torch.cat([unit_m[: pairs[0]], *m_axes, unit_m[sum(pairs[:3]) :]])
         positions = to_float64(ids)
@@ -310,7 +418,7 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
             f = torch.where(is_stretched, f, stock)
             m = torch.where(is_stretched, m, unit_m)
         angle = positions[:, axis_of_pair] * f
-        table = torch.stack([angle.cos(), angle.sin()]) * m
+        table = self.scale_table(torch.stack([angle.cos(), angle.sin()]) * m, self.grid)
         return table.float().repeat_interleave(2, dim=-1).to(ids.device)
 
     def stock_frequencies_per_pair(self, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dype import rope
-from dype.embedders import DyPEEmbedder, add_by_broadcast, break_graph, float64_device
+from dype.embedders import DyPEEmbedder, add_by_broadcast, break_graph, float64_device, repeat_text
 
 
 class DyPEQwenEmbedRope(DyPEEmbedder, torch.nn.Module):
@@ -29,8 +29,13 @@ class DyPEQwenEmbedRope(DyPEEmbedder, torch.nn.Module):
         last_shapes, self.state.last_ids = self.state.last_ids[0], (call["img_shapes"], 0, None)
         if last_shapes is not call["img_shapes"] and max(self.grid) > self.trained_tokens:
             self.check_schedule(self.sigma)  # the pipeline makes a new list for every image
-        text = call.get("encoder_hidden_states")
+        text, state = call.get("encoder_hidden_states"), self.state
+        self.read_latent(module, call, self.grid)
+        state.copies = self.count_copies(self.grid)
         if text is not None:
+            state.num_text = text.shape[1]
+            call = repeat_text(call, self.family.text_args, state.copies)
+            text = call["encoder_hidden_states"]
             tables = self.compute_tables(call["img_shapes"], text.device, text.shape[1])
             self.state.tables = [tables]
         return call
@@ -48,8 +53,11 @@ class DyPEQwenEmbedRope(DyPEEmbedder, torch.nn.Module):
         """Return what `forward` returns, computed from sigma and grid."""
         shapes = image_shapes(video_fhw)
         frames, *grid = shapes[0]
+        copies = self.state.copies
+        num_text = int(max_txt_seq_len) // copies  # at the positions of one copy
         if not self.is_extrapolating(self.grid):
-            return self.stock(video_fhw, device=device, max_txt_seq_len=max_txt_seq_len)
+            image, text = self.stock(video_fhw, device=device, max_txt_seq_len=num_text)
+            return image, text if copies == 1 else text.repeat(copies, 1)
         device = device or self.stock.pos_freqs.device
         references = [
             self.stock._compute_video_freqs(*shape, index, device)
@@ -59,8 +67,9 @@ class DyPEQwenEmbedRope(DyPEEmbedder, torch.nn.Module):
         start = max(side // 2 for shape in shapes for side in shape[1:])
         get_freqs = getattr(self.stock, "_get_device_freqs", None)  # Nucleus' copy has none
         table = get_freqs(device)[0] if get_freqs else self.stock.pos_freqs.to(device)
-        text = table[start : start + int(max_txt_seq_len)]
-        return torch.cat([image, *references]) if references else image, text
+        text = table[start : start + num_text].repeat(copies, 1)
+        image = torch.cat([image, *references]) if references else image
+        return self.scale_table(image, grid), self.scale_table(text, grid)
 
     def image_table(self, frames: int, height: int, width: int, device) -> torch.Tensor:
         """Return the generated image's table, complex64 [frames * height * width, D / 2].
@@ -77,7 +86,7 @@ class DyPEQwenEmbedRope(DyPEEmbedder, torch.nn.Module):
         longest = max(height, width)
         middle = longest - longest // 2
         positions = self.positions(-middle, longest - middle, m.device)
-        both = polar_table(positions, f, m[:, None])
+        both = polar_table(positions, f, m)
         first_pairs, *pairs = (dim // 2 for dim in self.axes_dim)
         rows, columns = (
             both[middle - (n - n // 2) :, axis, : pairs[axis]][:n].to(device)  # n around position 0
@@ -136,6 +145,7 @@ class DyPEZImageRopeEmbedder(DyPEEmbedder):
             texts = [2 * pad_to_32(count) - count for count in captions]
             images = [pad_to_32(height * width) for height, width in grids]
             batch = Batch(grids, max(texts) + 2, (images, texts), row_major)
+            self.state.num_text = pad_to_32(captions[0])
         self.state.layout = batch
 
     def prepare_call(self, module: torch.nn.Module, call: dict) -> dict:
@@ -147,28 +157,38 @@ class DyPEZImageRopeEmbedder(DyPEEmbedder):
         sizes = [(x.shape[-2] // patch, x.shape[-1] // patch) for x in call["x"]]
         captions = [len(caption) for caption in call["cap_feats"]]
         self.set_grid(sizes, captions=captions, row_major=True)  # as diffusers makes the ids
+        for grid in self.batch.sizes:
+            self.read_latent(module, call, grid)
         self.state.tables = self.axis_tables(call["x"][0].device)
         return call
+
+    def image_tokens(self, module: torch.nn.Module, call: dict, grid) -> tuple:
+        """Return the tokens of the images of a size, [B, S, C], and the layer that embeds them."""
+        patch = call.get("patch_size", 2)
+        images = zip(call["x"], self.batch.grids, strict=True)
+        images = torch.stack([x for x, image_grid in images if image_grid == grid])
+        return patches(images, patch), module.all_x_embedder[
+            f"{patch}-{call.get('f_patch_size', 1)}"
+        ]
 
     @break_graph
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the table of ids int [S, 3], complex64 [S, D / 2]."""
         tables = self.state.tables
-        if tables is None or (tables and tables[0].device != ids.device):
+        if tables is None or (tables and tables[0][0].device != ids.device):
             tables = self.axis_tables(ids.device)
         if not tables:
             return self.stock(ids)
-        sequence, *size_tables = tables
         is_compiling = torch.compiler.is_compiling()  # then the numbers would be part of the graph
         if not is_compiling and self.batch.is_row_major:
             num_image, num_caption = map(sum, self.batch.tokens_per_sample)
             if num_image == len(ids) != num_caption:  # the images' call, not the captions'
-                return self.table_by_broadcast(ids, sequence, size_tables)
-        sample_ids, samples = [ids], size_tables
-        if len(size_tables) > 1:
-            sample_ids, samples = self.split_samples(ids, size_tables)
+                return self.table_by_broadcast(ids, tables)
+        sample_ids, samples = [ids], tables
+        if len(tables) > 1:
+            sample_ids, samples = self.split_samples(ids, tables)
         parts = []
-        for (index, row, column), (rows, columns) in zip(
+        for (index, row, column), (sequence, rows, columns) in zip(
             (x.unbind(1) for x in sample_ids), samples, strict=True
         ):
             parts.append(torch.cat([sequence[index], rows[row], columns[column]], -1))
@@ -180,7 +200,7 @@ class DyPEZImageRopeEmbedder(DyPEEmbedder):
         return self.state.layout or Batch([self.grid], self.stock.axes_lens[0])
 
     def axis_tables(self, device) -> list:
-        """Return the table of the first axis, then a pair (rows, columns) for each size.
+        """Return the tables (first axis, rows, columns) of each size.
 
         The list is empty if the stock embedder serves the call.
         """
@@ -192,24 +212,26 @@ class DyPEZImageRopeEmbedder(DyPEEmbedder):
             return []
         make = partial(stock_table, self, 0, count, device, exact=is_extrapolating)
         sequence = self.get_constant("sequence", count, is_extrapolating, device, make=make)
-        return [sequence, *(self.row_and_column_tables(size, device) for size in sizes)]
+        tables = []
+        for size in sizes:
+            lines = [sequence, *self.row_and_column_tables(size, device)]
+            tables.append([self.scale_table(table, size) for table in lines])
+        return tables
 
-    def table_by_broadcast(
-        self, ids: torch.Tensor, sequence: torch.Tensor, size_tables: list
-    ) -> torch.Tensor:
+    def table_by_broadcast(self, ids: torch.Tensor, size_tables: list) -> torch.Tensor:
         """Return the images' tables, each by one broadcast sum over its rows and columns.
 
         Args:
             ids: of all image tokens, [S, 3]. The tokens of an image share the sequence index of its
                 first token; padding is at the origin.
-            sequence: table of the first axis, complex64 [sequence_length, n].
-            size_tables: `row_and_column_tables` of each size of the batch.
+            size_tables: `axis_tables` of each size of the batch.
         """
-        batch, table = self.batch, sequence.new_empty(len(ids), sum(self.axes_dim) // 2)
+        batch = self.batch
+        table = size_tables[0][0].new_empty(len(ids), sum(self.axes_dim) // 2)
         start, (first, second, _) = 0, (dim // 2 for dim in self.axes_dim)
         axis_tables = dict(zip(batch.sizes, size_tables, strict=True))
         for grid, length in zip(batch.grids, batch.tokens_per_sample[0], strict=True):
-            end, (rows, columns) = start + grid[0] * grid[1], axis_tables[grid]
+            end, (sequence, rows, columns) = start + grid[0] * grid[1], axis_tables[grid]
             if end < start + length:
                 table[end : start + length] = torch.cat([sequence[0], rows[0], columns[0]])
             both = table.new_zeros(2, max(grid), table.shape[1])  # entries of rows, of columns
@@ -229,7 +251,7 @@ class DyPEZImageRopeEmbedder(DyPEEmbedder):
         if self.is_extrapolating(grid):
             f, m = self.frequencies(grid, device)
             positions = self.positions(0, max(grid), m.device)
-            both = polar_table(positions, f, m[:, None]).to(device)
+            both = polar_table(positions, f, m).to(device)
             return [both[:side, axis, : pairs[axis]] for axis, side in enumerate(grid)]
         if pairs[0] != pairs[1]:
             return [
@@ -249,6 +271,12 @@ class DyPEZImageRopeEmbedder(DyPEEmbedder):
             counts = captions
         axis_tables = dict(zip(self.batch.sizes, size_tables, strict=True))
         return ids.split(counts), [axis_tables[grid] for grid in self.batch.grids]
+
+
+def patches(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Return Z-Image's tokens of latents [B, C, F, H, W]: [B, F H W / size^2, size^2 C]."""
+    x = images.unflatten(4, (-1, size)).unflatten(3, (-1, size))  # [B, C, F, h, size, w, size]
+    return x.permute(0, 2, 3, 5, 4, 6, 1).flatten(4).flatten(1, 3)
 
 
 def pad_to_32(count: int) -> int:

@@ -18,10 +18,14 @@ from dype.embedders import (
     sigma_from_timestep,
 )
 from dype.embedders_complex import DyPEQwenEmbedRope, DyPEZImageRopeEmbedder
+from dype.rope import check_pairs
 
 PIXELS_PER_TOKEN = 16  # of every family: factor 8 of the autoencoder, 2 x 2 latents a token
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
 DEMO_RESOLUTION = 512  # px
+
+
+FLUX_TEXT = (("encoder_hidden_states", 1), ("txt_ids", -2))
 
 
 class Family(NamedTuple):
@@ -35,6 +39,10 @@ class Family(NamedTuple):
     to_sigma: Callable = sigma_from_timestep  # ... and its conversion to sigma in [0, 1]
     ids_arg: str = "img_ids"  # argument with the positions of the image tokens, if there is one
     text_ids: Callable = flux1_text_ids  # (module, arguments) -> TextIds
+    image_arg: str = "hidden_states"  # argument with the image's tokens ...
+    image_layer: str = "x_embedder"  # ... and the layer that embeds them
+    # arguments with the text, and the axis of its tokens; None: copies of it would not be exact
+    text_args: tuple[tuple[str, int], ...] | None = FLUX_TEXT
     # (tokens, steps) -> mu, if the pipeline ignores the scheduler's rule
     own_mu_rule: Callable | None = None
     # the pipeline passes no sigmas to a scheduler with `use_flow_sigmas`
@@ -54,16 +62,44 @@ def krea2_turbo_mu(tokens: int, steps: int) -> float:
 
 
 FLUX = Family("pos_embed", DyPEFluxPosEmbed, shift="cap", scheduler_makes_sigmas=True)
-CHROMA = FLUX._replace(scheduler_makes_sigmas=False)
+BRIA = FLUX._replace(
+    to_sigma=sigma_from_thousandths,
+    shift="model",
+    scheduler_makes_sigmas=False,
+    text_args=None,  # Fibo has the text of further layers in every block
+)
+CHROMA = FLUX._replace(scheduler_makes_sigmas=False, text_args=(*FLUX_TEXT, ("attention_mask", 1)))
 FLUX2 = FLUX._replace(text_ids=flux2_text_ids, own_mu_rule=flux2_mu)
-KREA2 = CHROMA._replace(attribute="rotary_emb", ids_arg="position_ids", text_ids=krea2_text_ids)
+KREA2 = CHROMA._replace(
+    attribute="rotary_emb",
+    ids_arg="position_ids",
+    text_ids=krea2_text_ids,
+    image_layer="img_in",
+    text_args=(("encoder_hidden_states", 1), ("position_ids", 0), ("encoder_attention_mask", 1)),
+)
 KREA2_TURBO = KREA2._replace(own_mu_rule=krea2_turbo_mu)
-BRIA = CHROMA._replace(to_sigma=sigma_from_thousandths, shift="model")
-BFL = FLUX._replace(attribute="pe_embedder", embedder=DyPEEmbedND, timestep_arg="timesteps")
-QWEN = Family("pos_embed", DyPEQwenEmbedRope, 1328)
+BFL = FLUX._replace(
+    attribute="pe_embedder",
+    embedder=DyPEEmbedND,
+    timestep_arg="timesteps",
+    image_arg="img",
+    image_layer="img_in",
+    text_args=(("txt", 1), ("txt_ids", -2)),
+)
+QWEN = Family(
+    "pos_embed",
+    DyPEQwenEmbedRope,
+    1328,
+    image_layer="img_in",
+    text_args=(("encoder_hidden_states", 1), ("encoder_hidden_states_mask", 1)),
+)
 NUCLEUS = QWEN._replace(base_resolution=1024)
 ZIMAGE = Family(
-    "rope_embedder", DyPEZImageRopeEmbedder, timestep_arg="t", to_sigma=sigma_from_complement
+    "rope_embedder",
+    DyPEZImageRopeEmbedder,
+    timestep_arg="t",
+    to_sigma=sigma_from_complement,
+    text_args=None,
 )
 
 FAMILIES = {
@@ -157,6 +193,23 @@ def check_supported(module: torch.nn.Module) -> Family:
         )
     family.embedder.check_stock(stock)
     return family
+
+
+def check_config(config, module: torch.nn.Module, family: Family) -> None:
+    """Raise ValueError if a setting does not fit a transformer or controlnet."""
+    check_text_repeat(config, family)
+    embedder = getattr(module, family.attribute)
+    axes_dim = getattr(embedder, "axes_dim", None) or embedder.axes_dims
+    check_pairs(config, max(axes_dim[1:3]) // 2)
+
+
+def check_text_repeat(config, family: Family) -> None:
+    """Raise ValueError if the config repeats the text of a family whose copies are not exact."""
+    if config.text_repeat != 1 and family.text_args is None:
+        raise ValueError(
+            f"text_repeat is {config.text_repeat}, but this model adds to its text within the "
+            "transformer, where no copy can be made, expected 1"
+        )
 
 
 def base_resolution(module: torch.nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import warnings
 import weakref
 from contextvars import ContextVar
@@ -11,8 +12,10 @@ from dype.families import FLUX, PIXELS_PER_TOKEN, Family
 
 FLUX2_CAP_STEPS = 50  # FLUX.2's rule depends on the steps: the cap takes the documented number
 # of the pipelines' rule for mu, where a scheduler's configuration lacks them
+SEQUENCE_LENGTHS = ("base_image_seq_len", "max_image_seq_len")  # in tokens
 DEFAULT_RULE = {"base_image_seq_len": 256, "max_image_seq_len": 4096}
 DEFAULT_RULE |= {"base_shift": 0.5, "max_shift": 1.15}
+CURVES = {"sqrt": math.sqrt, "log": math.log}  # of the tokens, in which mu is a straight line
 SIGMA_TOLERANCE = 0.01  # because bfloat16 rounds sigma by up to 2e-3, and some schedulers round too
 SET_SCHEDULE = ContextVar("dype_set_schedule", default=None)  # a `SetSchedule`, per thread
 SCHEDULERS = weakref.WeakValueDictionary()  # id -> scheduler whose `set_timesteps` of ours ran
@@ -96,8 +99,10 @@ class DyPETimesteps:
 
         "cap" makes mu = max_shift at every size, as the authors' pipeline does (the paper does not
         mention it). FLUX.2's rule has no max_shift; its cap is the mu of the base resolution.
-        "model" keeps the rule, a straight line in the number of tokens, and replaces its two
-        numbers where the config sets them.
+        "model" keeps the rule, a straight line in the number of tokens N, and replaces its two
+        numbers where the config sets them. "sqrt" and "log" (TIDE) are straight in sqrt N and ln N
+        through the same two points; "sd3" is max_shift + ln(N / N_max) / 2, so that the shift
+        grows with sqrt N (Stable Diffusion 3, arXiv 2403.03206).
         """
         config, family, schedule = self.config, self.family, self.scheduler.config
         base, end = (schedule.get(name, DEFAULT_RULE[name]) for name in ("base_shift", "max_shift"))
@@ -110,7 +115,15 @@ class DyPETimesteps:
         if mu is None:
             return None  # and the scheduler says that it needs it
         our_base = base if config.base_shift is None else config.base_shift
-        return our_base + (our_end - our_base) * (mu - base) / (end - base)
+        share = (mu - base) / (end - base)
+        start, stop = (schedule.get(name, DEFAULT_RULE[name]) for name in SEQUENCE_LENGTHS)
+        tokens = max(1.0, start + share * (stop - start))  # no image has less
+        if config.shift == "sd3":
+            return our_end + 0.5 * math.log(tokens / stop)
+        if config.shift in CURVES:
+            curve = CURVES[config.shift]
+            share = (curve(tokens) - curve(start)) / (curve(stop) - curve(start))
+        return our_base + (our_end - our_base) * share
 
 
 def dype_timesteps(scheduler) -> DyPETimesteps | None:
@@ -134,16 +147,17 @@ def check_shift(schedule: dict, config: DyPEConfig, family: Family) -> None:
         family: of the pipeline.
     """
     numbers = [name for name in ("base_shift", "max_shift") if getattr(config, name) is not None]
+    if config.shift in (*CURVES, "sd3"):
+        numbers.append("shift")
     shift, rule = config.shift or family.shift, DEFAULT_RULE | dict(schedule)
     if not schedule.get("use_dynamic_shifting", False):
         reason = "this model's schedule is static, expected none"
-    elif family.own_mu_rule and shift == "model":
-        reason = "this model's pipeline has its own rule for mu, expected none or shift cap"
-    elif "base_shift" in numbers and shift == "cap":
-        reason = (
-            "the schedule is capped: mu is max_shift at every size; expected shift model with it"
-        )
-    elif shift == "model" and rule["base_shift"] == rule["max_shift"]:
+    elif family.own_mu_rule and shift != "cap":
+        expected = "model or cap" if numbers == ["shift"] else "none or shift cap"
+        reason = f"this model's pipeline has its own rule for mu, expected {expected}"
+    elif "base_shift" in numbers and shift in ("cap", "sd3"):
+        reason = "mu does not depend on it; expected shift model, log or sqrt with it"
+    elif shift != "cap" and rule["base_shift"] == rule["max_shift"]:
         reason = "this scheduler's mu is the same at every size, expected shift cap with max_shift"
     else:
         return

@@ -10,6 +10,7 @@ from dype.config import DyPEConfig
 from dype.families import (
     PIXELS_PER_TOKEN,
     base_resolution,
+    check_config,
     check_pipeline,
     check_supported,
     family_of,
@@ -55,6 +56,8 @@ def apply_dype(target, config: DyPEConfig | None = None) -> None:
     check_pipeline(target)
     modules = transformer_and_controlnets(target)
     families = [check_supported(module) for module in modules]
+    for module, family in zip(modules, families, strict=True):
+        check_config(config, module, family)
     scheduler = getattr(target, "scheduler", None)
     schedulers = [pair for pair in schedulers_of(modules) if pair[0] is not scheduler]
     if scheduler is not None:

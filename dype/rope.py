@@ -44,8 +44,16 @@ class RopeAxis(NamedTuple):
     log_s: torch.Tensor  # [A, 1]
     log_s_max: torch.Tensor  # [A, 1]
     cutoff_offset: torch.Tensor  # ln(lambda_i / c L) / delta + 1/2, lambda_i = 2 pi / theta_i [n]
+    constants: tuple  # tensors of the method, by CONSTANTS
+    tide_exponent: torch.Tensor  # a_i of `tide_scale` [n]
+    tide_drop: torch.Tensor  # 1 - tau^-2 [A, 1]
     tau: torch.Tensor  # 0.1 ln s + 1 (Eq. 9) [A, 1]; on cos and sin, so that logits get tau^2
     ramp_turns: torch.Tensor  # (r_hi, r_lo) of YaRN's two bands [2, 2]
+
+    @property
+    def ntk_power(self) -> float:
+        """D / (D - 2), the exponent of s in NTK's new base."""
+        return self.dim / max(self.dim - 2, 1)
 
 
 def stock_frequencies(dim: int, theta: float, device=None) -> torch.Tensor:
@@ -61,7 +69,8 @@ def kappa_schedule(sigma: torch.Tensor, config: DyPEConfig) -> tuple[torch.Tenso
     own equation kappa(0) is 0. Rounding may put sigma a little outside [0, 1]; u stays inside.
     """
     if not config.dype:
-        return torch.ones_like(sigma), torch.ones_like(sigma)
+        ones = torch.ones_like(sigma)
+        return ones, ones
     start = config.dype_start_sigma
     u = (sigma / start if start < 1 else sigma).clamp(0, 1)
     return config.lambda_s * u**config.dype_exponent, u
@@ -151,6 +160,69 @@ def vision_yarn(axis: RopeAxis, kappa, u, config):
     return f, 1 + 0.1 * axis.log_s_max * u**config.dype_exponent
 
 
+def tide(axis: RopeAxis, kappa, u, config):
+    """Blend by TIDE's YaRN: PI -> theta_i between alpha^kappa and beta^kappa turns, linear in i.
+
+    TIDE (arXiv 2603.08928) is dynamic with kappa = 2 t^2. Its m is `tide_scale`.
+    """
+    (turns,) = axis.constants
+    f = torch.lerp(axis.inv_freq.expand_as(axis.pi_static), axis.pi_static,
+                   ramp_weights(axis, turns**kappa))  # fmt: skip
+    return f, tide_scale(axis, u)
+
+
+def sega(axis: RopeAxis, kappa, u, config):
+    """Scale by SEGA's NTK: f = theta_i / k^(kappa 2i/D), k = s^(2D/(D-2)) / (1 + 0.1 ln s).
+
+    s is the largest over the axes. SEGA (arXiv 2605.22668, its code for FLUX) is static; the
+    dynamic form is ours. Here m is its reference s^sega_reference; `dype.sega` makes it follow the
+    spectrum of the latent.
+    """
+    ratio, reference = axis.constants
+    return axis.inv_freq * ratio**kappa, reference
+
+
+def imax(axis: RopeAxis, kappa, u, config):
+    """Scale by NTK with a constant, bounded by PI: f = theta_i max(k^(-2i/D), 1/s)^kappa.
+
+    I-Max (arXiv 2410.07536) is static, with k = `ntk_factor` = 10 and `proportional` attention. The
+    dynamic form is ours.
+    """
+    (ratio,) = axis.constants
+    return axis.inv_freq * ratio**kappa, axis.unit_m
+
+
+def rdfc(axis: RopeAxis, kappa, u, config):
+    """Correct the dominant frequency: f_k = 2 pi / L', others stock.
+
+    k is the pair whose wavelength is nearest to L, or those of `rdfc_pairs`. UltraImage (arXiv
+    2512.04504, Eq. 8) is static, with `proportional` attention. Dynamic, ours: f_k / theta_k to the
+    power of min(1, kappa).
+    """
+    (ratio,) = axis.constants
+    return axis.inv_freq * ratio ** kappa.clamp(max=1), axis.unit_m
+
+
+def riflex(axis: RopeAxis, kappa, u, config):
+    """Slow the dominant pair to less than a turn: as `rdfc`, with 0.9 * 2 pi / L'.
+
+    RIFLEx (arXiv 2502.15894), made for the time axis of videos.
+    """
+    return rdfc(axis, kappa, u, config)
+
+
+def resonance(axis: RopeAxis, kappa, u, config):
+    """Round the turns over L to whole numbers, then blend by `yarn`.
+
+    UltraFlux (arXiv 2511.18050) is static, for a model trained so. Dynamic, ours: thresholds
+    r kappa, and the rounded theta_i / theta_i to the power of min(1, kappa).
+    """
+    ratio, ntk_exponent = axis.constants
+    f = axis.inv_freq * ratio ** kappa.clamp(max=1)
+    rounded = axis._replace(inv_freq=f, pi_static=f / axis.s, ntk_static=f**ntk_exponent)
+    return blend_two_ramps(rounded, lambda r: r * kappa), axis.tau
+
+
 def cutoff(axis: RopeAxis, kappa, u, config):
     """Interpolate wavelengths above a cut Lambda, which rises as sigma falls; keep the others.
 
@@ -167,7 +239,7 @@ def cutoff(axis: RopeAxis, kappa, u, config):
 
 METHODS = {method.__name__: method for method in (
     base, pi, ntk, ntk_mult, tasr, yarn, yarn_ntk_only, yarn_both, yarn_power, yarn_paper,
-    vision_yarn, cutoff,
+    vision_yarn, tide, sega, imax, rdfc, riflex, resonance, cutoff,
 )}  # fmt: skip
 
 
@@ -184,19 +256,21 @@ def blend_two_ramps(
         scale_turns: maps the thresholds r [2, 2] to those of this sigma.
         ntk_term: the NTK term [A, n]; None: theta/s^(2i/(D-2)).
     """
-    beta, gamma = ramp_weights(axis, scale_turns)  # 1 - mask
+    beta, gamma = ramp_weights(axis, scale_turns(axis.ramp_turns))  # 1 - mask
     f = torch.lerp(axis.ntk_static if ntk_term is None else ntk_term, axis.pi_static, beta)
     return torch.lerp(axis.inv_freq.expand_as(f), f, gamma)
 
 
-def ramp_weights(axis: RopeAxis, scale_turns) -> torch.Tensor:
-    """Return 1 - mask_i = clip((i - low) / (high - low), 0, 1) of both bands, float64 [2, n].
+def ramp_weights(axis: RopeAxis, turns: torch.Tensor) -> torch.Tensor:
+    """Return 1 - mask_i = clip((i - low) / (high - low), 0, 1) of every band, float64 [bands, n].
 
     The edges are floor(c(r_hi)) and ceil(c(r_lo)), both clamped to [0, n]. The authors' code clamps
     each at one end only. At small t their ramps turn round (FLUX: BETA's at t <= 0.0242, GAMMA's
     at 0.0068, below which every pair is PI); ours do not. docs/method.md has the other models.
+
+    turns: thresholds (r_hi, r_lo) of each band, [bands, 2].
     """
-    edges = pair_index_of_turns(axis, scale_turns(axis.ramp_turns)).clamp(0, axis.dim // 2)
+    edges = pair_index_of_turns(axis, turns).clamp(0, axis.dim // 2)
     low, high = edges[:, :1].floor(), edges[:, 1:].ceil()
     width = (high - low).clamp(min=0.001)  # takes effect where they are equal
     return ((axis.pair_index - low) / width).clamp(0, 1)
@@ -206,6 +280,80 @@ def pair_index_of_turns(axis: RopeAxis, r: torch.Tensor) -> torch.Tensor:
     """Return c(r) = D ln(L / (2 pi r)) / (2 ln theta), the pair that makes r turns over L."""
     pairs_per_e = axis.dim / (2 * math.log(axis.theta))
     return pairs_per_e * torch.log(axis.trained_tokens / (2 * math.pi) / r)
+
+
+def check_pairs(config: DyPEConfig, count: int) -> None:
+    """Raise ValueError if `rdfc_pairs` names a pair that axes of `count` pairs do not have."""
+    has_effect = config.method in ("rdfc", "riflex") and config.rdfc_pairs is not None
+    if has_effect and max(map(int, config.rdfc_pairs.split(","))) >= count:
+        raise ValueError(
+            f"rdfc_pairs is {config.rdfc_pairs!r}, expected numbers from 0 to {count - 1}"
+        )
+
+
+def dominant_pairs(axis: RopeAxis, config: DyPEConfig) -> list[int]:
+    """Return the pairs of `rdfc_pairs`, else the one whose wavelength is nearest to L."""
+    if config.rdfc_pairs is not None:
+        return [int(text) for text in config.rdfc_pairs.split(",")]
+    wavelengths = [2 * math.pi * axis.theta ** (2 * i / axis.dim) for i in range(axis.dim // 2)]
+    gaps = [abs(wavelength - axis.trained_tokens) for wavelength in wavelengths]
+    return sorted(range(len(gaps)), key=gaps.__getitem__)[:1]
+
+
+def tide_constants(axis: RopeAxis, config: DyPEConfig) -> tuple:
+    """Return beta and alpha, [1, 2]."""
+    return (tensor_on_device((config.beta, config.alpha), axis.s.device)[None],)
+
+
+def sega_constants(axis: RopeAxis, config: DyPEConfig) -> tuple:
+    """Return k^(-2i/D), [A, n], and m_ref, [A, 1]."""
+    log_k = 2 * axis.ntk_power * axis.log_s_max - torch.log1p(0.1 * axis.log_s_max)
+    ratio = torch.exp(-log_k * 2 * axis.pair_index / axis.dim)
+    return ratio, sega_reference(axis, config)
+
+
+def imax_constants(axis: RopeAxis, config: DyPEConfig) -> tuple:
+    """Return max(k^(-2i/D), 1/s), [A, n]."""
+    ratio = config.ntk_factor ** (-2 * axis.pair_index / axis.dim)
+    return (torch.maximum(ratio, 1 / axis.s),)
+
+
+def rdfc_constants(axis: RopeAxis, config: DyPEConfig) -> tuple:
+    """Return f_k / theta_k at the dominant pairs of stretched axes, else 1, [A, n].
+
+    A pair that is slower already has 1 too.
+    """
+    turns = 0.9 if config.method == "riflex" else config.rdfc_turns
+    ratio = 2 * math.pi * turns / axis.trained_tokens / axis.inv_freq / axis.s
+    is_dominant = torch.zeros_like(axis.inv_freq, dtype=torch.bool)
+    for pair in dominant_pairs(axis, config):
+        is_dominant |= axis.pair_index == pair
+    return (torch.where(is_dominant & (axis.s > 1), ratio.clamp(max=1), 1.0),)
+
+
+def resonance_constants(axis: RopeAxis, config: DyPEConfig) -> tuple:
+    """Return rounded theta_i / theta_i, [n], and the exponent of theta_i in NTK, [A, 1]."""
+    r = axis.trained_tokens * axis.inv_freq / (2 * math.pi)
+    ratio = torch.where(r >= 1, r.round() / r, torch.ones_like(r))
+    return ratio, 1 + axis.ntk_power / math.log(axis.theta) * axis.log_s
+
+
+CONSTANTS = {"tide": tide_constants, "sega": sega_constants, "imax": imax_constants,
+             "rdfc": rdfc_constants, "riflex": rdfc_constants,
+             "resonance": resonance_constants}  # fmt: skip
+
+
+def sega_reference(axis: RopeAxis, config: DyPEConfig) -> torch.Tensor:
+    """Return SEGA's m_ref = s^sega_reference, s the largest over the axes, [A, 1]."""
+    return torch.exp(config.sega_reference * axis.log_s_max)
+
+
+def tide_scale(axis: RopeAxis, u: torch.Tensor) -> torch.Tensor:
+    """Return m_i = T_i^(-1/2), T_i = 1 - (1 - tau^-2) u^a_i, a_i = 0.6 - 0.4 theta_i; [A, n].
+
+    The temperature of TIDE (arXiv 2603.08928): YaRN's m at u = 1, none at u = 0.
+    """
+    return torch.rsqrt(1 - axis.tide_drop * u**axis.tide_exponent)
 
 
 def scale(trained_tokens: float, tokens: float | torch.Tensor) -> float | torch.Tensor:
@@ -248,7 +396,8 @@ def build_axes(
     ntk_exponent = 2 * pair_index / (dim - 2) if dim != 2 else torch.ones_like(pair_index)
     largest_s = s_max * torch.ones_like(s)
     wavelength = 2 * math.pi / config.cutoff / trained_tokens / inv_freq  # in units of c L
-    return RopeAxis(
+    tau = 0.1 * torch.log(s) + 1
+    axis = RopeAxis(
         dim=dim,
         theta=theta,
         trained_tokens=trained_tokens,
@@ -264,38 +413,78 @@ def build_axes(
         log_s=torch.log(s),
         log_s_max=torch.log(largest_s),
         cutoff_offset=torch.log(wavelength) / config.cutoff_width + 0.5,
-        tau=0.1 * torch.log(s) + 1,
+        constants=(),
+        tide_exponent=0.6 - 0.4 * inv_freq,
+        tide_drop=1 - tau**-2,
+        tau=tau,
         ramp_turns=tensor_on_device(BETA + GAMMA, device).view(2, 2),
     )
+    make = CONSTANTS.get(config.method)
+    return axis._replace(constants=make(axis, config)) if make else axis
 
 
 def batched_frequencies(
     axis: RopeAxis, sigma: torch.Tensor, config
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Call the config's method: frequencies of several axes, float64 [A, dim // 2], and m [A].
+    """Call the config's method: frequencies f of several axes and their attention scale m.
 
     Args:
         axis: the axes.
         sigma: 0-dim float64 tensor on their device.
         config: settings of the encoding.
+
+    Returns:
+        f, float64 [A, dim // 2]; m, [A, 1], or of f's shape where the pairs differ.
     """
     is_traced = isinstance(axis.s_max, torch.Tensor)
     name = config.method if is_traced or axis.s_max > 1 else "base"
     kappa, u = kappa_schedule(sigma, config)
     f, m = METHODS[name](axis, kappa, u, config)
-    if config.attention_scale is not None and name != "base":
-        m = 1 + attention_coefficient(u, config) * axis.log_s
+    if name != "base":
+        m = attention_scale(axis, m, u, config)
     if is_traced:
         f = torch.where(axis.s_max > 1, f, axis.inv_freq)
         m = torch.where(axis.s_max > 1, m, axis.unit_m)
-    return f, m[:, 0]
+    return f, m
 
 
-def attention_coefficient(u: torch.Tensor, config: DyPEConfig) -> float | torch.Tensor:
-    """Return a of m = 1 + a ln s: constant, falling (a u) or rising (a (1 - u)) with sigma."""
-    if config.attention_path == "constant" or not config.dype:
-        return config.attention_scale
-    return config.attention_scale * (u if config.attention_path == "falling" else 1 - u)
+def attention_scale(axis: RopeAxis, m: torch.Tensor, u: torch.Tensor, config) -> torch.Tensor:
+    """Return the attention scale by `attention_path`, [A, 1] or [A, n].
+
+    "proportional" is one number for the whole image (`proportional_scale`) and "sega" needs its
+    latent (`dype.sega`). Here they are 1 and SEGA's reference; embedders do the rest.
+
+    Args:
+        axis: the axes.
+        m: attention scale of the method.
+        u: of `kappa_schedule`.
+        config: settings of the encoding.
+    """
+    path, a = config.attention_path, config.attention_scale
+    if path == "proportional":
+        return axis.unit_m
+    if path == "tide":
+        return tide_scale(axis, u)
+    if path == "sega":
+        return sega_reference(axis, config)
+    if a is None:
+        return m
+    if config.dype and path != "constant":
+        a = a * (u if path == "falling" else 1 - u)
+    return 1 + a * axis.log_s
+
+
+def proportional_scale(tokens, trained_tokens: float) -> float | torch.Tensor:
+    """Return m = (ln N / ln N0)^(1/4) on cos and sin of all axes, so sqrt(ln N / ln N0) on logits.
+
+    Jin et al. 2023 (arXiv 2306.08645), as in I-Max and HRDiT.
+
+    Args:
+        tokens: N, of text and image together; a tensor while `torch.export` traces.
+        trained_tokens: N0, the same at the trained size; at least 2.
+    """
+    log = torch.log if isinstance(tokens, torch.Tensor) else math.log
+    return (log(tokens) / math.log(max(trained_tokens, 2))) ** 0.25
 
 
 def axis_frequencies(
@@ -319,9 +508,10 @@ def axis_frequencies(
         max_scale: largest s over the axes of the image; None: that of this axis.
 
     Returns:
-        f, float64 [dim // 2] in radians per token; and m, a 0-dim float64 tensor.
+        f, float64 [dim // 2] in radians per token; and m, a 0-dim float64 tensor, or [dim // 2]
+        where the pairs differ.
     """
     sigma = torch.as_tensor(sigma, dtype=torch.float64)
     axis = build_axes(dim, theta, trained_tokens, [tokens], sigma.device, config, max_scale)
     f, m = batched_frequencies(axis, sigma, config)
-    return f[0], m[0]
+    return f[0], m[0].squeeze()

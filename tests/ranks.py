@@ -35,7 +35,10 @@ import run_dype  # noqa: E402
 from dype import DyPEConfig, apply_dype  # noqa: E402
 from dype.pipelines import distributed  # noqa: E402
 
-CONFIG = DyPEConfig("yarn", base_resolution=64)
+# SEGA's m needs the whole latent, of which each process has a part
+CONFIG = DyPEConfig(
+    "yarn", base_resolution=64, attention_path="sega", sega_alpha=2.0, text_repeat=2
+)
 FAMILIES = {
     "flux": (lambda: quiet(FluxPipeline(**tiny_components())), generate_latents),
     "flux2": tiny.FAMILIES["flux2"],

@@ -5,6 +5,8 @@ This module shares no code with `dype.rope`. At a threshold of 0 it states the l
 
 import math
 
+import numpy as np
+
 
 def kappa_and_power_of_u(t, lambda_s, lambda_t, t_start, dynamic):
     """Return kappa(t) = lambda_s u^lambda_t and u^lambda_t; a static method has 1 and 1."""
@@ -75,6 +77,65 @@ def cutoff_frequencies(dim, theta, s, wavelength, width):
             w = min(max(math.log(2 * math.pi / theta_i / wavelength) / width + 0.5, 0), 1)
         out.append(theta_i / s**w)
     return out
+
+
+def tide_scale(inv_freq, s, u):
+    """Return TIDE's m of each pair: T^(-1/2), T = 1 - (1 - T_low) u^a, T_low = tau^-2."""
+    low, out = 1 / (1 + 0.1 * math.log(s)) ** 2, []
+    for f in inv_freq:
+        power = u ** (0.6 + (0.2 - 0.6) * f)
+        out.append((1 - (1 - low) * power) ** -0.5)
+    return out
+
+
+def resonance_frequencies(dim, theta, trained_tokens, s, kappa):
+    """Return YaRN in two ramps over frequencies with whole numbers of turns."""
+    beta = mask(dim, theta, trained_tokens, 1.25 * kappa, 0.75 * kappa)
+    gamma = mask(dim, theta, trained_tokens, 16.0 * kappa, 2.0 * kappa)
+    new_base, out = theta * s ** (dim / max(dim - 2, 1)), []
+    for i in range(dim // 2):
+        theta_i = theta ** (-2 * i / dim)
+        turns = trained_tokens * theta_i / (2 * math.pi)
+        if turns >= 1:
+            whole = 2 * math.pi * max(round(turns), 1) / trained_tokens
+            theta_i *= (whole / theta_i) ** min(1.0, kappa)
+        ntk = new_base ** (math.log(theta_i) / math.log(theta))
+        f = theta_i / s * (1 - beta[i]) + ntk * beta[i]
+        out.append(f * (1 - gamma[i]) + theta_i * gamma[i])
+    return out
+
+
+def sega_scales(latent, axis, n, s_max):
+    """Return SEGA's m of the n pairs of one axis (0: rows, 1: columns) of a latent [H, W], numpy.
+
+    Its steps are those of the authors' code, with their constants.
+    """
+    latent = np.asarray(latent, dtype=float) - np.mean(latent)
+    height, width = latent.shape
+    length, bins = latent.shape[axis], max(latent.shape[axis] // 2, 8)
+    power = (np.abs(np.fft.fft(latent, axis=axis)) ** 2).mean(1 - axis)[: length // 2 + 1]
+    energy = []
+    for b in range(bins):
+        numbers = [min(k * bins // (length // 2), bins - 1) for k in range(length // 2 + 1)]
+        inside = [p for p, number in zip(power, numbers, strict=True) if number == b]
+        energy.append(max(sum(inside) / max(len(inside), 1), 1e-8))
+    places = [(1 - i / (n - 1)) * (bins - 1) for i in range(n)]
+    raw = np.interp(places, range(bins), np.log(energy))
+    z = (raw - raw.mean()) / raw.std(ddof=1)
+    u = np.tanh(1.5 * z) - np.tanh(1.5 * z).mean()
+    spectrum = np.abs(np.fft.fftshift(np.fft.fft2(latent))) ** 2
+    rings = [[] for _ in range(max(height, width) // 2)]
+    radii = [[math.hypot(y - height // 2, x - width // 2) for x in range(width)]
+             for y in range(height)]  # fmt: skip
+    largest = max(map(max, radii))
+    for y in range(height):
+        for x in range(width):
+            ring = int(radii[y][x] / (largest + 1e-6) * len(rings))
+            rings[ring].append(spectrum[y, x])
+    means = [max(np.mean(ring), 1e-8) for ring in rings]
+    flatness = min(math.exp(np.log(means).mean()) / np.mean(means), 1.0)
+    reference = s_max**0.08
+    return np.maximum(reference * (1 - 0.15 * (1 - flatness**1.5) * u), 1.0)
 
 
 def frequencies(method, dim, theta, trained_tokens, tokens, t, s_max=None, *, attention_scale=None,
@@ -161,7 +222,34 @@ def method_frequencies(method, dim, theta, trained_tokens, tokens, t, s_max=None
     if method == "vision_yarn":
         f = blend_two_ramps(dim, theta, trained_tokens, s, s_max, lambda r: r**kappa)
         return f, 1 + 0.1 * math.log(s_max) * power_of_u
+    if method == "tide":
+        gamma = mask(dim, theta, trained_tokens, 32.0**kappa, 1.0**kappa)
+        f = [x / s * (1 - g) + x * g for x, g in zip(inv_freq, gamma, strict=True)]
+        return f, tide_scale(inv_freq, s, u)
+    if method == "sega":
+        k = s_max ** (2 * dim / max(dim - 2, 1)) / (1 + 0.1 * math.log(s_max))
+        return [(theta * k**kappa) ** (-2 * i / dim) for i in range(dim // 2)], s_max**0.08
+    if method == "imax":
+        return [
+            f * max((10 * theta) ** (-2 * i / dim) / f, 1 / s) ** kappa
+            for i, f in enumerate(inv_freq)
+        ], 1.0
+    if method in ("rdfc", "riflex"):
+        turns = 0.9 if method == "riflex" else 1.0
+        gaps = [abs(2 * math.pi / f - trained_tokens) for f in inv_freq]
+        k, out = gaps.index(min(gaps, default=0)) if gaps else 0, list(inv_freq)
+        target = turns * 2 * math.pi / (s * trained_tokens)
+        if s > 1 and out and target < out[k]:
+            out[k] *= (target / out[k]) ** min(1.0, kappa)
+        return out, 1.0
+    if method == "resonance":
+        return resonance_frequencies(dim, theta, trained_tokens, s, kappa), m
     raise ValueError(f"tests/reference.py has no branch for {method}")
+
+
+def by_pair(m, freqs):
+    """Return m of every pair, from a number or a list."""
+    return m if isinstance(m, list) else [m] * len(freqs)
 
 
 def flux_table(method, grid, num_text, t, *, trained_tokens=64, **settings):
@@ -184,7 +272,7 @@ def flux_table(method, grid, num_text, t, *, trained_tokens=64, **settings):
     for position in positions:
         angles = [(0 * f, 1.0) for f in first]
         for coordinate, (freqs, m) in zip(position, axes, strict=True):
-            angles += [(coordinate * f, m) for f in freqs]
+            angles += [(coordinate * f, x) for f, x in zip(freqs, by_pair(m, freqs), strict=True)]
         cos.append([math.cos(a) * m for a, m in angles for _ in (0, 1)])
         sin.append([math.sin(a) * m for a, m in angles for _ in (0, 1)])
     return cos, sin
@@ -217,9 +305,9 @@ def rotary_table(method, axes_dim, theta, positions, grid, t, *, trained_tokens,
         axes = extrapolated if is_target is None or is_target[token] else stock
         rows.append(
             [
-                m * complex(math.cos(coordinate * f), math.sin(coordinate * f))
+                x * complex(math.cos(coordinate * f), math.sin(coordinate * f))
                 for coordinate, (freqs, m) in zip(position, axes, strict=True)
-                for f in freqs
+                for f, x in zip(freqs, by_pair(m, freqs), strict=True)
             ]
         )
     return rows

@@ -36,12 +36,39 @@ from dype.config import DEFAULT_LAMBDA_S, preset_settings
         ("anisotropic", None),
         ("shift", "stock"),
         ("max_shift", math.inf),
+        ("ntk_factor", 0.5),
+        ("rdfc_pairs", "8;9"),
+        ("rdfc_pairs", ""),
+        ("rdfc_pairs", 8),
+        ("rdfc_turns", 1.5),
+        ("sega_alpha", 2.5),
+        ("sega_beta", 0),
+        ("sega_floor", -1),
+        ("sega_reference", 2),
+        ("text_repeat", 0),
+        ("text_repeat", 2.5),
+        ("text_repeat", "all"),
     ],
 )
 def test_out_of_range(name, value):
     """The error names the field, the value and the accepted values."""
     with pytest.raises(ValueError, match=f"^{name} is {value!r}, expected"):
         DyPEConfig(**{name: value})
+
+
+@pytest.mark.parametrize("path", ["proportional", "tide", "sega"])
+def test_other_attention_scales_need_no_number(path):
+    with pytest.raises(ValueError, match=f"^attention_path is '{path}', expected no attention_sc"):
+        DyPEConfig(attention_path=path, attention_scale=0.1)
+    assert DyPEConfig(attention_path=path).follows_latent == (path == "sega")
+
+
+def test_sega_is_static_by_default():
+    assert not DyPEConfig("sega").dype
+    assert DyPEConfig("dy_sega").dype
+    assert DyPEConfig("sega", True) == DyPEConfig("dy_sega")
+    assert DyPEConfig("sega").follows_latent
+    assert not DyPEConfig("sega", attention_scale=0.1).follows_latent
 
 
 def test_round_trip():

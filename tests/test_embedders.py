@@ -59,7 +59,7 @@ def denoiser_call(ids, sigma=0.5) -> dict:
 @pytest.mark.parametrize("method", METHODS)
 def test_against_plain_python(method):
     """The table of a non-square image equals tests/reference.py within 1e-6."""
-    grid, config = (10, 33), DyPEConfig(method)
+    grid, config = (10, 33), DyPEConfig(method, dype=True)
     ours = make_embedder(config, 8, grid, 0.4)(make_ids(grid))
     theirs = reference.flux_table(method, grid, 3, 0.4, trained_tokens=8, lambda_s=config.lambda_s)
     np.testing.assert_allclose(torch.stack(ours), np.array(theirs), rtol=0, atol=1e-6)
@@ -383,7 +383,7 @@ def test_bria_timesteps_are_thousandths(name, tables):
 @pytest.mark.parametrize("method", METHODS)
 def test_axes_of_any_length(axes, method):
     """Rows and columns may have different numbers of dimensions, two, or none."""
-    config = DyPEConfig(method)
+    config = DyPEConfig(method, dype=True)
     embedder = DyPEFluxPosEmbed(FluxPosEmbed(10000, axes), config, 4)
     embedder.set_grid(*GRID)
     embedder.set_token_layout(TEXT, 0)

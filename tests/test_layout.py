@@ -17,7 +17,7 @@ import dype
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dype"
 CORE = {"config", "rope", "image_ids", "embedders", "embedders_complex", "families"}
-CORE |= {"noise_schedule", "patch", "errors", "__init__"}
+CORE |= {"noise_schedule", "patch", "sega", "errors", "__init__"}
 
 
 def module_name(path: Path) -> str:

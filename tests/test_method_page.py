@@ -225,7 +225,7 @@ def test_tables_in_bfloat16():
         base, ntk = 1 / 10000.0**exponent, 1 / (10000.0 * 4 ** (56 / 54)) ** exponent
         flux = build_axes(*FLUX, [256], None, DyPEConfig())
         for kappa in 2 * np.linspace(0, 1, 41) ** 2:
-            beta, gamma = (1 - ramp_weights(flux, lambda r, k=kappa: r**k)).to(dtype)
+            beta, gamma = (1 - ramp_weights(flux, flux.ramp_turns**kappa)).to(dtype)
             f = base / 4 * (1 - beta) + ntk * beta
             yield 255 * (f * (1 - gamma) + base * gamma).double()
 
@@ -276,6 +276,32 @@ def test_mu_of_the_authors_and_of_diffusers():
         calculate_shift(256, max_seq_len=256)
 
 
+def test_the_cost_of_copies_of_the_text():
+    """For FLUX with 512 text tokens: at 4096 px 16 copies, at 2048 px 4."""
+    says("16 copies are 12 % more tokens and 25 % more attention")
+    says("at 2048 px 4 copies are 9 % and 19 %")
+    for side, copies, tokens, attention in ((256, 16, 12, 25), (128, 4, 9, 19)):
+        ratio = (side**2 + copies * 512) / (side**2 + 512)
+        assert [round(100 * (x - 1)) for x in (ratio, ratio**2)] == [tokens, attention]
+
+
+def test_the_factors_of_sega_and_its_ports():
+    says("have k = s^(D/(D-2)), 4.21 at s = 4, where the authors have 15.57")
+    assert round(4 ** (56 / 54), 2) == 4.21
+    assert round(4 ** (112 / 54) / (1 + 0.1 * math.log(4)), 2) == 15.57
+    says("they slow the last pair 4 times, not 14")
+    assert round(1 / ratios("ntk", 1)[-1]) == 4
+    assert round(1 / ratios("sega", 1)[-1]) == 14
+
+
+def test_bins_of_sega_in_float32():
+    says("6 of 96 at 192 tokens per side (3072 px), none at 128 and 256")
+    for tokens, skipped in ((192, 6), (128, 0), (256, 0)):
+        count = tokens // 2
+        bins = (torch.linspace(0, 1, count + 1) * count).long().clamp(max=count - 1)
+        assert count - len(bins.unique()) == skipped
+
+
 def test_the_ramp_of_yarn_on_flux_and_on_the_demo():
     """docs/demo.md and the log's page on lambda have its beginning for 64, 32 and 16 tokens."""
     demo = (ROOT / "docs" / "demo.md").read_text()
@@ -284,7 +310,7 @@ def test_the_ramp_of_yarn_on_flux_and_on_the_demo():
     for trained_tokens in (64, 32, 16):
         axis = build_axes(56, 10000.0, trained_tokens, [2 * trained_tokens], None, DyPEConfig())
         begins.append(pair_index_of_turns(axis, axis.ramp_turns)[0, 0].item())
-        pi_share = ramp_weights(axis, lambda r: r)[0]
+        pi_share = ramp_weights(axis, axis.ramp_turns)[0]
         assert pi_share[int(begins[-1])] == 0
         assert pi_share[int(begins[-1]) + 1] > 0
     assert "begins at number 6 with FLUX's 64 tokens, at 4 with our 32" in demo

@@ -8,6 +8,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -19,8 +20,14 @@ from PIL import Image
 from tiny import FAMILIES
 
 from dype import DyPEConfig, apply_dype, remove_dype
-from dype.families import FLUX
-from dype.noise_schedule import ScheduleCheck, ScheduleWarning, noise_schedule, set_shift
+from dype.families import FLUX, FLUX2
+from dype.noise_schedule import (
+    ScheduleCheck,
+    ScheduleWarning,
+    check_scheduler,
+    noise_schedule,
+    set_shift,
+)
 from dype.patch import dype_applied
 
 CAPPED = DyPEConfig("yarn", base_resolution=64)  # as FLUX's default
@@ -41,6 +48,45 @@ def make_scheduler(**settings) -> FlowMatchEulerDiscreteScheduler:
 def pipe() -> FluxPipeline:
     """Return a tiny FLUX pipeline with FLUX's rule for mu."""
     return quiet(FluxPipeline(**tiny_components() | {"scheduler": make_scheduler()}))
+
+
+def test_rules_by_size():
+    """Golden mu of FLUX at 1024, 2048, 3072 and 4096 px, and the last sigma of 28 at 4096 px.
+
+    The table of docs/method.md has the same numbers.
+    """
+    page = (Path(__file__).parent.parent / "docs" / "method.md").read_text()
+    lines = page[page.index("| px | model |") :].splitlines()
+    header, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in lines[:6])
+    for row in rows[1:]:
+        for rule, cell in zip(header[1:], row[1:], strict=True):
+            scheduler, side = make_scheduler(), int(row[0])
+            set_shift(scheduler, DyPEConfig(shift=rule), FLUX)
+            mu, sigmas = noise_schedule(scheduler, side, side, 28)
+            assert cell == f"{mu:.2f}, {sigmas[-2]:.3f}", (side, rule)
+            assert mu == pytest.approx(RULES[rule][side // 1024 - 1], abs=5e-5)
+
+
+RULES = {  # rule -> mu at 1, 2, 3 and 4 times 1024 px, from the publications' formulas
+    "model": (1.15, 3.23, 6.6967, 11.55),
+    "sqrt": (1.15, 2.0167, 2.8833, 3.75),
+    "log": (1.15, 1.475, 1.6651, 1.8),
+    "sd3": (1.15, 1.8431, 2.2486, 2.5363),
+    "cap": (1.15, 1.15, 1.15, 1.15),
+}
+
+
+@pytest.mark.parametrize("rule", ["log", "sqrt", "sd3"])
+def test_rules_that_a_model_refuses(rule):
+    """A static schedule, a rule of the pipeline's own, and base_shift with sd3."""
+    static, config = make_scheduler(), DyPEConfig(shift=rule)
+    static.register_to_config(use_dynamic_shifting=False)
+    with pytest.raises(ValueError, match=f"shift is {rule}, but this model's schedule is static"):
+        check_scheduler(static, config, FLUX)
+    with pytest.raises(ValueError, match=f"shift is {rule}, but this model's pipeline has its own"):
+        check_scheduler(make_scheduler(), config, FLUX2)
+    with pytest.raises(ValueError, match=r"base_shift is 0\.2, but mu does not depend on it"):
+        check_scheduler(make_scheduler(), DyPEConfig(shift="sd3", base_shift=0.2), FLUX)
 
 
 def test_shift(pipe):

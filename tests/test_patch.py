@@ -200,21 +200,35 @@ def test_exact_ids_reach_the_embedder():
 @pytest.mark.skipif(torch.__version__ < (2, 7), reason="the graph breaks in the embedder")
 @pytest.mark.parametrize("order", ["wrapped", "in place", "compiled first"])
 def test_one_compiled_graph(pipe, order):
-    """One full graph serves all steps of two runs, also if compiled before apply_dype."""
-    apply_dype(pipe, CONFIG)
+    """One full graph serves all steps of two runs, also if compiled before apply_dype.
+
+    Also with SEGA's m and copies of the text, which the graph does not contain.
+    """
+    later = {"attention_path": "sega", "text_repeat": "auto"}
+    config = replace(CONFIG, **later) if order != "in place" else CONFIG
+    apply_dype(pipe, config)
     expected = generate_latents(pipe)
     remove_dype(pipe)
     counter = CompileCounter()
     if order != "compiled first":
-        apply_dype(pipe, CONFIG)
+        apply_dype(pipe, config)
     if order == "in place":
         pipe.transformer.compile(fullgraph=True, backend=counter)
     else:
         pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend=counter)
-    apply_dype(pipe, CONFIG)
+    apply_dype(pipe, config)
     for _ in range(2):
         torch.testing.assert_close(generate_latents(pipe), expected, atol=1e-5, rtol=1e-5)
     assert counter.frame_count == 1
+
+
+def test_a_refused_setting_changes_nothing(pipe):
+    apply_dype(pipe, CONFIG)
+    for settings in ({"rdfc_pairs": "3"}, {"rdfc_pairs": "0,99"}):
+        with pytest.raises(ValueError, match=r"rdfc_pairs is '.*', expected numbers from 0 to 2"):
+            apply_dype(pipe, DyPEConfig("rdfc", base_resolution=64, **settings))
+        assert pipe.transformer.pos_embed.config == CONFIG
+    apply_dype(pipe, DyPEConfig("yarn", rdfc_pairs="99"))  # it has no effect there
 
 
 def test_inpainting(pipe):

@@ -167,7 +167,8 @@ def measure_costs(family: str, size: int, repeats: int, device: torch.device, me
         "launches", the median milliseconds of "copy", "ours", "stock" and "literal", and RATIOS.
     """
     with torch.device(device):
-        stock, ours, args = FAMILIES[family](size // PIXELS_PER_TOKEN, DyPEConfig(method))
+        config = DyPEConfig(method, dype=True)
+        stock, ours, args = FAMILIES[family](size // PIXELS_PER_TOKEN, config)
     ours.set_timestep(torch.tensor(0.6, device=device))
     tables = ours(*args)
     tables = tables if isinstance(tables, tuple) else (tables,)
@@ -207,7 +208,8 @@ def reference_table(embedder, args: tuple) -> torch.Tensor:
         positions, grid = make_grid_ids(0, *embedder.grid, args[1]), torch.tensor(embedder.grid)
         positions[:, 1:] -= (grid - grid // 2).to(args[1])
     for axis, dim in enumerate(embedder.axes_dim):
-        f, m = rope.stock_frequencies(dim, embedder.theta), 1.0
+        f = rope.stock_frequencies(dim, embedder.theta)
+        m = torch.ones_like(f)
         if axis in (1, 2):
             axis_args = dim, embedder.theta, embedder.trained_tokens, embedder.grid[axis - 1]
             largest = max(embedder.grid) / embedder.trained_tokens
@@ -215,7 +217,7 @@ def reference_table(embedder, args: tuple) -> torch.Tensor:
                 *axis_args, float(embedder.sigma), embedder.config, largest
             )
         angle = positions[:, axis, None].double() * f.to(positions.device)
-        axis_tables.append(torch.polar(torch.full_like(angle, float(m)), angle))
+        axis_tables.append(torch.polar(m.to(angle).expand_as(angle), angle))
     return torch.cat(axis_tables, -1)
 
 

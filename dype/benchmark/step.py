@@ -159,7 +159,7 @@ def time_steps(args: argparse.Namespace) -> dict:
     rate = measure_matmul_rate(device, DTYPES[args.dtype])
     stock = make_pipeline(args.model, args.device).transformer
     ours = copy_sharing_weights(stock)
-    config = DyPEConfig(args.method, base_resolution=model.base_resolution, shift="model")
+    config = DyPEConfig(args.method, True, base_resolution=model.base_resolution, shift="model")
     apply_dype(ours, config)
     for transformer in (stock, ours):
         pipe = SimpleNamespace(transformer=transformer, dype_offload="none")
@@ -279,7 +279,8 @@ def image_seconds(pipe, args, size: int, steps: int) -> list[float | None]:
         for with_dype in variants[:: 1 - 2 * (i % 2)]:  # reversed at odd i
             remove_dype(pipe)
             if with_dype:
-                apply_dype(pipe, DyPEConfig(args.method, base_resolution=model.base_resolution))
+                config = DyPEConfig(args.method, True, base_resolution=model.base_resolution)
+                apply_dype(pipe, config)
             memory.reset_peak()
             start = time.perf_counter()
             sample.generate(pipe, prompt, steps=num_steps, **call)

@@ -27,6 +27,12 @@ METHOD_HELP = {
     "yarn_power": "two ramps, thresholds to the power kappa (authors' earlier code)",
     "yarn_paper": "the one ramp of the paper (Eq. 7, 8, 16)",
     "vision_yarn": "yarn_power with one NTK scale, fading attention scale (ComfyUI port)",
+    "tide": "one ramp, fading attention scale by pair (TIDE)",
+    "sega": "strong ntk, attention scale from the latent (SEGA)",
+    "imax": "NTK-aware scaling by 10, bounded by pi (I-Max)",
+    "rdfc": "one turn over the image for one pair (UltraImage)",
+    "riflex": "rdfc with 0.9 turns (RIFLEx)",
+    "resonance": "yarn of frequencies with whole turns (UltraFlux)",
     "cutoff": "pi above a moving cutoff wavelength, base below (this project's)",
 }
 EXAMPLES = {  # command -> comment
@@ -53,7 +59,8 @@ EPILOG = "\n".join([
     "methods (docs/method.md has the equations):",
     *(f"  {name:13}  {text}" for name, text in METHOD_HELP.items()),
     "  --method yarn is yarn with DyPE: its stretch falls from step to step. With --no_dype it is",
-    "  static: the same stretch at every step. base has no form with DyPE.",
+    "  static: the same stretch at every step. base has no form with DyPE, and sega is static",
+    "  unless you write --dype on or dy_sega.",
     "  File names and results.csv write dy_yarn with DyPE, yarn if static. --method also accepts",
     "  dy_yarn; in a list with a dy_ name, the names without dy_ are static.",
     "",

@@ -19,8 +19,16 @@ from dype.cli.flags import (
     parse,
     to_values,
 )
-from dype.config import CONFIG_FLAGS, DYNAMIC_NAMES, DyPEConfig, check_text, preset_settings
+from dype.config import (
+    CONFIG_FLAGS,
+    DYNAMIC_NAMES,
+    STATIC_METHODS,
+    DyPEConfig,
+    check_text,
+    preset_settings,
+)
 from dype.errors import UserError, raise_user_errors
+from dype.families import check_text_repeat
 from dype.noise_schedule import check_shift
 from dype.pipelines import distributed
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS, Model, resolve_model
@@ -178,6 +186,9 @@ def choose_model(explicit: dict, from_image: dict) -> tuple[str, Model, dict]:
         bound = {*MODEL_DEFAULTS, "revision", "variant", "transformer"}
         from_image = {key: value for key, value in from_image.items() if key not in bound}
     entry = resolve_model(name, revision)
+    method = from_image.get("method")
+    if "method" in explicit and method and from_image["dype"] == DyPEConfig(method).dype:
+        del from_image["dype"]  # a default, so that of the new method applies
     if not entry.guidance:  # earlier versions recorded a guidance that had no effect
         from_image.pop("guidance", None)
     return name, entry, from_image
@@ -266,7 +277,10 @@ def resolve_run(
     height, width = values["height"], values["width"]
     if options.preset is not None:
         preset = preset_settings(options.preset, height, width, values["base_resolution"])
-        preset = {name: value for name, value in preset.items() if name not in upper}
+        kept = upper.keys()
+        if "method" in upper and values["method"] in STATIC_METHODS:
+            kept = {*upper, "dype", "dype_scale"}  # the preset's suit its own method
+        preset = {name: value for name, value in preset.items() if name not in kept}
         applied = ", ".join(f"{name} {value}" for name, value in preset.items())
         notes.add(f"preset {options.preset}: {applied or 'nothing, because flags set all of it'}")
         values |= preset
@@ -276,6 +290,7 @@ def resolve_run(
     settings = {name: values[name] for name in CONFIG_NAMES if name in values}
     config = DyPEConfig.from_dict(defaults | settings)
     check_shift(entry.scheduler_config, config, entry.family)
+    check_text_repeat(config, entry.family)
     if values["init_image"] is not None:
         values["init_image"] = str(Path(values["init_image"]).absolute())
         expected = None if "init_image" in upper else values["init_sha256"]

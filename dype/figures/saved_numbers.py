@@ -210,7 +210,7 @@ ATTENTION_SUFFIX = re.compile(":attention_[a-z]+=[^:]+")
 BASE_STYLE = {"color": style.BLACK, "marker": "x"}
 COLORS = (style.ORANGE, style.BLUE, style.GREEN, style.VERMILLION, style.PURPLE, style.SKY)
 MARKER_STYLES = [{"color": c, "marker": m} for c, m in zip(COLORS, "soD^vP", strict=True)]
-FRONTIER_MARKERS = zip(list(METHODS)[1:], cycle(COLORS), "soPD^<>hvXd", strict=False)
+FRONTIER_MARKERS = zip(list(METHODS)[1:], cycle(COLORS), cycle("soPD^<>hvXd"), strict=False)
 METHOD_STYLES = {name: {"color": color, "marker": mark} for name, color, mark in FRONTIER_MARKERS}
 METHOD_STYLES |= {"base": BASE_STYLE, "cutoff": {"color": style.BLACK, "marker": "d"}}
 SPARE_MARKERS = "p8H"  # of methods with another lambda

@@ -26,7 +26,8 @@ LINE = """--model demo --revision abc --dtype bfloat16 --device cpu --vae_device
  --guidance 5 --seed 7 --steps 3 --max_sequence_length 12 --height 64 --width 96 --lora a/b:0.5
  --prompt x --variant fp16 --transformer a.gguf
  --method ntk --dype_scale 1.5 --dype_exponent 0.5 --dype_start_sigma 0.9 --base_resolution 32
- --cutoff 0.7 --attention_scale 0.2 --attention_path rising
+ --cutoff 0.7 --attention_scale 0.2 --attention_path rising --rdfc_pairs 8,9 --sega_alpha 0.3
+ --text_repeat 2
  --isotropic --shift model --base_shift 0.25 --max_shift 2 --attention native
  --compile blocks"""
 FLAGS = LINE.split()
@@ -93,6 +94,14 @@ def test_every_flag_arrives_and_comes_back(calls):
         "spectrum_exponent": 2.0,
         "attention_scale": 0.2,
         "attention_path": "rising",
+        "ntk_factor": 10.0,
+        "rdfc_pairs": "8,9",
+        "rdfc_turns": 1.0,
+        "sega_alpha": 0.3,
+        "sega_beta": 1.5,
+        "sega_floor": 1.0,
+        "sega_reference": 0.08,
+        "text_repeat": 2,
         "base_resolution": 32,
         "anisotropic": False,
         "shift": "model",

@@ -447,6 +447,8 @@ def test_precedence(folder):
     explicit = settings("--from", "a.png", "--preset", "4k", "--dype_scale", "3", "--steps", "9")
     assert (explicit.config.method, explicit.config.dype_scale) == ("vision_yarn", 3.0)
     assert explicit.steps == 9
+    assert settings("--from", "a.png", "--method", "sega").config.name == "sega"
+    assert settings("--from", "a.png", "--method", "yarn").config.name == "dy_yarn"
     dev = settings("--from", "a.png", "--model", "flux-dev")
     assert (dev.config.base_resolution, dev.steps) == (1024, 28)
     assert dev.config.method == "ntk"

@@ -139,9 +139,13 @@ def test_as_many_sizes_as_stock(family):
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "chroma"])
 def test_export(family):
-    """An exported transformer follows sigma as the eager one, and takes other sizes as stock."""
+    """An exported transformer follows sigma as the eager one, and takes other sizes as stock.
+
+    Two families have the attention scale of the number of tokens too.
+    """
     pipe, calls, images = FAMILIES[family][0](), [], []
-    apply_dype(pipe, replace(CONFIG, shift="model"))
+    path = "proportional" if family in ("krea2", "qwen-image") else "constant"
+    apply_dype(pipe, replace(CONFIG, shift="model", attention_path=path))
     transformer = pipe.transformer
     keep_one_block(transformer)
     record = transformer.register_forward_pre_hook(
@@ -203,11 +207,11 @@ class WaitCounter(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_step_waits(family, monkeypatch):
-    """DyPE adds no wait to stock's, except for reading the ids once per image."""
+    """DyPE, with SEGA's m, adds no wait to stock's but for reading the ids once per image."""
     build, generate = FAMILIES[family]
     waits, reads, read = [], [], embedders.parse_image_ids
     monkeypatch.setattr(embedders, "parse_image_ids", lambda *a: reads.append(0) or read(*a))
-    for config in (None, CONFIG):
+    for config in (None, replace(CONFIG, attention_path="sega")):
         pipe = build()
         if config:
             apply_dype(pipe, config)
@@ -219,6 +223,18 @@ def test_no_step_waits(family, monkeypatch):
     assert dype[1:] == stock[1:]
     # because the calls of these two pass the sizes, not ids
     assert len(reads) == (family not in ("z-image", "qwen-image"))
+
+
+@GPU
+def test_sega_with_model_offload():
+    """On a GPU: SEGA's m is the same if the weights come to the device after the pre-hook."""
+    images = []
+    for offload in (False, True):
+        pipe = flux()
+        apply_dype(pipe, replace(CONFIG, attention_path="sega"))
+        pipe.enable_model_cpu_offload() if offload else pipe.to("cuda")
+        images.append(generate_latents(pipe).cpu())
+    torch.testing.assert_close(*images, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "cache"), FAMILY_CACHES)
@@ -347,7 +363,7 @@ def test_no_sync_on_a_gpu(family):
     """CUDA itself sees no wait inside the transformer after the image's first step."""
     build, generate = FAMILIES[family]
     pipe = build().to("cuda")
-    apply_dype(pipe, CONFIG)
+    apply_dype(pipe, replace(CONFIG, attention_path="sega"))
     calls = []
 
     def forbid_waits(module, args, kwargs):

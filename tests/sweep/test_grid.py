@@ -171,11 +171,31 @@ def test_attention_path_without_effect():
     assert not is_same_image("yarn")
 
 
+def test_names_of_later_methods():
+    """`base` has one image whatever m is, and `sega` one with its own m."""
+    lists = "--method base,yarn,sega --attention_path constant,tide,sega --dype off"
+    start, end = "seed_42_method_", "_res_4096x4096"
+    names = [run.file_name for run in resolve_runs(*lists.split())]
+    assert names == [f"{start}base{end}.png"] + [
+        f"{start}{method}{end}{path}.png"
+        for method, paths in (("yarn", ["", "tide", "sega"]), ("sega", ["", "tide"]))
+        for path in (f"_attention_path_{path}" if path else "" for path in paths)
+    ]
+    lists = "--method sega --sega_alpha 0,0.3 --text_repeat 1,auto --shift log"
+    names = [run.file_name for run in resolve_runs(*lists.split())]
+    assert names == [
+        f"{start}sega{end}_sega_alpha_{alpha}{text}_shift_log.png"
+        for alpha in ("0", "0.3")
+        for text in ("", "_text_repeat_auto")
+    ]
+
+
 def test_older_records_lack_settings():
     """A setting that an older record lacks has its default value."""
     record = resolve_runs("--method", "yarn")[0].record
     expected = image_settings(record)
-    for name in ("cutoff", "cutoff_width", "attention_scale", "attention_path"):
+    later = ("ntk_factor", "rdfc_pairs", "rdfc_turns", "text_repeat", "sega_alpha", "sega_beta")
+    for name in ("cutoff", "cutoff_width", "attention_scale", "attention_path", *later):
         del record["config"][name]
     for name in ("cache", "attention", "init_sha256"):
         del record["flags"][name]
