@@ -1,5 +1,6 @@
 """Settings of the ground-truth benchmark, the cells of its tables, and the pairs to compare."""
 
+from dataclasses import fields
 from itertools import product, takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -12,11 +13,16 @@ DEMO = MODELS["demo"]
 BASE = DEMO.base_resolution  # px
 COUNT = 24  # of the prompts at 1x and 2x
 LARGE_COUNT = 4  # of the prompts of larger images
-NAMED_SETTINGS = {"cutoff", "cutoff_width", "spectrum_exponent", "attention_scale"}
-NAMED_SETTINGS |= {"attention_path", "alpha", "beta", "dype_start_sigma", "base_resolution"}
-DYNAMIC_SETTINGS = {"attention_path", "dype_start_sigma"}  # no effect on a static method
-SETTING_METHODS = {"alpha": "yarn_paper", "beta": "yarn_paper"}  # name -> the only method with it
-SETTING_METHODS |= {"cutoff_width": "cutoff", "spectrum_exponent": "cutoff"}
+NAMED_SETTINGS = {part.name for part in fields(DyPEConfig)}
+NAMED_SETTINGS -= {"method", "dype", "dype_scale", "dype_exponent", "anisotropic"}
+NAMED_SETTINGS -= {"shift", "base_shift", "max_shift"}
+TEXT_SETTINGS = ("attention_path", "rdfc_pairs")
+# no effect on a static method
+DYNAMIC_SETTINGS = ("attention_path=falling", "attention_path=rising", "dype_start_sigma=")
+# name -> the methods whose frequencies follow it
+SETTING_METHODS = {"alpha": ("yarn_paper", "tide"), "beta": ("yarn_paper", "tide")}
+SETTING_METHODS |= dict.fromkeys(("cutoff_width", "spectrum_exponent"), ("cutoff",))
+SETTING_METHODS |= {"ntk_factor": ("imax",), "rdfc_turns": ("rdfc",)}
 # method -> the first method with the same static frequencies and m
 STATIC_FORMS = {method: method for method in METHODS} | {"ntk_mult": "ntk"}
 STATIC_FORMS |= dict.fromkeys(("yarn_ntk_only", "yarn_both", "yarn_power", "vision_yarn"), "yarn")
@@ -33,7 +39,7 @@ PAPER_SETTINGS += ["pi", "dy_pi"]
 SCALING_SETTINGS = ["base", DEMO.dype_defaults["method"], f"dy_{DEMO.dype_defaults['method']}"]
 PROGRESSIVE = f"{SCALING_SETTINGS[-1]}:progressive"
 UNCAPPED_CUTOFF = [f"{name}:model" for name in CUTOFF_COMPARISON[:2]]
-GRAMMAR = "base[:CONTROL] or [dy_]METHOD[:LAMBDA_S[:LAMBDA_T]][:NAME=VALUE...][:CONTROL]"
+GRAMMAR = "base or [dy_]METHOD[:LAMBDA_S[:LAMBDA_T]], then [:NAME=VALUE...][:CONTROL]"
 
 
 class Setting(NamedTuple):
@@ -100,7 +106,7 @@ def parse_setting(text: str) -> Setting:
         lambdas = [float(word) for word in lambda_words]
         assignments = dict(map(parse_assignment, parts[len(lambda_words) :]))
         is_valid = len(lambdas) <= 2 * (DEFAULT_LAMBDA_S[method] is not None)
-        is_valid &= method != "base" or not (dype or parts or control == "reversed")
+        is_valid &= method != "base" or not (dype or control == "reversed")
     except ValueError:
         is_valid = False
     if not is_valid:
@@ -122,7 +128,7 @@ def parse_assignment(word: str) -> tuple[str, str | float]:
     name, value = word.split("=", 1)
     if name not in NAMED_SETTINGS:
         raise ValueError(name)
-    if name == "attention_path":
+    if name in TEXT_SETTINGS or value == "auto":
         return name, value
     return name, int(value) if value.isdecimal() else float(value)
 
@@ -139,7 +145,8 @@ def format_overrides(assignments: dict[str, str | float]) -> tuple[str, ...]:
 
 def needs_dype(word: str) -> bool:
     """Return whether a word after the method has no effect on a static method."""
-    return word.split("=")[0] in DYNAMIC_SETTINGS or not ("=" in word or word in STATIC_CONTROLS)
+    is_dynamic = word.startswith(DYNAMIC_SETTINGS)
+    return is_dynamic or not ("=" in word or word in STATIC_CONTROLS)
 
 
 def check_effects(text: str, config: DyPEConfig, words: list[str], assignments: dict) -> None:
@@ -153,7 +160,9 @@ def check_effects(text: str, config: DyPEConfig, words: list[str], assignments: 
     """
     dynamic = config.to_dict() | {"dype": True}
     useless = [row.name for row in CONFIG_FLAGS if not row.has_effect(dynamic)]
-    useless += [name for name, method in SETTING_METHODS.items() if method != config.method]
+    useless += [name for name, methods in SETTING_METHODS.items() if config.method not in methods]
+    if not config.follows_latent:
+        useless += ["sega_beta", "sega_floor", "sega_reference"]
     for name in assignments:
         if name in useless:
             raise ValueError(f"setting {text!r}, expected no {name}: it has no effect there")
@@ -247,8 +256,8 @@ def requested_pairs(
 def default_pairs(cells: dict[str, Cell]) -> list[tuple[str, str]]:
     """Return the (setting, baseline) names to compare among cells by the name of their setting.
 
-    Each setting is compared with `base`, a method with DyPE also with its static form, and a
-    control also with the setting that it changes.
+    Each setting is compared with `base`, a method with DyPE also with its static form, and one
+    with a control or with other settings than its method's also with the one without.
     """
     pairs = []
     for name, cell in cells.items():
@@ -256,7 +265,9 @@ def default_pairs(cells: dict[str, Cell]) -> list[tuple[str, str]]:
         overrides = [part for part in cell.setting.overrides if not needs_dype(part)]
         static = ":".join([STATIC_FORMS[config.method], *overrides])
         static += ":model" * (control == "model")
-        baselines = [name.removesuffix(f":{control}"), static if config.dype else "base", "base"]
+        default = ":".join(part for part in name.split(":") if "=" not in part)
+        baselines = [name.removesuffix(f":{control}"), default]
+        baselines += [static if config.dype else "base", "base"]
         baselines = [text for text in dict.fromkeys(baselines) if text in cells.keys() - {name}]
         pairs += [(name, baseline) for baseline in baselines]
     return pairs
