@@ -77,6 +77,15 @@ RULES = {  # rule -> mu at 1, 2, 3 and 4 times 1024 px, from the publications' f
 
 
 @pytest.mark.parametrize("rule", ["log", "sqrt", "sd3"])
+def test_a_mu_of_no_size(rule):
+    """A pipeline may pass any mu, also one below that of a single token."""
+    scheduler = make_scheduler()
+    set_shift(scheduler, DyPEConfig(shift=rule), FLUX)
+    scheduler.set_timesteps(4, mu=-0.2)
+    assert scheduler.sigmas.isfinite().all()
+
+
+@pytest.mark.parametrize("rule", ["log", "sqrt", "sd3"])
 def test_rules_that_a_model_refuses(rule):
     """A static schedule, a rule of the pipeline's own, and base_shift with sd3."""
     static, config = make_scheduler(), DyPEConfig(shift=rule)

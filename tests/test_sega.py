@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,12 +185,13 @@ def test_a_loop_without_the_hook():
 
 def test_weights_that_are_not_on_the_device_yet(monkeypatch):
     """With model offload they come after the pre-hook; the layer is called where they are."""
-    layer, seen = torch.nn.Linear(16, 32, device="meta"), []
-    monkeypatch.setattr(layer, "forward", lambda x: seen.append(x.device.type) or x.cpu())
-    spare = torch.nn.Parameter(torch.zeros(1))
-    layer.register_parameter("spare", spare)
-    latent_map(random_tensor((1, 24, 16), 0), layer, (4, 6), make_constant)
-    assert seen == [spare.device.type]
+    layer, keys = torch.nn.Linear(16, 32), []
+    elsewhere = SimpleNamespace(device=torch.device("cuda:1"))
+    monkeypatch.setattr(layer, "parameters", lambda: [elsewhere])
+    units = torch.eye(17, 16)
+    tokens = random_tensor((1, 24, 16), 0)
+    latent_map(tokens, layer, (4, 6), lambda *key, make: keys.append(key) or units)
+    assert keys[0][-1] == elsewhere.device
 
 
 def test_launches():
