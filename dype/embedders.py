@@ -338,11 +338,6 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
                     "a reference image has kind 0 in img_ids, as the generated image, expected "
                     "another kind under context parallelism"
                 )
-            if self.config.follows_latent and parsed.num_reference is None:
-                raise ValueError(
-                    "the image is not the first row-major grid in img_ids, expected it there for "
-                    "SEGA's attention scale"
-                )
             self.read_latent(module, call, parsed.grid)
             state.copies = self.count_copies(parsed.grid)
             if state.copies > 1:
@@ -358,6 +353,15 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
             table = self.compute_table(text.prefix, exact_ids[start:])
             state.tables = [table, *map(self.table_from_ids, separate_calls)]
         return call | {family.ids_arg: exact_ids.expand(*ids.shape[:-2], -1, -1)}
+
+    def image_tokens(self, module: torch.nn.Module, call: dict, grid) -> tuple:
+        """Return the image tokens and their embedder; raise ValueError if no grid comes first."""
+        if self.state.last_ids[2].num_reference is None:
+            raise ValueError(
+                "the image is not the first row-major grid in img_ids, expected it there for "
+                "SEGA's attention scale"
+            )
+        return super().image_tokens(module, call, grid)
 
     def read_ids(self, ids: torch.Tensor, start: int) -> ImageIds:
         """Return `parse_image_ids(ids, start)`, or its last result in this thread."""
