@@ -134,7 +134,7 @@ def test_numbers_of_the_paper():
             assert cell == ", ".join(row["value"] for row in rows if row.items() >= keys)
 
 
-@pytest.mark.parametrize("name", ["ground_truth", "cutoff", "cutoff_second"])
+@pytest.mark.parametrize("name", ["ground_truth", "cutoff", "cutoff_second", "later_methods"])
 def test_tables_of_the_benchmark(name):
     """The CSV files are those that `--save` writes beside the JSON."""
     path = ROOT / "docs" / "data" / f"{name}.json"
@@ -148,6 +148,23 @@ def format_score(row: dict, name: str, sign: str = "", with_interval: bool = Tru
     """Return a score of a CSV row as the pages print it."""
     value, low, high = (f"{float(row[name + end]):{sign}.2f}" for end in ("", "_low", "_high"))
     return f"{value} [{low}, {high}]" if with_interval else value
+
+
+def test_the_tables_of_the_later_methods():
+    """Rows are those of later_methods.csv, of 16 prompts; both forms of each method have one."""
+    with (ROOT / "docs/data/later_methods.csv").open() as file:
+        results = {row["setting"]: row for row in csv.DictReader(file)}
+    page = (ROOT / "docs/log/2026-11-26-later-methods.md").read_text()
+    rows = re.findall(r"^\| `(.+?)` \| (.+) \|$", page, re.MULTILINE)
+    for setting, cells in rows:
+        row = results[setting]
+        scores = [format_score(row, name) for name in ("layout", "overlap")]
+        scores += [format_score(row, name, "", False) for name in ("spectrum", "lite0")]
+        assert cells.split(" | ") == scores
+        assert row["n"] == "16"
+    names = {setting for setting, _ in rows}
+    later = ("tide", "sega", "imax", "rdfc", "riflex", "resonance")
+    assert names >= {prefix + method for method in later for prefix in ("", "dy_")}
 
 
 def test_the_tables_of_demo_md_are_those_of_the_files():
