@@ -271,7 +271,7 @@ class DyPEConfig:
     text_repeat: int | str = flag(
         "number of copies of the text that attention sees; 1 to 256, or auto: image area / trained "
         "area; no effect up to the trained size, not for Z-Image", 1,
-        low=1, high=256, words=("auto",), metavar="K|auto", label="text x{}",
+        low=1, high=256, words=("auto",), metavar="K|auto", label="text copies {}",
     )
     base_resolution: int | None = flag(
         "side of the model's training images; 16 to 16384, multiple of 16", None, metavar="PX",

@@ -32,7 +32,8 @@ def to_row(run: RunSettings, record: dict | None = None, error: str = "") -> dic
     """
     row = {name: run.identity.get(name) for name in LABELS}
     if row["attention_scale"] is None and run.config.method != "base":
-        row["attention_scale"] = "own"
+        row["attention_scale"] = "own" if row["attention_path"] is None else None
+        row["attention_path"] = row["attention_path"] or "own"
     row |= {"file": run.file_name, "height": run.height, "width": run.width, "error": error}
     row["method"] = run.config.name
     changes = [(key, value) for key, value in run.non_defaults.items() if key not in LABELS]

@@ -13,6 +13,8 @@ from dype.cli import flags
 from dype.cli.settings import resolve
 from dype.sampling.settings import RunSettings, image_settings
 from dype.sweep import grid
+from dype.sweep.contact_sheet import arrange_grid
+from dype.sweep.results import to_row
 from dype.sweep.run import estimate_work
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
@@ -188,6 +190,23 @@ def test_names_of_later_methods():
         for alpha in ("0", "0.3")
         for text in ("", "_text_repeat_auto")
     ]
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        "--method sega --attention_path constant,proportional --text_repeat 1,auto",
+        "--method ntk,yarn --attention_path constant,tide,sega",
+        "--method yarn --attention_scale 0.1,0.3",
+        "--method base,yarn --dype on,off --attention_scale 0.3 --attention_path rising",
+    ],
+)
+def test_contact_sheets_show_every_attention_scale(lists):
+    """No image hides another one on the sheet."""
+    runs = resolve_runs(*lists.split())
+    _, _, columns = arrange_grid([to_row(run) for run in runs], None)
+    files = [row["file"] for column in columns for row in column if row]
+    assert {*files} == {run.file_name for run in runs}
 
 
 def test_older_records_lack_settings():
