@@ -33,7 +33,7 @@ from dype.sampling.run import (
 )
 from dype.sampling.sample import prompt_encoder
 from dype.sampling.settings import RunSettings
-from dype.sweep import contact_sheet, results
+from dype.sweep import contact_sheet, results, viewer
 from dype.sweep import run as sweep
 
 PROGRAM = "run_dype.py"
@@ -101,6 +101,7 @@ def generate_sweep(options: RunOptions, runs: list[RunSettings]) -> int:
         raise UserError("--output names one file, expected one image or --output_dir")
     with raise_user_errors():
         contact_sheet.check_columns(options.cols)
+        viewer.check_page(folder / viewer.PAGE)
         if options.dry_run:
             print(sweep.describe_plan(runs, folder, options.overwrite))
             return 0
@@ -116,13 +117,14 @@ def generate_sweep(options: RunOptions, runs: list[RunSettings]) -> int:
 
 
 def draw_sheets(folder: Path, columns: str | None) -> int:
-    """Draw the contact sheets and the summary of a finished sweep. Raises UserError, OSError."""
+    """Write contact sheets, summary and page of a finished sweep. Raises UserError, OSError."""
     with raise_user_errors():
         rows = results.read_rows(folder)
         if not rows:
             raise ValueError(f"{folder} has no finished sweep, expected one with its results.csv")
         for path in contact_sheet.write_contact_sheets(rows, folder, columns):
             print(path)
+        print(viewer.write_sweep_page(rows, folder))
     return 0
 
 

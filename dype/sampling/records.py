@@ -8,10 +8,10 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 from dype.sampling import images
 
@@ -217,11 +217,28 @@ def open_image(path: str | Path) -> Image.Image:
     """
     if Path(path).is_fifo():  # which can be read only once, and may never end
         raise OSError("it is a pipe, expected a file")
+    with accept_large_images():
+        return images.decode(path)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Return width and height of an image of any format. Raises OSError as `open_image`."""
+    with accept_large_images(), Image.open(path) as image:
+        is_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        return image.size[::-1] if is_on_its_side else image.size
+
+
+@contextmanager
+def accept_large_images():
+    """Let Pillow read up to `MAX_PIXELS` in the `with` block, and raise OSError for all it raises.
+
+    An error without `strerror` has the reason as its text.
+    """
     limit = Image.MAX_IMAGE_PIXELS
     try:
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above it, and raises above twice
         with warnings.catch_warnings(action="ignore"):  # of large images, and before errors
-            return images.decode(path)
+            yield
     except Image.UnidentifiedImageError as error:
         raise OSError("it is no image of a format that Pillow reads") from error
     except Image.DecompressionBombError as error:

@@ -182,7 +182,9 @@ def open_folder(runs: list[RunSettings], folder: Path, overwrite: bool) -> tuple
     }
     for temporary in folder.glob(".*.part"):
         target = temporary.name[1:].rsplit(".", 2)[0]  # the name is .TARGET.PROCESS.part
-        is_table = target in (RESULTS, "summary.txt") or target.startswith("comparison_")
+        is_table = target in (RESULTS, "summary.txt", "index.html") or target.startswith(
+            "comparison_"
+        )
         if is_table or target in images:
             temporary.unlink()
     write_rows(folder, rows)

@@ -1,0 +1,323 @@
+"""Write a page on which images are looked at and compared: `python -m dype.sweep.viewer`.
+
+The page is one HTML file with small JPEGs in `thumbs/`. It opens from the disk, without a server
+and without a network. A folder stands for its sweep, or for the images in it.
+"""
+
+import hashlib
+import html
+import io
+import json
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from urllib.parse import quote
+
+from PIL import Image
+from tqdm import tqdm
+
+from dype.errors import Parser, UserError, raise_user_errors, run_command
+from dype.pipelines import memory
+from dype.sampling import records
+from dype.sampling.settings import format_value, image_settings
+from dype.sweep import results
+from dype.sweep.results import LABELS, REPLICATES, takes_several_values
+
+PAGE, THUMBNAILS = "index.html", "thumbs"
+TEMPLATE = Path(__file__).with_name("viewer.html")
+GENERATOR = '<meta name="generator" content="dype.sweep.viewer">'
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 512, 85  # px of the longer side
+CONTACT_SHEET = re.compile(r"comparison_\d+x\d+(_\d+)?\.png")  # no image of a sweep
+# settings of images without a record
+FORMATS = {"size": "{}", "folder": "{}", "name": "{}"} | LABELS
+SCORES = {
+    "seconds": {"title": "seconds", "digits": 1},
+    "peak_memory": {"title": "peak GiB", "digits": 2},
+}
+METRIC = {"digits": 3}
+UNITS = {"peak_memory": memory.GIB}
+EXAMPLES = """examples:
+  python -m dype.sweep.viewer outputs/sweep
+  python -m dype.sweep.viewer a.png b.png --out outputs/comparison.html
+"""
+
+
+def write_sweep_page(rows: list[dict], folder: Path) -> Path:
+    """Write the page of a sweep, `index.html`, and return its path.
+
+    Args:
+        rows: rows of results.csv, with the values of metrics.csv.
+        folder: folder of the sweep.
+
+    Raises:
+        ValueError: another program's index.html is in the way.
+        OSError: a file cannot be written.
+    """
+    return write_page([image_of_row(row, folder) for row in rows], folder / PAGE)
+
+
+def image_of_row(row: dict, folder: Path) -> dict:
+    """Return path, settings, scores and error of an image for `write_page`.
+
+    Args:
+        row: row of results.csv, with the values of metrics.csv.
+        folder: folder of the sweep.
+    """
+    settings = {name: row[name] for name in LABELS} | {"size": f"{row['width']}x{row['height']}"}
+    scores = {}
+    if not row["error"]:
+        metrics = [name for name in row if name not in results.COLUMNS]
+        names = [name for name in [*SCORES, *metrics] if row[name]]
+        scores = {name: float(row[name]) / UNITS.get(name, 1) for name in names}
+    path = folder / row["file"]
+    return {"path": path, "settings": settings, "scores": scores, "error": row["error"]}
+
+
+def image_of_file(path: Path, root: Path) -> dict:
+    """Return path, settings, scores and error of an image for `write_page`.
+
+    The settings are those of its record. An image without a record has its folder and its name
+    instead.
+
+    Args:
+        path: of the image.
+        root: the deepest folder that contains all images of the page.
+    """
+    settings, scores = {"folder": os.path.relpath(path.parent, root)}, {}
+    try:
+        record, _ = records.find_record(path)
+        values = image_settings(record)
+        values["method"] = f"{'dy_' * values['dype']}{values['method']}"
+        settings |= {
+            name: format_value(value)
+            for name, value in values.items()
+            if name != "dype" and value not in (None, [])
+        }
+        numbers = {name: record[name] for name in SCORES if record.get(name) is not None}
+        scores = {name: number / UNITS.get(name, 1) for name, number in numbers.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        settings["name"] = path.stem
+    return {"path": path, "settings": settings, "scores": scores, "error": ""}
+
+
+def write_page(images: list[dict], path: Path) -> Path:
+    """Write a page and its thumbnails, and return the path of the page.
+
+    Args:
+        images: dicts of `image_of_row` or `image_of_file`.
+        path: HTML file.
+
+    Raises:
+        ValueError: `path` is a file of another program.
+        OSError: a file cannot be written.
+    """
+    check_page(path)
+    folder = path.parent
+    names = thumbnail_names([image["path"] for image in images], folder)
+    for image, name in tqdm(
+        [*zip(images, names, strict=True)], "thumbnails", unit="image", disable=None, leave=False
+    ):
+        image["thumbnail"] = folder / THUMBNAILS / name
+        if not image["error"]:
+            image["error"] = write_thumbnail(image["path"], image["thumbnail"])
+    data = json.dumps(page_data(images, path), ensure_ascii=True)
+    data = data.replace("<", "\\u003c")  # because a prompt may contain </script>
+    text = TEMPLATE.read_text("utf-8").replace("TITLE", html.escape(page_title(path)), 1)
+    records.write_atomically({path: text.replace("DATA", data, 1).encode()})
+    return path
+
+
+def check_page(path: Path) -> None:
+    """Raise ValueError if a file is in the way that is no page of this program."""
+    if path.exists() and (path.is_dir() or GENERATOR.encode() not in path.read_bytes()[:2000]):
+        raise ValueError(f"{path} is no page of this program; move it away")
+
+
+def page_title(path: Path) -> str:
+    """Return the title of a page: the name of its folder, or of its file."""
+    return path.absolute().parent.name if path.name == PAGE else path.stem
+
+
+def thumbnail_names(paths: list[Path], folder: Path) -> list[str]:
+    """Return a file name for each thumbnail: that of the image, with a hash if it is not unique.
+
+    Args:
+        paths: of the images.
+        folder: of the page; an image in another folder gets a hash too.
+    """
+    counts = Counter(path.stem for path in paths)
+    names = []
+    for path in paths:
+        is_unique = counts[path.stem] == 1 and path.parent == folder
+        suffix = "" if is_unique else f"-{short_id(os.fspath(path.absolute()))}"
+        names.append(records.shorten_name(f"{path.stem}{suffix}.jpg", records.MAX_TEMPORARY_NAME))
+    return names
+
+
+def write_thumbnail(path: Path, thumbnail: Path) -> str:
+    """Write a small JPEG of an image, unless it is up to date; return "" or why it cannot be read.
+
+    A thumbnail has the time of its image, so that it is written again if the image changes.
+    Raises OSError if it cannot be written.
+    """
+    try:
+        time = path.stat().st_mtime_ns
+        if thumbnail.exists() and thumbnail.stat().st_mtime_ns == time:
+            return ""
+        image = records.open_image(path)
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror or error}"
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS, reducing_gap=3)
+    content = io.BytesIO()
+    image.save(content, "jpeg", quality=THUMBNAIL_QUALITY)
+    thumbnail.parent.mkdir(exist_ok=True)
+    records.write_atomically({thumbnail: content.getvalue()})
+    os.utime(thumbnail, ns=(time, time))
+    return ""
+
+
+def page_data(images: list[dict], path: Path) -> dict:
+    """Return what the script of the page reads.
+
+    Args:
+        images: dicts of `write_page`, with their thumbnails.
+        path: of the page.
+    """
+    entries = [image_data(image, path.parent) for image in images]
+    names = [*dict.fromkeys([*FORMATS, *(name for image in images for name in image["settings"])])]
+    rows = [{name: image["settings"].get(name, "") for name in names} for image in images]
+    formats = {name: FORMATS.get(name, f"{name} {{}}") for name in names}
+    varying = [name for name in names if takes_several_values(rows, name)]
+    for entry, row in zip(entries, rows, strict=True):
+        entry["values"] = {name: row[name] for name in varying if row[name]}
+    constant = {name: max(row[name] for row in rows) for name in names if name not in varying}
+    prompt = constant.pop("prompt", "")
+    common = [formats[name].format(value) for name, value in constant.items() if value]
+    scores = dict.fromkeys(name for image in images for name in image["scores"])
+    return {
+        "title": page_title(path),
+        "prompt": prompt,
+        "common": ", ".join(common),
+        "settings": [{"name": name, "format": formats[name]} for name in varying],
+        "columns": ",".join([name for name in REPLICATES if name in varying] or varying[-1:]),
+        "replicates": REPLICATES,
+        "scores": [{"name": name} | SCORES.get(name, METRIC | {"title": name}) for name in scores],
+        "images": entries,
+    }
+
+
+def image_data(image: dict, folder: Path) -> dict:
+    """Return what the script of the page reads of an image, and set its size in the settings.
+
+    Args:
+        image: dict of `write_page`, with its thumbnail.
+        folder: of the page.
+    """
+    width, height = 1, 1
+    if not image["error"]:
+        width, height = records.read_size(image["path"])
+        image["settings"]["size"] = f"{width}x{height}"
+    url = relative_url(image["path"], folder)
+    return {
+        "id": short_id(url),
+        "name": image["path"].name,
+        "file": url,
+        "thumb": relative_url(image["thumbnail"], folder),
+        "width": width,
+        "height": height,
+        "scores": image["scores"],
+        "error": image["error"],
+    }
+
+
+def short_id(text: str) -> str:
+    """Return eight hex digits that stand for a text."""
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:8]
+
+
+def relative_url(path: Path, folder: Path) -> str:
+    """Return a path relative to the folder of the page, quoted for a browser."""
+    try:
+        return quote(os.fsencode(Path(os.path.relpath(path, folder)).as_posix()))
+    except ValueError:  # another drive of Windows
+        return path.absolute().as_uri()
+
+
+def find_images(paths: list[str]) -> list[dict]:
+    """Return the images of files, and of folders: those of its sweep, else those in it.
+
+    Raises ValueError if there is no such file or no image.
+    """
+    files, images = [], []
+    for path in map(Path, paths):
+        if path.is_dir():
+            rows = results.read_rows(path)
+            images += [image_of_row(row, path) for row in rows]
+            files += [] if rows else list_images(path)
+        elif path.exists():
+            files.append(path)
+        else:
+            raise ValueError(f"{path} does not exist, expected an image or a folder of images")
+    files = [*dict.fromkeys(files)]
+    root = Path(os.path.commonpath([path.absolute().parent for path in files] or [os.getcwd()]))
+    images += [image_of_file(path, root) for path in files]
+    if not images:
+        raise ValueError(f"{', '.join(paths)} has no images, expected some")
+    return images
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the images in a folder and below it, without thumbnails and contact sheets."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in SUFFIXES
+        and path.parent.name != THUMBNAILS
+        and not CONTACT_SHEET.fullmatch(path.name)
+    ]
+
+
+def parser() -> Parser:
+    """Return the parser of the command line."""
+    argument_parser = Parser(
+        prog="python -m dype.sweep.viewer", description=__doc__, epilog=EXAMPLES
+    )
+    flag = argument_parser.add_argument
+    flag("paths", nargs="+", metavar="IMAGE", help="image, or folder of a sweep or of images")
+    flag("--out", type=Path, metavar="FILE.html", help="page to write (default: index.html in the "
+         "folder, outputs/viewer.html for several paths)")  # fmt: skip
+    return argument_parser
+
+
+@raise_user_errors()
+def run(args) -> None:
+    """Write the page and print its path. Raises UserError, OSError."""
+    is_folder = len(args.paths) == 1 and os.path.isdir(args.paths[0])
+    path = args.out or (Path(args.paths[0], PAGE) if is_folder else Path("outputs/viewer.html"))
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out is {path}, expected a name in .html")
+    images = find_images(args.paths)
+    check_page(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_page(images, path)
+    broken = [image["error"] for image in images if image["error"]]
+    if broken:
+        print(f"{len(broken)} of {len(images)} images are not shown, as {broken[0]}")
+    print(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code.
+
+    Exit codes: 0, 2 for a mistake of the user, 1 for other failures.
+    """
+    return run_command("dype.sweep.viewer", lambda: run(parser().parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

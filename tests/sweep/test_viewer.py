@@ -1,0 +1,185 @@
+"""The page of a sweep or of any images: what is in it, and what is refused."""
+
+import json
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from conftest import TINY_DEMO, run
+from PIL import Image
+from test_contact_sheet import make_rows
+
+from dype.sampling import records
+from dype.sweep import results, viewer
+
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
+
+
+def read_data(path="out/index.html") -> dict:
+    """Return the data of a page as a browser parses it."""
+    text = Path(path).read_text("utf-8")
+    [data] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    return json.loads(data)
+
+
+def write_images(*names: str, size=(64, 32)) -> None:
+    for number, name in enumerate(names):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (40 * number, 90, 120)).save(name)
+
+
+def test_page_of_a_sweep(capsys):
+    """Every sweep has a page, with its settings, seconds, memory and metrics."""
+    sweep = [*TINY_DEMO, "--method", "dy_yarn,base", "--seed", "0-1", "--size", "64x96"]
+    assert run(*sweep, "--output_dir", "out", "--prompt", "a <b>sun</b></script>") == 0
+    assert "out/index.html" in capsys.readouterr().out
+    data = read_data()
+    assert data["title"] == "out"
+    assert data["prompt"] == "a <b>sun</b></script>"
+    assert data["settings"] == [
+        {"name": "method", "format": "{}"},
+        {"name": "seed", "format": "seed {}"},
+    ]
+    assert data["columns"] == "seed"
+    values = [image["values"] for image in data["images"]]
+    expected = [(method, seed) for method in ("dy_yarn", "base") for seed in "01"]
+    assert values == [{"method": method, "seed": seed} for method, seed in expected]
+    assert [score["title"] for score in data["scores"]] == ["seconds", "peak GiB"]
+    for image in data["images"]:
+        assert image["error"] == ""
+        assert (image["width"], image["height"]) == (64, 96)
+        assert records.read_size(Path("out", unquote(image["file"]))) == (64, 96)
+        with Image.open(Path("out", unquote(image["thumb"]))) as thumbnail:
+            assert thumbnail.format == "JPEG"
+
+    [row, *_] = results.read_table(Path("out/results.csv"), [])
+    value = {"file": row["file"], "metric": "lite0", "value": "1.25", "protocol": "p"}
+    results.write_table(Path("out/metrics.csv"), results.METRIC_COLUMNS, [value])
+    Path("out/index.html").unlink()
+    assert run("--grid_from", "out") == 0
+    data = read_data()
+    assert data["scores"][-1] == {"name": "lite0", "title": "lite0", "digits": 3}
+    assert ["lite0" in image["scores"] for image in data["images"]] == [True] + 3 * [False]
+    assert data["images"][0]["scores"]["lite0"] == 1.25
+
+
+def test_settings_and_errors_of_rows():
+    rows = make_rows(
+        {"color": "s", "method": "yarn"},
+        {"color": "a", "dype_scale": "1"},
+        {"color": "b", "dype_scale": "2", "error": "out of memory"},
+        {"color": "c", "dype_scale": "3"},
+    )
+    Path("out/c.png").unlink()
+    viewer.write_sweep_page(rows, Path("out"))
+    data = read_data()
+    errors = [image["error"] for image in data["images"]]
+    assert errors == ["", "", "out of memory", "c.png is missing"]
+    assert [image["values"].get("dype_scale") for image in data["images"]] == [None, *"123"]
+    assert data["images"][2]["scores"] == {}
+    assert sorted(os.listdir("out/thumbs")) == ["a.jpg", "s.jpg"]
+
+
+def test_thumbnails_follow_their_images():
+    """A thumbnail is written again if its image changes, and only then."""
+    rows = make_rows({"color": "a"}, {"color": "b"})
+    viewer.write_sweep_page(rows, Path("out"))
+    before = {path: path.stat().st_ino for path in Path("out/thumbs").iterdir()}
+    image, thumbnail = Path("out/a.png"), Path("out/thumbs/a.jpg")
+    Image.new("RGB", (2000, 1000), (0, 0, 250)).save(image)
+    viewer.write_sweep_page(rows, Path("out"))
+    changed = [path for path in before if path.stat().st_ino != before[path]]
+    assert changed == [thumbnail]
+    with Image.open(thumbnail) as small:
+        assert small.size == (viewer.THUMBNAIL_SIDE, viewer.THUMBNAIL_SIDE // 2)
+        assert small.getpixel((9, 9))[2] > 200
+
+
+def test_any_images(capsys):
+    """Images without a record have their folder and their name as settings."""
+    write_images("runs/#1 a&b/0.png", "runs/#1 a&b/1.png", "runs/\u57ce/0.png", "runs/plain/0.webp")
+    paths = ["runs/#1 a&b/0.png", "runs/#1 a&b/1.png", "runs/\u57ce/0.png", "runs/plain/0.webp"]
+    assert viewer.main([*paths, "--out", "pages/x.html"]) == 0
+    assert capsys.readouterr().out == "pages/x.html\n"
+    data = read_data("pages/x.html")
+    assert data["title"] == "x"
+    names = [(image["values"]["folder"], image["values"]["name"]) for image in data["images"]]
+    assert names == [("#1 a&b", "0"), ("#1 a&b", "1"), ("\u57ce", "0"), ("plain", "0")]
+    for image, path in zip(data["images"], paths, strict=True):
+        assert "#" not in image["file"]
+        assert os.path.samefile(Path("pages", unquote(image["file"])), path)
+        assert Path("pages", unquote(image["thumb"])).exists()
+    assert len({image["id"] for image in data["images"]}) == 4
+
+    assert viewer.main(["runs"]) == 0  # a folder without a sweep
+    assert len(read_data("runs/index.html")["images"]) == 4
+    assert viewer.main(["runs"]) == 0  # thumbnails are no images of it
+    assert len(read_data("runs/index.html")["images"]) == 4
+
+
+def test_images_with_records():
+    """An image of this program has the settings of its record, a copy its folder too."""
+    for method, switch in (("dy_yarn", "on"), ("yarn", "off")):
+        line = [*TINY_DEMO, "--size", "64", "--method", "yarn", "--dype", switch, "--seed", "0"]
+        assert run(*line, "--output", f"{method}.png") == 0
+    Path("copies").mkdir()
+    for path in (Path("yarn.png"), Path("yarn.json")):
+        Path("copies", path.name).write_bytes(path.read_bytes())
+    assert viewer.main(["dy_yarn.png", "yarn.png", "copies/yarn.png", "--out", "page.html"]) == 0
+    data = read_data("page.html")
+    assert {"folder", "method"} <= {setting["name"] for setting in data["settings"]}
+    values = [(image["values"]["folder"], image["values"]["method"]) for image in data["images"]]
+    assert values == [(".", "dy_yarn"), (".", "yarn"), ("copies", "yarn")]
+    assert "seed 0" in data["common"]
+    assert all("seconds" in image["scores"] for image in data["images"])
+
+
+def test_sizes_of_images():
+    """The sizes are those that a viewer shows, and width comes first."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # on its side
+    Image.new("RGB", (64, 32)).save("side.jpg", exif=exif)
+    write_images("wide.png")
+    assert [records.read_size(Path(name)) for name in ("side.jpg", "wide.png")] == [
+        (32, 64),
+        (64, 32),
+    ]
+    assert viewer.main(["side.jpg", "wide.png", "--out", "page.html"]) == 0
+    sizes = [image["values"]["size"] for image in read_data("page.html")["images"]]
+    assert sizes == ["32x64", "64x32"]
+
+
+def test_broken_images(capsys):
+    write_images("good.png")
+    Path("broken.png").write_bytes(Path("good.png").read_bytes()[:60])
+    Path("text.png").write_text("no image")
+    assert viewer.main(["good.png", "broken.png", "text.png", "--out", "page.html"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("2 of 3 images are not shown, as broken.png cannot be read: ")
+    errors = [image["error"] for image in read_data("page.html")["images"]]
+    assert errors[0] == ""
+    assert errors[2] == "text.png cannot be read: it is no image of a format that Pillow reads"
+    assert viewer.main(["text.png", "--out", "page.html"]) == 0  # a page of broken ones alone
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["missing.png"], "missing.png does not exist, expected an image or a folder of images"),
+        (["empty"], "empty has no images, expected some"),
+        (["a.png", "--out", "page.txt"], "--out is page.txt, expected a name in .html"),
+        (["a.png", "--out", "mine.html"], "mine.html is no page of this program; move it away"),
+        (["a.png", "--out", "empty.html"], "empty.html is no page of this program; move it away"),
+        ([], "the following arguments are required: IMAGE"),
+    ],
+)
+def test_mistakes(words, sentence, capsys):
+    write_images("a.png")
+    Path("empty").mkdir()
+    Path("empty.html").mkdir()
+    Path("mine.html").write_text("<html>my own page</html>")
+    assert viewer.main(words) == 2
+    assert capsys.readouterr().err == f"dype.sweep.viewer: {sentence}\n"
+    assert Path("mine.html").read_text() == "<html>my own page</html>"
