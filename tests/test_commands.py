@@ -16,6 +16,7 @@ from dype.demo import evaluate, train, trajectories
 from dype.demo.experiments import parse_setting
 from dype.figures import __main__ as figures
 from dype.metrics import __main__ as metrics
+from dype.sweep import viewer
 
 ROOT = Path(__file__).parent.parent
 FIRST_DEMO = "2026-11-23"  # older pages of the log keep the commands of their day
@@ -35,6 +36,7 @@ PARSERS = {
     "dype.demo.trajectories": trajectories.parser,
     "dype.figures": figures.parser,
     "dype.metrics": metrics.parser,
+    "dype.sweep.viewer": viewer.parser,
 }
 
 

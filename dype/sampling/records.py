@@ -224,7 +224,8 @@ def open_image(path: str | Path) -> Image.Image:
 def read_size(path: Path) -> tuple[int, int]:
     """Return width and height of an image of any format. Raises OSError as `open_image`."""
     with accept_large_images(), Image.open(path) as image:
-        is_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        exif = image.getexif() if "exif" in image.info else {}  # a PNG without it would be decoded
+        is_on_its_side = exif.get(ExifTags.Base.Orientation, 1) > 4
         return image.size[::-1] if is_on_its_side else image.size
 
 
