@@ -12,6 +12,7 @@ from packaging.version import Version
 from PIL import Image
 from tiny import FAMILIES
 
+import dype
 from dype.benchmark import __main__ as benchmark
 from dype.families import DEMO_WEIGHTS
 from dype.families import FAMILIES as CLASSES
@@ -38,6 +39,16 @@ def test_pins_are_exact():
     for path in ROOT.glob("requirements*.txt"):
         for line in path.read_text().splitlines():
             assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+|-r requirements\.txt", line), line
+
+
+def test_version_and_date():
+    """CITATION.cff, the changelog and the package agree."""
+    citation = (ROOT / "CITATION.cff").read_text()
+    version, date = re.search(
+        r"^version: (.+)\ndate-released: (.+)$", citation, re.MULTILINE
+    ).groups()
+    assert version == dype.__version__
+    assert f"## {version}, {date}" in (ROOT / "CHANGELOG.md").read_text().splitlines()
 
 
 def test_oldest_releases():

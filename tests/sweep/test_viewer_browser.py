@@ -157,7 +157,9 @@ def test_one_row_wraps(browser, page):
     """Images of one row, as of a folder of photographs, fill the width of the screen."""
     open_page(browser, page + "#only.method=dy_yarn")
     assert texts(browser, "#grid .name") == ["seed 0", "seed 1", "seed 2"]
-    place = "return [...document.querySelectorAll('figure')].map((f) => f.getBoundingClientRect().top)"
+    place = (
+        "return [...document.querySelectorAll('figure')].map((f) => f.getBoundingClientRect().top)"
+    )
     assert len({*browser.execute_script(place)}) == 1
     set_screen(browser, 390, 800)
     assert len({*browser.execute_script(place)}) == 2
