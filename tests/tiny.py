@@ -85,8 +85,8 @@ def qwen3() -> dict:
 def generate_zimage(
     pipe, height, width, steps=3, seed=0, batch=1, guidance=0.0, tokens=TEXT, **arguments
 ):
-    embeds = [random_tensor((tokens, TEXT), 1).to(pipe.dtype)] * batch
-    negative = [random_tensor((tokens + 20, TEXT), 2).to(pipe.dtype)] * batch
+    embeds = [random_tensor((tokens, TEXT), 1).to(pipe.device, pipe.dtype)] * batch
+    negative = [random_tensor((tokens + 20, TEXT), 2).to(pipe.device, pipe.dtype)] * batch
     return pipe(
         prompt_embeds=embeds,
         negative_prompt_embeds=negative,
@@ -133,10 +133,10 @@ def qwen() -> DiffusionPipeline:
 
 def prompt_embeddings(pipe, batch: int, *shape) -> dict:
     """Return random embeddings [batch, *shape] and masks of a prompt and of a negative prompt."""
-    mask = torch.ones(batch, shape[0], dtype=torch.long)
+    mask = torch.ones(batch, shape[0], dtype=torch.long, device=pipe.device)
     embeddings = {}
     for seed, prefix in enumerate(("", "negative_"), 1):
-        text = random_tensor((1, *shape), seed).to(pipe.dtype)
+        text = random_tensor((1, *shape), seed).to(pipe.device, pipe.dtype)
         embeddings[f"{prefix}prompt_embeds"] = text.repeat(batch, *[1] * len(shape))
         embeddings[f"{prefix}prompt_embeds_mask"] = mask
     return embeddings
@@ -212,7 +212,7 @@ def generate_flux2(pipe, height, width, steps=3, seed=0, batch=1, guidance=1.0, 
     embeds = {
         f"{prefix}prompt_embeds": random_tensor((1, TEXT, TEXT), n)
         .repeat(batch, 1, 1)
-        .to(pipe.dtype)
+        .to(pipe.device, pipe.dtype)
         for n, prefix in enumerate(("", "negative_"), 1)
     }
     call = common_arguments(height, width, steps, seed) | embeds
