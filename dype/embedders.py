@@ -203,21 +203,6 @@ class DyPEEmbedder:
         return constant
 
 
-def sigma_from_timestep(time: torch.Tensor) -> torch.Tensor:
-    """Return sigma from a timestep in [0, 1]."""
-    return time
-
-
-def sigma_from_thousandths(time: torch.Tensor) -> torch.Tensor:
-    """Return sigma from a timestep in [0, 1000]."""
-    return time / 1000
-
-
-def sigma_from_complement(time: torch.Tensor) -> torch.Tensor:
-    """Return sigma from 1 - sigma."""
-    return 1 - time
-
-
 def repeat_text(call: dict, arguments: tuple[tuple[str, int], ...], copies: int) -> dict:
     """Return a denoiser call with its text `copies` times, one copy behind the other.
 
@@ -277,6 +262,9 @@ def krea2_text_ids(module, call: dict) -> TextIds:
     return TextIds(call["position_ids"][:count], is_in_image_ids=True)
 
 
+TEXT_IDS = {"flux1": flux1_text_ids, "flux2": flux2_text_ids, "krea2": krea2_text_ids}
+
+
 class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
     """FLUX's format: (cos, sin), float32 [S, D], each value repeated for its pair.
 
@@ -315,7 +303,7 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
         """
         family, state = self.family, self.state
         self.set_timestep_from(call)
-        ids, text = call[family.ids_arg], family.text_ids(module, call)
+        ids, text = call[family.ids_arg], TEXT_IDS[family.text_ids](module, call)
         start = text.prefix.shape[0] if text.is_in_image_ids else 0
         # Under context parallelism `forward` gets a shard of the ids, and computes from these.
         is_sharded = getattr(module, "_parallel_config", None) is not None
@@ -343,7 +331,7 @@ class DyPEFluxPosEmbed(DyPEEmbedder, torch.nn.Module):
             if state.copies > 1:
                 call = call | {family.ids_arg: exact_ids}
                 call = repeat_text(call, family.text_args, state.copies)
-                exact_ids, text = call[family.ids_arg], family.text_ids(module, call)
+                exact_ids, text = call[family.ids_arg], TEXT_IDS[family.text_ids](module, call)
                 start = text.prefix.shape[0] if text.is_in_image_ids else 0
             if parsed.num_reference is not None and not is_sharded:
                 state.layout = (len(text.prefix), parsed.num_reference)

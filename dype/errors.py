@@ -9,8 +9,6 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NoReturn
 
-import torch
-
 
 class UserError(ValueError):
     """A mistake of the user, in one sentence; exit code 2."""
@@ -118,14 +116,19 @@ def fail(program: str, error, code: int = 1) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error reports a lack of memory, by any allocator."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in class_names(error):
         return True
     return any(words in str(error) for words in ("out of memory", "allocate memory"))
 
 
 def is_compiler_error(error: BaseException) -> bool:
     """Return whether an error comes from torch.compile."""
-    return any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__)
+    return "TorchDynamoException" in class_names(error)
+
+
+def class_names(error: BaseException) -> set[str]:
+    """Return the names of an error's classes, which tell torch's errors without its import."""
+    return {kind.__name__ for kind in type(error).__mro__}
 
 
 def first_line(error: Exception) -> str:

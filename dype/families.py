@@ -1,28 +1,30 @@
-"""Families of transformers: class name -> embedder, arguments, trained size; or a refusal."""
+"""Families of transformers: class name -> embedder, arguments, trained size; or a refusal.
 
-import inspect
+The command line reads this table before it imports torch, so embedders are names here.
+"""
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from dype.embedders import (
-    DyPEEmbedND,
-    DyPEFluxPosEmbed,
-    flux1_text_ids,
-    flux2_text_ids,
-    krea2_text_ids,
-    sigma_from_complement,
-    sigma_from_thousandths,
-    sigma_from_timestep,
-)
-from dype.embedders_complex import DyPEQwenEmbedRope, DyPEZImageRopeEmbedder
-from dype.rope import check_pairs
-
 PIXELS_PER_TOKEN = 16  # of every family: factor 8 of the autoencoder, 2 x 2 latents a token
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
 DEMO_RESOLUTION = 512  # px
+
+
+def sigma_from_timestep(time):
+    """Return sigma from a timestep in [0, 1]."""
+    return time
+
+
+def sigma_from_thousandths(time):
+    """Return sigma from a timestep in [0, 1000]."""
+    return time / 1000
+
+
+def sigma_from_complement(time):
+    """Return sigma from 1 - sigma."""
+    return 1 - time
 
 
 FLUX_TEXT = (("encoder_hidden_states", 1), ("txt_ids", -2))
@@ -32,13 +34,14 @@ class Family(NamedTuple):
     """Embedder, arguments and trained size of a class of transformers."""
 
     attribute: str  # that holds the rotary embedder
-    embedder: type  # its replacement
+    embedder: str  # class of its replacement, a key of `patch.EMBEDDERS`
     base_resolution: int = 1024  # px
+    num_pairs: int = 28  # of the axes of height and width, in the family's own checkpoints
     shift: str = "model"  # default of `DyPEConfig.shift`
     timestep_arg: str = "timestep"  # argument of `forward` that carries sigma ...
     to_sigma: Callable = sigma_from_timestep  # ... and its conversion to sigma in [0, 1]
     ids_arg: str = "img_ids"  # argument with the positions of the image tokens, if there is one
-    text_ids: Callable = flux1_text_ids  # (module, arguments) -> TextIds
+    text_ids: str = "flux1"  # where the text's positions are, a key of `embedders.TEXT_IDS`
     image_arg: str = "hidden_states"  # argument with the image's tokens ...
     image_layer: str = "x_embedder"  # ... and the layer that embeds them
     # arguments with the text, and the axis of its tokens; None: copies of it would not be exact
@@ -61,7 +64,7 @@ def krea2_turbo_mu(tokens: int, steps: int) -> float:
     return 1.15
 
 
-FLUX = Family("pos_embed", DyPEFluxPosEmbed, shift="cap", scheduler_makes_sigmas=True)
+FLUX = Family("pos_embed", "DyPEFluxPosEmbed", shift="cap", scheduler_makes_sigmas=True)
 BRIA = FLUX._replace(
     to_sigma=sigma_from_thousandths,
     shift="model",
@@ -69,18 +72,18 @@ BRIA = FLUX._replace(
     text_args=None,  # Fibo has the text of further layers in every block
 )
 CHROMA = FLUX._replace(scheduler_makes_sigmas=False, text_args=(*FLUX_TEXT, ("attention_mask", 1)))
-FLUX2 = FLUX._replace(text_ids=flux2_text_ids, own_mu_rule=flux2_mu)
+FLUX2 = FLUX._replace(num_pairs=16, text_ids="flux2", own_mu_rule=flux2_mu)
 KREA2 = CHROMA._replace(
     attribute="rotary_emb",
     ids_arg="position_ids",
-    text_ids=krea2_text_ids,
+    text_ids="krea2",
     image_layer="img_in",
     text_args=(("encoder_hidden_states", 1), ("position_ids", 0), ("encoder_attention_mask", 1)),
 )
 KREA2_TURBO = KREA2._replace(own_mu_rule=krea2_turbo_mu)
 BFL = FLUX._replace(
     attribute="pe_embedder",
-    embedder=DyPEEmbedND,
+    embedder="DyPEEmbedND",
     timestep_arg="timesteps",
     image_arg="img",
     image_layer="img_in",
@@ -88,7 +91,7 @@ BFL = FLUX._replace(
 )
 QWEN = Family(
     "pos_embed",
-    DyPEQwenEmbedRope,
+    "DyPEQwenEmbedRope",
     1328,
     image_layer="img_in",
     text_args=(("encoder_hidden_states", 1), ("encoder_hidden_states_mask", 1)),
@@ -96,7 +99,8 @@ QWEN = Family(
 NUCLEUS = QWEN._replace(base_resolution=1024)
 ZIMAGE = Family(
     "rope_embedder",
-    DyPEZImageRopeEmbedder,
+    "DyPEZImageRopeEmbedder",
+    num_pairs=24,
     timestep_arg="t",
     to_sigma=sigma_from_complement,
     text_args=None,
@@ -175,34 +179,6 @@ def family_of(module) -> Family:
     raise TypeError(f"{names[0]} is not supported{reason}; expected one of {', '.join(FAMILIES)}")
 
 
-def check_supported(module: torch.nn.Module) -> Family:
-    """Return the family of a module. Raise TypeError or ValueError if DyPE cannot enter it."""
-    family, config = family_of(module), getattr(module, "config", {})
-    reasons = [reason for entry, reason in UNSUPPORTED_IF.items() if config.get(entry)]
-    if family.timestep_arg not in inspect.signature(type(module).forward).parameters:
-        reasons = [
-            f"its forward has no {family.timestep_arg}, expected the original class's arguments"
-        ]
-    if reasons:
-        raise ValueError(f"this {type(module).__name__} is not supported: {reasons[0]}")
-    stock = getattr(module, family.attribute)
-    stock = getattr(stock, "stock", stock)
-    if not hasattr(stock, "theta"):
-        raise TypeError(
-            f"its {type(stock).__name__} has no theta, expected the original rotary embedder"
-        )
-    family.embedder.check_stock(stock)
-    return family
-
-
-def check_config(config, module: torch.nn.Module, family: Family) -> None:
-    """Raise ValueError if a setting does not fit a transformer or controlnet."""
-    check_text_repeat(config, family)
-    embedder = getattr(module, family.attribute)
-    axes_dim = getattr(embedder, "axes_dim", None) or embedder.axes_dims
-    check_pairs(config, max(axes_dim[1:3]) // 2)
-
-
 def check_text_repeat(config, family: Family) -> None:
     """Raise ValueError if the config repeats the text of a family whose copies are not exact."""
     if config.text_repeat != 1 and family.text_args is None:
@@ -212,7 +188,16 @@ def check_text_repeat(config, family: Family) -> None:
         )
 
 
-def base_resolution(module: torch.nn.Module) -> int:
+def check_pairs(config, count: int) -> None:
+    """Raise ValueError if `rdfc_pairs` names a pair that axes of `count` pairs do not have."""
+    has_effect = config.method in ("rdfc", "riflex") and config.rdfc_pairs is not None
+    if has_effect and max(map(int, config.rdfc_pairs.split(","))) >= count:
+        raise ValueError(
+            f"rdfc_pairs is {config.rdfc_pairs!r}, expected numbers from 0 to {count - 1}"
+        )
+
+
+def base_resolution(module) -> int:
     """Return the trained size in px: DEMO_RESOLUTION of the demo, else that of the family."""
     name = getattr(module, "config", {}).get("_name_or_path")
     path = Path(name).resolve() if name else None

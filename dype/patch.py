@@ -7,17 +7,30 @@ from functools import partial
 import torch
 
 from dype.config import DyPEConfig
+from dype.embedders import DyPEEmbedND, DyPEFluxPosEmbed
+from dype.embedders_complex import DyPEQwenEmbedRope, DyPEZImageRopeEmbedder
 from dype.families import (
     PIXELS_PER_TOKEN,
+    UNSUPPORTED_IF,
+    Family,
     base_resolution,
-    check_config,
+    check_pairs,
     check_pipeline,
-    check_supported,
+    check_text_repeat,
     family_of,
     family_of_pipeline,
 )
 from dype.noise_schedule import ScheduleCheck, check_scheduler, restore_shift, set_shift
 
+EMBEDDERS = {
+    embedder.__name__: embedder
+    for embedder in (
+        DyPEFluxPosEmbed,
+        DyPEEmbedND,
+        DyPEQwenEmbedRope,
+        DyPEZImageRopeEmbedder,
+    )
+}
 # torch prints it if somebody exports with strict=True; before 2.7 it takes no reason
 DISABLE_REASON = {"reason": "with DyPE, export by torch.export.export(..., strict=False)"}
 if "reason" not in inspect.signature(torch.compiler.disable).parameters:
@@ -68,7 +81,7 @@ def apply_dype(target, config: DyPEConfig | None = None) -> None:
     trained_tokens = (config.base_resolution or base_resolution(modules[0])) / PIXELS_PER_TOKEN
     for module, module_family in zip(modules, families, strict=True):
         stock = getattr(module, module_family.attribute)
-        embedder = module_family.embedder(stock, config, trained_tokens)
+        embedder = EMBEDDERS[module_family.embedder](stock, config, trained_tokens)
         setattr(module, module_family.attribute, embedder)
         embedder.family, embedder.schedulers = module_family, schedulers
         embedder.check_schedule = ScheduleCheck(config, module_family)
@@ -121,6 +134,34 @@ def dype_pre_hook(
     """
     call = dict(zip(names, args, strict=False)) | kwargs
     return (), getattr(module, attribute).prepare_call(module, call)
+
+
+def check_supported(module: torch.nn.Module) -> Family:
+    """Return the family of a module. Raise TypeError or ValueError if DyPE cannot enter it."""
+    family, config = family_of(module), getattr(module, "config", {})
+    reasons = [reason for entry, reason in UNSUPPORTED_IF.items() if config.get(entry)]
+    if family.timestep_arg not in inspect.signature(type(module).forward).parameters:
+        reasons = [
+            f"its forward has no {family.timestep_arg}, expected the original class's arguments"
+        ]
+    if reasons:
+        raise ValueError(f"this {type(module).__name__} is not supported: {reasons[0]}")
+    stock = getattr(module, family.attribute)
+    stock = getattr(stock, "stock", stock)
+    if not hasattr(stock, "theta"):
+        raise TypeError(
+            f"its {type(stock).__name__} has no theta, expected the original rotary embedder"
+        )
+    EMBEDDERS[family.embedder].check_stock(stock)
+    return family
+
+
+def check_config(config, module: torch.nn.Module, family: Family) -> None:
+    """Raise ValueError if a setting does not fit a transformer or controlnet."""
+    check_text_repeat(config, family)
+    embedder = getattr(module, family.attribute)
+    axes_dim = getattr(embedder, "axes_dim", None) or embedder.axes_dims
+    check_pairs(config, max(axes_dim[1:3]) // 2)
 
 
 @contextmanager

@@ -282,15 +282,6 @@ def pair_index_of_turns(axis: RopeAxis, r: torch.Tensor) -> torch.Tensor:
     return pairs_per_e * torch.log(axis.trained_tokens / (2 * math.pi) / r)
 
 
-def check_pairs(config: DyPEConfig, count: int) -> None:
-    """Raise ValueError if `rdfc_pairs` names a pair that axes of `count` pairs do not have."""
-    has_effect = config.method in ("rdfc", "riflex") and config.rdfc_pairs is not None
-    if has_effect and max(map(int, config.rdfc_pairs.split(","))) >= count:
-        raise ValueError(
-            f"rdfc_pairs is {config.rdfc_pairs!r}, expected numbers from 0 to {count - 1}"
-        )
-
-
 def dominant_pairs(axis: RopeAxis, config: DyPEConfig) -> list[int]:
     """Return the pairs of `rdfc_pairs`, else the one whose wavelength is nearest to L."""
     if config.rdfc_pairs is not None:

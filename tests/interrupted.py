@@ -23,7 +23,7 @@ import transformers
 
 import run_dype
 from dype.sampling import sample
-from dype.sweep import results
+from dype.sweep import contact_sheet, results
 
 # because both packages import lazily, and each child would import these again
 LOADED = [getattr(diffusers, name) for name in ("FluxPipeline", "FluxTransformer2DModel")]
@@ -65,7 +65,7 @@ def set_trap(event: str, count: int) -> None:
         generate = sample.generate
         sample.generate = lambda *args, **kwargs: die() if is_due() else generate(*args, **kwargs)
     elif event == "sheets":
-        run_dype.contact_sheet.write_contact_sheets = lambda *args: die()
+        contact_sheet.write_contact_sheets = lambda *args: die()
     elif event in ("json_exists", "png_exists"):
         ending = f".{event.removesuffix('_exists')}"
         replace = pathlib.Path.replace

@@ -69,7 +69,7 @@ def test_no_circular_imports():
 def packages_after(statement: str) -> set[str]:
     """Return the top-level packages that a new interpreter has imported after a statement."""
     report = "import sys; print(*{name.split('.')[0] for name in sys.modules})"
-    words = [sys.executable, "-c", f"{statement}; {report}"]
+    words = [sys.executable, "-c", f"{statement}\n{report}"]
     env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     result = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     return set(result.stdout.split())
@@ -103,6 +103,40 @@ def test_programs_wait_passively(user_policy, tmp_path):
         assert "ZeroDivisionError" in result.stderr
         default = None if words[0] == "-c" else "PASSIVE"
         assert result.stdout.strip() == str(user_policy or default), words
+
+
+MISTAKES = (  # of every kind; the folder is empty
+    "--stepss 3",
+    "--size 1000x500",
+    "--method yarm",
+    "--device gpu",
+    "--prompts_file no.txt",
+    "--config no.toml",
+    "--from no.png",
+    "--grid_from no",
+    "--model no/such/folder",
+    "--model word",
+    "--model demo --output a.bmp",
+    "--model demo --transformer no.safetensors",
+    "--model demo --lora ./no.safetensors",
+    "--model demo --seed 0,1 --cols 0",
+)
+
+
+def test_mistakes_do_not_wait_for_torch(tmp_path):
+    """The program understands its flags before it imports what takes seconds."""
+    calls = [["--help"], *map(str.split, MISTAKES)]
+    statement = (
+        f"import contextlib, os, run_dype; os.chdir({str(tmp_path)!r})\n"
+        "with contextlib.redirect_stdout(None):\n"
+        f"  for words in {calls}:\n"
+        "    try: code = run_dype.main(words)\n"
+        "    except SystemExit as end: code = 2 * (end.code == 0)\n"
+        "    assert code == 2, (words, code)\n"
+    )
+    packages = packages_after(statement)
+    assert "dype" in packages
+    assert not packages & {"torch", "diffusers", "transformers", "accelerate", "numpy"}
 
 
 def test_no_argparse_below_the_commands():

@@ -107,7 +107,7 @@ def test_tables_name_functions_and_tests():
     pattern = r"\| `(embedders\S+)` \| .+ \| `(\S+)` \|"
     rows_of_embedders = re.findall(pattern, PAGE[start:])
     names = {name.rpartition(".")[2] for name, _ in rows_of_embedders}
-    for embedder in {family.embedder.__name__ for family in FAMILIES.values()}:
+    for embedder in {family.embedder for family in FAMILIES.values()}:
         assert embedder in names, f"no row in the table Embedders for {embedder}"
     for functions, test in [*(row[-2:] for row in table("what")), *methods, *rows_of_embedders]:
         for function in functions.split("`, `"):

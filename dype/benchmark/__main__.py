@@ -18,7 +18,8 @@ from dype.benchmark import embedder, step
 from dype.config import DEFAULT_LAMBDA_S, DYNAMIC_NAMES
 from dype.errors import Parser, UserError, run_command
 from dype.families import PIXELS_PER_TOKEN
-from dype.pipelines.acceleration import COMPILES, attention_backends, check_attention
+from dype.pipelines.acceleration import check_attention
+from dype.pipelines.choices import COMPILES, attention_backends
 from dype.pipelines.devices import check_device, default_device, fast_dtype
 
 RUNS = {"embedder": embedder.run, "step": step.time_steps, "pipeline": step.time_images}

@@ -4,7 +4,7 @@ from dype.config import DEFAULT_LAMBDA_S, DyPEConfig
 from dype.noise_schedule import set_shift
 from dype.pipelines.catalog import Model
 from dype.pipelines.loading import silence_known_warnings
-from dype.pipelines.loras import find_lora
+from dype.pipelines.sources import find_lora
 from dype.sampling.run import lora_pairs, schedule_record
 from dype.sampling.settings import RunSettings
 

@@ -30,9 +30,9 @@ from dype.config import (
 from dype.errors import UserError, raise_user_errors
 from dype.families import check_text_repeat
 from dype.noise_schedule import check_shift
-from dype.pipelines import distributed
+from dype.pipelines import processes
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS, Model, resolve_model
-from dype.sampling import multipass, records
+from dype.sampling import passes, records
 from dype.sampling.settings import FLAGS, RUN_FLAGS, RunSettings, format_value
 from dype.sweep import grid, results
 
@@ -295,11 +295,11 @@ def resolve_run(
         values["init_image"] = str(Path(values["init_image"]).absolute())
         expected = None if "init_image" in upper else values["init_sha256"]
         values["init_sha256"] = validation.hash_init_image(values, expected)
-        passes = [{"height": height, "width": width, "steps": values["steps"]}]
-        passes[0]["strength"] = values["strength"]
+        steps = {"height": height, "width": width, "steps": values["steps"]}
+        image_passes = [steps | {"strength": values["strength"]}]
     else:
         strengths = values["pass2_strength"], values["pass3_strength"]
-        passes = multipass.resolve_passes(
+        image_passes = passes.resolve_passes(
             values["multipass"], height, width, values["steps"], strengths, config.base_resolution
         )
     if values["transformer"] is not None:
@@ -309,18 +309,18 @@ def resolve_run(
     values["negative_prompt"] = validation.effective_negative_prompt(values, upper, entry)
     settings = {row.name: values[row.name] for row in RUN_FLAGS}
     settings |= {"init_sha256": values["init_sha256"], "prompt": ""}
-    settings |= {"passes": passes, "processes": values["ulysses"] * values["ring"]}
+    settings |= {"passes": image_passes, "processes": values["ulysses"] * values["ring"]}
     run = RunSettings(**settings, config=config, entry=entry)
     validation.check_run(run)
-    distributed.check_processes(run, options.dry_run)
+    processes.check_processes(run, options.dry_run)
     return run
 
 
 def check_strengths(explicit: dict, runs: list[RunSettings]) -> None:
     """Raise ValueError for a strength in the flags if no pass of any image uses it."""
-    passes = max(len(multipass.PASS_SCALES[run.multipass]) for run in runs)
-    for count, flag in multipass.STRENGTHS.items():
-        if flag in explicit and passes < count:
+    longest = max(len(passes.PASS_SCALES[run.multipass]) for run in runs)
+    for count, flag in passes.STRENGTHS.items():
+        if flag in explicit and longest < count:
             raise ValueError(f"--{flag} is for a --multipass of {count} passes, expected one")
     if "strength" in explicit and runs[0].init_image is None:
         raise ValueError("--strength is for --init_image FILE, expected both")

@@ -5,18 +5,16 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 from dype.cli.flags import PATH_FLAGS
 from dype.config import check_choice, check_number, check_text
 from dype.errors import UserError
 from dype.families import PIXELS_PER_TOKEN
-from dype.pipelines import acceleration
+from dype.pipelines import choices
 from dype.pipelines.catalog import GUIDANCE_EMBEDS, Model
-from dype.pipelines.checkpoints import is_gguf
 from dype.pipelines.fingerprint import find_changed_weights
+from dype.pipelines.headers import is_gguf
 from dype.sampling import records
-from dype.sampling.latents import check_autoencoder
+from dype.sampling.passes import check_autoencoder
 from dype.sampling.settings import RunSettings, weight_sources
 
 
@@ -43,12 +41,10 @@ def check_run(run: RunSettings) -> None:
             f"--steps is 1, expected at least 2 with {run.model}, whose last sigma is fixed"
         )
     for name in ("device", "text_encoder_device", "vae_device"):
-        try:
-            torch.device(getattr(run, name) or "cpu")
-        except (RuntimeError, TypeError):
+        if not choices.DEVICE.fullmatch(getattr(run, name) or "cpu"):
             raise ValueError(
                 f"--{name} is {getattr(run, name)!r}, expected cpu, cuda, cuda:1, mps, ..."
-            ) from None
+            )
     if run.vae_device and run.entry.pipeline != "FluxPipeline":
         raise ValueError("--vae_device is for FLUX.1 pipelines, expected none with this model")
     if run.vae_device and run.offload not in ("auto", "none"):
@@ -57,17 +53,17 @@ def check_run(run: RunSettings) -> None:
             "expected --offload none"
         )
     if run.attention is not None:
-        check_choice("--attention", run.attention, acceleration.attention_backends())
-    if run.cache != "off" and run.entry.pipeline not in acceleration.CACHES[run.cache]:
+        check_choice("--attention", run.attention, choices.attention_backends())
+    if run.cache != "off" and run.entry.pipeline not in choices.CACHES[run.cache]:
         raise ValueError(
-            f"--cache is {run.cache!r}, but {acceleration.describe_caches(run.entry.pipeline)}"
+            f"--cache is {run.cache!r}, but {choices.describe_caches(run.entry.pipeline)}"
         )
     if run.compile != "off" and run.cache != "off":
         raise ValueError(
             f"--compile is {run.compile!r}, but --cache decides anew at every step what to run, "
             "expected one of them off"
         )
-    acceleration.check_offload(run.compile, run.offload)
+    choices.check_offload(run.compile, run.offload)
     if run.quantize != "none" and run.transformer and is_gguf(run.transformer):
         raise ValueError(
             f"--quantize is {run.quantize!r}, but the GGUF file of --transformer is quantized "

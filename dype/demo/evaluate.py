@@ -45,6 +45,7 @@ from dype.patch import apply_dype
 from dype.pipelines.devices import autocast, default_device, fast_dtype
 from dype.pipelines.loading import load_pipeline
 from dype.sampling import multipass, records
+from dype.sampling.passes import resolve_passes
 from dype.sweep.grid import parse_size
 
 try:
@@ -92,7 +93,7 @@ def resolve_cell_passes(cell: Cell, steps: int) -> list[dict]:
     Raises ValueError for a size at which progressive passes cannot begin smaller.
     """
     name = "progressive" if cell.setting.control == "progressive" else "single"
-    return multipass.resolve_passes(name, *cell.size, steps, (), BASE)
+    return resolve_passes(name, *cell.size, steps, (), BASE)
 
 
 def generate_image(cell: Cell, index: int, path: Path, caption: str, args) -> None:

@@ -5,33 +5,16 @@ from functools import partial
 
 import torch
 
-from dype.errors import UnavailableError, UserError, first_line
+from dype.errors import UnavailableError, first_line
+from dype.pipelines.choices import CACHES, check_offload, describe_caches
 from dype.pipelines.devices import DTYPES
 
-COMPILES = ("off", "blocks", "full")
-# --cache -> the pipeline classes for which diffusers supports it: diffusers must know the
-# transformer's blocks, and the pipeline must name the cache context of each denoiser call.
-# On FLUX.2 the first-block cache fails at the second kind of block (diffusers 0.42.1).
-# MagCache has ratios for FLUX.1-dev alone.
-CACHES = {
-    "off": (),
-    "first_block": ("FluxPipeline", "QwenImagePipeline"),
-    "taylorseer": ("FluxPipeline", "Flux2KleinPipeline", "QwenImagePipeline"),
-    "magcache": ("FluxPipeline",),
-}
 CACHE_WARNING = (
     "--cache {}: steps may reuse features that were made under older frequencies; do not compare "
     "the results with others"
 )
 # pipeline classes whose attention always masks text tokens, which some backends do not support
 MASKED_PIPELINES = ("ChromaPipeline", "Krea2Pipeline")
-
-
-def attention_backends() -> list[str]:
-    """Return the names of diffusers' attention backends, both installed and missing."""
-    from diffusers.models.attention_dispatch import AttentionBackendName
-
-    return [backend.value for backend in AttentionBackendName]
 
 
 def use_attention(name: str | None):
@@ -72,16 +55,6 @@ def check_attention(name: str | None, device: str, dtype: str, has_mask: bool = 
         raise UnavailableError(
             f"--attention {name} cannot be used here: {first_line(error)}; try --attention native"
         ) from error
-
-
-def check_offload(mode: str, offload: str) -> None:
-    """Raise UserError if a --compile mode and an --offload mode exclude each other."""
-    conflicts = {"blocks": ("group", "sequential"), "full": ("model", "group", "sequential")}
-    if offload in conflicts.get(mode, ()):
-        raise UserError(
-            f"--compile is {mode!r}, but --offload {offload} moves weights within it, expected one "
-            "of them off"
-        )
 
 
 def compile_transformer(pipe, extent: str, **compile_options) -> None:
@@ -137,10 +110,3 @@ def use_feature_cache(pipe, name: str, steps: int):
         yield
     finally:
         pipe.transformer.disable_cache()
-
-
-def describe_caches(pipeline_class: str) -> str:
-    """Return the end of a sentence that lists the caches of a pipeline class."""
-    names = [name for name, classes in CACHES.items() if pipeline_class in classes]
-    available = ", ".join(names) or "none in diffusers"
-    return f"a {pipeline_class} has {available}, expected {', '.join([*names, 'off'])}"

@@ -6,8 +6,9 @@ from functools import cache
 import torch
 
 from dype.errors import UnavailableError
+from dype.pipelines import choices
 
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+DTYPES = {name: getattr(torch, name) for name in choices.DTYPES}
 
 
 def default_device() -> str:

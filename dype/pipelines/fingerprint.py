@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from dype.errors import UnavailableError
 from dype.families import DEMO_WEIGHTS
-from dype.pipelines.checkpoints import list_weights, read_safetensors_header
+from dype.pipelines.headers import list_weights, read_safetensors_header
 from dype.pipelines.hub import load_hub_json, repository_info
 from dype.pipelines.model_paths import HUB_FILE, HUB_ID, INDEX, LORA_FILE, WEIGHT_ENDINGS
 

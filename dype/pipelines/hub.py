@@ -4,13 +4,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 
 from dype.errors import UnavailableError
 from dype.pipelines.model_paths import INDEX, read_config
 
-# the hub's own errors derive from OSError, but those of its connection may not
-HUB_ERRORS = (OSError, ValueError, HTTPError)
 NOT_REACHED = {"ConnectError", "ConnectionError", "OfflineModeIsEnabled", "TimeoutException"}
 NOT_REACHED |= {"LocalEntryNotFoundError"}
 
@@ -35,9 +32,9 @@ def load_hub_json(repo: str, file: str, revision: str | None = None) -> dict:
             repo, file, revision=revision, local_files_only=local
         )
         return read_config(Path(path))
-    except HUB_ERRORS as error:
-        is_local_error = isinstance(error, LocalEntryNotFoundError)
-        if file == INDEX and isinstance(error, EntryNotFoundError) and not is_local_error:
+    except hub_errors() as error:
+        is_missing = {"EntryNotFoundError", "LocalEntryNotFoundError"} & error_classes(error)
+        if file == INDEX and is_missing == {"EntryNotFoundError"}:
             raise ValueError(
                 f"--model is {repo!r}, a repository without {INDEX}, expected a diffusers "
                 "pipeline; a single file of it is for --transformer FILE, after `hf download`"
@@ -64,7 +61,7 @@ def repository_info(repo: str, revision: str | None):
     """
     try:
         return huggingface_hub.HfApi().repo_info(repo, revision=revision, timeout=10)
-    except HUB_ERRORS as error:
+    except hub_errors() as error:
         if reason := explain_hub_error(repo, error):
             raise UnavailableError(reason) from error
         return None
@@ -76,6 +73,16 @@ def is_local(repo: str, revision: str | None = None) -> bool:
     Arguments and errors as for `repository_info`.
     """
     return Path(repo).is_dir() or repository_info(repo, revision) is None
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Return the classes of errors that the hub's client raises.
+
+    Its own derive from OSError, but those of its connection may not, and to import them is slow.
+    """
+    from huggingface_hub.errors import HTTPError
+
+    return OSError, ValueError, HTTPError
 
 
 def error_classes(error: BaseException | None) -> set[str]:

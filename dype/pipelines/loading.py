@@ -9,20 +9,19 @@ import torch
 from safetensors import SafetensorError
 
 from dype.config import check_choice
-from dype.errors import UnavailableError, UserError
+from dype.errors import UnavailableError
 from dype.pipelines import checkpoints, memory
 from dype.pipelines.catalog import Model, resolve_model
+from dype.pipelines.choices import OFFLOADS, QUANTIZE_CHOICES, QUANTIZER_PACKAGES
 from dype.pipelines.devices import DTYPES, check_device, default_device
 from dype.pipelines.hub import NOT_REACHED, error_classes, explain_hub_error, is_local
-from dype.pipelines.loras import check_loras, find_lora
+from dype.pipelines.loras import check_loras
+from dype.pipelines.sources import check_sources, find_lora
 
 # the errors that libraries raise for a broken checkpoint or connection; the hub's are OSErrors
 LOAD_ERRORS = (OSError, ValueError, LookupError, AttributeError, ImportError, RuntimeError)
 LOAD_ERRORS += (SafetensorError,)
-OFFLOADS = ("auto", *memory.OFFLOADS)
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # the larger encoder last
-QUANTIZER_PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
-QUANTIZE_CHOICES = ("none", *QUANTIZER_PACKAGES)
 
 
 def load_pipeline(
@@ -52,7 +51,7 @@ def load_pipeline(
         device: torch device; None: the accelerator, or else the CPU.
         text_encoder_device: torch device of the text encoders; None: as `device`.
         vae_device: torch device of the autoencoder; None: as `device`.
-        offload: one of `OFFLOADS`; "auto" takes the fastest that fits the device's memory.
+        offload: "auto" or one of `OFFLOADS`; "auto" takes the fastest that fits the memory.
         quantize: one of `QUANTIZE_CHOICES`, for the transformer. It also applies to the larger text
             encoder, unless `text_encoder_device` is set.
         loras: pairs of a scale and a path, a hub id or OWNER/REPO/FILE.safetensors, the path first.
@@ -68,7 +67,7 @@ def load_pipeline(
         ValueError: a value is not among its choices, the model is unknown, or the name of a file
             leads to nothing, or to something else.
     """
-    check_choice("offload", offload, OFFLOADS)
+    check_choice("offload", offload, ("auto", *OFFLOADS))
     model = entry or resolve_model(name, revision)
     dtype = dtype or model.dtype
     check_choice("dtype", dtype, DTYPES)
@@ -241,16 +240,9 @@ def check_files(
         UserError: a file is missing or of another kind.
         UnavailableError: a file cannot be read, or a package is missing.
     """
-    if model.is_guess and Path(model.repo).is_dir():
-        raise UnavailableError(
-            f"cannot load the pipeline in {model.repo}: its model_index.json cannot be read"
-        )
-    if revision is not None and Path(model.repo).is_dir():
-        raise UserError(
-            f"--revision is {revision!r}, but {name} is a folder on this machine, expected none"
-        )
+    files = {"revision": revision, "variant": variant, "transformer": transformer}
+    check_sources(name, model, **files, loras=loras)
     silence_known_warnings()
-    checkpoints.check_variant(name, model.repo, variant, transformer is None)
     if transformer is not None:
         checkpoints.check_transformer(transformer, model, name, revision)
     check_loras(loras, model, revision)

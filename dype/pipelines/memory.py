@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from dype.pipelines.choices import OFFLOADS
+
 # per pixel of the image; 16 GiB at 4096 x 4096, which FLUX.1 was reported to take
 ACTIVATION_BYTES_PER_PIXEL = 1024
 GIB = 2**30
@@ -21,7 +23,6 @@ CGROUP_FILES = (  # of version 2 and 1: limit, usage, and the cache that memory.
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-OFFLOADS = ("none", "model", "group", "sequential")  # from the fastest to the least memory
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:

@@ -10,6 +10,7 @@ from PIL import Image
 from dype.errors import UnavailableError
 from dype.families import family_of
 from dype.patch import transformer_and_controlnets
+from dype.sampling.passes import AUTOENCODERS, check_autoencoder
 
 # Image power below this fraction of the noise power counts as invisible (docs/log).
 VISIBLE_POWER_RATIO = 0.15
@@ -115,24 +116,17 @@ def encode_qwen(pipe, pixels: torch.Tensor) -> torch.Tensor:
     return (latents - mean) / deviation
 
 
-VAE_ENCODERS = {
-    "AutoencoderKL": encode_kl,
-    "AutoencoderTiny": encode_tiny,
-    "AutoencoderKLQwenImage": encode_qwen,
-    # FLUX.2's pipelines already encode reference images in the normalization of the transformer.
-    "AutoencoderKLFlux2": lambda pipe, pixels: pipe._encode_vae_image(pixels, None),
-}
+def encode_flux2(pipe, pixels: torch.Tensor) -> torch.Tensor:
+    """Encode pixels [1, 3, H, W] in [-1, 1] as FLUX.2's pipelines encode reference images.
+
+    They are in the normalization of the transformer already.
+    """
+    return pipe._encode_vae_image(pixels, None)
 
 
-def check_autoencoder(pipeline: str, autoencoder: str) -> None:
-    """Raise TypeError unless `encode_latents` supports these classes, which are given by name."""
-    is_flux2 = pipeline.startswith("Flux2")
-    supported = [kind for kind in VAE_ENCODERS if (kind == "AutoencoderKLFlux2") == is_flux2]
-    if autoencoder not in supported:
-        raise TypeError(
-            f"{autoencoder} is not supported by --multipass, --progressive and --init_image, which "
-            f"encode images, expected {' or '.join(supported)}"
-        )
+VAE_ENCODERS = dict(
+    zip(AUTOENCODERS, (encode_kl, encode_tiny, encode_qwen, encode_flux2), strict=True)
+)
 
 
 def check_refining(pipe) -> None:

@@ -13,8 +13,6 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, PngImagePlugin
 
-from dype.sampling import images
-
 PNG_CHUNK = "dype"  # name of the PNG's text chunk
 MAX_TEMPORARY_NAME = 100  # bytes, without the process; file systems take 143 or more
 # errors of a file system for a name that it cannot have
@@ -215,6 +213,8 @@ def open_image(path: str | Path) -> Image.Image:
 
     Raises OSError, with the reason if there is no `strerror`.
     """
+    from dype.sampling import images  # here, because of numpy, which no mistake in a flag needs
+
     if Path(path).is_fifo():  # which can be read only once, and may never end
         raise OSError("it is a pipe, expected a file")
     with accept_large_images():

@@ -22,9 +22,10 @@ from dype.pipelines.devices import check_device, default_device, fast_dtype
 from dype.pipelines.fingerprint import COMMIT, fingerprint, hash_files, is_mapped
 from dype.pipelines.loading import check_files, load_pipeline
 from dype.pipelines.memory import execution_device, set_tiling
+from dype.pipelines.processes import CONTEXT_PARALLEL_PIPELINES
 from dype.sampling import multipass, records, sample
 from dype.sampling.latents import check_refining
-from dype.sampling.settings import RunSettings
+from dype.sampling.settings import RunSettings, lora_pairs
 
 # settings that `load_pipeline` takes
 LOADING_SETTINGS = ("revision", "variant", "transformer", "dtype", "text_encoder_device")
@@ -33,19 +34,12 @@ LOADING_SETTINGS += ("vae_device", "offload", "quantize")
 SAMPLING_SETTINGS = ("guidance", "seed", "max_sequence_length", "true_cfg", "cache")
 
 
-def lora_pairs(run: RunSettings) -> list[tuple[str, float]]:
-    """Return path and scale of each LoRA of a run."""
-    parts = [text.rpartition(":") for text in run.lora]
-    return [(path, float(scale)) for path, _, scale in parts]
-
-
 def check_checkpoint(run: RunSettings) -> None:
     """Check the files of a run's model, before anything is loaded.
 
     Raises UserError or UnavailableError.
     """
-    files = {name: getattr(run, name) for name in ("revision", "variant", "transformer")}
-    check_files(run.model, run.entry, **files, loras=lora_pairs(run))
+    check_files(run.model, run.entry, **run.files)
 
 
 def load_for_run(run: RunSettings, pixels: int, state: PartialState):
@@ -131,7 +125,7 @@ def generate_with_record(
     start = time.perf_counter()
     split = nullcontext()
     if run.processes > 1:
-        equal_shards = distributed.CONTEXT_PARALLEL_PIPELINES[run.entry.pipeline]
+        equal_shards = CONTEXT_PARALLEL_PIPELINES[run.entry.pipeline]
         split = distributed.context_parallel(pipe.transformer, run.ulysses, run.ring, equal_shards)
     with acceleration.use_attention(run.attention), split:
         image = multipass.run_passes(pipe, prompt, run.passes, **call)

@@ -7,11 +7,9 @@ from functools import cached_property
 from pathlib import Path
 
 from dype.config import CONFIG_FLAGS, DEFAULT_LAMBDA_S, DyPEConfig, flag, flags_of
-from dype.pipelines.acceleration import CACHES, COMPILES
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS, Model
-from dype.pipelines.devices import DTYPES
-from dype.pipelines.loading import OFFLOADS, QUANTIZE_CHOICES
-from dype.sampling.multipass import PASS_SCALES
+from dype.pipelines.choices import CACHES, COMPILES, DTYPES, OFFLOADS, QUANTIZE_CHOICES
+from dype.sampling.passes import PASS_SCALES
 
 SIDE_LIMITS = {"metavar": "PX", "low": 64, "high": 16384, "multiple": 16}
 STRENGTH_LIMITS = {"low": 0, "high": 1, "exclusive": True}
@@ -121,7 +119,7 @@ class RunSettings:
     offload: str = flag(
         "place of the weights; none: on the device, model: one model at a time on it, group: one "
         "layer at a time, sequential: the same but slower", "auto", metavar="HOW",
-        choices=OFFLOADS, **MACHINE_ONLY,
+        choices=("auto", *OFFLOADS), **MACHINE_ONLY,
         default_help="auto, the first of none, model and group that fits",
     )
     quantize: str = flag(
@@ -172,6 +170,12 @@ class RunSettings:
     def encodes_images(self) -> bool:
         """Return whether a pass refines an image, which the autoencoder must encode."""
         return any("strength" in settings for settings in self.passes)
+
+    @property
+    def files(self) -> dict:
+        """Return what names files of the weights, by argument of `check_sources`."""
+        files = {name: getattr(self, name) for name in ("revision", "variant", "transformer")}
+        return files | {"loras": lora_pairs(self)}
 
     @cached_property
     def record(self) -> dict:
@@ -242,6 +246,12 @@ def image_settings(record: dict) -> dict:
         settings["init_image"] = f"{Path(settings['init_image']).stem}-{sha256[:12]}"
     without_effect = [row.name for row in FLAGS if not row.has_effect(settings)]
     return settings | dict.fromkeys(without_effect)
+
+
+def lora_pairs(run: RunSettings) -> list[tuple[str, float]]:
+    """Return path and scale of each LoRA of a run."""
+    parts = [text.rpartition(":") for text in run.lora]
+    return [(path, float(scale)) for path, _, scale in parts]
 
 
 def weight_sources(repo: str, flags: dict) -> dict[str, tuple]:

@@ -13,6 +13,7 @@ from dype.sweep.results import (
     COLUMNS,
     LABELS,
     REPLICATES,
+    check_columns,
     format_mean_std,
     group_by_setting,
     setting_labels,
@@ -53,14 +54,6 @@ def write_contact_sheets(rows: list[dict], folder: Path, columns: str | None = N
         if re.fullmatch(r"comparison_\d+x\d+_\d+\.png", path.name):
             path.unlink()
     return list(contents)
-
-
-def check_columns(columns: str | None) -> None:
-    """Raise ValueError if --cols is neither a positive number nor a setting."""
-    if columns not in (None, *LABELS) and not (columns.isdecimal() and int(columns) > 0):
-        raise ValueError(
-            f"--cols is {columns!r}, expected a number above 0 or one of {', '.join(LABELS)}"
-        )
 
 
 def arrange_grid(rows: list[dict], columns: str | None) -> tuple[list[str], list[str], list]:

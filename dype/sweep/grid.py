@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from dype.config import check_number
 from dype.errors import UserError
-from dype.sampling.multipass import scaled_side
+from dype.sampling.passes import scaled_side
 from dype.sampling.settings import SIDE_LIMITS
 
 MAX_IMAGES = 10_000  # without --yes

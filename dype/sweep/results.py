@@ -22,6 +22,14 @@ COLUMNS = ["file", "model", "height", "width", *list(LABELS)[1:], "seconds", "pe
 METRIC_COLUMNS = ["file", "metric", "value", "protocol"]
 
 
+def check_columns(columns: str | None) -> None:
+    """Raise ValueError if --cols is neither a positive number nor a setting."""
+    if columns not in (None, *LABELS) and not (columns.isdecimal() and int(columns) > 0):
+        raise ValueError(
+            f"--cols is {columns!r}, expected a number above 0 or one of {', '.join(LABELS)}"
+        )
+
+
 def to_row(run: RunSettings, record: dict | None = None, error: str = "") -> dict:
     """Return a row of results.csv.
 

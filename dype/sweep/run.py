@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from dype import errors
 from dype.pipelines import distributed
 from dype.pipelines.fingerprint import find_changed_weights
+from dype.pipelines.processes import rank_and_world_size
 from dype.sampling import records
 from dype.sampling.run import (
     explain_out_of_memory,
@@ -215,7 +216,7 @@ def run_sweep(runs: list[RunSettings], folder: Path, overwrite: bool) -> int | N
         OSError: a file cannot be read or written.
         UserError: the settings do not fit the checkpoint or the processes.
     """
-    rank, _ = distributed.rank_and_world_size()
+    rank, _ = rank_and_world_size()
     together = runs[0].processes > 1
     distributed.check_start(runs[0])
     with ExitStack() as stack:

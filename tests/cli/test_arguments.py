@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 from tiny import qwen_vae
 
 import run_dype
-from dype.cli import flags
+from dype.cli import flags, generate
 from dype.cli.settings import resolve
 from dype.pipelines import acceleration, loading, memory
 from dype.pipelines.catalog import MODELS
@@ -49,7 +49,8 @@ def calls(tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(run_dype, "check_checkpoint", lambda run: None)  # the files are not there
+    monkeypatch.setattr(run_dype, "check_sources", lambda *_, **__: None)  # no files are there
+    monkeypatch.setattr(generate, "check_checkpoint", lambda run: None)
     monkeypatch.setattr(sampling_run, "load_pipeline", record("load", pipe))
     monkeypatch.setattr(sampling_run, "set_tiling", record("tiling", True))
     monkeypatch.setattr(sampling_run, "apply_dype", record("apply", None))

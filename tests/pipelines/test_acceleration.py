@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Spy, generate_latents, quiet, run, tiny_components
 from diffusers import FirstBlockCacheConfig, FluxPipeline
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_map
 from dype import DyPEConfig, apply_dype, embedders, remove_dype
 from dype.benchmark import embedder as benchmark_embedder
 from dype.errors import UnavailableError
-from dype.pipelines import acceleration
+from dype.pipelines import acceleration, choices
 from dype.rope import METHODS
 from dype.sampling import records
 
@@ -49,7 +50,7 @@ PIPELINE_CLASSES = {
 FAMILY_CACHES = [
     (family, cache)
     for family, pipeline_class in PIPELINE_CLASSES.items()
-    for cache, classes in acceleration.CACHES.items()
+    for cache, classes in choices.CACHES.items()
     if pipeline_class in classes
 ]
 
@@ -298,7 +299,9 @@ def test_unusable_attention():
     acceleration.check_attention("_native_flash", "cpu", "float32")
     with pytest.raises(UnavailableError, match="`attn_mask` is not supported"):
         acceleration.check_attention("_native_flash", "cpu", "float32", has_mask=True)
-    assert {"native", "flash_hub", "sage"} <= set(acceleration.attention_backends())
+    names = choices.attention_backends()
+    assert {"native", "flash_hub", "sage"} <= {*names}
+    assert names == [backend.value for backend in AttentionBackendName]
 
 
 SMALL = ["--model", "demo", "--size", "64", "--steps", "5", "--base_resolution", "32"]

@@ -18,7 +18,7 @@ from tiny import FAMILIES, qwen3
 
 from dype.cli import flags
 from dype.cli.settings import resolve
-from dype.pipelines import checkpoints, loading
+from dype.pipelines import checkpoints, headers, loading
 from dype.sampling import records
 
 SMALL = ["--size", "64", "--steps", "1", "--base_resolution", "32", "--prompt", "ring"]
@@ -227,7 +227,7 @@ def test_the_files_of_a_family_fit_it_alone():
     transformers["flux"] = tiny_components()["transformer"]
     for name, transformer in transformers.items():
         header = {part: ("F32", x.shape) for part, x in transformer.state_dict().items()}
-        assert checkpoints.describe_kind(header) is None
+        assert headers.describe_kind(header) is None
         fits = [x for x, y in transformers.items() if not checkpoints.find_mismatch(header, y)]
         assert fits == [name]
 
@@ -253,7 +253,7 @@ def test_header_of_gguf(models):
     weights = load_file(models / "flux" / WEIGHTS)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     Path("a.gguf").write_bytes(gguf_bytes(shapes))
-    header = checkpoints.read_header("a.gguf")
+    header = headers.read_header("a.gguf")
     assert {name: shape for name, (_, shape) in header.items()} == shapes
     transformer = tiny_components()["transformer"]
     assert checkpoints.find_mismatch(header, transformer) is None
@@ -448,5 +448,5 @@ def test_names_of_shards():
         "pytorch_model.non_ema.bin": "non_ema",
     }
     for name, variant in names.items():
-        assert checkpoints.WEIGHT_FILE.fullmatch(name)["variant"] == variant
-    assert not checkpoints.WEIGHT_FILE.fullmatch("model.safetensors.index.json")
+        assert headers.WEIGHT_FILE.fullmatch(name)["variant"] == variant
+    assert not headers.WEIGHT_FILE.fullmatch("model.safetensors.index.json")

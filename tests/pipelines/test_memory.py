@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import qwen_vae
 
 import run_dype
-from dype.pipelines import devices, loading, memory
+from dype.pipelines import choices, devices, loading, memory
 from dype.pipelines.memory import (
     GIB,
     choose_offload,
@@ -297,7 +297,7 @@ def test_quantized_demo(quantize):
     nf4 would show the same for bitsandbytes. requirements-dev.txt does not have torchao, because
     diffusers warns at every import if it is installed.
     """
-    pytest.importorskip(loading.QUANTIZER_PACKAGES[quantize])
+    pytest.importorskip(choices.QUANTIZER_PACKAGES[quantize])
     device = "cuda" if quantize == "nf4" else "cpu"
     plain, quantized = (
         quiet(loading.load_pipeline("demo", quantize=choice, device=device))

@@ -12,6 +12,7 @@ from dype import DyPEConfig, apply_dype, noise_schedule
 from dype.families import FAMILIES as CLASSES
 from dype.sampling import multipass, sample
 from dype.sampling.latents import encode_latents, noisy_latents
+from dype.sampling.passes import resolve_passes
 
 
 def flux() -> FluxPipeline:
@@ -206,11 +207,11 @@ def test_a_low_strength_keeps_the_image():
 
 def test_sizes_of_the_passes():
     """Sizes are rounded to the nearest token; the last one is the size of the image."""
-    passes = multipass.resolve_passes("threepass", 4096, 2736, 4, (0.5, 0.4), 1024)
+    passes = resolve_passes("threepass", 4096, 2736, 4, (0.5, 0.4), 1024)
     sizes = [(settings["height"], settings["width"]) for settings in passes]
     assert sizes == [(1024, 688), (2048, 1376), (4096, 2736)]
     assert [settings.get("strength") for settings in passes] == [None, 0.5, 0.4]
-    small = multipass.resolve_passes("threepass", 64, 112, 4, (0.5, 0.4), 1024)
+    small = resolve_passes("threepass", 64, 112, 4, (0.5, 0.4), 1024)
     assert small[0] == {"height": 16, "width": 32, "steps": 4}
 
 

@@ -17,6 +17,7 @@ from dype.sampling.latents import (
     power_spectrum,
     switch_sigma,
 )
+from dype.sampling.passes import progressive_passes, resolve_pass_sizes, scaled_side
 
 
 def white_noise(*shape, seed=0) -> torch.Tensor:
@@ -102,11 +103,11 @@ def test_passes_in_a_pipeline(pipe, denoiser_calls, monkeypatch):  # noqa: F811
     _, sigmas = noise_schedule.noise_schedule(pipe.scheduler, 128, 192, 6, family)
     switch = (sigmas[2] + sigmas[3]) / 2
     monkeypatch.setattr(sample, "switch_sigma", lambda *law: laws.append(law) or switch)
-    passes = multipass.progressive_passes(128, 192, 64, steps=6)
+    passes = progressive_passes(128, 192, 64, steps=6)
     image = multipass.multipass(pipe, prompt_of(pipe), 128, 192, passes, **SETTINGS)
     assert image.size == (192, 128)
     scale = 64 / math.sqrt(128 * 192)
-    small = tuple(multipass.scaled_side(side, scale) // 16 for side in (128, 192))
+    small = tuple(scaled_side(side, scale) // 16 for side in (128, 192))
     assert [grid for _, grid in denoiser_calls] == [small] * 6 + [(8, 12)] * 3
     assert [sigma for sigma, _ in denoiser_calls[6:]] == pytest.approx(sigmas[3:6], abs=1e-5)
     [(c, _, s)] = laws
@@ -116,9 +117,9 @@ def test_passes_in_a_pipeline(pipe, denoiser_calls, monkeypatch):  # noqa: F811
 
 def test_progressive_passes_need_a_larger_image():
     with pytest.raises(ValueError, match="progressive passes begin at 256x256 px, expected a larg"):
-        multipass.progressive_passes(256, 256, 256, 20)
-    [small, large] = multipass.progressive_passes(512, 1024, 256, 20)
-    passes = multipass.resolve_pass_sizes([small, large], 512, 1024)
+        progressive_passes(256, 256, 256, 20)
+    [small, large] = progressive_passes(512, 1024, 256, 20)
+    passes = resolve_pass_sizes([small, large], 512, 1024)
     assert (passes[0]["height"], passes[0]["width"]) == (176, 368)  # 256 x 256 px, to a token
     assert (passes[1]["height"], passes[1]["width"]) == (512, 1024)
 
