@@ -80,6 +80,7 @@ class Flag:
     multiple: int | None = None
     exclusive: bool = False  # `low` itself is out of range
     choices: Collection[str] = ()
+    spellings: tuple[tuple[str, str], ...] = ()  # further names of choices: (name, choice)
     words: tuple[str, ...] = ()  # accepted beside numbers
     label: str | None = None  # of a value on contact sheets, "scale {}"; None: accepts no list
     changes_image: bool = True  # False: decides only where or how fast the image is generated
@@ -110,6 +111,8 @@ class Flag:
                 kind = "a whole number" if self.type is int else "a number"
                 kind = " or ".join([kind, *self.words])
                 raise ValueError(f"--{self.option} is {text!r}, expected {kind}") from None
+        elif self.choices:
+            value = find_choice(text, self.choices, self.spellings)
         self.check(value, "--")
         return value
 
@@ -344,6 +347,19 @@ class DyPEConfig:
 CONFIG_FLAGS = flags_of(DyPEConfig)
 
 
+def find_choice(text: str, choices: Collection[str], spellings: tuple = ()) -> str:
+    """Return the choice that a text means, in any case and with any separators; else the text.
+
+    Args:
+        text: as the user wrote it.
+        choices: the names that exist.
+        spellings: pairs of a further name and its choice.
+    """
+    by_letters = {re.sub(r"[-_. ]", "", name).lower(): name for name in choices}
+    letters = re.sub(r"[-_. ]", "", dict(spellings).get(text.lower(), text)).lower()
+    return text if text in choices else by_letters.get(letters, text)
+
+
 def check_choice(name: str, value, choices: Collection[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
@@ -387,8 +403,8 @@ def check_number(
     """
     if value is None and optional:
         return
-    limits = f"{'above' if exclusive else 'at least'} {low:g}"
-    limits += f" and at most {high:g}" if math.isfinite(high) else ""
+    limits = f"{'above' if exclusive else 'at least'} {format_number(low)}"
+    limits += f" and at most {format_number(high)}" if math.isfinite(high) else ""
     limits = ", or ".join([limits, *words])
     kind = f"multiple of {multiple}," if multiple else "whole number" if integer else "number"
     valid = isinstance(value, int if integer else int | float) and not isinstance(value, bool)
@@ -396,6 +412,11 @@ def check_number(
     if not valid or value == math.inf or (multiple and value % multiple):
         text = repr(value) if len(repr(value)) < 40 else repr(value)[:40] + "..."
         raise ValueError(f"{name} is {text}, expected a {kind} {limits}")
+
+
+def format_number(value: float) -> str:
+    """Return a number with all digits if it is whole, else with six."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def preset_settings(name: str, height: int, width: int, base_resolution: int) -> dict:

@@ -1,14 +1,20 @@
 """The flags of the command line: the settings of an image, and the options of a run."""
 
 import argparse
+import json
 import os
+import platform
 import re
+import secrets
 from dataclasses import dataclass
 
+from dype import __version__
+from dype.cli.guesses import describe_unknown
 from dype.cli.quotes import check_quotes
-from dype.config import CONFIG_FLAGS, DYNAMIC_NAMES, PRESETS, Flag, flag, flags_of
+from dype.config import CONFIG_FLAGS, DYNAMIC_NAMES, PRESETS, Flag, find_choice, flag, flags_of
 from dype.errors import Parser, UserError
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS
+from dype.pipelines.processes import rank_and_world_size
 from dype.sampling.settings import FLAGS, format_value
 from dype.sweep.grid import MAX_IMAGES, SWEEPS, parse_list, parse_size
 
@@ -52,7 +58,7 @@ EXAMPLES = {  # command -> comment
         "two passes: half the size first, then upscaled and refined"
     ),
     "python run_dype.py --from image.png --output again.png": (
-        "the same image again, from the settings in its PNG"
+        "the same image again, from the settings in its file"
     ),
 }
 EPILOG = "\n".join([
@@ -82,6 +88,10 @@ class RunOptions:
     # fmt: off
     prompts_file: str | None = flag(
         "text file of further prompts; one per line", None, metavar="FILE", group=PROMPT_GROUP
+    )
+    num_images: int = flag(
+        "number of images of each prompt; their seeds begin at --seed", 1,
+        low=1, high=100 * MAX_IMAGES, aliases=("--num_images_per_prompt",),
     )
     magic_suffix: bool = flag(
         "add the authors' suffix to every prompt; qwen-image only", False
@@ -126,13 +136,13 @@ class RunOptions:
         default_help="outputs; of a --sweep NAME outputs/NAME, of others outputs/sweep",
     )
     output: str | None = flag(
-        "output file of one image", None,
-        metavar="FILE.png",
+        "output file of one image; .png, .jpg or .webp, all with the settings in them", None,
+        metavar="FILE",
         default_help="seed_S_method_M_res_HxW.png in the output folder, plus each setting that "
         "differs from its default, plus _2, _3, ... if that file exists",
     )
     no_metadata: bool = flag(
-        "write no prompt and no setting: a PNG without text, no JSON, the name image.png; one "
+        "write no prompt and no setting: an image without text, no JSON, the name image.png; one "
         "image only, which --from cannot repeat", False
     )
     overwrite: bool = flag(
@@ -150,6 +160,8 @@ ALL_FLAGS = [*FLAGS, *OPTIONS]
 SWITCHES = {row.name: row.name for row in OPTIONS if row.type is bool} | {
     switch[0].removeprefix("--"): row.name for row in FLAGS for switch in row.switches
 }
+# a further name -> the flag's own: the authors', and those of diffusers' arguments
+ALIASES = {name.removeprefix("--"): row.option for row in ALL_FLAGS for name in row.aliases}
 BOOLEAN_FLAGS = {row.name for row in FLAGS if row.type is bool}
 FLAG_NAMES = {row.option for row in ALL_FLAGS} | SWITCHES.keys() | {"size"}
 ENCODING_FLAGS = {row.name for row in ALL_FLAGS if row.group == ENCODING_GROUP} | {
@@ -162,6 +174,7 @@ PATH_FLAGS += ("output_dir", "output", "grid_from")
 # methods with DyPE as results.csv and file names spell them; `settings.split_dynamic` reads them
 GROUPS = dict.fromkeys(row.group for row in ALL_FLAGS)
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212-"  # a text editor may replace hyphens by these
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")  # that --version names
 METAVARS = {int: "N", float: "X", str: "NAME", bool: "on|off"}
 PER_MODEL_DEFAULTS = {
     "method": lambda model: model.dype_defaults["method"],
@@ -185,6 +198,17 @@ class Size(argparse.Action):
         for side in ("height", "width"):
             vars(namespace).pop(side, None)
         namespace.size = text
+
+
+class Version(argparse.Action):
+    """Print the version of this program and those of its libraries, and exit."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from importlib.metadata import version  # here, because no other flag needs it
+
+        libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+        print(f"DyPE {__version__}, {libraries}, Python {platform.python_version()}")
+        parser.exit()
 
 
 def default_text(row: Flag) -> str:
@@ -216,6 +240,8 @@ def parser() -> Parser:
         epilog=EPILOG,
         argument_default=argparse.SUPPRESS,
     )
+    version_help = "show the versions of this program and of its libraries, and exit"
+    command.add_argument("--version", action=Version, nargs=0, help=version_help)
     groups = {title: command.add_argument_group(title) for title in GROUPS}
     for row in ALL_FLAGS:
         add, takes_list = groups[row.group].add_argument, row.label is not None
@@ -256,12 +282,55 @@ def parse(argv: list[str]) -> argparse.Namespace:
         words.append(word)
     args, extra = command.parse_known_args(words)
     if extra:
-        text = " ".join(word if word.isprintable() else repr(word) for word in extra)
-        raise UserError(
-            f"unrecognized arguments: {text}; a value of several words needs quotes, a value that "
-            "begins with a hyphen needs FLAG=VALUE"
-        )
+        raise UserError(describe_extra(extra, words, hasattr(args, "prompt")))
     return args
+
+
+def describe_extra(extra: list[str], words: list[str], has_prompt: bool) -> str:
+    """Return a sentence on words of a command line that belong to no flag.
+
+    Args:
+        extra: these words.
+        words: all words.
+        has_prompt: one of the flags is --prompt.
+    """
+    for word in extra:
+        if match := re.fullmatch(rf"([{DASHES}]+)([^\W\d][\w-]*)(=.*)?", word, re.DOTALL):
+            return describe_unknown(match[2], FLAG_NAMES, match[1])
+    text = " ".join(word if word.isprintable() else repr(word) for word in extra)
+    is_prompt = not extra[0].startswith("-") and (extra[0] is words[0] or " " in extra[0])
+    if is_prompt and not has_prompt:
+        return f"{text!r} has no flag, expected --prompt {json.dumps(text, ensure_ascii=False)}"
+    return (
+        f"unrecognized arguments: {text}; a value of several words needs quotes, a value that "
+        "begins with a hyphen needs FLAG=VALUE"
+    )
+
+
+def parse_method(row: Flag, text: str) -> str:
+    """Return the method of a text, also of one as `dy_yarn`. Raises ValueError."""
+    name = find_choice(text, [*row.choices, *DYNAMIC_NAMES])
+    return name if name in DYNAMIC_NAMES else row.parse(name)
+
+
+def parse_seed(row: Flag, text: str) -> int:
+    """Return the seed of a text; of "random" a random number, and print it. Raises ValueError."""
+    if text.lower() == "random":
+        _, count = rank_and_world_size()
+        if count > 1:
+            raise ValueError(
+                f"--seed is {text!r}, but each of the {count} processes would take another, "
+                "expected a number"
+            )
+        text = str(secrets.randbelow(2**32))
+        print(f"--seed random: {text}")
+    try:
+        return row.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, or random") from error
+
+
+PARSE_ITEM = {"method": parse_method, "seed": parse_seed}
 
 
 def to_values(words: dict) -> dict:
@@ -280,8 +349,8 @@ def to_values(words: dict) -> dict:
             values[row.name] = row.parse(text)
         elif isinstance(text, str):
             texts = parse_list(row.name, text, row.type in (int, float))
-            names = DYNAMIC_NAMES if row.name == "method" else ()
-            values[row.name] = [item if item in names else row.parse(item) for item in texts]
+            parse_item = PARSE_ITEM.get(row.name, Flag.parse)
+            values[row.name] = [parse_item(row, item) for item in texts]
         elif row.parser_options and row.name in values:  # a list, because the flag may be repeated
             values[row.name] = [row.parse(item) for item in text]
     return values

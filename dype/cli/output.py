@@ -8,6 +8,8 @@ from dype.sampling import records
 from dype.sampling.settings import RunSettings
 from dype.sweep import results
 
+MAX_WEBP_SIDE = 16383  # px; JPEG has 65535, more than any image of this program
+
 
 @raise_user_errors()
 def check_output(options: RunOptions, run: RunSettings) -> None:
@@ -38,8 +40,14 @@ def output_path(options: RunOptions, run: RunSettings) -> Path:
         path = path if options.overwrite else records.next_free_path(path)
     else:
         path = Path(options.output)
-        if path.suffix.lower() != ".png":
-            raise UserError(f"--output is {options.output!r}, expected a name ending in .png")
+        if path.suffix.lower() not in records.FORMATS:
+            endings = ", ".join(records.FORMATS)
+            raise UserError(f"--output is {options.output!r}, expected a name in {endings}")
+        if path.suffix.lower() == ".webp" and max(run.height, run.width) > MAX_WEBP_SIDE:
+            raise UserError(
+                f"--output is {options.output!r}, but WebP has at most {MAX_WEBP_SIDE} px a side, "
+                f"and the image {run.width}x{run.height}, expected .png or .jpg"
+            )
         for target in (path, path.with_suffix(".json")):
             if target.is_dir() or (target.exists() and not options.overwrite):
                 raise UserError(f"--output: {target} exists, expected --overwrite or another name")

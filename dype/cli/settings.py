@@ -1,8 +1,7 @@
 """Resolve flags, presets, records, files and model defaults to the settings of every image."""
 
-import difflib
 import math
-import tomllib
+import os
 from dataclasses import fields, replace
 from functools import reduce
 from itertools import product
@@ -10,21 +9,15 @@ from operator import or_
 from pathlib import Path
 
 from dype.cli import validation
-from dype.cli.flags import (
-    BOOLEAN_FLAGS,
-    ENCODING_FLAGS,
-    FLAG_NAMES,
-    SWITCHES,
-    RunOptions,
-    parse,
-    to_values,
-)
+from dype.cli.flags import RunOptions, parse, to_values
+from dype.cli.profiles import load_profile
 from dype.config import (
     CONFIG_FLAGS,
     DYNAMIC_NAMES,
     STATIC_METHODS,
     DyPEConfig,
     check_text,
+    find_choice,
     preset_settings,
 )
 from dype.errors import UserError, raise_user_errors
@@ -38,10 +31,11 @@ from dype.sweep import grid, results
 
 CONFIG_NAMES = [field.name for field in fields(DyPEConfig)]
 OPTION_NAMES = [field.name for field in fields(RunOptions)]
+# name of a repository in the table, without its owner -> name of the model
+REPOSITORY_NAMES = tuple((Path(x.repo).name.lower(), name) for name, x in MODELS.items())
 # settings whose default depends on the model
 MODEL_DEFAULTS = [row.name for row in RUN_FLAGS if hasattr(MODELS[DEFAULT_MODEL], row.name)]
 MODEL_DEFAULTS.append("base_resolution")
-CONFIG_FILE_FLAGS = FLAG_NAMES - {"config", "profile", "from", "grid_from", "dry_run", "yes"}
 # flags that take a list, in the order of a sweep's loops, the innermost last
 LIST_FLAGS = [row.name for row in [*CONFIG_FLAGS, *RUN_FLAGS] if row.label is not None]
 LIST_FLAGS.sort(key=lambda name: {"multipass": 0, "seed": 2}.get(name, 1))
@@ -77,6 +71,8 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     if from_image:
         validation.check_weights(from_image, explicit, entry)
     prompts = find_prompts(explicit, from_image, options, name, entry)
+    if options.num_images > 1:
+        flags["seed"] = count_seeds(options.num_images, explicit, from_image)
     lines = expand_sweep(options, explicit.get("base_resolution", entry.base_resolution))
     lower = {row.name: row.default for row in RUN_FLAGS} | {"init_sha256": None, "lora": []}
     lower |= {name: getattr(entry, name) for name in MODEL_DEFAULTS} | from_image | profile
@@ -99,6 +95,25 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
         first = images.setdefault(run.file_name, run)
         assert first is run or first.identity == run.identity
     return options, [*images.values()]
+
+
+def count_seeds(count: int, explicit: dict, from_image: dict) -> list[int]:
+    """Return the seeds of --num_images.
+
+    Args:
+        count: number of images of each prompt.
+        explicit: the flags of the command line and of the profile.
+        from_image: the settings of the `--from` image, {} without one.
+
+    Raises:
+        ValueError: --seed has several values, or the seeds become too large.
+    """
+    [row] = [row for row in RUN_FLAGS if row.name == "seed"]
+    first, *further = explicit.get("seed", [from_image.get("seed", row.default)])
+    if further:
+        raise ValueError(f"--num_images is {count}, but --seed has several values, expected one")
+    row.check(first + count - 1, "--")
+    return [*range(first, first + count)]
 
 
 def name_sweep(options: RunOptions, count: int) -> RunOptions:
@@ -177,6 +192,8 @@ def choose_model(explicit: dict, from_image: dict) -> tuple[str, Model, dict]:
         ValueError: there is no such model.
     """
     name = explicit.get("model", from_image.get("model", DEFAULT_MODEL))
+    if not os.path.exists(name):
+        name = find_choice(name, MODELS, REPOSITORY_NAMES)
     if name and name not in MODELS and Path(name).is_dir():
         name = str(Path(name).absolute())  # because the record must hold in any working directory
         from_image.pop("revision", None)  # it has no effect on a folder, also of the hub's cache
@@ -359,66 +376,3 @@ def load_image_settings(file: str) -> dict:
     if config["base_resolution"] is None:
         del config["base_resolution"]  # because the model's default is wanted, not None
     return flags | config | {"prompt": [prompt], "weights": record.get("weights")}
-
-
-def load_profile(file: str, name: str | None) -> dict:
-    """Return the flags of a TOML file, parsed like words of the command line.
-
-    Args:
-        file: the path. A table `[NAME.dype]` may hold the flags of the position encoding.
-        name: a table whose flags win over those of `[default]`; None: `[default]` alone.
-
-    Raises:
-        ValueError: with the line of a syntax error, the flag nearest to an unknown one, or the
-            names of the tables.
-    """
-    try:
-        tables = tomllib.loads(Path(file).read_text("utf-8-sig"))
-    except OSError as error:
-        raise ValueError(f"--config {file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--config {file} cannot be read: it is not UTF-8 text") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"--config {file} is not TOML: {error}, expected KEY = VALUE") from error
-    for key, table in tables.items():
-        if not isinstance(table, dict):
-            raise ValueError(f"--config {file}: {key!r} stands in no table, expected [default]")
-    if name is not None and name not in tables:
-        raise ValueError(f"--profile is {name!r}, expected one of {', '.join(tables) or 'none'}")
-    values: dict = {}
-    for table in dict.fromkeys(("default", name)):
-        words = []
-        for key, value in tables.get(table, {}).items():
-            nested = key == "dype" and isinstance(value, dict)
-            label = f"[{table}.dype]" if nested else f"[{table}]"
-            accepted = CONFIG_FILE_FLAGS & ENCODING_FLAGS if nested else CONFIG_FILE_FLAGS
-            for flag, setting in value.items() if nested else [(key, value)]:
-                if flag not in accepted:
-                    near = difflib.get_close_matches(flag, sorted(accepted), 1, 0)[0]
-                    raise ValueError(
-                        f"--config {file} {label}: there is no {flag!r}, expected {near!r}"
-                    )
-                if setting is False and flag in SWITCHES:  # because [default] may switch it on
-                    values.pop(SWITCHES[flag], None)
-                words += toml_to_words(file, flag, setting)
-        values |= to_values(vars(parse(words)))
-    return values
-
-
-def toml_to_words(file: str, flag: str, value) -> list[str]:
-    """Return a TOML value as words of the command line. Raises ValueError."""
-    if flag in SWITCHES and isinstance(value, bool):
-        return [f"--{flag}"] * value
-    kinds, expected = (int, float, str), "a number, text or a list of them"
-    if flag in SWITCHES:
-        kinds, expected = (), "true or false"
-    elif flag in ("prompt", "lora"):
-        kinds, expected = (str,), "text or a list of texts"
-    items = value if isinstance(value, list) else [value]
-    if flag in BOOLEAN_FLAGS:
-        items = [("off", "on")[item] if isinstance(item, bool) else item for item in items]
-    if not items or any(isinstance(x, bool) or not isinstance(x, kinds) for x in items):
-        raise ValueError(f"--config {file}: {flag} is {value!r}, expected {expected}")
-    texts = [str(item) for item in items]
-    texts = texts if flag in ("prompt", "lora") else [",".join(texts)]
-    return [f"--{flag}={text}" for text in texts]

@@ -8,6 +8,9 @@ from pathlib import Path
 from dype.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_SPELLINGS = (("fp32", "float32"), ("float", "float32"), ("bf16", "bfloat16"))
+DTYPE_SPELLINGS += (("fp16", "float16"), ("half", "float16"))
+DTYPE_SPELLINGS += tuple((f"torch.{name}", name) for name in DTYPES)
 OFFLOADS = ("none", "model", "group", "sequential")  # from the fastest to the least memory
 QUANTIZER_PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 QUANTIZE_CHOICES = ("none", *QUANTIZER_PACKAGES)

@@ -1,4 +1,8 @@
-"""Save an image with its record: a PNG that contains the settings, and the same record as JSON."""
+"""Save an image with its record: a file that contains the settings, and the same record as JSON.
+
+A PNG has the record in a text chunk. JPEG and WebP have it in their EXIF, as the comment of the
+user, and the prompt as the description, which viewers show.
+"""
 
 import errno
 import hashlib
@@ -11,9 +15,21 @@ from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 PNG_CHUNK = "dype"  # name of the PNG's text chunk
+# ending of a file's name -> how Pillow saves it; JPEG with full colors, WebP without loss
+JPEG = {"format": "jpeg", "quality": 95, "subsampling": 0}
+FORMATS = {".png": {"format": "png"}, ".jpg": JPEG, ".jpeg": JPEG}
+FORMATS[".webp"] = {"format": "webp", "lossless": True, "method": 1}
+IMAGE_CLASSES = {  # by the first bytes of a file
+    b"\x89PNG": PngImagePlugin.PngImageFile,
+    b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
+    b"RIFF": WebPImagePlugin.WebPImageFile,
+}
+EXIF_ASCII = b"ASCII\0\0\0"  # begins a comment of this encoding
+MAX_EXIF = 65_000  # bytes in a JPEG, with some to spare for its tags
+MAX_DESCRIPTION = 4000  # bytes of a prompt; the record has all of it
 MAX_TEMPORARY_NAME = 100  # bytes, without the process; file systems take 143 or more
 # errors of a file system for a name that it cannot have
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
@@ -66,27 +82,22 @@ def next_free_path(path: Path) -> Path:
 
 
 def save_image(image: Image.Image, record: dict | None, path: Path, overwrite: bool = True) -> Path:
-    """Write PATH.json, then PATH.png, so that an image always has its record; return the path.
+    """Write the JSON, then the image, so that an image always has its record; return the path.
 
     If that fails, both go to the temporary folder, because the image may have taken an hour.
 
     Args:
         image: image to save.
-        record: its record; None writes neither the JSON nor text in the PNG, and deletes an
+        record: its record; None writes neither the JSON nor a record in the image, and deletes an
             earlier JSON.
-        path: file of the image.
+        path: file of the image; its ending is one of `FORMATS`.
         overwrite: replace existing files; False: take the next free name.
 
     Raises:
         OSError: `path` cannot be written; the sentence says where the image is instead.
     """
-    info, contents = PngImagePlugin.PngInfo(), {}
-    if record is not None:
-        contents[".json"] = to_json(record)
-        info.add_itxt(PNG_CHUNK, contents[".json"].decode())
-    png = io.BytesIO()
-    image.save(png, "png", pnginfo=info)
-    contents[path.suffix] = png.getvalue()
+    contents = {} if record is None else {".json": to_json(record)}
+    contents[path.suffix] = encode_image(image, record, path.suffix.lower())
 
     def write(target: Path, replace: bool) -> Path:
         target = target if replace else next_free_path(target)
@@ -104,6 +115,37 @@ def save_image(image: Image.Image, record: dict | None, path: Path, overwrite: b
         except OSError as second:
             raise OSError(f"{reason}; the image is lost, because {second}") from error
         raise OSError(f"{reason}; the image is in {target}") from error
+
+
+def encode_image(image: Image.Image, record: dict | None, ending: str) -> bytes:
+    """Return an image as a file.
+
+    Args:
+        image: the image.
+        record: its record; None: none.
+        ending: of the file's name, one of `FORMATS`.
+    """
+    file, options = io.BytesIO(), dict(FORMATS[ending])
+    if record is not None and ending == ".png":
+        info = options["pnginfo"] = PngImagePlugin.PngInfo()
+        info.add_itxt(PNG_CHUNK, to_json(record).decode())
+    elif record is not None:
+        options["exif"] = to_exif(record)
+    image.save(file, **options)
+    return file.getvalue()
+
+
+def to_exif(record: dict) -> bytes:
+    """Return EXIF data with the record and the prompt; without the record if it is too long.
+
+    Then, as with a thousand steps, the JSON beside the image alone has it.
+    """
+    comment, exif = EXIF_ASCII + json.dumps(record).encode(), Image.Exif()
+    prompt = str(record.get("prompt", "")).encode(errors="replace")[:MAX_DESCRIPTION]
+    exif[ExifTags.Base.ImageDescription] = prompt
+    if len(comment) + len(prompt) <= MAX_EXIF:
+        exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}
+    return exif.tobytes()
 
 
 def to_json(record: dict) -> bytes:
@@ -159,16 +201,33 @@ def delete_files(paths: Iterable[Path]) -> None:
 
 
 def read_record(path: str | Path) -> dict:
-    """Read the record in a PNG. Raises ValueError if it has none, OSError if it cannot be read."""
-    try:
-        # Image.open refuses large images, so the PNG is opened by its class.
-        with Path(path).open("rb") as file, PngImagePlugin.PngImageFile(file) as image:
-            text = image.info.get(PNG_CHUNK)
-    except SyntaxError as error:
-        raise ValueError("it is not a PNG image") from error
+    """Read the record in an image. Raises ValueError if it has none, OSError if unreadable."""
+    with open_header(Path(path)) as image:
+        text = image.info.get(PNG_CHUNK)
+        if text is None:
+            comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+            is_ascii = isinstance(comment, bytes) and comment.startswith(EXIF_ASCII)
+            text = comment.removeprefix(EXIF_ASCII) if is_ascii else None
     if text is None:
         raise ValueError("it carries no settings of this program")
     return parse_json(text)
+
+
+@contextmanager
+def open_header(path: Path):
+    """Open a PNG, JPEG or WebP image without its pixels. Raises ValueError for others, OSError."""
+    with path.open("rb") as file:
+        begin = file.read(4)
+        file.seek(0)
+        for signature, image_class in IMAGE_CLASSES.items():
+            if begin.startswith(signature):
+                try:
+                    image = image_class(file)  # because Image.open refuses large images
+                except BROKEN_IMAGE_ERRORS as error:
+                    raise ValueError("it is broken") from error
+                yield image
+                return
+    raise ValueError("it is no PNG, JPEG or WebP image")
 
 
 def parse_json(text: str | bytes) -> dict:
@@ -182,7 +241,7 @@ def parse_json(text: str | bytes) -> dict:
 def find_record(path: Path) -> tuple[dict, Path]:
     """Return the record of an image and the file that holds it.
 
-    The file is the PNG itself, or the JSON beside a copy in another format or without text chunks.
+    The file is the image itself, or the JSON beside a copy in another format or without metadata.
     `path` may also be the JSON. Raises ValueError if there is no record, OSError.
     """
     if path.suffix.lower() == ".json":
@@ -200,12 +259,9 @@ def find_record(path: Path) -> tuple[dict, Path]:
 
 
 def read_png_size(path: Path) -> tuple[int, int]:
-    """Return width and height of a PNG. Raises ValueError for another format, OSError."""
-    try:
-        with path.open("rb") as file, PngImagePlugin.PngImageFile(file) as image:
-            return image.size
-    except SyntaxError as error:
-        raise ValueError("it is not a PNG image") from error
+    """Return width and height of an image. Raises ValueError for another format, OSError."""
+    with open_header(path) as image:
+        return image.size
 
 
 def open_image(path: str | Path) -> Image.Image:

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from dype.config import CONFIG_FLAGS, DEFAULT_LAMBDA_S, DyPEConfig, flag, flags_of
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS, Model
-from dype.pipelines.choices import CACHES, COMPILES, DTYPES, OFFLOADS, QUANTIZE_CHOICES
+from dype.pipelines.choices import (
+    CACHES,
+    COMPILES,
+    DTYPE_SPELLINGS,
+    DTYPES,
+    OFFLOADS,
+    QUANTIZE_CHOICES,
+)
 from dype.sampling.passes import PASS_SCALES
 
 SIDE_LIMITS = {"metavar": "PX", "low": 64, "high": 16384, "multiple": 16}
@@ -35,16 +42,19 @@ class RunSettings:
     height: int = flag("image height in px; 64 to 16384, multiple of 16", **SIDE_LIMITS)
     width: int = flag("image width in px; 64 to 16384, multiple of 16", **SIDE_LIMITS)
     seed: int = flag(
-        "seed of the noise; 0 to 2^63 - 1", 42, low=0, high=2**63 - 1, label="seed {}"
+        "seed of the noise; 0 to 2^63 - 1, or random", 42, low=0, high=2**63 - 1, label="seed {}"
     )
-    steps: int = flag("number of steps; 1 to 1000", low=1, high=1000, label="{} steps")
+    steps: int = flag(
+        "number of steps; 1 to 1000", low=1, high=1000, label="{} steps",
+        aliases=("--num_inference_steps",),
+    )
     guidance: float = flag(
         "guidance_scale of the pipeline; 0 to 100, 0 for models without guidance", low=0, high=100,
-        label="guidance {}",
+        label="guidance {}", aliases=("--guidance_scale",),
     )
     true_cfg: float = flag(
         "scale of classifier-free guidance, two denoiser calls a step; 1 (off) to 100", low=1,
-        high=100, label="true CFG {}",
+        high=100, label="true CFG {}", aliases=("--true_cfg_scale",),
     )
     max_sequence_length: int = flag(
         "maximum number of text tokens; 1 to the model's limit", low=1, high=1024
@@ -101,7 +111,8 @@ class RunSettings:
     )
     config: DyPEConfig
     dtype: str = flag(
-        f"number format of the weights; {', '.join(DTYPES)}", choices=DTYPES, group="machine"
+        f"number format of the weights; {', '.join(DTYPES)}", choices=DTYPES, group="machine",
+        aliases=("--torch_dtype",), spellings=DTYPE_SPELLINGS,
     )
     device: str | None = flag(
         "device; cpu, cuda, cuda:1, mps, ...", None, **MACHINE_ONLY,

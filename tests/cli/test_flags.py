@@ -48,7 +48,7 @@ REFUSED = {  # words, separated by | -> words of the sentence
     "--prompt|--seed": "needs --prompt=VALUE",
     "--prompt|-x": "needs --prompt=VALUE",
     "--negative_prompt|--no-humans": "needs --negative_prompt=VALUE",
-    "--prompt|a red fox|--no-humans": "unrecognized arguments: --no-humans",
+    "--prompt|a red fox|--no-humans": "FLAG=VALUE for a value that begins with a hyphen",
     "--prompt|a red fox|\u2013seed|3": "expected --seed",
     "\u2014prompt|a red fox": "expected --prompt",
     "-prompt|a red fox": "expected --prompt",

@@ -102,9 +102,17 @@ BAD = {
     "no such profile": ("--config b.toml --profile big", "[small]\n", "expected one of small"),
     "syntax": ("--config b.toml", "[default]\nsteps 9\n", "line 2"),
     "not text": ("--config b.toml", b"\xff\xfe", "UTF-8"),
-    "unknown key": ("--config b.toml", "[default]\nstep = 9\n", "expected 'steps'"),
-    "unknown key of dype": ("--config b.toml", "[default.dype]\nscale = 9\n", "'dype_scale'"),
-    "flag in the wrong table": ("--config b.toml", "[default.dype]\nsteps = 9\n", "'steps'"),
+    "unknown key": ("--config b.toml", "[default]\nstep = 9\n", "there is no step, expected steps"),
+    "unknown key of dype": (
+        "--config b.toml",
+        "[default.dype]\nscale = 9\n",
+        "expected dype_scale",
+    ),
+    "flag in the wrong table": (
+        "--config b.toml",
+        "[default.dype]\nsteps = 9\n",
+        "expected in [default]",
+    ),
     "text a switch": (
         "--config b.toml",
         "[default]\nnegative_prompt = false\n",
@@ -120,7 +128,11 @@ BAD = {
     "switch a word": ("--config b.toml", '[default]\nisotropic = "yes"\n', "true or false"),
     "number a switch": ("--config b.toml", "[default]\nsteps = true\n", "expected a number"),
     "with --from": ("--config b.toml --from a.png", "", "no --config"),
-    "not for a file": ("--config b.toml", '[default]\nconfig = "a.toml"\n', "there is no 'config'"),
+    "not for a file": (
+        "--config b.toml",
+        '[default]\nconfig = "a.toml"\n',
+        "config is for the command line",
+    ),
 }
 
 

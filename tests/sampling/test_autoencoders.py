@@ -88,7 +88,7 @@ def test_an_unknown_autoencoder_is_refused_before_loading(name, kind, folder, mo
 def test_an_autoencoder_that_only_the_checkpoint_shows(folder, monkeypatch, capsys):
     """It is refused right after loading: a sweep has no failed rows."""
     monkeypatch.setattr("dype.cli.validation.check_autoencoder", lambda *args: None)
-    monkeypatch.delitem(latents.VAE_ENCODERS, "AutoencoderTiny")
+    monkeypatch.setattr("dype.sampling.passes.AUTOENCODERS", ("AutoencoderKL",))
     generate = "dype.sampling.multipass.run_passes"
     monkeypatch.setattr(generate, lambda *args, **kwargs: pytest.fail("a pass began"))
     line = ["--model", folder, *SMALL, "--multipass", "twopass"]
