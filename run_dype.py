@@ -16,7 +16,7 @@ from dype.cli.settings import resolve
 from dype.cli.validation import check_paths
 from dype.errors import run_command
 from dype.pipelines.processes import rank_and_world_size
-from dype.pipelines.sources import check_sources
+from dype.pipelines.sources import check_reached, check_sources
 
 PROGRAM = "run_dype.py"
 
@@ -48,6 +48,8 @@ def command(argv: list[str], rank: int) -> int:
         options, runs = resolve(words)
         check_output(options, runs[0])
         check_sources(runs[0].model, runs[0].entry, **runs[0].files)
+        if not options.dry_run:
+            check_reached(runs[0].model, runs[0].entry)
     # Here, because torch and diffusers take seconds to import, which a mistake need not wait for.
     from dype.cli import generate
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Collection
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, get_args
@@ -85,6 +86,7 @@ class Flag:
     label: str | None = None  # of a value on contact sheets, "scale {}"; None: accepts no list
     changes_image: bool = True  # False: decides only where or how fast the image is generated
     has_effect: Callable[[dict], bool] = lambda settings: True  # on an image with these settings
+    needs: str = ""  # what the effect needs, in words
     group: str = ""  # heading in --help, for this flag and the next ones without a heading
     aliases: tuple[str, ...] = ()
     switches: tuple[tuple[str, Any, str], ...] = ()  # further flags: (name, value, help)
@@ -177,7 +179,7 @@ class DyPEConfig:
             (0, 1000]. Keep them unless you study the method.
         ntk_factor: 10.0. k of the method `imax`, in [1, 1000]; HRDiT has 4 at 2x and 10 at 4x.
         rdfc_pairs: None, the pair whose wavelength is nearest to the trained length. Pairs that
-            `rdfc` and `riflex` slow down, from 0, as "8,9".
+            `rdfc` and `riflex` slow down, from 0, as 8 or "8,9".
         rdfc_turns: 1.0. Turns of these pairs over the image, in (0, 1]; `riflex` has 0.9.
         sega_alpha, sega_beta, sega_floor, sega_reference: 0.15, 1.5, 1.0 and 0.08. Strength, slope
             and least value of SEGA's m, and the exponent of s in its reference; in [0, 2],
@@ -219,17 +221,20 @@ class DyPEConfig:
         "lambda_s of kappa = lambda_s u^lambda_t (Eq. 13), where u is sigma, or as in "
         "--dype_start_sigma; 0 to 8", None, low=0, high=8, label="scale {}",
         has_effect=has_kappa,
+        needs="DyPE and a method with kappa",
         default_help=f"per method ({LAMBDA_S_HELP})",
     )
     dype_exponent: float = flag(
         "lambda_t of kappa; 0 to 1000; larger: sharper detail, smaller: safer layout", 2.0,
         low=0, high=1000, label="exponent {}",
         has_effect=has_kappa,
+        needs="DyPE and a method with kappa",
     )
     dype_start_sigma: float = flag(
         "sigma at which the stretch begins to fall: u = min(1, sigma / T); 0 < T <= 1", 1.0,
         metavar="T", low=0, high=1, exclusive=True, label="start {}",
         has_effect=lambda settings: settings["dype"],
+        needs="DyPE",
     )
     alpha: float = 1.0  # yarn_paper, tide: the ramp's ends, turns over the trained length
     beta: float = 32.0
@@ -237,6 +242,7 @@ class DyPEConfig:
         "cutoff wavelength of method cutoff at sigma 1/2, in units of the trained length; "
         "0 < X <= 1000", 1.0, low=0, high=1000, exclusive=True, label="cutoff {}",
         has_effect=lambda settings: settings["method"] == "cutoff",
+        needs="--method cutoff",
     )
     cutoff_width: float = 0.5  # delta, of ln wavelength
     spectrum_exponent: float = 2.0  # omega of C / f^omega
@@ -245,6 +251,7 @@ class DyPEConfig:
         "pairs of an axis that methods rdfc and riflex slow down, from 0, as 8 or 8,9; no sweep",
         None, metavar="I,I",
         has_effect=lambda settings: settings["method"] in ("rdfc", "riflex"),
+        needs="--method rdfc or riflex",
         default_help="the one whose wavelength is nearest to the trained length",
     )
     rdfc_turns: float = 1.0  # of these pairs over the image; rdfc alone
@@ -252,6 +259,7 @@ class DyPEConfig:
         "strength of SEGA's attention scale, of --method sega and --attention_path sega; 0 to 2; "
         "0: one m for all pairs", 0.15, low=0, high=2, label="sega alpha {}",
         has_effect=follows_latent,
+        needs="SEGA's m, by --method sega or --attention_path sega",
     )
     sega_beta: float = 1.5  # slope of its tanh
     sega_floor: float = 1.0  # least m
@@ -261,6 +269,7 @@ class DyPEConfig:
         "resolution; 0 to 2, not for base", None, low=0, high=2,
         label="attention scale {}",
         has_effect=lambda settings: settings["method"] != "base",
+        needs="another --method than base",
         default_help="the method's own m",
     )
     attention_path: str = flag(
@@ -270,6 +279,7 @@ class DyPEConfig:
         "constant", metavar="RULE", choices=ATTENTION_PATHS,
         label="attention {}",
         has_effect=attention_path_has_effect,
+        needs="DyPE if it changes X, another m than the method's own if not",
     )
     text_repeat: int | str = flag(
         "number of copies of the text that attention sees; 1 to 256, or auto: image area / trained "
@@ -307,6 +317,8 @@ class DyPEConfig:
                 raise ValueError(f"dype is {self.dype!r}, expected True with {self.method!r}")
             object.__setattr__(self, "method", DYNAMIC_NAMES[self.method])
             object.__setattr__(self, "dype", True)
+        if type(self.rdfc_pairs) is int:
+            object.__setattr__(self, "rdfc_pairs", str(self.rdfc_pairs))
         if self.dype is None:
             object.__setattr__(self, "dype", self.method not in STATIC_METHODS)
         for row in CONFIG_FLAGS:
@@ -358,6 +370,22 @@ def find_choice(text: str, choices: Collection[str], spellings: tuple = ()) -> s
     by_letters = {re.sub(r"[-_. ]", "", name).lower(): name for name in choices}
     letters = re.sub(r"[-_. ]", "", dict(spellings).get(text.lower(), text)).lower()
     return text if text in choices else by_letters.get(letters, text)
+
+
+def name_flags(sentence: str) -> str:
+    """Return an error of `DyPEConfig` with the names of flags instead of those of fields."""
+    names = "|".join(row.name for row in CONFIG_FLAGS)
+    sentence = re.sub(rf"^({names})(?= is )", r"--\1", sentence)
+    return re.sub(rf"(?<![-\w])({names})(?!\w)", lambda x: "--" * ("_" in x[1]) + x[1], sentence)
+
+
+@contextmanager
+def flags_in_errors():
+    """Turn the names of fields into those of flags in a ValueError within the `with` block."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(name_flags(str(error))) from error
 
 
 def check_choice(name: str, value, choices: Collection[str]) -> None:

@@ -39,7 +39,8 @@ from dype.config import DEFAULT_LAMBDA_S, preset_settings
         ("ntk_factor", 0.5),
         ("rdfc_pairs", "8;9"),
         ("rdfc_pairs", ""),
-        ("rdfc_pairs", 8),
+        ("rdfc_pairs", 8.5),
+        ("rdfc_pairs", True),
         ("rdfc_turns", 1.5),
         ("sega_alpha", 2.5),
         ("sega_beta", 0),
@@ -61,6 +62,10 @@ def test_other_attention_scales_need_no_number(path):
     with pytest.raises(ValueError, match=f"^attention_path is '{path}', expected no attention_sc"):
         DyPEConfig(attention_path=path, attention_scale=0.1)
     assert DyPEConfig(attention_path=path).follows_latent == (path == "sega")
+
+
+def test_a_single_pair_may_be_a_number():
+    assert DyPEConfig("rdfc", rdfc_pairs=9) == DyPEConfig("rdfc", rdfc_pairs="9")
 
 
 def test_sega_is_static_by_default():

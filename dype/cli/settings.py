@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dype.cli import validation
 from dype.cli.flags import RunOptions, parse, to_values
+from dype.cli.notes import find_notes
 from dype.cli.profiles import load_profile
 from dype.config import (
     CONFIG_FLAGS,
@@ -18,10 +19,11 @@ from dype.config import (
     DyPEConfig,
     check_text,
     find_choice,
+    flags_in_errors,
     preset_settings,
 )
 from dype.errors import UserError, raise_user_errors
-from dype.families import check_text_repeat
+from dype.families import check_pairs, check_text_repeat
 from dype.noise_schedule import check_shift
 from dype.pipelines import processes
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS, Model, resolve_model
@@ -94,6 +96,8 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     for run in (replace(run, prompt=prompt) for prompt in prompts for run in runs):
         first = images.setdefault(run.file_name, run)
         assert first is run or first.identity == run.identity
+    for note in find_notes(explicit, [*images.values()]):
+        print(note)
     return options, [*images.values()]
 
 
@@ -305,9 +309,12 @@ def resolve_run(
     is_default = method == entry.dype_defaults["method"]
     defaults = entry.dype_defaults if is_default else {}  # because they suit this method alone
     settings = {name: values[name] for name in CONFIG_NAMES if name in values}
-    config = DyPEConfig.from_dict(defaults | settings)
-    check_shift(entry.scheduler_config, config, entry.family)
-    check_text_repeat(config, entry.family)
+    with flags_in_errors():
+        config = DyPEConfig.from_dict(defaults | settings)
+        check_shift(entry.scheduler_config, config, entry.family)
+        check_text_repeat(config, entry.family)
+        if values["model"] in MODELS:  # because another checkpoint may have other axes
+            check_pairs(config, entry.family.num_pairs)
     if values["init_image"] is not None:
         values["init_image"] = str(Path(values["init_image"]).absolute())
         expected = None if "init_image" in upper else values["init_sha256"]

@@ -189,6 +189,10 @@ def resolve_model(name: str, revision: str | None = None) -> Model:
         same_name = folder.name == Path(entry.repo).name and entry.pipeline == pipeline
         if fits and same_name and folder.is_dir() and not Path(entry.repo).is_dir():
             model = entry
+    if not index and folder.parent.is_dir() and not folder.is_dir():
+        raise ValueError(
+            f"--model is {name!r}, but there is no such folder, expected one that exists"
+        )
     if not index:
         return replace(model, repo=name, is_guess=True)
     if pipeline in GUIDANCE_EMBEDS:

@@ -10,13 +10,12 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-from huggingface_hub import constants
 from safetensors import SafetensorError
 
 from dype.errors import UnavailableError
 from dype.families import DEMO_WEIGHTS
 from dype.pipelines.headers import list_weights, read_safetensors_header
-from dype.pipelines.hub import load_hub_json, repository_info
+from dype.pipelines.hub import cache_folder, load_hub_json, repository_info
 from dype.pipelines.model_paths import HUB_FILE, HUB_ID, INDEX, LORA_FILE, WEIGHT_ENDINGS
 
 CONFIGS = (".json", ".txt", ".model", ".jinja")  # of models, schedulers and tokenizers
@@ -160,9 +159,8 @@ def hub_commit(repo: str, revision: str | None = None) -> str | None:
     with suppress(UnavailableError):
         if info := repository_info(name, revision):
             return info.sha
-    folder = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "refs")
     with suppress(OSError, ValueError):
-        return (folder / (revision or "main")).read_text().strip() or None
+        return (cache_folder(name) / "refs" / (revision or "main")).read_text().strip() or None
     return None
 
 

@@ -16,7 +16,7 @@ from dype.pipelines.choices import OFFLOADS, QUANTIZE_CHOICES, QUANTIZER_PACKAGE
 from dype.pipelines.devices import DTYPES, check_device, default_device
 from dype.pipelines.hub import NOT_REACHED, error_classes, explain_hub_error, is_local
 from dype.pipelines.loras import check_loras
-from dype.pipelines.sources import check_sources, find_lora
+from dype.pipelines.sources import check_reached, check_sources, find_lora
 
 # the errors that libraries raise for a broken checkpoint or connection; the hub's are OSErrors
 LOAD_ERRORS = (OSError, ValueError, LookupError, AttributeError, ImportError, RuntimeError)
@@ -69,6 +69,7 @@ def load_pipeline(
     """
     check_choice("offload", offload, ("auto", *OFFLOADS))
     model = entry or resolve_model(name, revision)
+    check_reached(name, model)
     dtype = dtype or model.dtype
     check_choice("dtype", dtype, DTYPES)
     check_choice("quantize", quantize, QUANTIZE_CHOICES)

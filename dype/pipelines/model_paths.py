@@ -26,13 +26,19 @@ def check_model_path(name: str) -> None:
             raise ValueError(f"--model is {name!r}, {describe_folder(Path(name).absolute())}")
     elif os.path.exists(name) or name.lower().endswith(FILE_ENDINGS):
         raise ValueError(f"--model is {name!r}, {describe_file(name)}")
-    elif not HUB_ID.fullmatch(name):
+    elif not is_hub_id(name):
         reason = "an address" if "://" in name else "but there is no such folder"
         repo, _, revision = split_address(name)
         raise ValueError(
             f"--model is {name!r}, {reason}, expected a diffusers folder or a hub id such as "
-            f"{repo or 'black-forest-labs/FLUX.1-dev'}{revision}"
+            f"{repo if is_hub_id(repo) else 'black-forest-labs/FLUX.1-dev'}{revision}"
         )
+
+
+def is_hub_id(text: str) -> bool:
+    """Return whether a text has the form OWNER/NAME that the hub allows."""
+    is_refused = "--" in text or ".." in text or text.endswith(".git") or len(text) > 96
+    return bool(HUB_ID.fullmatch(text)) and not is_refused
 
 
 def split_address(text: str) -> tuple[str, str, str]:

@@ -20,10 +20,10 @@ from dype.pipelines.hub import (
 from dype.pipelines.model_paths import (
     FILE_ENDINGS,
     HUB_FILE,
-    HUB_ID,
     INDEX,
     LORA_FILE,
     download_hint,
+    is_hub_id,
     split_address,
 )
 
@@ -64,6 +64,15 @@ def check_sources(
         raise UserError(f"--transformer is {transformer!r}, {describe_missing(transformer)}")
     for path, _ in loras:
         find_lora(path, download=False)
+
+
+def check_reached(name: str, model: Model) -> None:
+    """Raise UnavailableError for a model of which nothing could be read."""
+    if model.is_guess:
+        raise UnavailableError(
+            f"--model is {name!r}, no folder here, and the hub cannot be reached; check the "
+            "network, or give a downloaded folder with --model FOLDER"
+        )
 
 
 def check_variant(name: str, repo: str, variant: str | None, with_transformer: bool) -> None:
@@ -129,7 +138,7 @@ def find_lora(path: str, download: bool) -> str | None:
         return str(Path(path, choose_file(path, list_folder(path))))
     if match := HUB_FILE.fullmatch(path):
         repo, name = match.groups()
-    elif HUB_ID.fullmatch(path) and not path.lower().endswith(FILE_ENDINGS):
+    elif is_hub_id(path) and not path.lower().endswith(FILE_ENDINGS):
         repo, name = path, choose_hub_file(path)
     else:
         address, file, _ = split_address(path)

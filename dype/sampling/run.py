@@ -13,6 +13,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from dype import rope
+from dype.config import name_flags
 from dype.errors import UserError
 from dype.noise_schedule import noise_schedule
 from dype.patch import apply_dype
@@ -97,7 +98,7 @@ def prepare_pipeline(pipe, run: RunSettings) -> dict:
         if run.encodes_images:
             check_refining(pipe)
     except (TypeError, ValueError) as error:  # because some checks need the loaded checkpoint
-        raise UserError(f"{run.model}: {error}") from error
+        raise UserError(f"{run.model}: {name_flags(str(error))}") from error
     tiled = set_tiling(pipe, run.tiled_vae, run.tile_size, run.height * run.width)
     memory.reset_peak()
     return schedule_record(pipe.scheduler, run) | {"tiled_vae": tiled}

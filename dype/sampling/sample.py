@@ -27,6 +27,7 @@ from dype.sampling.latents import (
     switch_sigma,
     unpatchify,
 )
+from dype.sampling.prompts import describe_cuts, record_cuts
 
 # pipeline -> the argument of its call for each result of its `encode_prompt`; None: not an argument
 PROMPT_EMBEDDING_ARGUMENTS = {
@@ -91,7 +92,20 @@ def prompt_encoder(pipe, runs: list) -> Callable:
 
     overrides = [name for name in pipe.dype_device_overrides if name.startswith("text_encoder")]
     cache = lru_cache(maxsize=None if overrides else 8)
-    encode_text = cache(lambda text: encode_prompt(pipe, text, runs[0].max_sequence_length))
+    notes: set[str] = set()  # because a text may be encoded again, but each is printed once
+
+    @cache
+    def encode_text(text: str) -> dict:
+        """Encode a text, and say what of it is cut off."""
+        length = runs[0].max_sequence_length
+        with record_cuts(pipe, length) as cuts:
+            embeddings = encode_prompt(pipe, text, length)
+        for note in describe_cuts(text, cuts, length, runs[0].entry.max_text_tokens):
+            if note not in notes:
+                print(note)
+            notes.add(note)
+        return embeddings
+
     if overrides:
         texts = {run.prompt for run in runs} | {negative_prompt_for(pipe, run) for run in runs}
         for text in texts - {None}:

@@ -67,6 +67,7 @@ class RunSettings:
     strength: float = flag(
         "fraction of --steps, the last ones, that refine --init_image; 0 < X <= 1", 0.5,
         **STRENGTH_LIMITS, has_effect=lambda settings: settings["init_image"] is not None,
+        needs="--init_image FILE",
     )
     multipass: str = flag(
         "passes; single, twopass (half the size, then upscale and refine), threepass (a quarter, "
@@ -146,6 +147,7 @@ class RunSettings:
         "side of a tile in px; 128 to 4096, multiple of 64", None,
         metavar="PX", low=128, high=4096, multiple=64, **MACHINE_ONLY,
         default_help="per autoencoder",
+        has_effect=lambda settings: settings["tiled_vae"] != "off", needs="tiles",
     )
     compile: str = flag(
         "torch.compile; off, blocks (each kind of transformer block once), full (the whole "
@@ -255,7 +257,8 @@ def image_settings(record: dict) -> dict:
     if settings["init_image"] is not None:  # the hash, because the file may have moved
         sha256 = flags.get("init_sha256") or "unknown"
         settings["init_image"] = f"{Path(settings['init_image']).stem}-{sha256[:12]}"
-    without_effect = [row.name for row in FLAGS if not row.has_effect(settings)]
+    rows = [row for row in FLAGS if row.changes_image]
+    without_effect = [row.name for row in rows if not row.has_effect(settings)]
     return settings | dict.fromkeys(without_effect)
 
 

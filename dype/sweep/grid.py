@@ -141,14 +141,10 @@ def parse_size(size: str) -> tuple[int, int]:
     if not match:
         raise ValueError(f"--size is {size!r}, expected WIDTHxHEIGHT or one number, in px")
     width, height = int(match[1]), int(match[2] or match[1])
-    for side in (width, height):
-        check_number(
-            "--size",
-            side,
-            SIDE_LIMITS["low"],
-            SIDE_LIMITS["high"],
-            multiple=SIDE_LIMITS["multiple"],
-        )
+    limits = {"multiple": SIDE_LIMITS["multiple"]}
+    for name, side in (("width", width), ("height", height)):
+        subject = f"--size is {size!r}, whose {name}"
+        check_number(subject, side, SIDE_LIMITS["low"], SIDE_LIMITS["high"], **limits)
     return height, width
 
 

@@ -77,6 +77,7 @@ def test_a_repository_decides_its_guidance(monkeypatch, capsys):
     monkeypatch.setattr(
         "huggingface_hub.hf_hub_download", lambda repo, file, **arguments: folder / file
     )
+    monkeypatch.setattr("dype.pipelines.hub.is_local", lambda *_: False)
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text("{}")
     assert run("--model", "somebody/tuned", "--guidance", "1,3.5", "--dry_run") == 2

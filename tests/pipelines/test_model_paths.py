@@ -147,6 +147,7 @@ def test_what_the_hub_answers_counts_for_a_dry_run(error, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise error.__new__(error)
 
+    monkeypatch.setattr("dype.pipelines.hub.is_local", lambda *_: False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     code, text = ANSWERS[error]
     assert run("--model", "owner/repo", "--dry_run") == code
