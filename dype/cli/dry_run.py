@@ -12,7 +12,7 @@ from dype.sampling.settings import RunSettings
 def summary_line(run: RunSettings, schedule: dict) -> str:
     """Return one line that describes the image of a run; schedule: of `schedule_record`."""
     mu = "static shift" if schedule["mu"] is None else f"mu {schedule['mu']:.2f}"
-    size = f"{run.height}x{run.width}"
+    size = f"{run.width}x{run.height}"
     return f"{run.model}  {size}  {run.config.name}  {run.steps} steps  {mu}  seed {run.seed}"
 
 
@@ -36,7 +36,7 @@ def dry_run(run: RunSettings) -> int:
         sigmas = " ".join(f"{sigma:.4f}" for sigma in settings["sigmas"])
         is_progressive = settings.get("strength", 1) is None
         note = "; the first pass decides at which of these it starts" if is_progressive else ""
-        print(f"  pass at {settings['height']}x{settings['width']}: sigmas {sigmas}{note}")
+        print(f"  pass at {settings['width']}x{settings['height']}: sigmas {sigmas}{note}")
     print("  step   sigma   kappa")
     method = run.config.method
     has_kappa = method == "base" or DEFAULT_LAMBDA_S[method] is not None

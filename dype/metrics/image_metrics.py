@@ -40,7 +40,7 @@ def read_generated_image(path: Path, size: tuple[int, int]) -> Image.Image:
     image = records.open_image(path)
     if image.size != size[::-1]:
         raise OSError(
-            f"the image is {image.height}x{image.width}, results.csv says {size[0]}x{size[1]}"
+            f"the image is {image.width}x{image.height}, results.csv says {size[1]}x{size[0]}"
         )
     return image
 

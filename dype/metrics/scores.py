@@ -19,7 +19,7 @@ REPORT, TABLE = "metrics.json", "metrics.txt"
 METRICS = IMAGE_METRICS | SET_METRICS
 ENTRY_KEYS = ("setting", "protocol", "value", "interval", "reason")  # of a set metric
 ENTRY_KEYS += ("generated", "real", "size", "upscaled")
-HEADER = f"{'n':>5} {'value':>10}  {'95 % interval':22}  height x width, setting"
+HEADER = f"{'n':>5} {'value':>10}  {'95 % interval':22}  width x height, setting"
 INTERVAL_NOTE = (
     "Intervals are 95 % intervals. A bootstrap over the generated images gives 1.96 standard "
     "deviations for FID and Inception score, and percentiles for the rest. demo_layout has "
@@ -219,7 +219,7 @@ def make_notes(rows: list[dict], sets: list[dict], skipped: dict[str, str]) -> l
         if entry["value"] is not None and 0 < real < generated:
             notes.append(f"There are only {real} real images for {generated} generated images.")
         if upscaled:
-            size = "{}x{}".format(*entry["size"])
+            size = "{}x{}".format(*entry["size"][::-1])
             notes.append(f"{upscaled} real images are smaller than {size} and were upscaled.")
     notes += [f"Skipped {file}: {reason}" for file, reason in skipped.items()]
     return list(dict.fromkeys(notes))

@@ -153,7 +153,7 @@ def summarize_rows(rows: list[dict]) -> str:
     """Summarize each setting: images, failures, mean and deviation of seconds, memory, metrics."""
     metrics = sorted({name for row in rows for name in row} - {*COLUMNS})
     heads = [f"{'images':>8}", f"{'failed':>6}", f"{'seconds':>16}", f"{'peak GiB':>14}"]
-    lines = ["  ".join([*heads, *(f"{name:>16}" for name in metrics), "height x width, setting"])]
+    lines = ["  ".join([*heads, *(f"{name:>16}" for name in metrics), "width x height, setting"])]
     for setting, group in group_by_setting(rows).items():
         finished = [row for row in group if not row["error"]]
         seconds = format_mean_std([float(row["seconds"]) for row in finished], 1)

@@ -169,7 +169,7 @@ def group_by_setting(rows: list[dict]) -> dict[str, list[dict]]:
     groups: dict[str, list[dict]] = {}
     for row in rows:
         labels = setting_labels(names, [row[name] for name in names])
-        key = ", ".join([f"{row['height']}x{row['width']}", *labels])
+        key = ", ".join([f"{row['width']}x{row['height']}", *labels])
         groups.setdefault(key, []).append(row)
     return groups
 

@@ -598,3 +598,18 @@ def test_dry_run(capsys):
 def test_preset_prints_its_settings(capsys):
     settings("--preset", "auto")
     assert "vision_yarn" in capsys.readouterr().out
+
+
+def test_texts_say_width_x_height(capsys):
+    """Only the names of files have the height first."""
+    words = ["--model", "demo", "--size", "1280x768", "--multipass", "twopass"]
+    words += ["--prompt", "a red sun over mountains"]
+    assert run(*words, "--dry_run") == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("demo  1280x768  dy_yarn_paper")
+    passes = [line.split(":")[0] for line in lines if line.startswith("  pass at")]
+    assert passes == ["  pass at 640x384", "  pass at 1280x768"]
+    [image] = resolve(vars(flags.parse(words)))[1]
+    assert "_res_768x1280_" in image.file_name
+    row = results.to_row(image)
+    assert [*results.group_by_setting([row])] == ["1280x768, dy_yarn_paper"]

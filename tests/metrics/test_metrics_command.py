@@ -42,17 +42,17 @@ def test_values_and_means():
     expected = image_metrics.measure_glcm(noise(1))
     assert values("glcm")["seed_1.png"] == pytest.approx(expected, rel=1e-6)
     means = {(entry["metric"], entry["setting"]): entry for entry in report()["means"]}
-    glcm = means["glcm", "96x128, dy_yarn"]
+    glcm = means["glcm", "128x96, dy_yarn"]
     numbers = [values("glcm")[f"seed_{i}.png"] for i in (0, 3)]
     assert glcm["generated"] == 2
     assert glcm["value"] == pytest.approx(np.mean(numbers))
     assert min(numbers) - 1e-9 <= glcm["interval"][0] < glcm["interval"][1] <= max(numbers) + 1e-9
     ratios = [1 / values("compression")[f"seed_{i}.png"] for i in (0, 3)]
-    assert means["compression", "96x128, dy_yarn"]["value"] == pytest.approx(1 / np.mean(ratios))
-    assert means["glcm", "96x128, base"]["interval"] is None
+    assert means["compression", "128x96, dy_yarn"]["value"] == pytest.approx(1 / np.mean(ratios))
+    assert means["glcm", "128x96, base"]["interval"] is None
     text = Path("out/metrics.txt").read_text()
     assert f"{glcm['value']:.5g}" in text
-    assert "96x128, base" in text
+    assert "128x96, base" in text
     assert "64 gray levels" in text
 
 

@@ -46,7 +46,7 @@ def test_set_metrics(inception, capsys):
     theirs = extract(np.concatenate(patches))[0]
     entries = {(entry["metric"], entry["setting"]): entry for entry in report()["sets"]}
     assert len(entries) == 6
-    entry = entries["patch_kid", "96x128, dy_yarn"]
+    entry = entries["patch_kid", "128x96, dy_yarn"]
     assert entry["value"] == pytest.approx(plain_kid(theirs, ours, 3), rel=1e-6)
     assert (entry["generated"], entry["real"]) == (5, 6)
     assert entry["protocol"] == (
@@ -56,7 +56,7 @@ def test_set_metrics(inception, capsys):
     root = scipy.linalg.sqrtm(np.cov(ours.T) @ np.cov(theirs.T)).real
     distance = ((ours.mean(0) - theirs.mean(0)) ** 2).sum()
     distance += np.trace(np.cov(ours.T) + np.cov(theirs.T) - 2 * root)
-    assert entries["patch_fid", "96x128, dy_yarn"]["value"] == pytest.approx(distance, rel=1e-3)
+    assert entries["patch_fid", "128x96, dy_yarn"]["value"] == pytest.approx(distance, rel=1e-3)
     out = capsys.readouterr().out
     assert "3 patches of 40 px" in out
     assert "biased upward" in out
@@ -136,7 +136,7 @@ def test_an_interrupted_run_keeps_its_settings(monkeypatch, inception):
     with monkeypatch.context() as patch:
         patch.setattr("dype.metrics.inception_features.load_inception", lambda *_: interrupt_third)
         assert score(*argv) == 130
-    assert [entry["setting"] for entry in report()["sets"]] == ["96x128, dy_yarn"]
+    assert [entry["setting"] for entry in report()["sets"]] == ["128x96, dy_yarn"]
     assert score(*argv) == 0
     assert len(inception) == 5
     assert len(report()["sets"]) == 2
@@ -173,14 +173,14 @@ def test_mixed_sizes(inception, capsys):
     out = capsys.readouterr().out
     assert "2 sizes" in out
     assert "Skipped seed_3.png, glcm: the image is smaller than a patch of 64 px" in out
-    settings = ["96x128, dy_yarn", "40x48, dy_yarn"]
+    settings = ["128x96, dy_yarn", "48x40, dy_yarn"]
     assert [entry["setting"] for entry in report()["sets"]] == settings * 2
     assert len(values("compression")) == 6
     views = [entry["protocol"].split(";")[0] for entry in report()["sets"]]
     assert views == ["whole images"] * 2 + ["8 patches of 96 px", "8 patches of 40 px"]
     noise(0, 50, 50).save("out/seed_0.png")
     assert score(folder, "--metrics", "compression", "--overwrite") == 1
-    assert "the image is 50x50, results.csv says 96x128" in capsys.readouterr().out
+    assert "the image is 50x50, results.csv says 128x96" in capsys.readouterr().out
 
 
 def test_few_images(inception, capsys):
@@ -188,7 +188,7 @@ def test_few_images(inception, capsys):
     folder = make_sweep({"method": "base"}, {}, {}, {})
     assert score(folder, "--metrics", "kid", "is", "--splits", 4, "--real", make_reals(2)) == 0
     out = capsys.readouterr().out
-    assert "96x128, base: needs 2 readable images, found 1" in out
+    assert "128x96, base: needs 2 readable images, found 1" in out
     assert "needs 4 images or patches for --splits, found 3" in out
     assert "only 2 real images for 3 generated images" in out
     assert [entry["value"] is None for entry in report()["sets"]] == [True, False, True, True]
@@ -197,4 +197,4 @@ def test_few_images(inception, capsys):
 def test_upscaled_real_images_are_counted(inception, capsys):
     folder = make_sweep({"height": "200"}, {"height": "200"})
     assert score(folder, "--metrics", "kid", "--real", make_reals(3)) == 0
-    assert "3 real images are smaller than 200x128 and were upscaled" in capsys.readouterr().out
+    assert "3 real images are smaller than 128x200 and were upscaled" in capsys.readouterr().out

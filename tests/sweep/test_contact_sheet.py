@@ -101,8 +101,8 @@ def test_summary():
     )
     lines = contact_sheet.summarize_rows(rows).splitlines()
     assert lines[0].split()[:2] == ["images", "failed"]
-    assert " ".join(lines[1].split()) == "2 1 2.0 (1.4) 1.00 (0.00) 64x96, dy_yarn"
-    assert " ".join(lines[2].split()) == "1 0 2.0 1.00 64x96, base"
+    assert " ".join(lines[1].split()) == "2 1 2.0 (1.4) 1.00 (0.00) 96x64, dy_yarn"
+    assert " ".join(lines[2].split()) == "1 0 2.0 1.00 96x64, base"
 
 
 def test_the_summary_has_the_metrics():
@@ -114,7 +114,7 @@ def test_the_summary_has_the_metrics():
     results.write_table(Path("out/metrics.csv"), results.METRIC_COLUMNS, values)
     header, line, *_ = contact_sheet.summarize_rows(results.read_rows(Path("out"))).splitlines()
     assert "glcm" in header
-    assert " ".join(line.split()).endswith("1.000 (1.414) 64x96, dy_yarn")
+    assert " ".join(line.split()).endswith("1.000 (1.414) 96x64, dy_yarn")
 
 
 def test_grid_from_a_finished_folder(capsys):
