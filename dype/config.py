@@ -279,7 +279,7 @@ class DyPEConfig:
         "constant", metavar="RULE", choices=ATTENTION_PATHS,
         label="attention {}",
         has_effect=attention_path_has_effect,
-        needs="DyPE if it changes X, another m than the method's own if not",
+        needs="another --method, or DyPE for falling and rising",
     )
     text_repeat: int | str = flag(
         "number of copies of the text that attention sees; 1 to 256, or auto: image area / trained "

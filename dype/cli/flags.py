@@ -5,18 +5,16 @@ import json
 import os
 import platform
 import re
-import secrets
 from dataclasses import dataclass
 
 from dype import __version__
 from dype.cli.guesses import describe_unknown
 from dype.cli.quotes import check_quotes
-from dype.config import CONFIG_FLAGS, DYNAMIC_NAMES, PRESETS, Flag, find_choice, flag, flags_of
+from dype.config import CONFIG_FLAGS, PRESETS, Flag, flag, flags_of
 from dype.errors import Parser, UserError
 from dype.pipelines.catalog import DEFAULT_MODEL, MODELS
-from dype.pipelines.processes import rank_and_world_size
 from dype.sampling.settings import FLAGS, format_value
-from dype.sweep.grid import MAX_IMAGES, SWEEPS, parse_list, parse_size
+from dype.sweep.grid import MAX_IMAGES, SWEEPS
 
 PROMPT_GROUP, ENCODING_GROUP = FLAGS[0].group, CONFIG_FLAGS[0].group
 SWEEP_GROUP = "sweeps (a flag with ,... takes a list: base,yarn or 0-3 or first:last:step)"
@@ -305,52 +303,3 @@ def describe_extra(extra: list[str], words: list[str], has_prompt: bool) -> str:
         f"unrecognized arguments: {text}; a value of several words needs quotes, a value that "
         "begins with a hyphen needs FLAG=VALUE"
     )
-
-
-def parse_method(row: Flag, text: str) -> str:
-    """Return the method of a text, also of one as `dy_yarn`. Raises ValueError."""
-    name = find_choice(text, [*row.choices, *DYNAMIC_NAMES])
-    return name if name in DYNAMIC_NAMES else row.parse(name)
-
-
-def parse_seed(row: Flag, text: str) -> int:
-    """Return the seed of a text; of "random" a random number, and print it. Raises ValueError."""
-    if text.lower() == "random":
-        _, count = rank_and_world_size()
-        if count > 1:
-            raise ValueError(
-                f"--seed is {text!r}, but each of the {count} processes would take another, "
-                "expected a number"
-            )
-        text = str(secrets.randbelow(2**32))
-        print(f"--seed random: {text}")
-    try:
-        return row.parse(text)
-    except ValueError as error:
-        raise ValueError(f"{error}, or random") from error
-
-
-PARSE_ITEM = {"method": parse_method, "seed": parse_seed}
-
-
-def to_values(words: dict) -> dict:
-    """Return the values of flags; of a flag that takes a list, the list of its values.
-
-    words: flag name -> text, as `vars` of what `parse` returns. Raises ValueError, naming the flag.
-    """
-    values = dict(words)
-    if "size" in values:
-        sizes = [parse_size(text) for text in parse_list("size", values.pop("size"), False)]
-        heights, widths = map(list, zip(*sizes, strict=True))
-        values = {"height": heights, "width": widths} | values
-    for row in ALL_FLAGS:
-        text = values.get(row.name)
-        if isinstance(text, str) and row.label is None:
-            values[row.name] = row.parse(text)
-        elif isinstance(text, str):
-            texts = parse_list(row.name, text, row.type in (int, float))
-            parse_item = PARSE_ITEM.get(row.name, Flag.parse)
-            values[row.name] = [parse_item(row, item) for item in texts]
-        elif row.parser_options and row.name in values:  # a list, because the flag may be repeated
-            values[row.name] = [row.parse(item) for item in text]
-    return values

@@ -10,9 +10,9 @@ from dype.cli.flags import (
     FLAG_NAMES,
     SWITCHES,
     parse,
-    to_values,
 )
 from dype.cli.guesses import describe_unknown
+from dype.cli.values import to_values
 
 CONFIG_FILE_FLAGS = FLAG_NAMES - {"config", "profile", "from", "grid_from", "dry_run", "yes"}
 

@@ -9,9 +9,10 @@ from operator import or_
 from pathlib import Path
 
 from dype.cli import validation
-from dype.cli.flags import RunOptions, parse, to_values
+from dype.cli.flags import RunOptions, parse
 from dype.cli.notes import find_notes
 from dype.cli.profiles import load_profile
+from dype.cli.values import to_values
 from dype.config import (
     CONFIG_FLAGS,
     DYNAMIC_NAMES,

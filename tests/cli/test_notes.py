@@ -32,8 +32,8 @@ NOTES = {  # words -> the note
     "--sega_alpha 0.3": "--sega_alpha has no effect without SEGA's m, by --method sega or "
     "--attention_path sega",
     "--rdfc_pairs 8": "--rdfc_pairs has no effect without --method rdfc or riflex",
-    "--method base --attention_path sega": "--attention_path has no effect without DyPE if it "
-    "changes X, another m than the method's own if not",
+    "--method base --attention_path sega": "--attention_path has no effect without another "
+    "--method, or DyPE for falling and rising",
     "--method base --attention_scale 0.2": "--attention_scale has no effect without another "
     "--method than base",
     "--method base --no_dype": "--dype has no effect without another --method than base",
