@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import struct
 import tempfile
 import warnings
 from collections.abc import Iterable
@@ -204,13 +205,24 @@ def read_record(path: str | Path) -> dict:
     """Read the record in an image. Raises ValueError if it has none, OSError if unreadable."""
     with open_header(Path(path)) as image:
         text = image.info.get(PNG_CHUNK)
-        if text is None:
-            comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-            is_ascii = isinstance(comment, bytes) and comment.startswith(EXIF_ASCII)
-            text = comment.removeprefix(EXIF_ASCII) if is_ascii else None
+        if text is None and "exif" in image.info:
+            text = read_comment(image.info["exif"])
     if text is None:
         raise ValueError("it carries no settings of this program")
     return parse_json(text)
+
+
+def read_comment(data: bytes) -> bytes | None:
+    """Return the comment in EXIF data that `to_exif` may have written; None if there is none."""
+    exif = Image.Exif()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            exif.load(data)
+            comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    except (*BROKEN_IMAGE_ERRORS, OSError, struct.error):
+        return None
+    is_ascii = isinstance(comment, bytes) and comment.startswith(EXIF_ASCII)
+    return comment.removeprefix(EXIF_ASCII) if is_ascii else None
 
 
 @contextmanager
@@ -222,7 +234,8 @@ def open_header(path: Path):
         for signature, image_class in IMAGE_CLASSES.items():
             if begin.startswith(signature):
                 try:
-                    image = image_class(file)  # because Image.open refuses large images
+                    with warnings.catch_warnings(action="ignore"):  # of broken EXIF
+                        image = image_class(file)  # because Image.open refuses large images
                 except BROKEN_IMAGE_ERRORS as error:
                     raise ValueError("it is broken") from error
                 yield image

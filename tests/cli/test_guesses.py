@@ -189,6 +189,21 @@ def test_a_record_beyond_the_limit_of_exif_is_beside_the_image():
     assert records.find_record(path) == (record, Path("a.json"))
 
 
+@pytest.mark.parametrize("data", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM", b"x", b""])
+def test_broken_exif_is_no_record(data):
+    Image.new("RGB", (8, 8)).save("a.jpg", exif=data)
+    with pytest.raises(ValueError, match="it carries no settings"):
+        records.read_record("a.jpg")
+
+
+def test_comments_of_other_programs_are_no_record(capsys):
+    exif = Image.Exif()
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: b"UNICODE\0a\0sun"}
+    Image.new("RGB", (8, 8)).save("a.jpg", exif=exif)
+    assert run("--from", "a.jpg") == 2
+    assert "it carries no settings of this program" in capsys.readouterr().err
+
+
 def test_formats_that_cannot_be_written(capsys):
     for words, sentence in (
         ("--output a.webp --size 16384x64", "WebP has at most 16383 px a side, and the image"),
