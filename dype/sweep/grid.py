@@ -143,7 +143,7 @@ def parse_size(size: str) -> tuple[int, int]:
     width, height = int(match[1]), int(match[2] or match[1])
     limits = {"multiple": SIDE_LIMITS["multiple"]}
     for name, side in (("width", width), ("height", height)):
-        subject = f"--size is {size!r}, whose {name}"
+        subject = f"--size is {size!r}, whose {name}" if match[2] else "--size"
         check_number(subject, side, SIDE_LIMITS["low"], SIDE_LIMITS["high"], **limits)
     return height, width
 

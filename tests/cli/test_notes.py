@@ -101,6 +101,7 @@ ERRORS = {  # words -> begin of the sentence
     "--shift log --model flux-schnell": "--shift is log, but this model's schedule is static",
     "--base_shift 1": "--base_shift is 1.0, but mu does not depend on it; expected shift model",
     "--size 1000x512": "--size is '1000x512', whose width is 1000, expected a multiple of 16",
+    "--size 1000": "--size is 1000, expected a multiple of 16",
     "--size 512x1000": "--size is '512x1000', whose height is 1000, expected a multiple of 16",
     "--model ./no/folder": "--model is './no/folder', but there is no such folder",
     "--model here/typo": "--model is 'here/typo', but there is no such folder, expected one",

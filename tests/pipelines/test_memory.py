@@ -244,6 +244,7 @@ def test_encoders_with_a_device_override_run_once(offload):
     image = sample.generate(pipe, "a red sun", **size, **SETTINGS)
     assert (np.asarray(image) == expected).all()
     settings = {"guidance": 0.0, "negative_prompt": None, "max_sequence_length": 16}
+    settings["entry"] = SimpleNamespace(max_text_tokens=512)
     runs = [SimpleNamespace(prompt=text, **settings) for text in ("a red sun", "b")]
     calls.clear()
     encode = sample.prompt_encoder(pipe, runs)
