@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from dype.config import CONFIG_FLAGS
+from dype.config import CONFIG_FLAGS, Flag
 from dype.families import DEMO_WEIGHTS
 from dype.sampling.settings import FLAGS, RunSettings
 
@@ -22,26 +22,32 @@ def find_notes(explicit: dict, runs: list[RunSettings]) -> list[str]:
         runs: settings of all images, with their prompts.
     """
     notes: dict[str, list[str]] = {}
-    for row in FLAGS:
-        if row.name in explicit and explicit[row.name] not in (row.default, [row.default]):
-            reason = describe_lack(row, runs)
-            if reason:
-                notes.setdefault(reason, []).append(f"--{row.option}")
-    sentences = []
-    for reason, names in notes.items():
-        sentences.append(f"{', '.join(names)} {'have' if names[1:] else 'has'} no effect {reason}")
+    settings = [run.record["flags"] | run.record["config"] for run in runs]
+    changed = [row for row in FLAGS if row.name in explicit]
+    changed = [row for row in changed if explicit[row.name] not in (row.default, [row.default])]
+    for row in changed:
+        if reason := describe_lack(row, settings):
+            notes.setdefault(reason, []).append(f"--{row.option}")
+    sentences = [
+        f"{', '.join(names)} {'have' if names[1:] else 'has'} no effect {reason}"
+        for reason, names in notes.items()
+    ]
     return sentences + describe_unknown_words(runs)
 
 
-def describe_lack(row, runs: list[RunSettings]) -> str:
-    """Return why a flag has no effect on any image, "" if it has one; row: its `Flag`."""
-    settings = [run.record["flags"] | run.record["config"] for run in runs]
-    effective = [run for run, x in zip(runs, settings, strict=True) if row.has_effect(x)]
+def describe_lack(row: Flag, settings: list[dict]) -> str:
+    """Return why a flag has no effect on any image, "" if it has one.
+
+    Args:
+        row: the flag.
+        settings: of every image, by name.
+    """
+    effective = [values for values in settings if row.has_effect(values)]
     if not effective or (row.name == "dype" and all(x["method"] == "base" for x in settings)):
         return f"without {row.needs or 'another --method than base'}"
-    sizes = [(run.config.base_resolution, max(run.height, run.width)) for run in effective]
-    if row.name in STRETCH_FLAGS and all(side <= base for base, side in sizes):
-        return f"up to the base resolution, {sizes[0][0]} px"
+    sides = [(x["base_resolution"], max(x["height"], x["width"])) for x in effective]
+    if row.name in STRETCH_FLAGS and all(side <= trained for trained, side in sides):
+        return f"up to the base resolution, {sides[0][0]} px"
     return ""
 
 
