@@ -108,10 +108,7 @@ class DyPEEmbedder:
 
     def count_copies(self, grid: tuple[int, int]) -> int:
         """Return how often a call has its text, by `text_repeat`; once without a stretch."""
-        count = self.config.text_repeat
-        if count == "auto":
-            count = round(math.prod(rope.scale(self.trained_tokens, side) for side in grid))
-        return count if max(grid) > self.trained_tokens else 1
+        return count_text_copies(self.config.text_repeat, self.trained_tokens, grid)
 
     def read_latent(self, module: torch.nn.Module, call: dict, grid: tuple[int, int]) -> None:
         """Compute m from the latent of a denoiser call, if m follows it."""
@@ -201,6 +198,21 @@ class DyPEEmbedder:
                 self.constants.clear()
             self.constants[key] = constant
         return constant
+
+
+def count_text_copies(text_repeat: int | str, trained: float, grid: tuple[int, int]) -> int:
+    """Return how often attention sees the text; once without a stretch.
+
+    Args:
+        text_repeat: of `DyPEConfig`.
+        trained: trained length in tokens.
+        grid: rows and columns of the image in tokens.
+    """
+    if max(grid) <= trained:
+        return 1
+    if text_repeat == "auto":
+        return round(math.prod(rope.scale(trained, side) for side in grid))
+    return text_repeat
 
 
 def repeat_text(call: dict, arguments: tuple[tuple[str, int], ...], copies: int) -> dict:

@@ -181,6 +181,13 @@ def table(folder="out") -> list[dict]:
         return list(csv.DictReader(file))
 
 
+@pytest.fixture(autouse=True)
+def keep_history(monkeypatch, tmp_path_factory):
+    """Give each test its own file of measurements, in place of the user's."""
+    folder = tmp_path_factory.mktemp("cache") / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+
+
 @pytest.fixture
 def in_tmp_path(tmp_path, monkeypatch):
     """Change to an empty folder."""

@@ -146,8 +146,10 @@ class RunOptions:
     overwrite: bool = flag(
         "replace existing files; a sweep replaces only images of other settings", False
     )
-    dry_run: bool = flag(
-        "print settings, mu, sigmas and kappas, or the plan of a sweep; load no weights", False
+    dry_run: str | None = flag(
+        "print time, memory and settings, or the plan of a sweep, and load no weights; on, full: "
+        "also every setting, sigma and kappa", None, metavar="full", choices=("on", "full"),
+        default_help="off",
     )
     # fmt: on
 
@@ -244,7 +246,7 @@ def parser() -> Parser:
     for row in ALL_FLAGS:
         add, takes_list = groups[row.group].add_argument, row.label is not None
         options = {"metavar": (row.metavar or METAVARS[row.type]) + ",..." * takes_list}
-        if row.type is bool:
+        if row.type is bool or row.name == "dry_run":
             options |= {"nargs": "?", "const": "on"}
         if row.name == "prompt":
             options["action"] = Prompts

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dype.cli.dry_run import dry_run, summary_line
+from dype.cli.dry_run import describe_plan, dry_run, summary_line
 from dype.cli.flags import RunOptions
 from dype.cli.output import output_path, read_sweep
 from dype.errors import UnavailableError, fail, is_out_of_memory, raise_user_errors
@@ -12,6 +12,7 @@ from dype.sampling.run import (
     check_checkpoint,
     explain_out_of_memory,
     generate_with_record,
+    image_bar,
     load_for_run,
     prepare_pipeline,
 )
@@ -31,16 +32,17 @@ def generate_one(options: RunOptions, run: RunSettings) -> int:
     """Load a pipeline, generate one image and save it with its record."""
     path = output_path(options, run)
     if options.dry_run:
-        return dry_run(run)
+        return dry_run(run, options.dry_run == "full")
     distributed.check_start(run, single_image=True)
     state = distributed.init_processes(run)
     records.check_writable(path.parent, path.name)
     pipe = load_for_run(run, run.height * run.width, state)
-    pipe.set_progress_bar_config(disable=not state.is_main_process)
     prepared = prepare_pipeline(pipe, run)
     print(summary_line(run, prepared))
     try:
-        image, record = generate_with_record(pipe, run, prepared, prompt_encoder(pipe, [run]))
+        with image_bar(run, visible=state.is_main_process) as bar:
+            encode = prompt_encoder(pipe, [run])
+            image, record = generate_with_record(pipe, run, prepared, encode, bar)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -61,7 +63,7 @@ def generate_sweep(options: RunOptions, runs: list[RunSettings]) -> int:
     with raise_user_errors():
         viewer.check_page(folder / viewer.PAGE)
         if options.dry_run:
-            print(sweep.describe_plan(runs, folder, options.overwrite))
+            print(describe_plan(runs, folder, options.overwrite))
             return 0
         failures = sweep.run_sweep(runs, folder, options.overwrite)
     if failures is None:  # only the main process writes the sheets

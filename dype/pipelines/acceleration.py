@@ -1,5 +1,6 @@
 """Faster steps by PyTorch and diffusers: torch.compile, attention backends, feature caches."""
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -80,6 +81,26 @@ def compile_transformer(pipe, extent: str, **compile_options) -> None:
         pipe.transformer.compile_repeated_blocks(fullgraph=True, **compile_options)
     else:
         pipe.transformer.compile(fullgraph=True, **compile_options)
+
+
+@contextmanager
+def watch_compiler(begin: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
+    """Call functions when torch.compile begins and ends to work, within the context."""
+    from torch._dynamo.callback import callback_handler
+
+    def call_begin(*args) -> None:
+        begin()
+
+    def call_end(*args) -> None:
+        end()
+
+    callback_handler.register_start_callback(call_begin)
+    callback_handler.register_end_callback(call_end)
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(call_begin)
+        callback_handler.remove_end_callback(call_end)
 
 
 @contextmanager

@@ -47,6 +47,7 @@ class Model:
     pipeline: str = "FluxPipeline"
     family: Family = FLUX
     parameters_billion: float = 12  # of the transformer
+    channels: int = 3072  # of the transformer
     steps: int = 28
     guidance: float = 3.5  # the pipeline's guidance_scale; 0: the model takes none
     cfg_flag: str = "true_cfg"  # the scale that a negative prompt needs; "": it has no effect
@@ -70,20 +71,20 @@ class Model:
 # fmt: off
 FLUX_DEV = Model("black-forest-labs/FLUX.1-dev")
 FLUX2_DEV = Model(
-    "black-forest-labs/FLUX.2-dev", "Flux2Pipeline", FLUX2, parameters_billion=32,
+    "black-forest-labs/FLUX.2-dev", "Flux2Pipeline", FLUX2, parameters_billion=32, channels=6144,
     steps=50, guidance=2.5, cfg_flag="",
 )
 FLUX2_KLEIN_BASE = replace(
     FLUX2_DEV, repo="black-forest-labs/FLUX.2-klein-base-9B", pipeline="Flux2KleinPipeline",
-    parameters_billion=9, guidance=4.0,
+    parameters_billion=9, channels=4096, guidance=4.0,
 )
 Z_IMAGE = Model(
-    "Tongyi-MAI/Z-Image", "ZImagePipeline", ZIMAGE, parameters_billion=6,
+    "Tongyi-MAI/Z-Image", "ZImagePipeline", ZIMAGE, parameters_billion=6, channels=3840,
     steps=50, guidance=5.0, cfg_flag="guidance", cfg_disabled_at=0.0,
     scheduler_config={"use_dynamic_shifting": False, "shift": 3.0},
 )
 KREA_2 = Model(
-    "krea/Krea-2-Raw", "Krea2Pipeline", KREA2,
+    "krea/Krea-2-Raw", "Krea2Pipeline", KREA2, channels=6144,
     guidance=4.5, cfg_flag="guidance", cfg_disabled_at=0.0,
     scheduler_config=DYNAMIC | {"max_image_seq_len": 6400},
 )
@@ -99,7 +100,7 @@ MODELS = {
     "flux2-dev": FLUX2_DEV,
     "flux2-klein": replace(
         FLUX2_KLEIN_BASE, repo="black-forest-labs/FLUX.2-klein-4B", parameters_billion=4,
-        steps=4, guidance=0.0,
+        channels=3072, steps=4, guidance=0.0,
     ),
     "flux2-klein-base": FLUX2_KLEIN_BASE,
     "z-image": Z_IMAGE,
@@ -118,7 +119,7 @@ MODELS = {
     "krea-2": KREA_2,
     "krea-2-turbo": KREA_2_TURBO,
     "demo": Model(
-        str(DEMO_WEIGHTS), parameters_billion=0.007, base_resolution=DEMO_RESOLUTION,
+        str(DEMO_WEIGHTS), parameters_billion=0.007, channels=256, base_resolution=DEMO_RESOLUTION,
         height=1024, width=1024, dtype="float32", steps=20, guidance=2.5, max_sequence_length=24,
         prompt="a low red sun over snowy blue mountains and a lake at dusk",
         scheduler_config=DYNAMIC | {"base_image_seq_len": 64, "max_image_seq_len": 1024},

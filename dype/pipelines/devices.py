@@ -1,7 +1,10 @@
 """Dtypes and devices."""
 
+import platform
 import timeit
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -35,6 +38,20 @@ def fast_dtype(device: str) -> str:
         timer = Timer("a @ a", timer=timeit.default_timer, globals=names, num_threads=1)
         seconds[dtype] = min(timer.timeit(1).mean for _ in range(8))
     return "bfloat16" if seconds[torch.bfloat16] < 2 * seconds[torch.float32] else "float32"
+
+
+@cache
+def device_name(device: str) -> str:
+    """Return the name of a GPU, or of the processor with the number of threads."""
+    if torch.device(device).type != "cpu":
+        with suppress(RuntimeError, AssertionError):  # no such device, or no CUDA
+            return torch.cuda.get_device_name(device)
+        return device
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):  # not Linux
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def autocast(device, dtype: str):

@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import logging
+import sys
 from pathlib import Path
 
 import torch
@@ -256,12 +257,17 @@ def silence_known_warnings() -> None:
         ("diffusers.pipelines.pipeline_utils", "connect to the Hub"),  # our own error follows
         ("diffusers.models.modeling_utils", "enable_parallelism` is an experimental"),
         ("diffusers.models.modeling_utils", "should be kept in float32: []"),
+        # the text encoder's part, which a LoRA may lack; `load_loras` checks the transformer's
+        ("diffusers.loaders.lora_base", "No LoRA keys associated to CLIPText"),
     )
     for name, text in notices:
         logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # because diffusers shows a bar for the whole pipeline
+    if not sys.stderr.isatty():  # because its bar is for a terminal
+        diffusers_logging.disable_progress_bar()
 
 
 def explain_load_error(name: str, repo: str, error: Exception) -> str:

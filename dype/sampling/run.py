@@ -6,11 +6,14 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import version
 
 import torch
 from accelerate import PartialState
+from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
+from tqdm import tqdm
 
 from dype import rope
 from dype.config import name_flags
@@ -24,8 +27,9 @@ from dype.pipelines.fingerprint import COMMIT, fingerprint, hash_files, is_mappe
 from dype.pipelines.loading import check_files, load_pipeline
 from dype.pipelines.memory import execution_device, set_tiling
 from dype.pipelines.processes import CONTEXT_PARALLEL_PIPELINES
-from dype.sampling import multipass, records, sample
+from dype.sampling import forecast, multipass, records, sample
 from dype.sampling.latents import check_refining
+from dype.sampling.progress import ImageBar, show_word
 from dype.sampling.settings import RunSettings, lora_pairs
 
 # settings that `load_pipeline` takes
@@ -63,14 +67,17 @@ def load_for_run(run: RunSettings, pixels: int, state: PartialState):
         masked = run.entry.pipeline in acceleration.MASKED_PIPELINES
         acceleration.check_attention(run.attention, device or default_device(), run.dtype, masked)
     files = hash_weights(run)
-    pipe = load_pipeline(
-        run.model,
-        **{name: getattr(run, name) for name in LOADING_SETTINGS},
-        device=device,
-        loras=lora_pairs(run),
-        pixels=pixels,
-        entry=run.entry,
-    )
+    disable_progress_bar()  # diffusers' bar of loading, in place of which there is a word
+    with show_word(f"loading {run.model}", state.is_main_process):
+        pipe = load_pipeline(
+            run.model,
+            **{name: getattr(run, name) for name in LOADING_SETTINGS},
+            device=device,
+            loras=lora_pairs(run),
+            pixels=pixels,
+            entry=run.entry,
+        )
+    pipe.set_progress_bar_config(disable=True)  # because `ImageBar` has all passes
     check_unchanged(run, files, loaded=False)
     pipe.dype_files = files
     pipe.dype_weights = {
@@ -104,8 +111,20 @@ def prepare_pipeline(pipe, run: RunSettings) -> dict:
     return schedule_record(pipe.scheduler, run) | {"tiled_vae": tiled}
 
 
+def image_bar(run: RunSettings, label: str = "", **options) -> ImageBar:
+    """Return the bar of an image.
+
+    Args:
+        run: settings of the image.
+        label: text before the bar; "": size and seed.
+        options: arguments of `ImageBar`.
+    """
+    label = label or f"{run.width}x{run.height} seed {run.seed}"
+    return ImageBar(label, forecast.count_steps(run), **options)
+
+
 def generate_with_record(
-    pipe, run: RunSettings, prepared: dict, encode: Callable
+    pipe, run: RunSettings, prepared: dict, encode: Callable, bar: ImageBar
 ) -> tuple[Image.Image, dict]:
     """Generate an image and its record, whose seconds do not include the text encoders.
 
@@ -114,28 +133,43 @@ def generate_with_record(
         run: settings of the image.
         prepared: record entries that `prepare_pipeline` returned.
         encode: function from a text to its embeddings, as `sample.prompt_encoder` returns.
+        bar: bar of the image.
 
     Raises:
         OSError: a file of the weights changed, and it was still in use.
     """
+    bar.say("encoding the prompt")
     negative = sample.negative_prompt_for(pipe, run)
     call = {name: getattr(run, name) for name in SAMPLING_SETTINGS}
     call["negative_prompt"] = None if negative is None else encode(negative)
     call["image"] = records.open_image(run.init_image) if run.init_image else None
+    call["on_step"] = bar.finish_step
     prompt = encode(run.prompt)
+    bar.say("")
     start = time.perf_counter()
     split = nullcontext()
     if run.processes > 1:
         equal_shards = CONTEXT_PARALLEL_PIPELINES[run.entry.pipeline]
         split = distributed.context_parallel(pipe.transformer, run.ulysses, run.ring, equal_shards)
-    with acceleration.use_attention(run.attention), split:
+    watch = nullcontext() if run.compile == "off" else watch_compiler(run, bar)
+    with acceleration.use_attention(run.attention), split, watch:
         image = multipass.run_passes(pipe, prompt, run.passes, **call)
     seconds = time.perf_counter() - start
     check_unchanged(run, pipe.dype_files, loaded=True)
     if run.multipass == "progressive":  # because only the first image decides where pass 2 starts
         sigmas = prepared["passes"][1]["sigmas"] = pipe.scheduler.sigmas.tolist()
-        print(f"full size: {len(sigmas) - 1} of {run.steps} steps, from sigma {sigmas[0]:.2f}")
-    return image, run.record | prepared | runtime_info(pipe, seconds)
+        # tqdm's, because the bar is still there
+        tqdm.write(f"full size: {len(sigmas) - 1} of {run.steps} steps, from sigma {sigmas[0]:.2f}")
+    info = runtime_info(pipe, seconds)
+    forecast.remember(run, bar.steps, seconds, bar.compile_seconds, info["peak_memory"])
+    return image, run.record | prepared | info
+
+
+def watch_compiler(run: RunSettings, bar: ImageBar):
+    """Return a context in which the bar says when torch.compile works."""
+    seconds = forecast.estimate_compile_seconds(run)
+    expected = f", about {forecast.format_duration(seconds)}" if seconds else ""
+    return acceleration.watch_compiler(partial(bar.begin_compiling, expected), bar.end_compiling)
 
 
 def hash_weights(run: RunSettings) -> dict[str, dict]:

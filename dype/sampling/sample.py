@@ -141,6 +141,7 @@ def generate(
     image: Image.Image | None = None,
     strength: float | None = 1.0,
     cache: str = "off",
+    on_step: Callable[[int, int], None] | None = None,
 ) -> Image.Image:
     """Generate one image of `height` x `width` px in one pass.
 
@@ -164,6 +165,7 @@ def generate(
             which the details that `image` lacks are visible (`latents.switch_sigma`). It also adds
             the power of those details to the initial noise (`latents.missing_power`).
         cache: key of `acceleration.CACHES`.
+        on_step: called after each step with its number, from 1, and the number of steps.
 
     Raises:
         UnavailableError: embeddings, latents or the decoded image have NaN or infinite values.
@@ -200,6 +202,13 @@ def generate(
         call |= img2img_arguments(pipe, image, strength, call)
     vae_override = "vae" in getattr(pipe, "dype_device_overrides", {})
     count = len(call.get("sigmas", range(steps)))
+    if on_step is not None:
+
+        def finish_step(pipe, index, timestep, tensors) -> dict:
+            on_step(index + 1, count)
+            return {}  # no tensor is replaced
+
+        call["callback_on_step_end"] = finish_step
     reuse = nullcontext() if cache == "off" else acceleration.use_feature_cache(pipe, cache, count)
     with check_finite_decoding(pipe.vae):
         # "pt", because the conversion of NaN to 8 bits warns

@@ -5,9 +5,9 @@ anew after each image, and its rows come from the records.
 """
 
 import gc
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,14 +19,17 @@ from dype.pipelines import distributed
 from dype.pipelines.fingerprint import find_changed_weights
 from dype.pipelines.processes import rank_and_world_size
 from dype.sampling import records
+from dype.sampling.progress import ImageBar, show_word
 from dype.sampling.run import (
     explain_out_of_memory,
     generate_with_record,
+    image_bar,
     load_for_run,
     prepare_pipeline,
 )
 from dype.sampling.sample import prompt_encoder
 from dype.sampling.settings import RunSettings, image_settings, weight_sources
+from dype.sweep.clock import SweepClock, bar_labels
 from dype.sweep.results import COLUMNS, RESULTS, lock_folder, read_rows, to_row, write_table
 
 Rows = dict[str, dict | None]  # file -> row of results.csv; None: not generated yet
@@ -269,11 +272,13 @@ def generate_all(
     """
     is_main, together = state.is_main_process, runs[0].processes > 1
     pipe = load_for_run(runs[0], max(run.height * run.width for run in runs), state)
-    pipe.set_progress_bar_config(disable=not is_main)
-    encode, new = prompt_encoder(pipe, runs), {}
-    start, done, left = time.perf_counter(), 0, sum(map(estimate_work, runs))
-    for label, run in zip(labels, runs, strict=True):
-        failure, generated = try_generate(pipe, run, encode, together)
+    with show_word("encoding the prompts", is_main):
+        encode, new = prompt_encoder(pipe, runs), {}
+    clock = SweepClock(runs)
+    for label, text, run in zip(labels, bar_labels(runs, labels), runs, strict=True):
+        time_left = partial(clock.describe, run)
+        with image_bar(run, text, visible=is_main, time_left=time_left) as bar:
+            failure, generated = try_generate(pipe, run, encode, together, bar)
         if generated and (is_main or not together):
             try:
                 records.save_image(*generated, folder / run.file_name)
@@ -286,15 +291,13 @@ def generate_all(
         new[run.file_name] = to_row(run, generated and generated[1], failure)
         if is_main:
             write_rows(folder, rows | new)
-        done, left = done + estimate_work(run), left - estimate_work(run)
-        seconds = (time.perf_counter() - start) * left / done
-        estimate = f", about {format_duration(seconds)} left" if left else ""
+        estimate = clock.finish(run, bar.compile_seconds)
         print(f"{label} {run.file_name}  {failure or 'done'}{estimate}", flush=True)
     return new
 
 
 def try_generate(
-    pipe, run: RunSettings, encode: Callable, together: bool
+    pipe, run: RunSettings, encode: Callable, together: bool, bar: ImageBar
 ) -> tuple[str, tuple | None]:
     """Generate an image; return the reason of a failure or "", and the image with its record.
 
@@ -303,9 +306,10 @@ def try_generate(
         run: settings of the image.
         encode: function from a text to its embeddings.
         together: the processes generate each image together, so every error is raised.
+        bar: bar of the image.
     """
     try:
-        return "", generate_with_record(pipe, run, prepare_pipeline(pipe, run), encode)
+        return "", generate_with_record(pipe, run, prepare_pipeline(pipe, run), encode, bar)
     except Exception as error:  # an error of one setting must not end the sweep
         fatal = isinstance(error, OSError | errors.UserError) or errors.is_compiler_error(error)
         if together or fatal:
@@ -319,42 +323,3 @@ def try_generate(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return failure, None
-
-
-def estimate_work(run: RunSettings) -> int:
-    """Return steps times pixels, to which the estimate of the remaining time is proportional."""
-    return run.steps * run.height * run.width
-
-
-def describe_plan(runs: list[RunSettings], folder: Path, overwrite: bool) -> str:
-    """Return the plan of a sweep: file names, number of images and an estimate of the time.
-
-    Args:
-        runs: settings of all images of the sweep.
-        folder: folder of the sweep, which may not exist yet.
-        overwrite: as in `existing_records`.
-
-    Raises:
-        ValueError: an image or the table is in the way.
-    """
-    read_folder(runs, folder, overwrite)
-    pairs = [*zip(runs, existing_records(runs, folder, overwrite), strict=True)]
-    finished = [(run, record) for run, record in pairs if record]
-    lines = [f"  {run.file_name}{'  (finished)' * bool(record)}" for run, record in pairs]
-    lines.append(f"{len(runs)} images, {len(finished)} finished")
-    if finished:
-        rate = sum(record["seconds"] for _, record in finished)
-        rate /= sum(estimate_work(run) for run, _ in finished)
-        work_left = sum(estimate_work(run) for run, record in pairs if not record)
-        duration = format_duration(work_left * rate)
-        lines[-1] += f"; about {duration} left at the same speed"
-    else:
-        lines[-1] += "; the time is unknown until the first is done"
-    return "\n".join(lines)
-
-
-def format_duration(seconds: float) -> str:
-    """Format a duration as 59 s, 12 min or 3.4 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

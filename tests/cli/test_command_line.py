@@ -583,11 +583,32 @@ def test_names_tell_any_two_images_apart():
 
 
 def test_dry_run(capsys):
-    """It prints settings, mu, sigmas and kappas, and writes no file."""
+    """It prints time, memory, passes and settings, and writes no file; full: also the schedule.
+
+    Settings without effect, and fields that no flag sets at their defaults, are in full alone.
+    """
     assert run("--dry_run") == 0
     out = capsys.readouterr().out
     assert "flux-krea  4096x4096  dy_yarn  28 steps  mu 1.15  seed 42" in out
-    assert "  27  0.1047  0.0110" in out
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines()[1:])
+    assert lines["time"].startswith("unknown until")
+    assert lines["memory"].startswith("needs about 38.4 GiB, and its text encoders; ")
+    assert lines["passes"] == "4096x4096 px, 28 steps"
+    assert lines["method"] == "yarn"
+    assert not {"strength", "pass2_strength", "sega_alpha", "cutoff", "revision"} & lines.keys()
+    assert "0.1047" not in out
+    assert run("--dry_run", "full") == 0
+    full = capsys.readouterr().out
+    assert "  27  0.1047  0.0110" in full
+    assert {"strength", "sega_alpha"} <= {line.split()[0] for line in full.splitlines()}
+    assert run("--dry_run", "--multipass", "twopass", "--text_repeat", "auto") == 0
+    out = capsys.readouterr().out
+    assert "2048x2048 px, 28 steps; 4096x4096 px, the last 14 of 28 steps" in out
+    assert "  text_repeat          auto, here 16\n" in out
+    assert run("--dry_run", "--progressive") == 0
+    assert "4096x4096 px, the last of 28 steps, as the first pass dec" in capsys.readouterr().out
+    assert run("--dry_run", "a cat") == 2
+    assert "--dry_run is 'a cat', expected one of on, full" in capsys.readouterr().err
     assert run("--dry_run", "--shift", "model") == 0
     assert "mu 11.55" in capsys.readouterr().out
     assert run("--dry_run", "--model", "flux-schnell") == 0

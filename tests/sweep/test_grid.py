@@ -15,7 +15,6 @@ from dype.sampling.settings import RunSettings, image_settings
 from dype.sweep import grid
 from dype.sweep.contact_sheet import arrange_grid
 from dype.sweep.results import to_row
-from dype.sweep.run import estimate_work
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
@@ -305,8 +304,3 @@ def test_a_list_of_one_image_is_a_sweep():
 def test_a_repeated_prompt_is_generated_once():
     runs = resolve_runs("--prompt", "a", "b", "a")
     assert [run.prompt for run in runs] == ["a", "b"]
-
-
-def test_work_is_steps_times_pixels():
-    [small], [large] = (resolve_runs("--size", size) for size in ("1024", "2048"))
-    assert estimate_work(large) == 4 * estimate_work(small) == 28 * 2048**2
