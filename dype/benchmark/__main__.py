@@ -3,12 +3,11 @@
 embedder: one call of each family's embedder, against the stock embedder and a plain copy.
 step: one denoiser step with DyPE against one without.
 pipeline: a whole image with DyPE against one without.
-The command prints ratios and times. Its last line has all results as JSON.
+The command prints ratios and times; --save FILE.json writes all results.
 """
 
 import argparse
 import json
-import platform
 import sys
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from dype.errors import Parser, UserError, run_command
 from dype.families import PIXELS_PER_TOKEN
 from dype.pipelines.acceleration import check_attention
 from dype.pipelines.choices import COMPILES, attention_backends
-from dype.pipelines.devices import check_device, default_device, fast_dtype
+from dype.pipelines.devices import check_device, default_device, device_name, fast_dtype
+from dype.sampling.records import write_atomically
 
 RUNS = {"embedder": embedder.run, "step": step.time_steps, "pipeline": step.time_images}
 SIZES = {"embedder": (1024, 2048, 4096, 8192), "step": (512, 1024), "pipeline": (512,)}
@@ -54,8 +54,8 @@ def parser() -> Parser:
          f"{' '.join(map(str, LARGE))})")  # fmt: skip
     flag("--repeats", type=int, metavar="N", help="number of timed calls or images; 1 or more "
          f"(default: {repeats})")  # fmt: skip
-    flag("--save", type=Path, metavar="FILE", help="CSV file for the table of embedder "
-         "(default: none)")  # fmt: skip
+    flag("--save", type=Path, metavar="FILE", help="file of the results; FILE.json for all, "
+         "FILE.csv for the table of embedder (default: none)")  # fmt: skip
     flag("--device", metavar="NAME", help="device to measure; cpu or cuda (default: cpu for "
          "embedder, else the GPU, or cpu without one)")  # fmt: skip
     flag("--families", nargs="+", choices=embedder.FAMILIES, default=[*embedder.FAMILIES],
@@ -88,8 +88,10 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     args.repeats = REPEATS[args.benchmark] if args.repeats is None else args.repeats
     if args.repeats < 1:
         raise UserError(f"--repeats is {args.repeats}, expected at least 1")
-    if args.save is not None and (args.benchmark != "embedder" or args.save.suffix != ".csv"):
-        raise UserError(f"--save is {args.save}, expected a name in .csv, with embedder alone")
+    endings = (".json", ".csv") if args.benchmark == "embedder" else (".json",)
+    if args.save is not None and args.save.suffix not in endings:
+        names = " or ".join(endings)
+        raise UserError(f"--save is {args.save}, expected a name in {names} with {args.benchmark}")
     for size in args.sizes:
         if size < PIXELS_PER_TOKEN or size % PIXELS_PER_TOKEN:
             raise UserError(f"--sizes has {size}, expected multiples of {PIXELS_PER_TOKEN} px")
@@ -108,13 +110,7 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
 
 def machine_info(device: str) -> dict:
     """Return the names of the processor or GPU and of the torch version."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
-    if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {"device": name, "torch": torch.__version__}
+    return {"device": device_name(device), "torch": torch.__version__}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,11 +120,15 @@ def main(argv: list[str] | None = None) -> int:
     """
 
     def run() -> None:
-        """Run the benchmark and print its results as JSON."""
+        """Run the benchmark, print its results and write them to --save."""
         args = with_defaults(parser().parse_args(argv))
         embedder.use_single_thread(torch.device(args.device))
-        report = {"benchmark": args.benchmark} | machine_info(args.device)
-        print(json.dumps(report | RUNS[args.benchmark](args)))
+        machine = machine_info(args.device)
+        print(f"{machine['device']}, torch {machine['torch']}")
+        report = {"benchmark": args.benchmark} | machine | RUNS[args.benchmark](args)
+        if args.save is not None and args.save.suffix == ".json":
+            args.save.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically({args.save: json.dumps(report, indent=1).encode() + b"\n"})
 
     return run_command("dype.benchmark", run, out_of_memory="try smaller --sizes")
 

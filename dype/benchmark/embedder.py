@@ -222,7 +222,7 @@ def reference_table(embedder, args: tuple) -> torch.Tensor:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Print a table of costs and ratios per family and size, and return it; write it to --save."""
+    """Print a table of costs and ratios per family and size, and return it; --save may write it."""
     names = ("copy", "ours", "stock", "literal")
     headers = [f"{name + ' ms':>10}" for name in names] + [f"{name:>12}" for name in RATIOS]
     print("family      px   ", *headers, " launches")
@@ -235,7 +235,7 @@ def run(args: argparse.Namespace) -> dict:
             print(f"{family:11} {size:<5}", *cells, f"{row['launches']:9}")
             rows[family][str(size)] = {name: round(value, 3) for name, value in row.items()}
             gc.collect()
-    if args.save is not None:
+    if args.save is not None and args.save.suffix == ".csv":
         columns = ["family", "px", *RATIOS, "ours", "launches"]
         table = [
             {"family": family, "px": size} | row

@@ -3,6 +3,7 @@
 import csv
 import io
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,12 @@ from dype.demo.experiments import (
 from dype.demo.scenes import Scene
 from dype.pipelines.devices import autocast
 from dype.sampling import records
+from dype.sampling.crops import find_detail
 
 # columns before the scores
 ROW_COLUMNS = ("size", "setting", "n", "method", "dype", "lambda_s", "lambda_t", "control")
 PAIR_COLUMNS = ("size", "setting", "against", "n")
+SIDE, GAP, LABEL = 160, 6, 34  # px of a strip: width of an image, space, height of a label
 # columns of each printed table; one table of all scores is wider than a terminal
 PRINTED_SCORES = (("layout", "overlap", "joint"), ("spectrum", "directions"), ("patches", "lite0"))
 
@@ -52,7 +55,7 @@ def score_cells(
         rows += [score_row(size, name, None, *sets) for name, sets in baselines.items()]
         label, statistics = format_size(size), {}
         for name, cell in tqdm(cells_by_name.items(), f"scores {label}", leave=False):
-            images = [read_image(path) for path in image_paths(cell, folder)]
+            images = [read_image(path, cell.size) for path in image_paths(cell, folder)]
             statistics[name] = scores.measure(images, size_scenes[: cell.count])
             rows.append(score_row(size, name, cell.setting, statistics[name], truth))
         size_pairs = [pair for pair in pairs if cells_by_name.keys() >= {*pair}]
@@ -101,12 +104,27 @@ def truth_baselines(
     }
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Return an image, uint8 [H, W, 3]. Raise OSError that says what to do."""
+def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Return an image, uint8 [H, W, 3].
+
+    Args:
+        path: file of the image.
+        size: (height, width) that it must have, because it is compared with truth of that size.
+
+    Raises:
+        OSError: it cannot be read or has another size; the sentence says what to do.
+    """
     try:
-        return np.asarray(records.open_image(path))
+        image = np.asarray(records.open_image(path))
     except OSError as error:
         raise OSError(f"{path} cannot be read; delete it to generate it again") from error
+    if size is not None and image.shape[:2] != size:
+        height, width = image.shape[:2]
+        raise OSError(
+            f"{path} is {width}x{height} px, so it cannot be compared with truth of "
+            f"{size[1]}x{size[0]} px; delete it to generate it again"
+        )
+    return image
 
 
 def score_row(size: tuple[int, int], name: str, setting: Setting | None, images, truth) -> dict:
@@ -191,7 +209,10 @@ def psnr(image: np.ndarray, reference: np.ndarray) -> float:
 
 
 def draw_image_strips(cells: list[Cell], folder: Path, path: Path) -> bytes:
-    """Draw a labeled strip of the first six images of each cell.
+    """Draw a labeled strip of the first images of each cell, at most six, and a crop below each.
+
+    The crops have one pixel of the image per pixel. All images of a prompt and size have the same
+    one, where their edges are strongest. The strips are as long as the shortest cell.
 
     Args:
         cells: cells with finished images.
@@ -201,18 +222,57 @@ def draw_image_strips(cells: list[Cell], folder: Path, path: Path) -> bytes:
     Returns:
         Content of the file.
     """
-    font, side, bar = ImageFont.load_default(16), 160, 26
-    columns = min(max(cell.count for cell in cells), 6)
-    sheet = Image.new("RGB", (columns * side, len(cells) * (side + bar)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, cell in enumerate(cells):
-        top = row * (side + bar)
-        pen.text((4, top + 5), f"{cell.setting.name}, {format_size(cell.size)} px", "black", font)
-        for column, image_path in enumerate(image_paths(cell, folder)[:columns]):
-            image = Image.fromarray(read_image(image_path))
-            thumbnail = image.resize((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(thumbnail, (column * side, top + bar))
+    columns = min(6, *(cell.count for cell in cells))
+    paths = [image_paths(cell, folder)[:columns] for cell in cells]
+    images = [
+        [Image.fromarray(read_image(path, cell.size)) for path in row]
+        for cell, row in zip(cells, paths, strict=True)
+    ]
+    heights = [round(SIDE * height / width) for height, width in (cell.size for cell in cells)]
+    crop = min(SIDE, *(side for cell in cells for side in cell.size))
+    tops = [0, *accumulate(LABEL + height + GAP + crop for height in heights)]
+    size = columns * (SIDE + GAP) - GAP, tops[-1] + LABEL
+    sheet = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    corners = crop_corners(cells, images, crop)
+    for cell, row, top, height in zip(cells, images, tops[:-1], heights, strict=True):
+        text = f"{cell.setting.name}, {format_size(cell.size)} px"
+        pen.text((4, top + LABEL - 6), text, "black", font, anchor="ls")
+        for column, (image, corner) in enumerate(zip(row, corners[cell.size], strict=True)):
+            left, image_top = column * (SIDE + GAP), top + LABEL
+            sheet.paste(image.resize((SIDE, height), Image.Resampling.LANCZOS), (left, image_top))
+            (x, y), scale = corner, SIDE / image.width
+            frame = np.array([x, y, x + crop, y + crop]) * scale
+            draw_frame(pen, frame + np.array([left, image_top, left, image_top]))
+            detail = image.crop((x, y, x + crop, y + crop))
+            sheet.paste(detail, (left, image_top + height + GAP))
+    note = "Below each image: its marked part, pixel for pixel."
+    pen.text((4, size[1] - 8), note, "dimgray", ImageFont.load_default(13), anchor="ls")
     content = io.BytesIO()
     file_format = Image.registered_extensions()[path.suffix.lower()]
     sheet.save(content, file_format, optimize=True, quality=80)
     return content.getvalue()
+
+
+def crop_corners(cells: list[Cell], images: list[list], side: int) -> dict:
+    """Return left and top of the crop of each column, by the size of the cells.
+
+    Args:
+        cells: cells of the strips.
+        images: images of each cell.
+        side: of the crops, px.
+    """
+    rows_by_size = {}
+    for cell, row in zip(cells, images, strict=True):
+        rows_by_size.setdefault(cell.size, []).append(row)
+    return {
+        size: [find_detail(column, side)[0] for column in zip(*rows, strict=True)]
+        for size, rows in rows_by_size.items()
+    }
+
+
+def draw_frame(pen: ImageDraw.ImageDraw, box: np.ndarray) -> None:
+    """Draw a frame that stands out from any image; box: left, top, right, bottom, px."""
+    left, top, right, bottom = box.round().astype(int).tolist()
+    pen.rectangle((left - 2, top - 2, right + 2, bottom + 2), outline="black")
+    pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline="white")

@@ -66,8 +66,8 @@ def parser() -> Parser:
     flag("--settings", metavar="NAME", nargs="+", help="settings of fig5; names in its results "
          f"(default: {' '.join(saved_numbers.SCALING_SETTINGS)})")  # fmt: skip
     flag("--crops", metavar="X,Y,SIZE", nargs="*", help="squares to enlarge; left, top and side "
-         "in shares of the width, the height and the shorter side (default: "
-         f"{image_rows.MIDDLE}; fig16 none; fig17 three)")  # fmt: skip
+         "in shares of the width, the height and the shorter side (default: one, where the edges "
+         "are strongest, pixel for pixel; fig16 none; fig17 three)")  # fmt: skip
     flag("--methods", metavar="NAME,...", nargs="+", help="methods from left to right; as in "
          "results.csv (default: the paper's)")  # fmt: skip
     flag("--where", dest="filters", metavar="COLUMN=VALUE", nargs="+", help="images to show; by "

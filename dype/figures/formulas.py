@@ -11,6 +11,8 @@ import torch
 from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from dype import rope
 from dype.config import DyPEConfig
@@ -145,19 +147,22 @@ def fig6() -> Figure:
         )
         axes.axvspan(0, 4096, color=style.SKY, alpha=0.15, linewidth=0)
         axes.axvspan(4096, 8192, color=style.GRAY, alpha=0.15, linewidth=0)
-        waves = zip((512, 4096), ratios, (style.ORANGE, style.BLUE), strict=True)
+        slow_color = style.METHOD_COLORS[method]
+        waves = zip((512, 4096), ratios, (style.GRAY, slow_color), strict=True)
         for period, ratio, color in waves:
             label = f"period {period / ratio:,.0f}"
             axes.plot(x, np.cos(2 * np.pi * x / period * ratio), color=color, label=label)
         slow = np.cos(2 * np.pi * marks / 4096 * ratios[1])
         is_trained = marks <= 4096
-        marker = {"color": style.BLUE, "markersize": 3.5, "clip_on": False}
+        marker = {"color": slow_color, "markersize": 3.5, "clip_on": False}
         axes.plot(marks[is_trained], slow[is_trained], "o", **marker)
         axes.plot(marks[~is_trained], slow[~is_trained], "s", **marker, mfc="white")
         axes.set_title(f"({letter}) {title}", loc="left", pad=3)
         axes.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=2, borderpad=0)
     rows[0].set(xlim=(0, 8192), ylim=(-1.15, 1.15), yticks=(-1, 0, 1), xticks=range(0, 8193, 1024))
-    rows[-1].set_xlabel("position (blue: trained; gray: beyond training)")
+    rows[-1].set_xlabel(
+        "position; blue ground and filled marks: trained, gray ground and open marks: beyond"
+    )
     figure.supylabel("cosine")
     return figure
 
@@ -165,28 +170,31 @@ def fig6() -> Figure:
 def fig7() -> Figure:
     """Draw the wavelengths of one axis of FLUX at s = 4, and their ratio to RoPE's."""
     curves = [
-        ("RoPE", "base", False, style.BLACK, "-"),
-        ("PI", "pi", False, style.VERMILLION, "-"),
-        ("NTK", "ntk", False, style.BLUE, "-"),
-        ("time-aware (TASR)", "tasr", True, style.PURPLE, "--"),
-        ("dynamic PI", "pi", True, style.VERMILLION, "--"),
-        ("dynamic NTK", "ntk", True, style.BLUE, "--"),
-        ("dynamic YaRN", "yarn", True, style.GREEN, "--"),
+        ("RoPE", "base", False),
+        ("PI", "pi", False),
+        ("NTK", "ntk", False),
+        ("time-aware (TASR)", "tasr", True),
+        ("dynamic PI", "pi", True),
+        ("dynamic NTK", "ntk", True),
+        ("dynamic YaRN", "yarn", True),
     ]
     figure, (left, right) = style.subplots(style.DOUBLE, 2.9, 1, 2)
     i = np.arange(FLUX[0] // 2)
     theta = rope.stock_frequencies(*FLUX[:2]).numpy()
-    for label, method, dynamic, color, line in curves:
+    for label, method, dynamic in curves:
         ratios = frequency_ratios(FLUX, HALFWAY, DyPEConfig(method, dype=dynamic))
         label += f", t = {HALFWAY:g}" if dynamic else ""
-        left.plot(i, 2 * np.pi / (theta * ratios), line, color=color, label=label)
-        right.plot(i, 1 / ratios, line, color=color, label=label)
+        line = style.method_style(f"dy_{method}" if dynamic else method) | {"marker": ""}
+        left.plot(i, 2 * np.pi / (theta * ratios), label=label, **line)
+        right.plot(i, 1 / ratios, label=label, **line)
     for name, tokens in {"trained": FLUX[2], "target": STRETCH * FLUX[2]}.items():
         left.axhline(tokens, color=style.GRAY, linewidth=0.6)
         left.text(27, tokens * 1.06, f"{name}: {tokens}", ha="right", va="bottom", fontsize=7)
     left.set(yscale="log", xlabel="pair index i", ylabel="wavelength (tokens)")
     right.set(xlabel="pair index i", ylabel="wavelength / RoPE's")
-    figure.legend(*right.get_legend_handles_labels(), loc="outside right center")
+    title = "color: method\nline: with DyPE (RoPE: stock)\ndashes: static"
+    entries = right.get_legend_handles_labels()
+    figure.legend(*entries, loc="outside right center", title=title, title_fontsize=7)
     return figure
 
 
@@ -206,7 +214,9 @@ def ratios() -> Figure:
         for axes, name in zip(grid, names, strict=False):
             mesh = draw_ratios(axes, axis, name, edges)
         for axes in grid[len(names) :]:
-            axes.set_visible(False)
+            axes.set_axis_off()
+        explain_ratios(grid[len(names)], axis)
+        grid[len(names) - columns].tick_params(labelbottom=True)  # the last one of its column
         block.supxlabel("t = sigma (root scale)")
         block.supylabel("pair index i")
         bar = block.colorbar(
@@ -215,6 +225,22 @@ def ratios() -> Figure:
         bar.set_ticks([1, 1 / 2, 1 / 4, 1 / 8, 1 / 16], labels=["1", "1/2", "1/4", "1/8", "1/16"])
         bar.minorticks_off()
     return figure
+
+
+def explain_ratios(axes, axis: tuple) -> None:
+    """Write what the colors and marks mean in the cell that no method needs.
+
+    Args:
+        axes: axes of the cell.
+        axis: D, theta, trained length.
+    """
+    colors = colormaps["cividis"]
+    keys = {"the model's own": 1.0, "1/4, as in PI": 0.5, "less": 0.1}
+    handles = [Patch(color=colors(value), label=label) for label, value in keys.items()]
+    if axis == FLUX:
+        step = {"color": style.BLACK, "marker": "|", "linestyle": "", "markersize": 6}
+        handles.append(Line2D([], [], label=f"{STEPS} steps, mu {MU:g}", **step))
+    axes.legend(handles=handles, loc="center", borderpad=0)
 
 
 def draw_ratios(axes, axis: tuple, name: str, edges: np.ndarray):

@@ -13,25 +13,25 @@ from PIL import Image
 from dype.config import DyPEConfig, has_kappa
 from dype.figures import style
 from dype.sampling import records
+from dype.sampling.crops import find_detail
 from dype.sweep import labels
 from dype.sweep.results import COLUMNS, read_rows
 
-MIDDLE = "0.4,0.4,0.2"
 NOT_FILTERABLE = ("method", "prompt", "file", "seconds", "peak_memory", "error")
 FILTERABLE = [name for name in COLUMNS if name not in NOT_FILTERABLE]  # columns of --where
 FRAME_COLORS = (style.ORANGE, style.SKY, style.VERMILLION, style.GREEN)
 GAP, LINE = 0.04, 0.14  # inches
 MAX_PIXELS = 1000  # of a whole image's longer side
-# figure -> methods from left to right, as in results.csv; number of prompts; crops
+# figure -> methods from left to right, as in results.csv; number of prompts; number of crops
 PAPER_FIGURES = {
-    "fig1": ("base,yarn,dy_yarn", 1, [MIDDLE]),
-    "fig3": ("yarn,dy_yarn", 2, [MIDDLE]),
-    "fig4": ("ntk,dy_ntk,yarn,dy_yarn", 2, [MIDDLE]),
-    "fig8": ("dy_tasr,dy_ntk", 2, [MIDDLE]),
-    "fig9": ("base,yarn,dy_yarn", 2, [MIDDLE]),
-    "fig12": ("yarn,dy_yarn", 2, [MIDDLE]),
-    "fig16": ("ntk,dy_ntk,yarn,dy_yarn", 4, []),
-    "fig17": ("yarn,dy_yarn", 2, ["0.1,0.1,0.2", MIDDLE, "0.7,0.7,0.2"]),
+    "fig1": ("base,yarn,dy_yarn", 1, 1),
+    "fig3": ("yarn,dy_yarn", 2, 1),
+    "fig4": ("ntk,dy_ntk,yarn,dy_yarn", 2, 1),
+    "fig8": ("dy_tasr,dy_ntk", 2, 1),
+    "fig9": ("base,yarn,dy_yarn", 2, 1),
+    "fig12": ("yarn,dy_yarn", 2, 1),
+    "fig16": ("ntk,dy_ntk,yarn,dy_yarn", 4, 0),
+    "fig17": ("yarn,dy_yarn", 2, 3),
 }
 
 
@@ -116,7 +116,8 @@ def image_rows_figure(name: str, folder: Path, crops=None, methods=None, filters
     Args:
         name: a key of PAPER_FIGURES.
         folder: folder of a finished sweep.
-        crops: X,Y,SIZE texts; None: those of the figure.
+        crops: X,Y,SIZE texts; None: as many as the figure has, pixel for pixel, where the edges
+            are strongest.
         methods: lists of methods joined by commas; None: those of the figure.
         filters: COLUMN=VALUE texts.
 
@@ -139,16 +140,31 @@ def image_rows_figure(name: str, folder: Path, crops=None, methods=None, filters
     return draw_grid(grid, folder, default_crops if crops is None else crops)
 
 
-def draw_grid(grid: list[list[dict]], folder: Path, crops: list[str]) -> Figure:
+def find_boxes(images: list[Image.Image], count: int, inches: float) -> list[tuple]:
+    """Return left, top and side of crops that show one pixel of the image per pixel.
+
+    Args:
+        images: images of one prompt.
+        count: number of crops.
+        inches: width of a crop in the figure.
+    """
+    side = min(round(inches * style.DPI), *(min(image.size) for image in images))
+    if len({image.size for image in images}) > 1:  # which have no place in common
+        return [((images[0].width - side) // 2, (images[0].height - side) // 2, side)] * count
+    return [(*corner, side) for corner in find_detail(images, side, count)]
+
+
+def draw_grid(grid: list[list[dict]], folder: Path, crops: list[str] | int) -> Figure:
     """Draw a block per prompt: the prompt, the images, and their crops below.
 
     Args:
         grid: rows of results.csv, a line per prompt, a column per method.
         folder: folder of the sweep.
-        crops: X,Y,SIZE texts.
+        crops: X,Y,SIZE texts, or the number of crops of `find_boxes`.
     """
     width = (style.DOUBLE - GAP * (len(grid[0]) + 1)) / len(grid[0])
-    crop_width = (width - GAP * (len(crops) - 1)) / max(1, len(crops))
+    count = crops if isinstance(crops, int) else len(crops)
+    crop_width = (width - GAP * (count - 1)) / max(1, count)
     aspect = max(int(row["height"]) / int(row["width"]) for line in grid for row in line)
     block = LINE + GAP + width * aspect + (GAP + crop_width if crops else 0) + 2 * GAP
     head = 2 * LINE + 2 * GAP
@@ -160,16 +176,19 @@ def draw_grid(grid: list[list[dict]], folder: Path, crops: list[str]) -> Figure:
         caption = f"{first['prompt']}, seed {first['seed']}, {first['width']}x{first['height']}"
         caption = cut_caption(caption, 110)
         figure.text(GAP, height - top - LINE, caption, **inches, color="dimgray", parse_math=False)
-        for column, row in enumerate(line):
+        pairs = [open_with_config(folder / row["file"]) for row in line]
+        boxes = []
+        if isinstance(crops, int) and crops:
+            boxes = find_boxes([image for image, _ in pairs], count, crop_width)
+        for column, (image, config) in enumerate(pairs):
             left, image_top = GAP + column * (width + GAP), top + LINE + GAP
-            image, config = open_with_config(folder / row["file"])
             if line_index == 0:
                 form, name = column_title(config)
                 figure.text(left, height - LINE, form, **inches, weight="bold")
                 figure.text(left, height - 2 * LINE, name, **inches)
             axes = place_image(figure, image, left, image_top, width, width * aspect)
-            for k, text in enumerate(crops):
-                x, y, side = crop_box(text, image.size)
+            texts = [] if isinstance(crops, int) else crops
+            for k, (x, y, side) in enumerate(boxes or [crop_box(t, image.size) for t in texts]):
                 crop = image.crop((x, y, x + side, y + side))
                 corner = left + k * (crop_width + GAP), image_top + width * aspect + GAP
                 crop_axes = place_image(figure, crop, *corner, crop_width, crop_width)

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from dype.config import check_choice
 from dype.demo.experiments import (
@@ -133,6 +134,13 @@ def fig2b(trajectories: Path = TRAJECTORIES) -> Figure:
     mesh = formulas.draw_progress(grid[2], f, sigmas, gamma)
     label = r"$\gamma$ (1: noise, 0: the image)"
     figure.colorbar(mesh, ax=grid, label=label, extend="both", **style.COLOR_BAR)
+    special = {
+        "silver": f"undefined: signal and noise within a factor of {formulas.MASK:g}",
+        "white": "above 1",
+        "black": "below 0",
+    }
+    keys = [Patch(fc=color, ec="black", lw=0.5, label=text) for color, text in special.items()]
+    figure.legend(handles=keys, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -155,7 +163,8 @@ def eq11(trajectories: Path = TRAJECTORIES, unguided: Path = UNGUIDED) -> Figure
         style.set_sigma_axis(axes)
     grid[0].set_ylabel("power / Eq. 11")
     entries = grid[0].get_legend_handles_labels()
-    figure.legend(*entries, loc="outside right center", title="frequency", reverse=True)
+    title = "frequency\n(1: Nyquist)"
+    figure.legend(*entries, loc="outside right center", title=title, reverse=True)
     return figure
 
 
@@ -173,18 +182,20 @@ def fig18(trajectories: Path = TRAJECTORIES) -> Figure:
     figure, [grid] = style.subplots(width, 2.6, 1, len(sizes), sharey=True, squeeze=False)
     for axes, size in zip(grid, sizes, strict=True):
         axes.axhline(0, color=style.GRAY, linewidth=0.6)
-        for name, color in zip(settings, (style.BLACK, *COLORS), strict=False):
+        for name in settings:
+            line = style.method_style(name) | {"marker": ""}
             images = finished_images(trajectories, size, name)
             deviations = [
                 np.subtract(image["entropy"], base_entropy[image["prompt"], image["seed"]])
                 for image in images
             ]
             t, mean = images[0]["sigmas"][:-1], np.mean(deviations, axis=0)
-            axes.plot(t, np.transpose(deviations), color=color, linewidth=0.5, alpha=0.4)
-            axes.plot(t, mean, color=color, label=f"{name}: {abs(mean).mean():.4f}")
+            axes.plot(t, np.transpose(deviations), linewidth=0.5, alpha=0.4, **line)
+            axes.plot(t, mean, label=f"{name}: {abs(mean).mean():.4f}", **line)
         axes.set_title(f"{size} px ({size / base:g}x), {len(images)} prompts")
         style.set_sigma_axis(axes)
-        axes.legend(loc="upper right", title="mean absolute deviation", title_fontsize=7)
+        title = "mean absolute deviation\n(thin: single prompts)"
+        axes.legend(loc="upper right", title=title, title_fontsize=7)
     low, high = grid[0].get_ylim()
     grid[0].set_ylim(low, high + 0.4 * (high - low))  # room for the legend
     grid[0].set_ylabel(f"entropy minus that at {base} px")
@@ -207,13 +218,10 @@ CUTOFF = Path("docs/data/cutoff.json")
 WITH_INTERVALS = [parse_setting(text).name for text in CUTOFF_COMPARISON[:4]]
 SELECTED = WITH_INTERVALS[1]  # on other prompts
 ATTENTION_SUFFIX = re.compile(":attention_[a-z]+=[^:]+")
-BASE_STYLE = {"color": style.BLACK, "marker": "x"}
-COLORS = (style.ORANGE, style.BLUE, style.GREEN, style.VERMILLION, style.PURPLE, style.SKY)
-MARKER_STYLES = [{"color": c, "marker": m} for c, m in zip(COLORS, "soD^vP", strict=True)]
-FRONTIER_MARKERS = zip(list(METHODS)[1:], cycle(COLORS), cycle("soPD^<>hvXd"), strict=False)
-METHOD_STYLES = {name: {"color": color, "marker": mark} for name, color, mark in FRONTIER_MARKERS}
-METHOD_STYLES |= {"base": BASE_STYLE, "cutoff": {"color": style.BLACK, "marker": "d"}}
-SPARE_MARKERS = "p8H"  # of methods with another lambda
+METHOD_STYLES = {
+    name: {"color": style.METHOD_COLORS[name], "marker": style.METHOD_MARKERS[name]}
+    for name in METHODS
+}
 
 
 def read_square_rows(path: Path, command: str, score: str) -> list[dict]:
@@ -271,10 +279,12 @@ def fig5(
     for name in settings:
         check_choice("--settings", name, list(dict.fromkeys(row["setting"] for row in rows)))
     figure, axes = style.subplots(style.SINGLE, 2.6)
-    marker_styles = cycle(MARKER_STYLES)
+    spare_markers = cycle(style.SPARE_MARKERS)
     line_styles = {"truth_vae": {"color": style.GRAY, "linestyle": ":"}}
     for name in settings:
-        line_styles[name] = BASE_STYLE if name == "base" else next(marker_styles)
+        line_styles[name] = style.method_style(name)
+        if ":" in name:  # because it has the color and the line of its method
+            line_styles[name]["marker"] = next(spare_markers)
     stock = {row["size"]: row for row in rows if row["size"] == base and row["setting"] == "base"}
     for name, line_style in line_styles.items():
         # At the base resolution every setting is stock.
@@ -289,7 +299,8 @@ def fig5(
     sizes = sorted({row["size"] for row in rows})
     axes.set_xticks([s / base for s in sizes], labels=[f"{s / base:g}x\n{s}" for s in sizes])
     axes.set(xlabel="side: multiple of the training size, and px", ylabel=SCORES[score])
-    figure.legend(loc="outside upper center", ncols=2)
+    title = "color: method; line: with DyPE (base: stock); dashes: static"
+    figure.legend(loc="outside upper center", ncols=2, title=title, title_fontsize=7)
     return figure
 
 
@@ -314,7 +325,7 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
     rows = read_square_rows(ground_truth, command, score)
     base = base_resolution_of(ground_truth, command)
     sizes = sorted({row["size"] for row in rows} - {base}) or [base]
-    marker_styles, spare_markers = dict(METHOD_STYLES), cycle(SPARE_MARKERS)
+    marker_styles, spare_markers = dict(METHOD_STYLES), cycle(style.SPARE_MARKERS)
     for row in rows:
         if row["method"] and encoding_name(row) not in marker_styles:
             color = METHOD_STYLES.get(row["method"], {"color": style.GRAY})["color"]
@@ -339,9 +350,15 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
         axes.tick_params(labelbottom=True)
     for axes in grid[:, 0]:
         axes.set_ylabel(SCORES[score])
-    title = "filled: with DyPE; open: the same method, static"
+    title = "filled: with DyPE; open: the same method, static (dotted: between the two)\n"
+    title += "bars: 95 % intervals; line: another attention scale of the same setting"
     figure.legend(
-        legend.values(), legend, loc="outside lower center", ncols=2 * min(columns, 2), title=title
+        legend.values(),
+        legend,
+        loc="outside lower center",
+        ncols=2 * min(columns, 2),
+        title=title,
+        title_fontsize=7,
     )
     return figure
 
@@ -386,4 +403,5 @@ def draw_frontier(axes, rows: list[dict], marker_styles: dict, score: str) -> No
             axes.hlines(y, *row["overlap"]["interval"], color, lw=0.8)
             axes.vlines(x, *row[score]["interval"], color, lw=0.8)
         if name == SELECTED:
-            axes.plot(x, y, "o", color=style.BLACK, mfc="none", ms=9, label="chosen")
+            ring = {"color": style.BLACK, "mfc": "none", "ms": 9}
+            axes.plot(x, y, "o", label="chosen on other prompts", **ring)

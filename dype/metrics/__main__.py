@@ -42,7 +42,8 @@ def parser() -> Parser:
     flag("--prompts", type=Path, metavar="FILE", help="text file of the prompts to score against; "
          "line n replaces the sweep's prompt n (default: the prompts in results.csv)")  # fmt: skip
     flag("--real", type=Path, metavar="FOLDER", help="folder of two or more real images; for FID "
-         "and KID (default: none)")  # fmt: skip
+         "and KID; those of a sweep's folder count for images of their size alone "
+         "(default: none)")  # fmt: skip
     flag("--filter", choices=inception_features.FILTERS, default="bilinear", metavar="NAME",
          help=f"filter that resizes real images; {', '.join(inception_features.FILTERS)} "
          "(default: %(default)s)")  # fmt: skip
@@ -194,7 +195,7 @@ def run(args) -> int:
                 f"{args.folder} has no {results.RESULTS} with images, expected the folder of a "
                 "finished sweep"
             )
-        args.real_paths = inception_features.list_real_images(args.real) if args.real else []
+        args.real_paths = inception_features.list_real_images(args.real) if args.real else {}
     for name in ("patches", "splits"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}, expected 1 or more")

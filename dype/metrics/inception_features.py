@@ -27,20 +27,25 @@ PACKAGES = (
 )
 
 
-def list_real_images(folder: Path) -> list[Path]:
+def list_real_images(folder: Path) -> dict[Path, tuple[int, int] | None]:
     """Return the paths of a folder's images; of a sweep's folder, those of its results.csv.
+
+    The values are the sizes (height, width) of a sweep's images, which are compared with images of
+    this size alone. Photos, whose value is None, are resized to any size.
 
     Raises ValueError for a missing folder or fewer than two images.
     """
     if not folder.is_dir():
         raise ValueError(f"--real is {str(folder)!r}, expected a folder of images")
     if (folder / RESULTS).exists():
-        paths = [folder / row["file"] for row in read_rows(folder) if not row["error"]]
+        rows = [row for row in read_rows(folder) if not row["error"]]
+        sizes = {folder / row["file"]: (int(row["height"]), int(row["width"])) for row in rows}
     else:
         paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
-    if len(paths) < 2:
-        raise ValueError(f"--real {folder} holds {len(paths)} images, expected two or more")
-    return sorted(paths)
+        sizes = dict.fromkeys(paths)
+    if len(sizes) < 2:
+        raise ValueError(f"--real {folder} holds {len(sizes)} images, expected two or more")
+    return dict(sorted(sizes.items()))
 
 
 def random_patches(image: Image.Image, patch: int, patches: int, name: str) -> np.ndarray:

@@ -109,19 +109,30 @@ def score_sets(
     """
     skipped: dict[str, str] = {}
     stack = partial(stack_features, args, skipped)
-    stack_real = cache(partial(stack, args.real_paths, args.filter))
+    filters = {path: None if size else args.filter for path, size in args.real_paths.items()}
+
+    @cache
+    def stack_real(paths: tuple[Path, ...], size: tuple[int, int], patch: int | None) -> dict:
+        # A sweep's images have the size already, and are checked rather than resized.
+        real_filter = filters[paths[0]] if paths else None
+        return stack(paths, real_filter, size, patch)
+
     for setting, group in results.group_by_setting(rows).items():
         paths, size = [args.folder / row["file"] for row in group], group[0]["size"]
         stack_generated = cache(partial(stack, paths, None))
+        real_paths = tuple(p for p, real in args.real_paths.items() if real in (None, size))
+        left_out = len(args.real_paths) - len(real_paths)
         for name in names:
             metric = SET_METRICS[name]
             patch = (args.patch or min(INCEPTION_SIZE, *size)) if metric.uses_patches else None
-            protocol = set_protocol(args, name, patch, len(paths), len(args.real_paths))
+            protocol = set_protocol(args, name, patch, len(paths), len(real_paths))
             if sets.get((name, setting), {}).get("protocol") == protocol:
                 continue
             generated = stack_generated(size, patch)
-            real = stack_real(size, patch) if metric.uses_real else None
+            real = stack_real(real_paths, size, patch) if metric.uses_real else None
             entry = set_entry(args, name, size, patch, generated, real)
+            if metric.uses_real and left_out:
+                entry["left_out"] = left_out
             sets.pop((name, setting), None)
             sets[name, setting] = {"metric": name, "setting": setting} | entry
             write_report(args.folder, rows, values, sets, skipped)
@@ -218,8 +229,12 @@ def make_notes(rows: list[dict], sets: list[dict], skipped: dict[str, str]) -> l
         real, generated, upscaled = (entry[name] for name in ("real", "generated", "upscaled"))
         if entry["value"] is not None and 0 < real < generated:
             notes.append(f"There are only {real} real images for {generated} generated images.")
+        size = "{1}x{0}".format(*entry["size"])
+        if left_out := entry.get("left_out"):
+            notes.append(
+                f"{left_out} real images are of another size than {size} and were left out."
+            )
         if upscaled:
-            size = "{}x{}".format(*entry["size"][::-1])
             notes.append(f"{upscaled} real images are smaller than {size} and were upscaled.")
     notes += [f"Skipped {file}: {reason}" for file, reason in skipped.items()]
     return list(dict.fromkeys(notes))

@@ -65,14 +65,27 @@ def test_the_copy_shares_weights_and_only_it_has_dype():
         assert not torch.equal(stock(**call)[0], ours(**call)[0])
 
 
-def last_line(capsys) -> dict:
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+@pytest.fixture
+def run_and_read(tmp_path, capsys):
+    """Return a function that runs a benchmark and returns what --save has written.
+
+    Nothing that is printed is JSON.
+    """
+
+    def run(*words) -> dict:
+        path = tmp_path / "new" / "a.json"
+        assert benchmark.main([*words, "--save", str(path)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert f"torch {torch.__version__}" in lines[0]
+        assert "{" not in "".join(lines)
+        return json.loads(path.read_text())
+
+    return run
 
 
-def test_step_of_the_demo(capsys):
+def test_step_of_the_demo(run_and_read):
     """A denoiser call takes about as long with DyPE; bounds are loose because of busy machines."""
-    assert benchmark.main(["step", "--sizes", "256", "--repeats", "3"]) == 0
-    result = last_line(capsys)
+    result = run_and_read("step", "--sizes", "256", "--repeats", "3")
     row = result["sizes"]["256"]
     assert result["model"] == "demo"
     assert row["low"] <= row["ratio"] <= row["high"]
@@ -80,14 +93,12 @@ def test_step_of_the_demo(capsys):
     assert 0 < row["share"] < 2
 
 
-def test_names_with_dype(capsys):
+def test_names_with_dype(run_and_read):
     """--method dy_NAME is NAME, which always has DyPE here."""
     words = ["--families", "flux", "--sizes", "64", "--repeats", "1", "--method"]
-    assert benchmark.main([*words, "dy_yarn"]) == 0
-    assert last_line(capsys)["families"]["flux"]["64"]["ours"] > 0
+    assert run_and_read(*words, "dy_yarn")["families"]["flux"]["64"]["ours"] > 0
     words = ["step", "--sizes", "64", "--repeats", "1", "--method", "dy_yarn_paper"]
-    assert benchmark.main(words) == 0
-    assert last_line(capsys)["method"] == "dy_yarn_paper"
+    assert run_and_read(*words)["method"] == "dy_yarn_paper"
 
 
 def shrink_models(monkeypatch) -> None:
@@ -109,15 +120,13 @@ def shrink_models(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("model", ["flux", "z-image"])
-def test_real_size_code(model, monkeypatch, capsys):
+def test_real_size_code(model, monkeypatch, run_and_read):
     """Steps and images of FLUX.1 and Z-Image run with random weights, here with one block."""
     shrink_models(monkeypatch)
     words = ["--model", model, "--device", "cpu", "--sizes", "64", "--repeats", "1"]
-    assert benchmark.main(["step", *words]) == 0
-    row = last_line(capsys)["sizes"]["64"]
+    row = run_and_read("step", *words)["sizes"]["64"]
     assert row["stock"] > 0 < row["ours"]
-    assert benchmark.main(["pipeline", *words, "--steps", "2"]) == 0
-    row = last_line(capsys)["sizes"]["64"]
+    row = run_and_read("pipeline", *words, "--steps", "2")["sizes"]["64"]
     assert row["steps"] == 2
     assert row["with"] > 0 < row["without"]
 
@@ -131,7 +140,7 @@ MISTAKES = {
     "pipeline --steps 0": (2, "--steps is 0, expected at least 1"),
     "step --device cuda:9": (1, "this machine has no device cuda:9"),
     "quick": (2, "invalid choice: 'quick'"),
-    "step --save a.csv": (2, "--save is a.csv, expected a name in .csv, with embedder alone"),
+    "step --save a.csv": (2, "--save is a.csv, expected a name in .json with step"),
     "--method dy_base": (2, "invalid choice: 'dy_base'"),
 }
 

@@ -438,9 +438,78 @@ def test_frontier(tmp_path):
     styles = [tuple(style.values()) for style in saved_numbers.METHOD_STYLES.values()]
     assert len({*styles}) == len(styles) == len(rope.METHODS)
     [legend] = figure.legends
-    labels = ["base", "truth through the VAE", "dy_yarn_paper", "dy_cutoff", "chosen"]
+    labels = [
+        "base",
+        "truth through the VAE",
+        "dy_yarn_paper",
+        "dy_cutoff",
+        "chosen on other prompts",
+    ]
     assert [text.get_text() for text in legend.get_texts()] == [*labels, "dy_cutoff:cutoff=2"]
-    assert legend.get_title().get_text() == "filled: with DyPE; open: the same method, static"
+    title = legend.get_title().get_text()
+    assert title.startswith("filled: with DyPE; open: the same method, static")
+
+
+def test_one_color_per_method():
+    """Every method has its color and marker; static and with DyPE differ in the line alone."""
+    assert list(style.METHOD_COLORS) == list(style.METHOD_MARKERS) == list(rope.METHODS)
+    assert len({*style.METHOD_COLORS.values()}) == len(rope.METHODS)
+    pairs = {*zip(style.METHOD_COLORS.values(), style.METHOD_MARKERS.values(), strict=True)}
+    assert len(pairs) == len(rope.METHODS)
+    for method in list(rope.METHODS)[1:]:
+        static, dynamic = style.method_style(method), style.method_style(f"dy_{method}:1:2")
+        assert (static.pop("linestyle"), dynamic.pop("linestyle")) == ("--", "-")
+        assert static == dynamic
+    assert style.method_style("base")["linestyle"] == "-"
+
+
+def test_all_figures_have_the_colors_of_the_methods(tmp_path):
+    """fig5, fig7, fig18 and frontier draw a method in the same color."""
+    color = style.METHOD_COLORS
+    fig5 = saved_numbers.fig5(write_table(tmp_path / "t.json"), "spectrum").axes[0].lines
+    fig7 = formulas.fig7().axes[1].lines
+    fig18 = saved_numbers.fig18(SAVED).axes[0].lines
+    frontier = saved_numbers.frontier(tmp_path / "t.json").axes[0].lines
+    labels = {"yarn_paper": "yarn_paper", "dy_yarn_paper": "yarn_paper", "PI": "pi"}
+    labels |= {"dynamic PI, t = 0.5": "pi", "dynamic NTK, t = 0.5": "ntk", "base": "base"}
+    seen = set()
+    for line in (*fig5, *fig7, *fig18, *frontier):
+        label = line.get_label().partition(":")[0]
+        if label in labels:
+            seen.add(label)
+            assert line.get_color() == color[labels[label]], label
+    assert seen == labels.keys()
+
+
+@pytest.mark.parametrize("name", ["fig2a", "fig2b", "fig5", "fig6", "fig7", "fig18", "frontier"])
+def test_the_figure_says_what_its_colors_mean(name, tmp_path):
+    """A legend, a bar or the label of an axis explains the colors of lines and maps."""
+    words = {
+        "fig2a": "t = sigma",
+        "fig2b": "undefined: signal and noise within a factor of 1.5",
+        "fig5": "color: method",
+        "fig6": "blue ground",
+        "fig7": "color: method",
+        "fig18": "thin: single prompts",
+        "frontier": "filled: with DyPE",
+    }
+    path = write_table(tmp_path / "t.json")
+    arguments = {"fig5": [path], "frontier": [path], "fig6": [], "fig7": []}
+    figure = figures.FIGURES[name](*arguments.get(name, [SAVED]))
+    texts = [text.get_text() for text in figure.findobj(matplotlib.text.Text)]
+    assert any(words[name] in text for text in texts)
+
+
+def test_nothing_is_cut_off(tmp_path, monkeypatch):
+    """A text beyond the edge of a figure widens the picture, and there is a margin around all."""
+    figure, axes = style.subplots(2, 1)
+    figure.text(0.98, 0.5, "a long text that leaves the figure")
+    axes.plot([0, 1])
+    style.save(figure, tmp_path / "a.png")
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
+    assert pixels.shape[1] > 2 * 200
+    frame = np.concatenate([pixels[:3].ravel(), pixels[-3:].ravel(), pixels[:, :3].ravel()])
+    assert (np.append(frame, pixels[:, -3:]) == 255).all()
 
 
 OLD_NAMES = [  # setting, method, whether with DyPE; as files of earlier versions have them
@@ -517,6 +586,29 @@ def test_image_rows(tmp_path):
     assert [int(image[0, 0, 1]) for image in images] == [0, 32, 0, 32, 64, 96, 64, 96]
     square = figure.axes[0].patches[0]
     assert (*square.get_xy(), square.get_width(), square.get_height()) == (32, 12, 24, 24)
+
+
+def test_crops_are_pixel_for_pixel_where_edges_are(tmp_path):
+    """Without --crops all images of a prompt have one part in common, at the figure's pixels."""
+    folder = write_sweep(tmp_path / "out", ("yarn", "dy_yarn"))
+    rows = results.read_rows(folder)
+    for row in rows:
+        pixels = np.full((1200, 1600, 3), 200, np.uint8)
+        pixels[900:1000, 1300:1400] = 20  # the rest is a bare sky
+        config = DyPEConfig("yarn").to_dict()
+        records.save_image(Image.fromarray(pixels), {"config": config}, folder / row["file"])
+    rows = [row | {"height": "1200", "width": "1600"} for row in rows]
+    results.write_table(folder / "results.csv", results.COLUMNS, rows)
+    figure = image_rows.FIGURES["fig3"](folder)
+    boxes = [(*patch.get_xy(), patch.get_width()) for patch in figure.axes[0].patches]
+    x, y, side = boxes[0]
+    assert x < 1300 < 1400 < x + side
+    assert y < 900 < 1000 < y + side
+    crop = figure.axes[1]
+    assert crop.images[0].get_array().shape == (side, side, 3)
+    width = crop.get_position().width * figure.get_size_inches()[0] * style.DPI
+    assert width == pytest.approx(side, abs=1)
+    assert len(image_rows.FIGURES["fig17"](folder).axes[0].patches) == 2 * 3
 
 
 CAPTIONS = {  # prompt -> begin and end of its caption
@@ -652,7 +744,7 @@ def test_every_figure_renders(name, tmp_path, monkeypatch, capsys):
     path = Path("outputs/figures") / f"{name}.png"
     assert capsys.readouterr().out.strip() == str(path)
     with Image.open(path) as image:
-        assert image.width >= 2 * 3.3 * 100
+        assert image.width >= 2 * 3.1 * 100
         assert len(image.convert("RGB").getcolors(2**24)) > 10
     assert matplotlib.rcParams.copy() == before
     assert "matplotlib.pyplot" not in sys.modules

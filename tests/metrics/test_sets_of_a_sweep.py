@@ -198,3 +198,25 @@ def test_upscaled_real_images_are_counted(inception, capsys):
     folder = make_sweep({"height": "200"}, {"height": "200"})
     assert score(folder, "--metrics", "kid", "--real", make_reals(3)) == 0
     assert "3 real images are smaller than 128x200 and were upscaled" in capsys.readouterr().out
+
+
+def test_images_of_two_sizes_are_no_pair(inception):
+    """Images of a sweep count for images of their size alone; the report says what is left out."""
+    large = {"height": "192", "width": "256"}
+    folder = make_sweep({}, {}, {}, large, large, large)
+    real = make_sweep(*[{}] * 2, *[large] * 3, folder="reals")
+    assert score(folder, "--metrics", "fid", "--real", real) == 0
+    entries = {entry["setting"].partition(",")[0]: entry for entry in report()["sets"]}
+    counts = {size: (entry["real"], entry["left_out"]) for size, entry in entries.items()}
+    assert counts == {"128x96": (2, 3), "256x192": (3, 2)}
+    assert [entry["upscaled"] for entry in entries.values()] == [0, 0]
+    text = Path("out/metrics.txt").read_text()
+    assert "3 real images are of another size than 128x96 and were left out." in text
+    calls = len(inception)
+    assert score(folder, "--metrics", "fid", "--real", real) == 0
+    assert len(inception) == calls
+    other = make_sweep(*[large] * 2, folder="other")
+    assert score(make_sweep({}, {}), "--metrics", "fid", "--real", other) == 0
+    [entry] = report()["sets"]
+    assert entry["value"] is None
+    assert entry["reason"] == "needs 2 readable real images, found 0"
