@@ -75,6 +75,45 @@ def test_command_parses(command, monkeypatch):
         assert resolve(vars(args))[1]
 
 
+def output_folder(command: str) -> str | None:
+    """Return the folder of a sweep's command; None for another command or for one image."""
+    words = shlex.split(command)
+    if "run_dype.py" not in words[:2]:
+        return None
+    text = " ".join(words[2:]).replace(
+        "--prompts_file FILE", "--prompts_file docs/demo_prompts.txt"
+    )
+    if re.search("FILE|FOLDER|--help", text) or "--prompt " in text:
+        return None
+    options, _ = resolve(vars(flags.parser().parse_args(text.split())))
+    return options.sweep and (options.output_dir or f"outputs/{options.sweep}")
+
+
+def test_each_sweep_has_its_own_folder(monkeypatch):
+    """No two commands of the pages write into the same folder; one image has a name of its own."""
+    monkeypatch.chdir(ROOT)
+    pages = [page for page in PAGES if page not in LOG and page.suffix == ".md"]
+    lines = dict.fromkeys(line for page in pages for line in commands(page.read_text()))
+    folders: dict[str, str] = {}
+    for command in lines:
+        if folder := output_folder(command):
+            assert folder not in folders, f"{command}, {folders.get(folder)}"
+            folders[folder] = command
+    assert len(folders) >= 12
+    first = "python run_dype.py --model demo --seed 0-1"
+    assert output_folder(first) == output_folder(f"{first} --steps 2") == "outputs/sweep"
+
+
+def test_each_file_has_its_own_command():
+    """No two commands of the pages write the same --strip, --save or --out."""
+    pages = [page for page in PAGES if page not in LOG and page.suffix == ".md"]
+    lines = dict.fromkeys(line for page in pages for line in commands(page.read_text()))
+    files = [
+        file for line in lines for file in re.findall(r"--(?:strip|save|out) (\S+\.\w+)", line)
+    ]
+    assert len(files) == len({*files}) > 4
+
+
 def test_the_documents_have_commands():
     assert len(COMMANDS) > 20
     pages = {parameter.id.rpartition("-")[0] for parameter in COMMANDS}

@@ -237,13 +237,14 @@ def draw_image_strips(cells: list[Cell], folder: Path, path: Path) -> bytes:
     corners = crop_corners(cells, images, crop)
     for cell, row, top, height in zip(cells, images, tops[:-1], heights, strict=True):
         text = f"{cell.setting.name}, {format_size(cell.size)} px"
-        pen.text((4, top + LABEL - 6), text, "black", font, anchor="ls")
+        pen.text((4, top + LABEL - 9), text, "black", font, anchor="ls")
         for column, (image, corner) in enumerate(zip(row, corners[cell.size], strict=True)):
             left, image_top = column * (SIDE + GAP), top + LABEL
             sheet.paste(image.resize((SIDE, height), Image.Resampling.LANCZOS), (left, image_top))
             (x, y), scale = corner, SIDE / image.width
-            frame = np.array([x, y, x + crop, y + crop]) * scale
-            draw_frame(pen, frame + np.array([left, image_top, left, image_top]))
+            frame = np.array([[x, y], [x + crop, y + crop]]) * scale
+            frame = frame.round().clip(1, (SIDE - 2, height - 2)) + (left, image_top)
+            draw_frame(pen, frame.astype(int).ravel().tolist())
             detail = image.crop((x, y, x + crop, y + crop))
             sheet.paste(detail, (left, image_top + height + GAP))
     note = "Below each image: its marked part, pixel for pixel."
@@ -271,8 +272,8 @@ def crop_corners(cells: list[Cell], images: list[list], side: int) -> dict:
     }
 
 
-def draw_frame(pen: ImageDraw.ImageDraw, box: np.ndarray) -> None:
+def draw_frame(pen: ImageDraw.ImageDraw, box: list[int]) -> None:
     """Draw a frame that stands out from any image; box: left, top, right, bottom, px."""
-    left, top, right, bottom = box.round().astype(int).tolist()
-    pen.rectangle((left - 2, top - 2, right + 2, bottom + 2), outline="black")
-    pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline="white")
+    left, top, right, bottom = box
+    pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline="black")
+    pen.rectangle(box, outline="white")

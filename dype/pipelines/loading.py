@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -262,6 +263,8 @@ def silence_known_warnings() -> None:
     )
     for name, text in notices:
         logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())
+    # autocast leaves the weights of norms as they are
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils.logging import disable_progress_bar
 

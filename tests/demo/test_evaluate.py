@@ -2,19 +2,21 @@
 
 import csv
 import json
+import re
 import signal
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from dype.config import DyPEConfig
 from dype.demo import evaluate, experiments, report, scores
-from dype.demo.experiments import Cell, parse_setting
+from dype.demo.experiments import Cell, image_paths, parse_setting
 from dype.rope import METHODS, axis_frequencies
 
 NAMES = {  # text -> name of the setting, None: the text
@@ -274,7 +276,7 @@ def test_interrupted_run(tmp_path, monkeypatch, capsys, small_base):
     names = ("saved.json", "saved.csv", "saved_pairs.csv", "strip.jpg")
     files = [tmp_path / name for name in names]
     with Image.open(files[3]) as image:  # three images of 160 px for each of four settings
-        assert image.size == (3 * 160, 4 * (160 + 26))
+        assert image.size == (3 * 160 + 2 * 6, 4 * (34 + 160 + 6 + 64) + 34)
     assert capsys.readouterr().out == whole_output + "".join(f"{path}\n" for path in files)
     saved = json.loads((tmp_path / "saved.json").read_text())
     names = [row["setting"] for row in saved["rows"]]
@@ -475,3 +477,52 @@ def test_reversed_time(control, tmp_path, small_base):
     assert len(sigmas) == 2  # steps
     for expected, sigma in sigmas:
         assert sigma == pytest.approx(expected, abs=1e-6)
+
+
+def save_pictures(folder: Path, size: tuple[int, int], names: list[str], count: int) -> list[Cell]:
+    """Write images of a dark and a bright half, and return their cells; size: height, width."""
+    cells = [Cell(size, parse_setting(name), count) for name in names]
+    for cell in cells:
+        for path in image_paths(cell, folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.full((*size, 3), 220, np.uint8)
+            pixels[: size[0] // 2] = 30
+            Image.fromarray(pixels).save(path)
+    return cells
+
+
+def test_a_strip_has_no_empty_cells(tmp_path):
+    """All rows have as many images as the shortest; labels stand apart; crops are not resized."""
+    wide = save_pictures(tmp_path, (256, 512), ["base"], 2)
+    square = save_pictures(tmp_path, (512, 512), ["dy_pi"], 5)
+    path = tmp_path / "strip.png"
+    path.write_bytes(report.draw_image_strips([*wide, *square], tmp_path, path))
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("L")).astype(int)
+    label, gap, side = 34, 6, 160
+    assert pixels.shape == ((label + 80 + gap + side) + (label + side + gap + side) + label, 326)
+    tops = [0, label + 80 + gap + side]
+    for top, height in zip(tops, (80, 160), strict=True):
+        assert (pixels[top : top + 4] == 255).all()  # space above the label, and below it
+        assert (pixels[top + label - 3 : top + label] == 255).all()
+        assert (pixels[top : top + label] < 100).any()
+        bottom = top + label + height
+        assert (pixels[bottom - 8, [80, 246]] > 200).all()
+        crops = pixels[bottom + gap : bottom + gap + side]
+        for left in (0, side + gap):
+            column = crops[:, left + 80]
+            assert ((column == 30) | (column == 220)).all()
+            assert 0 < (column == 30).sum() < side
+
+
+def test_an_image_of_another_size_is_no_pair(tmp_path, monkeypatch):
+    """It is refused rather than resized, in the scores and in the strip."""
+    cells = save_pictures(tmp_path, (64, 64), ["base"], 2)
+    path = image_paths(cells[0], tmp_path)[1]
+    Image.new("RGB", (64, 128)).save(path)
+    sentence = f"{path} is 64x128 px, so it cannot be compared with truth of 64x64 px; delete it"
+    with pytest.raises(OSError, match=re.escape(sentence)):
+        report.draw_image_strips(cells, tmp_path, tmp_path / "a.png")
+    monkeypatch.setattr(report, "truth_baselines", lambda *args: (None, {}))
+    with pytest.raises(OSError, match=re.escape(sentence)):
+        report.score_cells(None, "float32", cells, [None] * 2, tmp_path)

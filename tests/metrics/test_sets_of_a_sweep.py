@@ -215,8 +215,8 @@ def test_images_of_two_sizes_are_no_pair(inception):
     calls = len(inception)
     assert score(folder, "--metrics", "fid", "--real", real) == 0
     assert len(inception) == calls
-    other = make_sweep(*[large] * 2, folder="other")
-    assert score(make_sweep({}, {}), "--metrics", "fid", "--real", other) == 0
+    larger = make_sweep(*[large] * 2, folder="larger")
+    assert score(make_sweep({}, {}), "--metrics", "fid", "--real", larger) == 0
     [entry] = report()["sets"]
     assert entry["value"] is None
     assert entry["reason"] == "needs 2 readable real images, found 0"
