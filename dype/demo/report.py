@@ -243,7 +243,7 @@ def draw_image_strips(cells: list[Cell], folder: Path, path: Path) -> bytes:
             sheet.paste(image.resize((SIDE, height), Image.Resampling.LANCZOS), (left, image_top))
             (x, y), scale = corner, SIDE / image.width
             frame = np.array([[x, y], [x + crop, y + crop]]) * scale
-            frame = frame.round().clip(1, (SIDE - 2, height - 2)) + (left, image_top)
+            frame = frame.round().clip(1, (SIDE - 2, height - 2)) + np.array([left, image_top])
             draw_frame(pen, frame.astype(int).ravel().tolist())
             detail = image.crop((x, y, x + crop, y + crop))
             sheet.paste(detail, (left, image_top + height + GAP))
