@@ -1,5 +1,7 @@
 """Describe the memory that an image needs, and what is free of it, without loading weights."""
 
+import math
+from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub
@@ -19,7 +21,9 @@ def local_folder(run: RunSettings) -> Path | None:
     """Return the folder of a model, or of its copy in the hub's cache; None without one."""
     if Path(run.entry.repo).is_dir():
         return Path(run.entry.repo)
-    index = huggingface_hub.try_to_load_from_cache(run.entry.repo, INDEX, revision=run.revision)
+    index = None
+    with suppress(ValueError):  # no name that the hub could have
+        index = huggingface_hub.try_to_load_from_cache(run.entry.repo, INDEX, revision=run.revision)
     return Path(index).parent if isinstance(index, str) else None
 
 
@@ -27,13 +31,7 @@ def count_weights(file: Path) -> int:
     """Return the number of weights in a file. Raises ValueError or OSError."""
     if file.suffix == ".bin":  # a pickle, without a header of its own
         raise ValueError(f"{file} has no header")
-    total = 0
-    for _, shape in read_header(str(file)).values():
-        count = 1
-        for side in shape:
-            count *= side
-        total += count
-    return total
+    return sum(math.prod(shape) for _, shape in read_header(str(file)).values())
 
 
 def component_bytes(run: RunSettings) -> dict[str, float]:

@@ -58,6 +58,7 @@ def test_seconds_follow_the_work():
     """
     line = [*DEMO, "--size", "512", "--compile", "blocks"]
     forecast.remember(settings(*line, "--steps", "10"), [10], 60.0, 50.0, 2**30)
+    assert forecast.estimate_seconds(settings(*line, "--steps", "20")) == pytest.approx(20)
     forecast.remember(settings(*line, "--steps", "10"), [10], 10.0, 0.0, 2**30)
     longer = settings(*line, "--steps", "20")
     assert forecast.estimate_seconds(longer) == pytest.approx(20)

@@ -1,13 +1,17 @@
 """The bar of an image: all steps of all passes, words for waits, and nothing without a terminal."""
 
 import io
+import logging
 import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
 from conftest import TINY_DEMO, run
+from diffusers.utils.logging import enable_progress_bar
 from tqdm import tqdm
 
+from dype.pipelines.loading import load_pipeline, silence_known_warnings
 from dype.sampling import progress
 from dype.sampling.progress import ImageBar, show_word
 from dype.sweep import clock as sweep_clock
@@ -73,6 +77,37 @@ def test_nothing_without_a_terminal(flags, capfd):
     out, err = capfd.readouterr()
     assert err == ""
     assert "\r" not in out
+
+
+def test_loading_shows_no_bar_in_a_log(capfd, monkeypatch):
+    """Diffusers' bar of a pipeline's components is for a terminal."""
+    enable_progress_bar()
+    load_pipeline("demo")
+    assert capfd.readouterr().err == ""
+
+
+MESSAGES = {  # logger and text of a library -> whether it is shown
+    ("diffusers.loaders.lora_base", "No LoRA keys associated to CLIPTextModel found"): False,
+    ("diffusers.loaders.peft", "No LoRA keys associated to FluxTransformer2DModel found"): True,
+    ("diffusers.loaders.lora_base", "something else"): True,
+}
+
+
+@pytest.mark.parametrize(("name", "text"), MESSAGES)
+def test_messages_of_libraries(name, text):
+    """Those about what is right are silent, one by one; others are not."""
+    silence_known_warnings()
+    record = logging.LogRecord(name, logging.WARNING, "", 0, text, (), None)
+    assert bool(logging.getLogger(name).filter(record)) == MESSAGES[name, text]
+
+
+def test_warnings_of_torch():
+    """Warnings are errors in the tests, and one text of torch is none."""
+    with warnings.catch_warnings():
+        silence_known_warnings()
+        warnings.warn("Mismatch dtype between input and weight: input dtype", stacklevel=1)
+        with pytest.raises(UserWarning):
+            warnings.warn("Mismatch of something else", stacklevel=1)
 
 
 def test_a_pass_that_turns_out_shorter():
