@@ -199,7 +199,8 @@ def parser() -> Parser:
          "generate at once; 1 or more (default: one per core, up to 8)")  # fmt: skip
     flag("--save", type=Path, metavar="FILE.json", help="file of the results, for dype.figures; "
          "also writes FILE.csv, and FILE_pairs.csv with the paired differences")  # fmt: skip
-    flag("--strip", type=Path, metavar="FILE", help="PNG or JPEG file with six images per setting")
+    flag("--strip", type=Path, metavar="FILE", help="PNG or JPEG file with at most six "
+         "images per setting, and a crop of each pixel for pixel")  # fmt: skip
     return argument_parser
 
 
