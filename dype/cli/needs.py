@@ -7,8 +7,8 @@ from pathlib import Path
 import huggingface_hub
 
 from dype.pipelines import memory
-from dype.pipelines.checkpoints import list_weights, read_header
 from dype.pipelines.devices import DTYPES, default_device
+from dype.pipelines.headers import list_weights, read_header
 from dype.pipelines.model_paths import INDEX
 from dype.sampling import forecast
 from dype.sampling.settings import RunSettings

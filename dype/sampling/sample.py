@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from PIL import Image
+from tqdm import tqdm
 
 from dype.config import check_number
 from dype.families import family_of, family_of_pipeline
@@ -102,7 +103,7 @@ def prompt_encoder(pipe, runs: list) -> Callable:
             embeddings = encode_prompt(pipe, text, length)
         for note in describe_cuts(text, cuts, length, runs[0].entry.max_text_tokens):
             if note not in notes:
-                print(note)
+                tqdm.write(note)  # because a bar may be there
             notes.add(note)
         return embeddings
 

@@ -625,7 +625,7 @@ def test_texts_say_width_x_height(capsys):
     """Only the names of files have the height first."""
     words = ["--model", "demo", "--size", "1280x768", "--multipass", "twopass"]
     words += ["--prompt", "a red sun over mountains"]
-    assert run(*words, "--dry_run") == 0
+    assert run(*words, "--dry_run", "full") == 0
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith("demo  1280x768  dy_yarn_paper")
     passes = [line.split(":")[0] for line in lines if line.startswith("  pass at")]

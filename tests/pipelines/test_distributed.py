@@ -109,7 +109,7 @@ def test_a_process_that_dies_ends_the_run(tmp_path):
 def test_shared_sweep(two_processes, monkeypatch):
     """One process begins a sweep, two finish it, and one more finds nothing to do.
 
-    There is one table, and one contact sheet per size.
+    There is one table, one page with its thumbnails, and one contact sheet per size.
     """
     folder, first_files, result, _ = two_processes
     monkeypatch.chdir(folder)
@@ -121,7 +121,8 @@ def test_shared_sweep(two_processes, monkeypatch):
     assert not any(row["error"] for row in rows)
     names = {path.name for path in Path("out").iterdir()}
     assert {"comparison_64x64.png", "comparison_64x96.png", "summary.txt"} <= names
-    assert len(names) == 2 * 6 + 4
+    assert {"index.html", "thumbs"} <= names
+    assert len(names) == 2 * 6 + 6
     for name, content in first_files.items():
         assert Path("out", name).read_bytes() == content
     times = {path.name: path.stat().st_mtime_ns for path in Path("out").glob("seed_*")}

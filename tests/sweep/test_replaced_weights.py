@@ -109,7 +109,7 @@ def test_replaced_weights(name, capsys):
     assert run(*line, "--seed", "0-1") == 0
     image = next(Path("out").glob("seed_0*.png"))
     change()
-    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    before = {path: path.read_bytes() for path in Path("out").glob("*.*")}
     source = str(Path(flags[1].partition(":")[0]).absolute())
     # new seeds alone would stand beside images of the old weights on the contact sheet
     for seeds in ("0-2", "2-3"):
@@ -124,7 +124,7 @@ def test_replaced_weights(name, capsys):
         error = capsys.readouterr().err
         assert f"{flags[0]} {source} has other weights than when the --from image" in error
         assert f"or the flag {flags[0]} for the new ones" in error
-    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+    assert {path: path.read_bytes() for path in Path("out").glob("*.*")} == before
     assert not Path("other.png").exists()
 
 
