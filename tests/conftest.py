@@ -181,11 +181,18 @@ def table(folder="out") -> list[dict]:
         return list(csv.DictReader(file))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def keep_users_history(tmp_path_factory):
+    """Let no test write to the user's file of measurements."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def keep_history(monkeypatch, tmp_path_factory):
-    """Give each test its own file of measurements, in place of the user's."""
-    folder = tmp_path_factory.mktemp("cache") / "cache"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+def own_history(monkeypatch, tmp_path_factory, keep_users_history):
+    """Give each test a file of measurements of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture

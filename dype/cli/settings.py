@@ -66,6 +66,7 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     file, image = flags.get("config"), flags.get("from_")
     profile = load_profile(file, flags.get("profile")) if file is not None else {}
     from_image = load_image_settings(image) if image is not None else {}
+    typed = profile.keys() | flags.keys()
     profile, flags = split_dynamic_names(profile, flags)
     explicit = profile | flags
     validation.check_paths(from_image | explicit)
@@ -97,7 +98,9 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
     for run in (replace(run, prompt=prompt) for prompt in prompts for run in runs):
         first = images.setdefault(run.file_name, run)
         assert first is run or first.identity == run.identity
-    for note in find_notes(explicit, [*images.values()]):
+    # only what the user wrote, because a method such as dy_yarn sets dype too
+    written = {name: value for name, value in explicit.items() if name in typed}
+    for note in find_notes(written, [*images.values()]):
         print(note)
     return options, [*images.values()]
 

@@ -37,6 +37,7 @@ NOTES = {  # words -> the note
     "--method base --attention_scale 0.2": "--attention_scale has no effect without another "
     "--method than base",
     "--method base --no_dype": "--dype has no effect without another --method than base",
+    "--method dy_yarn,ntk --size 1024": "--method has no effect up to the base resolution, 1024 px",
     "--text_repeat 4 --size 1024": "--text_repeat has no effect up to the base resolution, 1024 px",
     "--method ntk --isotropic --size 1024x512": "--method, --anisotropic have no effect up to the "
     "base resolution, 1024 px",
