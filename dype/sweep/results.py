@@ -39,9 +39,7 @@ def to_row(run: RunSettings, record: dict | None = None, error: str = "") -> dic
         error: reason of the failure; "" if there is none.
     """
     row = {name: run.identity.get(name) for name in LABELS}
-    if row["attention_scale"] is None and run.config.method != "base":
-        row["attention_scale"] = "own" if row["attention_path"] is None else None
-        row["attention_path"] = row["attention_path"] or "own"
+    name_own_scale(row)
     row |= {"file": run.file_name, "height": run.height, "width": run.width, "error": error}
     row["method"] = run.config.name
     changes = [(key, value) for key, value in run.non_defaults.items() if key not in LABELS]
@@ -49,6 +47,16 @@ def to_row(run: RunSettings, record: dict | None = None, error: str = "") -> dic
     row["settings"] = ", ".join(words) or "defaults"
     row |= {name: (record or {}).get(name) for name in ("seconds", "peak_memory")}
     return {name: "" if value is None else format_value(value) for name, value in row.items()}
+
+
+def name_own_scale(settings: dict) -> None:
+    """Set the attention scale and its path to "own" where they are the method's own.
+
+    settings: values by name, as of `RunSettings.identity`; changed in place.
+    """
+    if settings["attention_scale"] is None and settings["method"] != "base":
+        settings["attention_scale"] = "own" if settings["attention_path"] is None else None
+        settings["attention_path"] = settings["attention_path"] or "own"
 
 
 def read_rows(folder: Path) -> list[dict]:

@@ -31,6 +31,7 @@ from dype.sampling.sample import prompt_encoder
 from dype.sampling.settings import RunSettings, image_settings, weight_sources
 from dype.sweep.clock import SweepClock, bar_labels
 from dype.sweep.results import COLUMNS, RESULTS, lock_folder, read_rows, to_row, write_table
+from dype.sweep.viewer import PAGE
 
 Rows = dict[str, dict | None]  # file -> row of results.csv; None: not generated yet
 
@@ -186,9 +187,7 @@ def open_folder(runs: list[RunSettings], folder: Path, overwrite: bool) -> tuple
     }
     for temporary in folder.glob(".*.part"):
         target = temporary.name[1:].rsplit(".", 2)[0]  # the name is .TARGET.PROCESS.part
-        is_table = target in (RESULTS, "summary.txt", "index.html") or target.startswith(
-            "comparison_"
-        )
+        is_table = target in (RESULTS, "summary.txt", PAGE) or target.startswith("comparison_")
         if is_table or target in images:
             temporary.unlink()
     write_rows(folder, rows)

@@ -6,7 +6,6 @@ and without a network. A folder stands for its sweep, or for the images in it.
 
 import hashlib
 import html
-import io
 import json
 import os
 import re
@@ -23,11 +22,11 @@ from dype.pipelines import memory
 from dype.sampling import records
 from dype.sampling.settings import format_value, image_settings
 from dype.sweep import results
-from dype.sweep.results import LABELS, REPLICATES, takes_several_values
+from dype.sweep.results import LABELS, REPLICATES, name_own_scale, takes_several_values
 
 PAGE, THUMBNAILS = "index.html", "thumbs"
 TEMPLATE = Path(__file__).with_name("viewer.html")
-GENERATOR = '<meta name="generator" content="dype.sweep.viewer">'
+GENERATOR = b'<meta name="generator" content="dype.sweep.viewer">'
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 512, 85  # px of the longer side
 CONTACT_SHEET = re.compile(r"comparison_\d+x\d+(_\d+)?\.png")  # no image of a sweep
@@ -38,6 +37,7 @@ SCORES = {
     "peak_memory": {"title": "peak GiB", "digits": 2},
 }
 METRIC = {"digits": 3}
+EMPTY = ("", "none")  # values that say nothing if all images have them
 UNITS = {"peak_memory": memory.GIB}
 EXAMPLES = """examples:
   python -m dype.sweep.viewer outputs/sweep
@@ -76,30 +76,27 @@ def image_of_row(row: dict, folder: Path) -> dict:
     return {"path": path, "settings": settings, "scores": scores, "error": row["error"]}
 
 
-def image_of_file(path: Path, root: Path) -> dict:
+def image_of_file(path: Path) -> dict:
     """Return path, settings, scores and error of an image for `write_page`.
 
-    The settings are those of its record. An image without a record has its folder and its name
-    instead.
-
-    Args:
-        path: of the image.
-        root: the deepest folder that contains all images of the page.
+    The settings are those of its record, {} without one.
     """
-    settings, scores = {"folder": os.path.relpath(path.parent, root)}, {}
+    settings, scores = {}, {}
     try:
         record, _ = records.find_record(path)
         values = image_settings(record)
-        values["method"] = f"{'dy_' * values['dype']}{values['method']}"
-        settings |= {
-            name: format_value(value)
-            for name, value in values.items()
-            if name != "dype" and value not in (None, [])
-        }
+        values["method"] = f"{'dy_' * values.pop('dype')}{values['method']}"
+        name_own_scale(values)
+        for name in ("height", "width"):  # the page has the size of the file
+            del values[name]
+        for name in ("lora", "negative_prompt", "init_image"):
+            values[name] = values[name] or "none"
+        values["lora"] = " ".join(record["flags"]["lora"]) or "none"
+        settings = {k: format_value(value) for k, value in values.items() if value is not None}
         numbers = {name: record[name] for name in SCORES if record.get(name) is not None}
         scores = {name: number / UNITS.get(name, 1) for name, number in numbers.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        settings["name"] = path.stem
+        settings = {}
     return {"path": path, "settings": settings, "scores": scores, "error": ""}
 
 
@@ -125,20 +122,26 @@ def write_page(images: list[dict], path: Path) -> Path:
             image["error"] = write_thumbnail(image["path"], image["thumbnail"])
     data = json.dumps(page_data(images, path), ensure_ascii=True)
     data = data.replace("<", "\\u003c")  # because a prompt may contain </script>
-    text = TEMPLATE.read_text("utf-8").replace("TITLE", html.escape(page_title(path)), 1)
-    records.write_atomically({path: text.replace("DATA", data, 1).encode()})
+    parts = {"@TITLE@": html.escape(page_title(path)), "@DATA@": data}
+    # at once, because a title may contain the other mark
+    text = re.sub("|".join(parts), lambda match: parts[match[0]], TEMPLATE.read_text("utf-8"))
+    records.write_atomically({path: text.encode(errors="backslashreplace")})
     return path
 
 
 def check_page(path: Path) -> None:
     """Raise ValueError if a file is in the way that is no page of this program."""
-    if path.exists() and (path.is_dir() or GENERATOR.encode() not in path.read_bytes()[:2000]):
+    if path.exists() and (not path.is_file() or GENERATOR not in path.read_bytes()[:2000]):
         raise ValueError(f"{path} is no page of this program; move it away")
+    folder = path.parent / THUMBNAILS
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is in the way of the folder of thumbnails; move it away")
 
 
 def page_title(path: Path) -> str:
     """Return the title of a page: the name of its folder, or of its file."""
-    return path.absolute().parent.name if path.name == PAGE else path.stem
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.basename(folder) if name == PAGE else path.stem
 
 
 def thumbnail_names(paths: list[Path], folder: Path) -> list[str]:
@@ -151,8 +154,9 @@ def thumbnail_names(paths: list[Path], folder: Path) -> list[str]:
     counts = Counter(path.stem for path in paths)
     names = []
     for path in paths:
-        is_unique = counts[path.stem] == 1 and path.parent == folder
-        suffix = "" if is_unique else f"-{short_id(os.fspath(path.absolute()))}"
+        is_beside = os.path.abspath(path.parent) == os.path.abspath(folder)
+        is_unique = counts[path.stem] == 1 and is_beside
+        suffix = "" if is_unique else f"-{short_id(os.path.abspath(path))}"
         names.append(records.shorten_name(f"{path.stem}{suffix}.jpg", records.MAX_TEMPORARY_NAME))
     return names
 
@@ -173,11 +177,16 @@ def write_thumbnail(path: Path, thumbnail: Path) -> str:
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror or error}"
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS, reducing_gap=3)
-    content = io.BytesIO()
-    image.save(content, "jpeg", quality=THUMBNAIL_QUALITY)
-    thumbnail.parent.mkdir(exist_ok=True)
-    records.write_atomically({thumbnail: content.getvalue()})
-    os.utime(thumbnail, ns=(time, time))
+    part = records.temporary_path(thumbnail)
+    try:
+        thumbnail.parent.mkdir(exist_ok=True)
+        image.save(part, "jpeg", quality=THUMBNAIL_QUALITY)
+        os.utime(part, ns=(time, time))
+        part.replace(thumbnail)
+    except OSError as error:
+        raise OSError(f"cannot write {thumbnail}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
     return ""
 
 
@@ -189,26 +198,51 @@ def page_data(images: list[dict], path: Path) -> dict:
         path: of the page.
     """
     entries = [image_data(image, path.parent) for image in images]
+    name_files(images)
     names = [*dict.fromkeys([*FORMATS, *(name for image in images for name in image["settings"])])]
     rows = [{name: image["settings"].get(name, "") for name in names} for image in images]
     formats = {name: FORMATS.get(name, f"{name} {{}}") for name in names}
-    varying = [name for name in names if takes_several_values(rows, name)]
+    constant = {name: rows[0][name] for name in names if len({row[name] for row in rows}) == 1}
+    axes = [name for name in names if takes_several_values(rows, name)]
     for entry, row in zip(entries, rows, strict=True):
-        entry["values"] = {name: row[name] for name in varying if row[name]}
-    constant = {name: max(row[name] for row in rows) for name in names if name not in varying}
+        entry["values"] = {name: row[name] for name in names if row[name] and name not in constant}
     prompt = constant.pop("prompt", "")
-    common = [formats[name].format(value) for name, value in constant.items() if value]
+    common = [formats[k].format(value) for k, value in constant.items() if value not in EMPTY]
     scores = dict.fromkeys(name for image in images for name in image["scores"])
+    columns = [name for name in REPLICATES if name in axes] or axes[-1:]
+    columns = ["name"] if "name" in axes else columns
+    is_named = len({row["name"] for row in rows}) == len(rows)
     return {
         "title": page_title(path),
         "prompt": prompt,
         "common": ", ".join(common),
-        "settings": [{"name": name, "format": formats[name]} for name in varying],
-        "columns": ",".join([name for name in REPLICATES if name in varying] or varying[-1:]),
+        "settings": [
+            {"name": name, "format": formats[name], "isAxis": name in axes}
+            for name in names
+            if name not in constant and any(row[name] for row in rows)
+        ],
+        "columns": ",".join(columns),
+        "rows": "none" if is_named else "",  # because then no other setting is needed
         "replicates": REPLICATES,
         "scores": [{"name": name} | SCORES.get(name, METRIC | {"title": name}) for name in scores],
         "images": entries,
     }
+
+
+def name_files(images: list[dict]) -> None:
+    """Set folder and name in the settings of images, where their records do not tell them apart.
+
+    The folder is set if there are several, the name if an image has no record.
+    """
+    paths = [Path(os.path.abspath(image["path"])) for image in images]
+    root = os.path.commonpath([path.parent for path in paths])
+    has_records = all(image["settings"].get("method") for image in images)
+    has_folders = len({path.parent for path in paths}) > 1
+    for image, path in zip(images, paths, strict=True):
+        if not has_records:
+            image["settings"]["name"] = path.stem
+        if has_folders:
+            image["settings"]["folder"] = os.path.relpath(path.parent, root)
 
 
 def image_data(image: dict, folder: Path) -> dict:
@@ -236,8 +270,8 @@ def image_data(image: dict, folder: Path) -> dict:
 
 
 def short_id(text: str) -> str:
-    """Return eight hex digits that stand for a text."""
-    return hashlib.sha256(os.fsencode(text)).hexdigest()[:8]
+    """Return twelve hex digits that stand for a text."""
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:12]
 
 
 def relative_url(path: Path, folder: Path) -> str:
@@ -253,22 +287,19 @@ def find_images(paths: list[str]) -> list[dict]:
 
     Raises ValueError if there is no such file or no image.
     """
-    files, images = [], []
-    for path in map(Path, paths):
-        if path.is_dir():
-            rows = results.read_rows(path)
-            images += [image_of_row(row, path) for row in rows]
-            files += [] if rows else list_images(path)
-        elif path.exists():
-            files.append(path)
+    images = []
+    for path in paths:
+        if os.path.isdir(path):
+            rows = results.read_rows(Path(path))
+            images += [image_of_row(row, Path(path)) for row in rows]
+            images += [] if rows else map(image_of_file, list_images(Path(path)))
+        elif os.path.isfile(path):
+            images.append(image_of_file(Path(path)))
         else:
-            raise ValueError(f"{path} does not exist, expected an image or a folder of images")
-    files = [*dict.fromkeys(files)]
-    root = Path(os.path.commonpath([path.absolute().parent for path in files] or [os.getcwd()]))
-    images += [image_of_file(path, root) for path in files]
+            raise ValueError(f"{path!r} is no file, expected an image or a folder of images")
     if not images:
         raise ValueError(f"{', '.join(paths)} has no images, expected some")
-    return images
+    return [*{os.path.realpath(image["path"]): image for image in images}.values()]
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -277,7 +308,8 @@ def list_images(folder: Path) -> list[Path]:
         path
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in SUFFIXES
-        and path.parent.name != THUMBNAILS
+        and path.is_file()
+        and THUMBNAILS not in path.relative_to(folder).parts
         and not CONTACT_SHEET.fullmatch(path.name)
     ]
 
@@ -305,9 +337,9 @@ def run(args) -> None:
     check_page(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_page(images, path)
-    broken = [image["error"] for image in images if image["error"]]
-    if broken:
-        print(f"{len(broken)} of {len(images)} images are not shown, as {broken[0]}")
+    for image in images:
+        if image["error"]:
+            print(f"not shown: {image['error']}")
     print(path)
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_to_bytes
 
 import pytest
 from conftest import TINY_DEMO, run
@@ -38,14 +38,16 @@ def test_page_of_a_sweep(capsys):
     data = read_data()
     assert data["title"] == "out"
     assert data["prompt"] == "a <b>sun</b></script>"
-    assert data["settings"] == [
-        {"name": "method", "format": "{}"},
-        {"name": "seed", "format": "seed {}"},
+    assert [setting for setting in data["settings"] if setting["isAxis"]] == [
+        {"name": "method", "format": "{}", "isAxis": True},
+        {"name": "seed", "format": "seed {}", "isAxis": True},
     ]
     assert data["columns"] == "seed"
     values = [image["values"] for image in data["images"]]
     expected = [(method, seed) for method in ("dy_yarn", "base") for seed in "01"]
-    assert values == [{"method": method, "seed": seed} for method, seed in expected]
+    assert [(value["method"], value["seed"]) for value in values] == expected
+    assert [value.get("dype_exponent") for value in values] == ["2", "2", None, None]
+    assert "exponent" not in data["common"]  # because base has none
     assert [score["title"] for score in data["scores"]] == ["seconds", "peak GiB"]
     for image in data["images"]:
         assert image["error"] == ""
@@ -107,6 +109,7 @@ def test_any_images(capsys):
     assert data["title"] == "x"
     names = [(image["values"]["folder"], image["values"]["name"]) for image in data["images"]]
     assert names == [("#1 a&b", "0"), ("#1 a&b", "1"), ("\u57ce", "0"), ("plain", "0")]
+    assert (data["columns"], data["rows"]) == ("name", "")
     for image, path in zip(data["images"], paths, strict=True):
         assert "#" not in image["file"]
         assert os.path.samefile(Path("pages", unquote(image["file"])), path)
@@ -136,6 +139,37 @@ def test_images_with_records():
     assert all("seconds" in image["scores"] for image in data["images"])
 
 
+def test_what_is_the_same_in_all():
+    """A setting that some images lack is not the same in all; such images have their names."""
+    line = [*TINY_DEMO, "--size", "64", "--seed", "0", "--prompt", "a sun"]
+    assert run(*line, "--output", "plain.png") == 0
+    assert run(*line, "--attention_scale", "0.5", "--output", "scaled.png") == 0
+    assert viewer.main(["plain.png", "scaled.png", "--out", "page.html"]) == 0
+    data = read_data("page.html")
+    assert "attention scale" not in data["common"]
+    assert "seed 0" in data["common"]
+    values = [image["values"]["attention_scale"] for image in data["images"]]
+    assert values == ["own", "0.5"]
+    write_images("photo.jpg")
+    assert viewer.main(["plain.png", "photo.jpg", "--out", "page.html"]) == 0
+    data = read_data("page.html")
+    assert (data["common"], data["prompt"]) == ("", "")
+    assert [image["values"]["name"] for image in data["images"]] == ["plain", "photo"]
+
+
+def test_odd_names():
+    """Marks of the template, bytes that are no text, and two paths of one image."""
+    write_images("@DATA@/a.png", "@DATA@/x\udcff.png")
+    os.symlink("a.png", "@DATA@/link.png")
+    assert viewer.main(["@DATA@/a.png", "@DATA@/link.png", "@DATA@", "--out", "@DATA@.html"]) == 0
+    data = read_data("@DATA@.html")
+    assert data["title"] == "@DATA@"
+    assert len(data["images"]) == 2
+    for image in data["images"]:
+        assert Path(os.fsdecode(unquote_to_bytes(image["file"]))).exists()
+        assert Path(os.fsdecode(unquote_to_bytes(image["thumb"]))).exists()
+
+
 def test_sizes_of_images():
     """The sizes are those that a viewer shows, and width comes first."""
     exif = Image.Exif()
@@ -156,18 +190,33 @@ def test_broken_images(capsys):
     Path("broken.png").write_bytes(Path("good.png").read_bytes()[:60])
     Path("text.png").write_text("no image")
     assert viewer.main(["good.png", "broken.png", "text.png", "--out", "page.html"]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("2 of 3 images are not shown, as broken.png cannot be read: ")
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert first.startswith("not shown: broken.png cannot be read: ")
+    assert second.startswith("not shown: text.png cannot be read: ")
     errors = [image["error"] for image in read_data("page.html")["images"]]
     assert errors[0] == ""
     assert errors[2] == "text.png cannot be read: it is no image of a format that Pillow reads"
     assert viewer.main(["text.png", "--out", "page.html"]) == 0  # a page of broken ones alone
 
 
+def test_a_folder_that_cannot_be_written(capsys):
+    write_images("a.png")
+    assert viewer.main(["a.png", "--out", "/proc/x.html"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dype.sweep.viewer: cannot write /proc/thumbs/a-")
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["missing.png"], "missing.png does not exist, expected an image or a folder of images"),
+        (["missing.png"], "'missing.png' is no file, expected an image or a folder of images"),
+        ([""], "'' is no file, expected an image or a folder of images"),
+        (["pipe.png"], "'pipe.png' is no file, expected an image or a folder of images"),
+        (["n" * 300], f"{'n' * 300!r} is no file, expected an image or a folder of images"),
+        (
+            ["a.png", "--out", "blocked/x.html"],
+            "blocked/thumbs is in the way of the folder of thumbnails; move it away",
+        ),
         (["empty"], "empty has no images, expected some"),
         (["a.png", "--out", "page.txt"], "--out is page.txt, expected a name in .html"),
         (["a.png", "--out", "mine.html"], "mine.html is no page of this program; move it away"),
@@ -179,6 +228,9 @@ def test_mistakes(words, sentence, capsys):
     write_images("a.png")
     Path("empty").mkdir()
     Path("empty.html").mkdir()
+    Path("blocked").mkdir()
+    Path("blocked/thumbs").touch()
+    os.mkfifo("pipe.png")
     Path("mine.html").write_text("<html>my own page</html>")
     assert viewer.main(words) == 2
     assert capsys.readouterr().err == f"dype.sweep.viewer: {sentence}\n"

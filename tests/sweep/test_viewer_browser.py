@@ -155,7 +155,7 @@ def test_grid(browser, page):
 
 def test_one_row_wraps(browser, page):
     """Images of one row, as of a folder of photographs, fill the width of the screen."""
-    open_page(browser, page + "#only.method=dy_yarn")
+    open_page(browser, page + "#not.method=base")
     assert texts(browser, "#grid .name") == ["seed 0", "seed 1", "seed 2"]
     place = (
         "return [...document.querySelectorAll('figure')].map((f) => f.getBoundingClientRect().top)"
@@ -170,13 +170,18 @@ def test_filters_and_axes(browser, page):
     click(browser, "#filters summary", 2)
     click(browser, "#filters [data-name=seed] input", 1)
     assert texts(browser, "#grid th[scope=col]") == ["seed 0", "seed 2"]
+    assert texts(browser, "#filters [data-name=seed] summary") == ["seed: 2 of 3"]
     assert texts(browser, "#count") == ["4 of 6 images"]
     browser.refresh()
     assert texts(browser, "#count") == ["4 of 6 images"]
     browser.find_element("css selector", "#columns").send_keys("method")
     assert texts(browser, "#grid th[scope=col]") == ["dy_yarn", "base"]
-    open_page(browser, page + "#only.seed=")
+    open_page(browser, page + "#not.seed=0&not.seed=1&not.seed=2")
     assert texts(browser, "#count") == ["0 of 6 images"]
+    click(browser, "#show-all")
+    assert texts(browser, "#count") == ["6 images"]
+    open_page(browser, page + "#rows=none")
+    assert texts(browser, "figcaption")[:2] == ["1200x1200, dy_yarn", "600x600, base"]
 
 
 def test_table(browser, page):
@@ -292,6 +297,8 @@ def test_slider_at_the_same_place(browser, page):
     assert moved == pytest.approx(edge + 50, abs=3)
     handle.send_keys(Keys.ARROW_LEFT)
     assert browser.execute_script("return state.split * canvas.width") < moved
+    handle.send_keys(Keys.END)
+    assert browser.execute_script("return state.split") == 1
 
 
 def test_difference(browser, page):
@@ -361,17 +368,50 @@ def test_neighbors(browser, page):
 
 
 def test_only_open_images_are_loaded(browser, page):
+    """The grid loads thumbnails alone; what is closed gives its pixels back."""
+    source = """
+        window.sources = [];
+        const {get, set} = Object.getOwnPropertyDescriptor(HTMLImageElement.prototype, "src");
+        Object.defineProperty(HTMLImageElement.prototype, "src", {
+          get, set(value) { sources.push(value); set.call(this, value); }});"""
+    command = "Page.addScriptToEvaluateOnNewDocument"
+    script = browser.execute_cdp_cmd(command, {"source": source})
     open_page(browser, page)
-    loaded = "return performance.getEntriesByType('resource').map((entry) => entry.name)"
-    names = browser.execute_script(loaded)
-    assert all("/thumbs/" in name for name in names)
-    compare(browser, page, 2)
-    names = browser.execute_script(loaded)
-    assert [name for name in names if "/thumbs/" not in name] in (
-        [],
-        [page.replace("index.html", "dy_yarn%20%232.png")],
-    )
-    assert browser.execute_script("return pictures.size") == 1
+    sources = browser.execute_script("return sources.splice(0)")
+    assert len(sources) == 5  # of six images one failed
+    assert all(name.startswith("thumbs/") for name in sources)
+    click(browser, "figure button", 2)
+    wait_for_images(browser)
+    sources = browser.execute_script("return sources.splice(0)")
+    assert sorted(sources) == ["dy_yarn%20%232.png", "thumbs/dy_yarn%20%232.jpg"]
+    has_source = """
+        const [{element}] = pictures.values();
+        goBack();
+        return element.hasAttribute("src")"""
+    assert not browser.execute_script(has_source)
+    browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+
+
+def test_keyboard(browser, page):
+    """Enter opens, Tab stays among what is seen, Space picks, Escape goes back to the image."""
+    open_page(browser, page)
+    browser.find_elements("css selector", "figure button")[1].send_keys(Keys.ENTER)
+    wait_for_images(browser)
+    is_covered = "return Boolean(document.activeElement.closest('header, main, footer'))"
+    for _ in range(30):
+        webdriver.ActionChains(browser).send_keys(Keys.TAB).perform()
+        assert not browser.execute_script(is_covered)
+    browser.find_element("css selector", "canvas").send_keys(Keys.ESCAPE)
+    focused = browser.switch_to.active_element
+    assert focused == browser.find_elements("css selector", "figure button")[1]
+    for number in (1, 2):
+        browser.find_elements("css selector", "figure button")[number].send_keys(Keys.SPACE)
+    assert texts(browser, "#picked") == ["2 of at most 4 images picked"]
+    browser.switch_to.active_element.send_keys("c")
+    wait_for_images(browser)
+    assert browser.execute_script("return state.images.length") == 2
+    browser.find_element("css selector", "body").send_keys("?")
+    assert browser.find_element("css selector", "#help").is_displayed()
 
 
 def test_missing_files(browser, page, tmp_path):
@@ -389,7 +429,7 @@ def test_missing_files(browser, page, tmp_path):
     assert "is missing or broken" in texts(browser, ".label")[0]
     assert texts(browser, ".label")[1].endswith(":1") or "1:" in texts(browser, ".label")[1]
     open_page(browser, f"{address}#view=image&images=00000000")
-    assert "1 image(s) that this page does not have" in texts(browser, "#notice")[0]
+    assert texts(browser, "#notice")[0].endswith("that this page does not have: 1.")
 
 
 def test_theme_and_phone(browser, page):
