@@ -38,6 +38,7 @@ def output_path(options: RunOptions, run: RunSettings) -> Path:
         name = "image.png" if options.no_metadata else run.file_name
         path = Path(options.output_dir or "outputs") / name
         path = path if options.overwrite else records.next_free_path(path)
+        check_neighbors(path)
     else:
         path = Path(options.output)
         if path.suffix.lower() not in records.FORMATS:
@@ -48,7 +49,17 @@ def output_path(options: RunOptions, run: RunSettings) -> Path:
                 f"--output is {options.output!r}, but WebP has at most {MAX_WEBP_SIDE} px a side, "
                 f"and the image {run.width}x{run.height}, expected .png or .jpg"
             )
+        check_neighbors(path)
         for target in (path, path.with_suffix(".json")):
             if target.is_dir() or (target.exists() and not options.overwrite):
                 raise UserError(f"--output: {target} exists, expected --overwrite or another name")
     return path
+
+
+def check_neighbors(path: Path) -> None:
+    """Raise UserError if an image with another ending would lose its record to this one."""
+    if neighbors := records.find_neighbors(path):
+        raise UserError(
+            f"--output: {neighbors[0]} exists, whose record would have the name of that of "
+            f"{path}, expected another name"
+        )

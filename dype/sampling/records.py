@@ -76,10 +76,18 @@ def check_names(*paths: Path) -> None:
 def next_free_path(path: Path) -> Path:
     """Return `path`, or the first of PATH_2, PATH_3, ... that has neither an image nor a record."""
     count, free = 1, path
-    while free.exists() or free.with_suffix(".json").exists():
+    while free.exists() or free.with_suffix(".json").exists() or find_neighbors(free):
         count += 1
         free = path.with_stem(f"{path.stem}_{count}")
     return free
+
+
+def find_neighbors(path: Path) -> list[Path]:
+    """Return the images whose record would be the same JSON: names with another ending."""
+    endings = [*FORMATS, *map(str.upper, FORMATS)]
+    neighbors = [file for file in map(path.with_suffix, endings) if file != path and file.exists()]
+    # because a.PNG is a.png where a file system ignores case
+    return [file for file in neighbors if not (path.exists() and file.samefile(path))]
 
 
 def save_image(image: Image.Image, record: dict | None, path: Path, overwrite: bool = True) -> Path:
@@ -90,7 +98,7 @@ def save_image(image: Image.Image, record: dict | None, path: Path, overwrite: b
     Args:
         image: image to save.
         record: its record; None writes neither the JSON nor a record in the image, and deletes an
-            earlier JSON.
+            earlier JSON, unless it belongs to an image with another ending.
         path: file of the image; its ending is one of `FORMATS`.
         overwrite: replace existing files; False: take the next free name.
 
@@ -103,7 +111,7 @@ def save_image(image: Image.Image, record: dict | None, path: Path, overwrite: b
     def write(target: Path, replace: bool) -> Path:
         target = target if replace else next_free_path(target)
         write_atomically({target.with_suffix(suffix): data for suffix, data in contents.items()})
-        if record is None:
+        if record is None and not find_neighbors(target):
             target.with_suffix(".json").unlink(missing_ok=True)
         return target
 

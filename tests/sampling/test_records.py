@@ -82,6 +82,21 @@ def test_temporary_names_are_short_and_apart():
     assert records.temporary_path(Path("a.png")).name == f".a.png.{os.getpid()}.part"
 
 
+def test_an_image_with_another_ending_keeps_its_record(capsys):
+    """Both would have the same JSON, so no flag lets one take that of the other."""
+    image = Image.new("RGB", (8, 8))
+    records.save_image(image, {"prompt": "x"}, Path("a.png"))
+    for words in ("", "--overwrite", "--no_metadata", "--no_metadata --overwrite"):
+        assert run(*SMALL, "--output", "a.jpg", *words.split(), "--dry_run") == 2
+        sentence = "a.png exists, whose record would have the name of that of a.jpg, expected anoth"
+        assert sentence in capsys.readouterr().err
+    records.save_image(image, None, Path("a.jpg"))
+    assert json.loads(Path("a.json").read_text()) == {"prompt": "x"}
+    records.save_image(image, None, Path("b.JPG"))
+    assert records.next_free_path(Path("b.png")) == Path("b_2.png")
+    assert run(*SMALL, "--output", "a.png", "--overwrite", "--dry_run") == 2  # a.jpg is there now
+
+
 EVENTS = {
     "the folder is removed": lambda: shutil.rmtree(FOLDER),
     "the folder is a file": lambda: (shutil.rmtree(FOLDER), FOLDER.write_text("")),
