@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from dype.cli.flags import parse
-from dype.cli.output import check_output, read_sweep
+from dype.cli.output import check_output, check_words, read_sweep
 from dype.cli.settings import resolve
 from dype.cli.validation import check_paths
 from dype.errors import run_command
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def command(argv: list[str], rank: int) -> int:
     """Parse and resolve the arguments, then generate one image or a sweep."""
     words = vars(parse(argv))
+    check_words(words)
     if "grid_from" in words:
         check_paths(words)
         folder, columns = words["grid_from"], words.get("cols")

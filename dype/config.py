@@ -30,7 +30,10 @@ DEFAULT_LAMBDA_S = {
     "resonance": 1.0,
     "cutoff": None,
 }
+# what a flag with on|off accepts: TOML's words too
+BOOLEANS = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False}
 LAMBDA_S_HELP = ", ".join(f"{name} {scale:g}" for name, scale in DEFAULT_LAMBDA_S.items() if scale)
+WITHOUT_LAMBDA_S = ", ".join(name for name, scale in DEFAULT_LAMBDA_S.items() if not scale)
 DYNAMIC_NAMES = {f"dy_{name}": name for name in DEFAULT_LAMBDA_S if name != "base"}
 STATIC_METHODS = ("sega",)  # without DyPE unless it is asked for, as their authors have them
 SHIFTS = ("cap", "model", "log", "sqrt", "sd3")
@@ -104,8 +107,9 @@ class Flag:
         if not text and self.type is str and "prompt" not in self.name.split("_"):
             raise ValueError(f"--{self.option} is '', expected a value")
         if self.type is bool:
-            check_choice(f"--{self.option}", text, ("on", "off"))
-            value = text == "on"
+            value = BOOLEANS.get(text.lower())
+            if value is None:
+                check_choice(f"--{self.option}", text, ("on", "off"))
         elif self.type in (int, float) and text not in self.words:
             try:
                 value = self.type(text)
@@ -221,14 +225,14 @@ class DyPEConfig:
         "lambda_s of kappa = lambda_s u^lambda_t (Eq. 13), where u is sigma, or as in "
         "--dype_start_sigma; 0 to 8", None, low=0, high=8, label="scale {}",
         has_effect=has_kappa,
-        needs="DyPE and a method with kappa",
+        needs=f"DyPE, nor with the methods {WITHOUT_LAMBDA_S}",
         default_help=f"per method ({LAMBDA_S_HELP})",
     )
     dype_exponent: float = flag(
         "lambda_t of kappa; 0 to 1000; larger: sharper detail, smaller: safer layout", 2.0,
         low=0, high=1000, label="exponent {}",
         has_effect=has_kappa,
-        needs="DyPE and a method with kappa",
+        needs=f"DyPE, nor with the methods {WITHOUT_LAMBDA_S}",
     )
     dype_start_sigma: float = flag(
         "sigma at which the stretch begins to fall: u = min(1, sigma / T); 0 < T <= 1", 1.0,

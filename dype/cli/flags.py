@@ -257,11 +257,30 @@ def parser() -> Parser:
         names = [f"--{row.option}", *row.aliases]
         add(*names, dest=row.name, help=help_text(row), **options, **row.parser_options or {})
         for name, value, text in row.switches:
-            const = [value] if takes_list else value
+            const = switch_value(row, value)
             add(name, dest=row.name, action="store_const", const=const, help=text)
         if row.name == "width":
             add("--size", metavar="WxH,...", action=Size, help=SIZE)
     return command
+
+
+def switch_value(row: Flag, value):
+    """Return what `parse` returns for a switch that sets a flag to a value."""
+    return value if row.label is None else [value]
+
+
+def spell_flag(name: str, value) -> str:
+    """Return a flag as the user wrote it: --no_dype, not --dype, where that switch set the value.
+
+    Args:
+        name: of the setting.
+        value: what `parse` returned for it.
+    """
+    for row in FLAGS:
+        for switch, constant, _ in row.switches if row.name == name else ():
+            if value == switch_value(row, constant):
+                return switch
+    return f"--{name.rstrip('_')}"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

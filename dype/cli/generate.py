@@ -88,6 +88,8 @@ def draw_sheets(rows: list[dict], folder: Path, columns: str | None) -> int:
         UserError: another program's index.html is in the way.
         OSError: a file cannot be written.
     """
+    with raise_user_errors():
+        viewer.check_page(folder / viewer.PAGE)
     for path in contact_sheet.write_contact_sheets(rows, folder, columns):
         print(path)
     with raise_user_errors():

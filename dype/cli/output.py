@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dype.cli.flags import RunOptions
+from dype.cli.flags import RunOptions, spell_flag
 from dype.errors import UserError, raise_user_errors
 from dype.sampling import records
 from dype.sampling.settings import RunSettings
@@ -11,15 +11,30 @@ from dype.sweep import results
 MAX_WEBP_SIDE = 16383  # px; JPEG has 65535, more than any image of this program
 
 
+def check_words(words: dict) -> None:
+    """Raise UserError for flags of a command line that another one would leave without effect.
+
+    words: flag name -> text; not of --config, whose flags a command line may replace.
+    """
+    if {"output", "output_dir"} <= words.keys():
+        raise UserError(
+            f"--output is {words['output']!r}, which names the folder too, expected no --output_dir"
+        )
+    if "grid_from" in words:
+        names = [name for name in words if name not in ("grid_from", "cols", "yes")]
+        if names:
+            flags = ", ".join(spell_flag(name, words[name]) for name in names)
+            raise UserError(f"--grid_from takes --cols alone, expected no {flags}")
+
+
 @raise_user_errors()
 def check_output(options: RunOptions, run: RunSettings) -> None:
     """Raise UserError if the output of a run, or of the first of a sweep, cannot be written."""
+    results.check_columns(options.cols)
     if not options.sweep:
         output_path(options, run)
     elif options.output is not None:
         raise UserError("--output names one file, expected one image or --output_dir")
-    else:
-        results.check_columns(options.cols)
 
 
 @raise_user_errors()

@@ -100,7 +100,7 @@ def resolve(words: dict) -> tuple[RunOptions, list[RunSettings]]:
         assert first is run or first.identity == run.identity
     # only what the user wrote, because a method such as dy_yarn sets dype too
     written = {name: value for name, value in explicit.items() if name in typed}
-    for note in find_notes(written, [*images.values()]):
+    for note in find_notes(written, words, [*images.values()]):
         print(note)
     return options, [*images.values()]
 

@@ -4,6 +4,7 @@ import secrets
 
 from dype.cli.flags import ALL_FLAGS
 from dype.config import DYNAMIC_NAMES, Flag, find_choice
+from dype.pipelines.choices import DEVICE
 from dype.pipelines.processes import rank_and_world_size
 from dype.sweep.grid import parse_list, parse_size
 
@@ -31,7 +32,13 @@ def parse_seed(row: Flag, text: str) -> int:
         raise ValueError(f"{error}, or random") from error
 
 
+def parse_device(row: Flag, text: str) -> str:
+    """Return the device of a text in any case; another text as it is. Raises ValueError."""
+    return row.parse(text.lower() if DEVICE.fullmatch(text.lower()) else text)
+
+
 PARSE_ITEM = {"method": parse_method, "seed": parse_seed}
+PARSE_ITEM |= dict.fromkeys(("device", "text_encoder_device", "vae_device"), parse_device)
 
 
 def to_values(words: dict) -> dict:
@@ -42,16 +49,17 @@ def to_values(words: dict) -> dict:
     values = dict(words)
     if "size" in values:
         sizes = [parse_size(text) for text in parse_list("size", values.pop("size"), False)]
-        heights, widths = map(list, zip(*sizes, strict=True))
+        heights, widths = map(list, zip(*dict.fromkeys(sizes), strict=True))
         values = {"height": heights, "width": widths} | values
     for row in ALL_FLAGS:
         text = values.get(row.name)
         if isinstance(text, str) and row.label is None:
-            values[row.name] = row.parse(text)
+            values[row.name] = PARSE_ITEM.get(row.name, Flag.parse)(row, text)
         elif isinstance(text, str):
             texts = parse_list(row.name, text, row.type in (int, float))
             parse_item = PARSE_ITEM.get(row.name, Flag.parse)
-            values[row.name] = [parse_item(row, item) for item in texts]
+            # without equal values only here, because each "random" is another number
+            values[row.name] = [*dict.fromkeys(parse_item(row, item) for item in texts)]
         elif row.parser_options and row.name in values:  # a list, because the flag may be repeated
             values[row.name] = [row.parse(item) for item in text]
     return values

@@ -12,6 +12,7 @@ from dype.sampling.settings import SIDE_LIMITS
 
 MAX_IMAGES = 10_000  # without --yes
 RANGE = re.compile(r"(\d+)-(\d+)")
+DOTS = re.compile(r"(\d+)\.\.+(\d+)")  # a range in other languages
 
 TABLE1_SIZES = "2x:3x,3x:2x,3x,4x"
 
@@ -99,7 +100,7 @@ def resolve_relative_sizes(sizes: str, base: int) -> str:
 
 
 def parse_list(name: str, text: str, numbers: bool) -> list[str]:
-    """Split a list of values, and expand its ranges.
+    """Split a list of values, and expand its ranges; equal values stay.
 
     Args:
         name: name of the flag.
@@ -114,9 +115,11 @@ def parse_list(name: str, text: str, numbers: bool) -> list[str]:
         item = item.strip()
         if not item:
             raise ValueError(f"--{name} is {text!r}, expected values between the commas")
+        if numbers and (match := DOTS.fullmatch(item)):
+            raise ValueError(f"--{name} is {item!r}, expected {match[1]}-{match[2]} for a range")
         is_range = numbers and (":" in item or RANGE.fullmatch(item))
         texts += parse_range(name, item) if is_range else [item]
-    return list(dict.fromkeys(texts))
+    return texts
 
 
 def parse_range(name: str, item: str) -> list[str]:
@@ -137,7 +140,7 @@ def parse_range(name: str, item: str) -> list[str]:
 
 def parse_size(size: str) -> tuple[int, int]:
     """Parse a size, width first: `2048x3072` -> (3072, 2048), height first. Raises ValueError."""
-    match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", size)
+    match = re.fullmatch(r"(\d{1,9})(?:\s*[xX*\u00d7]\s*(\d{1,9}))?", size)
     if not match:
         raise ValueError(f"--size is {size!r}, expected WIDTHxHEIGHT or one number, in px")
     width, height = int(match[1]), int(match[2] or match[1])

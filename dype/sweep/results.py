@@ -71,6 +71,7 @@ def read_rows(folder: Path) -> list[dict]:
     try:
         for row in rows:
             int(row["height"]), int(row["width"]), float(row["seconds"] or len(row["error"]))
+            float(row.get("peak_memory") or 0)
     except ValueError as error:
         raise ValueError(f"{path} is no table of this program; move it away") from error
     complete = [{name: row.get(name, "") for name in COLUMNS} for row in rows]

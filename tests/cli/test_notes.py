@@ -23,12 +23,12 @@ def notes_of(capsys, *words):
     return capsys.readouterr().out.splitlines()
 
 
+KAPPA = "without DyPE, nor with the methods base, tasr, cutoff"
 NOTES = {  # words -> the note
-    "--no_dype --dype_scale 3": "--dype_scale has no effect without DyPE and a method with kappa",
-    "--method sega --dype_exponent 1": "--dype_exponent has no effect without DyPE and a method "
-    "with kappa",
+    "--no_dype --dype_scale 3": f"--dype_scale has no effect {KAPPA}",
+    "--method sega --dype_exponent 1": f"--dype_exponent has no effect {KAPPA}",
     "--no_dype --dype_scale 3 --dype_exponent 1": "--dype_scale, --dype_exponent have no effect "
-    "without DyPE and a method with kappa",
+    f"{KAPPA}",
     "--sega_alpha 0.3": "--sega_alpha has no effect without SEGA's m, by --method sega or "
     "--attention_path sega",
     "--rdfc_pairs 8": "--rdfc_pairs has no effect without --method rdfc or riflex",
@@ -36,11 +36,15 @@ NOTES = {  # words -> the note
     "--method, or DyPE for falling and rising",
     "--method base --attention_scale 0.2": "--attention_scale has no effect without another "
     "--method than base",
-    "--method base --no_dype": "--dype has no effect without another --method than base",
+    "--method base --dype": "--dype has no effect without another --method than base",
     "--method dy_yarn,ntk --size 1024": "--method has no effect up to the base resolution, 1024 px",
     "--text_repeat 4 --size 1024": "--text_repeat has no effect up to the base resolution, 1024 px",
-    "--method ntk --isotropic --size 1024x512": "--method, --anisotropic have no effect up to the "
+    "--method ntk --isotropic --size 1024x512": "--method, --isotropic have no effect up to the "
     "base resolution, 1024 px",
+    "--anisotropic off --size 1024": "--anisotropic has no effect up to the base resolution, 1024 "
+    "px",
+    "--no_dype --size 1024": "--no_dype has no effect up to the base resolution, 1024 px",
+    "--size 1024,768": "--size 1024,768 is two square images; 1024x768 is one image",
     "--tiled_vae off --tile_size 512": "--tile_size has no effect without tiles",
 }
 
@@ -54,7 +58,11 @@ def test_a_flag_without_effect_is_said(words, capsys):
     "words",
     [
         "--method base,yarn --dype_scale 3",  # it has one on an image of the sweep
-        "--text_repeat 4 --size 1024,2048",
+        "--text_repeat 4 --size 1024,2048,4096",
+        "--size 2048x1024,1024",
+        "--size 2048,2048",
+        "--method base --no_dype",  # the static form is what there is
+        "--method tide --attention_path tide",  # the rule is the method's own
         "--no_dype --dype_exponent 2",  # the default
         "--method sega --sega_alpha 0.3",
         "--attention_path sega --sega_alpha 0.3",

@@ -1,6 +1,5 @@
 """Lists of values, named sweeps, and the runs that they give."""
 
-import os
 import shlex
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def resolve_runs(*argv) -> list[RunSettings]:
         ("dype_scale", "1:3:0.5", "1 1.5 2 2.5 3"),
         ("dype_scale", "0:1:0.1", "0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1"),
         ("dype_exponent", "1:2.9", "1 2"),
-        ("dype_scale", "1,1,2", "1 2"),
+        ("dype_scale", "1,1,2", "1 1 2"),
         ("size", "1024,2048x3072", "1024 2048x3072"),
     ],
 )
@@ -43,6 +42,7 @@ def test_lists(name, text, expected):
     assert grid.parse_list(name, text, numbers) == expected.split()
 
 
+TABLE_HEAD = "file,height,width,seconds,peak_memory,error"
 BAD = {
     "empty": "--seed=",
     "only a comma": "--seed ,",
@@ -90,7 +90,13 @@ BAD = {
     "multipass_only of params": "--sweep params --multipass_only",
     "cols": "--seed 0-1 --cols hue",
     "cols 0": "--seed 0-1 --cols 0",
+    "cols of one image": "--cols hue",
     "output of a sweep": "--seed 0-1 --output a.png",
+    "output and output_dir": "--output a.png --output_dir b",
+    "grid_from and other flags": "--grid_from done --dry_run --seed 1 --no_dype",
+    "a table whose memory is text": "--grid_from text",
+    "another program's page": "--grid_from page",
+    "a range with dots": "--seed 0..3",
     "grid_from nothing": "--grid_from nowhere",
     "quantize unknown": "--quantize int3",
 }
@@ -104,9 +110,14 @@ def test_bad_input(name, capsys):
     Path("text.txt").write_text("words")
     Path("odd").mkdir()
     Path("odd/results.csv").write_bytes(b"\xff\n\xff\n")
+    for folder, memory in (("done", "1"), ("page", "1"), ("text", "1.2 GiB")):
+        Path(folder).mkdir()
+        row = f"a.png,64,64,1,{memory},"
+        Path(folder, "results.csv").write_text(f"{TABLE_HEAD}\n{row}\n")
+    Path("page/index.html").write_text("mine")
     Path("other").mkdir()
     Path("other/results.csv").write_text("file,model\na,b\n")
-    before = sorted(os.listdir())
+    before = sorted(map(str, Path().rglob("*")))
     assert run_command(*BAD[name].split()) == 2
     err = capsys.readouterr().err
     assert err.startswith("run_dype.py: ")
@@ -114,7 +125,28 @@ def test_bad_input(name, capsys):
     assert any(
         word in err for word in ("expected", "choose from", "cannot be read", "is of a", "move it")
     )
-    assert sorted(os.listdir()) == before
+    assert sorted(map(str, Path().rglob("*"))) == before
+
+
+def test_only_cols_goes_with_grid_from(capsys):
+    """The sentence names the flags as they were written."""
+    assert run_command("--grid_from", "x", "--cols", "2", "--yes", "--no_dype", "--size=64") == 2
+    assert capsys.readouterr().err.endswith("takes --cols alone, expected no --no_dype, --size\n")
+
+
+def test_several_random_seeds():
+    """Each is a number of its own."""
+    runs = resolve_runs("--seed", "random,Random,random,3")
+    assert len({run.seed for run in runs}) == 4
+    assert runs[-1].seed == 3
+
+
+SIZES = ("1024X768", "1024\u00d7768", "1024*768", "1024 x 768", "1024x768")
+
+
+@pytest.mark.parametrize("text", SIZES)
+def test_spellings_of_a_size(text):
+    assert [(run.width, run.height) for run in resolve_runs("--size", text)] == [(1024, 768)]
 
 
 def test_yes_allows_more_images():
