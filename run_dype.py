@@ -50,7 +50,7 @@ def command(argv: list[str], rank: int) -> int:
         check_output(options, runs[0])
         check_sources(runs[0].model, runs[0].entry, **runs[0].files)
         if not options.dry_run:
-            check_reached(runs[0].model, runs[0].entry)
+            check_reached(runs[0].model, runs[0].entry, runs[0].files["loras"])
     # Here, because torch and diffusers take seconds to import, which a mistake need not wait for.
     from dype.cli import generate
 

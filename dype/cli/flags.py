@@ -320,7 +320,10 @@ def describe_extra(extra: list[str], words: list[str], has_prompt: bool) -> str:
     is_prompt = not extra[0].startswith("-") and (extra[0] is words[0] or " " in extra[0])
     if is_prompt and not has_prompt:
         return f"{text!r} has no flag, expected --prompt {json.dumps(text, ensure_ascii=False)}"
+    hint = ""
+    if not (has_prompt or extra[0].startswith("-")):
+        hint = f"a prompt needs --prompt {json.dumps(text, ensure_ascii=False)}, "
     return (
-        f"unrecognized arguments: {text}; a value of several words needs quotes, a value that "
-        "begins with a hyphen needs FLAG=VALUE"
+        f"unrecognized arguments: {text}; {hint}a value of several words needs quotes, a value "
+        "that begins with a hyphen needs FLAG=VALUE"
     )

@@ -15,7 +15,7 @@ from dype.pipelines.fingerprint import find_changed_weights
 from dype.pipelines.headers import is_gguf
 from dype.sampling import records
 from dype.sampling.passes import check_autoencoder
-from dype.sampling.settings import RunSettings, weight_sources
+from dype.sampling.settings import SIDE_LIMITS, RunSettings, weight_sources
 
 
 def check_paths(values: dict) -> None:
@@ -107,15 +107,27 @@ def hash_init_image(values: dict, expected: str | None) -> str:
             f"--init_image {file} has other pixels than when the --from image was generated, "
             "expected the same, or the flag --init_image for the new ones"
         )
-    if not 0.97 < width / height * high / wide < 1.03:
-        side = max(
-            PIXELS_PER_TOKEN, round(width * high / wide / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN
-        )
+    if not is_same_shape(width, height, wide, high):
+        side = round(width * high / wide / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN
+        is_size = SIDE_LIMITS["low"] <= side <= SIDE_LIMITS["high"]
+        is_example = is_size and is_same_shape(width, side, wide, high)
         raise UserError(
             f"--init_image is {wide}x{high}, but the size is {width}x{height}, expected the same "
-            f"aspect ratio, for example --size {width}x{side}"
+            f"aspect ratio{f', for example --size {width}x{side}' * is_example}"
         )
     return sha256
+
+
+def is_same_shape(width: int, height: int, wide: int, high: int) -> bool:
+    """Return whether two sizes have the same aspect ratio, up to 3 %.
+
+    Args:
+        width: of the first size.
+        height: of the first size.
+        wide: width of the second size.
+        high: height of the second size.
+    """
+    return 0.97 < width / height * high / wide < 1.03
 
 
 @lru_cache

@@ -1,5 +1,6 @@
 """The models that --model accepts by name: repository, steps, guidance, prompt."""
 
+import difflib
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -167,10 +168,9 @@ def resolve_model(name: str, revision: str | None = None) -> Model:
         return MODELS[name]
     is_word = not {"/", "\\"} & {*name} and not name.lower().endswith(FILE_ENDINGS)
     if not name or (is_word and not os.path.exists(name)):
-        raise ValueError(
-            f"--model is {name!r}, expected one of {', '.join(MODELS)}, a diffusers folder or a "
-            "hub id"
-        )
+        near = ", ".join(difflib.get_close_matches(name.lower(), MODELS, 3))
+        names = f"{near}, another name that --help lists" if near else ", ".join(MODELS)
+        raise ValueError(f"--model is {name!r}, expected {names}, a diffusers folder or a hub id")
     check_model_path(name)
     folder = Path(name).resolve()
     model_by_path = {Path(model.repo).resolve(): model for model in MODELS.values()}

@@ -1,4 +1,4 @@
-"""The values that flags of the machine accept, known without torch and diffusers."""
+"""The values that flags of the machine accept, and the unit of memory; without torch's import."""
 
 import ast
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dype.errors import UserError
 
+GIB = 2**30  # bytes
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_SPELLINGS = (("fp32", "float32"), ("float", "float32"), ("bf16", "bfloat16"))
 DTYPE_SPELLINGS += (("fp16", "float16"), ("half", "float16"))

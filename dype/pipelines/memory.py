@@ -12,11 +12,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from dype.pipelines.choices import OFFLOADS
+from dype.pipelines.choices import GIB, OFFLOADS
 
 # per pixel of the image; 16 GiB at 4096 x 4096, which FLUX.1 was reported to take
 ACTIVATION_BYTES_PER_PIXEL = 1024
-GIB = 2**30
 QWEN_TILE = 1024  # px
 CGROUPS, PROCESS_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CGROUP_FILES = (  # of version 2 and 1: limit, usage, and the cache that memory.stat counts in it

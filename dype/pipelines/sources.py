@@ -66,13 +66,26 @@ def check_sources(
         find_lora(path, download=False)
 
 
-def check_reached(name: str, model: Model) -> None:
-    """Raise UnavailableError for a model of which nothing could be read."""
+def check_reached(name: str, model: Model, loras: list[tuple[str, float]] = ()) -> None:
+    """Raise UnavailableError for a model or a LoRA of which nothing could be read.
+
+    Args:
+        name: of the model, for errors.
+        model: of the catalog.
+        loras: as in `loading.load_pipeline`.
+    """
     if model.is_guess:
         raise UnavailableError(
             f"--model is {name!r}, no folder here, and the hub cannot be reached; check the "
             "network, or give a downloaded folder with --model FOLDER"
         )
+    for path, _ in loras:
+        is_missing = find_lora(path, download=False) is None
+        if is_missing and repository_info(lora_repository(path), None) is None:
+            raise UnavailableError(
+                f"--lora is {path!r}, no file or folder here, and the hub cannot be reached; "
+                "check the network, or give a downloaded file"
+            )
 
 
 def check_variant(name: str, repo: str, variant: str | None, with_transformer: bool) -> None:
@@ -165,6 +178,12 @@ def find_lora(path: str, download: bool) -> str | None:
             or f"cannot load the LoRA {path}: it is no file or folder here, and the hub cannot be "
             "reached; check the network, or give a downloaded file"
         ) from error
+
+
+def lora_repository(path: str) -> str:
+    """Return the repository of a LoRA of the hub: OWNER/REPO of OWNER/REPO/FILE too."""
+    match = HUB_FILE.fullmatch(path)
+    return match[1] if match else path
 
 
 def choose_hub_file(repo: str) -> str:

@@ -50,7 +50,8 @@ def calls(tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(run_dype, "check_sources", lambda *_, **__: None)  # no files are there
+    for name in ("check_sources", "check_reached"):  # no files are there
+        monkeypatch.setattr(run_dype, name, lambda *_, **__: None)
     monkeypatch.setattr(generate, "check_checkpoint", lambda run: None)
     monkeypatch.setattr(sampling_run, "load_pipeline", record("load", pipe))
     monkeypatch.setattr(sampling_run, "set_tiling", record("tiling", True))

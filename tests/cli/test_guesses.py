@@ -39,8 +39,22 @@ ANSWERS = {  # words -> end of the sentence
     "that begins with a hyphen",
     "--ntk_factor 3": "there is no --ntk_factor: it is a field of DyPEConfig, for Python alone",
     "a red fox": "'a red fox' has no flag, expected --prompt \"a red fox\"",
-    "--steps 3 a": "unrecognized arguments: a; a value of several words needs quotes, a value that "
-    "begins with a hyphen needs FLAG=VALUE",
+    "--steps 3 a": 'unrecognized arguments: a; a prompt needs --prompt "a", a value of several '
+    "words needs quotes, a value that begins with a hyphen needs FLAG=VALUE",
+    "--model demo a red sun": "unrecognized arguments: a red sun; a prompt needs --prompt "
+    '"a red sun", a value of several words needs quotes, a value that begins with a hyphen needs '
+    "FLAG=VALUE",
+    "--prompt x --steps 3 a": "unrecognized arguments: a; a value of several words needs quotes, "
+    "a value that begins with a hyphen needs FLAG=VALUE",
+    "--fp8": "there is no --fp8, expected --quantize fp8",
+    "--cuda": "there is no --cuda, expected --device cuda",
+    "-s 3": "there is no -s, expected --seed or --steps",
+    "--quiet": "there is no --quiet, expected output to a file, which has no bar",
+    "--list-models": "there is no --list-models, expected --help with the models, or --model NAME",
+    "--device gpu": "--device is 'gpu', expected cpu, cuda, cuda:1, mps, ...",
+    "--seed 0..3": "--seed is '0..3', expected 0-3 for a range",
+    "--model flux-crea": "--model is 'flux-crea', expected flux-krea, flux-dev, flux2-dev, another "
+    "name that --help lists, a diffusers folder or a hub id",
 }
 
 
@@ -56,7 +70,7 @@ def test_a_prompt_without_a_flag(capsys):
 
 
 def test_every_guess_names_flags_that_exist():
-    names = {"--" + name for name in flags.FLAG_NAMES} | {"--version"}
+    names = {"--" + name for name in flags.FLAG_NAMES} | {"--version", "--help"}
     for word, guess in GUESSES.items():
         assert word not in flags.FLAG_NAMES, word
         assert {part for part in guess.split() if part.startswith("--")} <= names, guess
@@ -96,6 +110,7 @@ def test_names_of_diffusers():
         ("--dtype FP16", "dtype", "float16"),
         ("--dtype half", "dtype", "float16"),
         ("--torch-dtype torch.float32", "dtype", "float32"),
+        ("--device CUDA:1", "device", "cuda:1"),
         ("--multipass Two-Pass", "multipass", "twopass"),
         ("--model FLUX-Krea", "model", "flux-krea"),
         ("--model flux_dev", "model", "flux-dev"),
@@ -106,6 +121,14 @@ def test_names_of_diffusers():
 def test_spellings_of_names(words, name, value):
     [image] = settings(*words.split())
     assert getattr(image, name) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "value"), [("on", True), ("True", True), ("yes", True), ("no", False), ("false", 0)]
+)
+def test_spellings_of_on_and_off(words, value):
+    assert settings("--dype", words)[0].config.dype == value
+    assert settings("--anisotropic", words)[0].config.anisotropic == value
 
 
 def test_spellings_of_methods():

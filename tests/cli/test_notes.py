@@ -116,6 +116,9 @@ ERRORS = {  # words -> begin of the sentence
     "--model here/typo": "--model is 'here/typo', but there is no such folder, expected one",
     "--model owner/a--b": "--model is 'owner/a--b', but there is no such folder",
     "--model owner/name": "--model is 'owner/name', no folder here, and the hub cannot be reached",
+    "--model demo --lora owner/name": "--lora is 'owner/name', no file or folder here, and the hub "
+    "cannot be reached",
+    "--model demo --lora owner/name/a.safetensors:2": "--lora is 'owner/name/a.safetensors', no fi",
     "--lora owner/a..b": "--lora is 'owner/a..b', but there is no such file or folder",
 }
 
