@@ -279,12 +279,6 @@ def find_record(path: Path) -> tuple[dict, Path]:
     return parse_json(beside.read_bytes()), beside
 
 
-def read_png_size(path: Path) -> tuple[int, int]:
-    """Return width and height of an image. Raises ValueError for another format, OSError."""
-    with open_header(path) as image:
-        return image.size
-
-
 def open_image(path: str | Path) -> Image.Image:
     """Read an image of any format and of up to `MAX_PIXELS`, as `images.decode` does.
 

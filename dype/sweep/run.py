@@ -68,7 +68,7 @@ def read_existing_record(run: RunSettings, path: Path) -> dict | None:
         record, source = records.find_record(path)
         existing = image_settings(record)
         size = existing["width"], existing["height"]
-        if source != path and records.read_png_size(path) != size:
+        if source != path and not has_size(path, size):
             raise ValueError(f"it carries no settings, and is not of the size in {source.name}")
     except FileNotFoundError:
         return None
@@ -87,6 +87,14 @@ def read_existing_record(run: RunSettings, path: Path) -> dict | None:
                 "expected the same, --overwrite, or another --output_dir"
             )
     return record
+
+
+def has_size(path: Path, size: tuple[int, int]) -> bool:
+    """Return whether a file is an image of a size, width first."""
+    try:
+        return records.read_size(path) == size
+    except OSError:
+        return False
 
 
 def check_weights(run: RunSettings, record: dict, path: Path) -> None:

@@ -149,6 +149,17 @@ def test_spellings_of_a_size(text):
     assert [(run.width, run.height) for run in resolve_runs("--size", text)] == [(1024, 768)]
 
 
+@pytest.mark.parametrize(
+    ("size", "example"),
+    [((1, 2000), ""), ((2000, 1), ""), ((64, 48), ""), ((60, 50), ", for example --size 96x80")],
+)
+def test_the_example_of_another_aspect_is_possible(size, example, capsys):
+    """Without one where no size of this program has the shape."""
+    Image.new("RGB", size).save("a.png")
+    assert run_command("--init_image", "a.png", "--size", "96") == 2
+    assert capsys.readouterr().err.endswith(f"expected the same aspect ratio{example}\n")
+
+
 def test_yes_allows_more_images():
     assert len(resolve_runs("--seed", "0-10000", "--yes")) == 10_001
 

@@ -208,6 +208,22 @@ def test_a_folder_of_an_earlier_version(gray_runs, capsys):
     assert len(results.read_rows(Path("out"))) == 2
 
 
+def test_an_image_that_has_lost_its_text(gray_runs, capsys):
+    """The JSON beside it counts if it is of the same size; a file that is no image stays."""
+    line = [*TINY_DEMO, "--size", "64", "--output_dir", "out", "--seed", "0-1"]
+    assert run(*line) == 0
+    path = next(Path("out").glob("seed_0*.png"))
+    Image.new("RGB", (64, 64)).save(path)
+    assert run(*line, "--dry_run") == 0
+    assert "2 images, 2 finished" in capsys.readouterr().out
+    Image.new("RGB", (64, 32)).save(path)
+    assert run(*line, "--dry_run") == 2
+    assert "is not of the size in seed_0" in capsys.readouterr().err
+    path.write_text("no image")
+    assert run(*line, "--dry_run") == 2
+    assert "is not of the size in seed_0" in capsys.readouterr().err
+
+
 BROKEN = {
     "no record": (None, "it carries no settings"),
     "flags a list": ({"flags": [], "config": {}, "prompt": "x"}, "no complete settings"),
