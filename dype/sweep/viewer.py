@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dype.errors import Parser, UserError, raise_user_errors, run_command
-from dype.pipelines import memory
+from dype.pipelines.choices import GIB
 from dype.sampling import records
 from dype.sampling.settings import format_value, image_settings
 from dype.sweep import results
@@ -38,7 +38,7 @@ SCORES = {
 }
 METRIC = {"digits": 3}
 EMPTY = ("", "none")  # values that say nothing if all images have them
-UNITS = {"peak_memory": memory.GIB}
+UNITS = {"peak_memory": GIB}
 EXAMPLES = """examples:
   python -m dype.sweep.viewer outputs/sweep
   python -m dype.sweep.viewer a.png b.png --out outputs/comparison.html
