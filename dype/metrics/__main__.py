@@ -16,7 +16,7 @@ from dype.metrics.image_metrics import IMAGE_METRICS
 from dype.metrics.scores import METRICS
 from dype.metrics.set_metrics import SET_METRICS
 from dype.pipelines.devices import check_device, default_device
-from dype.sweep import results
+from dype.sweep import results, viewer
 from dype.sweep.grid import read_prompts
 
 EXAMPLES = """examples:
@@ -195,6 +195,7 @@ def run(args) -> int:
                 f"{args.folder} has no {results.RESULTS} with images, expected the folder of a "
                 "finished sweep"
             )
+        viewer.check_page(args.folder / viewer.PAGE)
         args.real_paths = inception_features.list_real_images(args.real) if args.real else {}
     for name in ("patches", "splits"):
         if getattr(args, name) < 1:
@@ -206,7 +207,9 @@ def run(args) -> int:
     with results.lock_folder(args.folder):
         for partial_file in args.folder.glob(".metrics.*.part"):  # left by a killed run
             partial_file.unlink()
-        return compute(args, rows)
+        exit_code = compute(args, rows)
+        print(viewer.write_sweep_page(results.read_rows(args.folder), args.folder))
+        return exit_code
 
 
 def main(argv: list[str] | None = None) -> int:

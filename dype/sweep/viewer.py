@@ -30,8 +30,8 @@ GENERATOR = b'<meta name="generator" content="dype.sweep.viewer">'
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 512, 85  # px of the longer side
 CONTACT_SHEET = re.compile(r"comparison_\d+x\d+(_\d+)?\.png")  # no image of a sweep
-# settings of images without a record
-FORMATS = {"size": "{}", "folder": "{}", "name": "{}"} | LABELS
+# setting -> format of its label
+FORMATS = {"size": "{}", "folder": "{}", "name": "{}", "other settings": "{}"} | LABELS
 SCORES = {
     "seconds": {"title": "seconds", "digits": 1},
     "peak_memory": {"title": "peak GiB", "digits": 2},
@@ -67,6 +67,7 @@ def image_of_row(row: dict, folder: Path) -> dict:
         folder: folder of the sweep.
     """
     settings = {name: row[name] for name in LABELS} | {"size": f"{row['width']}x{row['height']}"}
+    settings["other settings"] = settings.pop("settings")
     scores = {}
     if not row["error"]:
         metrics = [name for name in row if name not in results.COLUMNS]
@@ -207,7 +208,7 @@ def page_data(images: list[dict], path: Path) -> dict:
     for entry, row in zip(entries, rows, strict=True):
         entry["values"] = {name: row[name] for name in names if row[name] and name not in constant}
     prompt = constant.pop("prompt", "")
-    common = [formats[k].format(value) for k, value in constant.items() if value not in EMPTY]
+    common = {name: value for name, value in constant.items() if value not in EMPTY}
     scores = dict.fromkeys(name for image in images for name in image["scores"])
     columns = [name for name in REPLICATES if name in axes] or axes[-1:]
     columns = ["name"] if "name" in axes else columns
@@ -215,7 +216,7 @@ def page_data(images: list[dict], path: Path) -> dict:
     return {
         "title": page_title(path),
         "prompt": prompt,
-        "common": ", ".join(common),
+        "common": common,
         "settings": [
             {"name": name, "format": formats[name], "isAxis": name in axes}
             for name in names

@@ -1,7 +1,9 @@
 """`python -m dype.metrics`: its files, how it resumes, and bad input."""
 
+import json
 import multiprocessing
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -264,3 +266,12 @@ def test_one_run_at_a_time(capsys):
     with results.lock_folder(folder):
         assert score(folder) == 1
     assert "another run is at work in out; wait for it" in capsys.readouterr().err
+
+
+def test_the_page_has_the_scores():
+    """The command writes the page of the sweep again, so that its table has the new scores."""
+    folder = make_sweep({}, {})
+    assert score(folder, "--metrics", "glcm") == 0
+    data = re.search(r'id="data">(.*?)</script>', (folder / "index.html").read_text())[1]
+    [column] = [item for item in json.loads(data)["scores"] if item["name"] == "glcm"]
+    assert all("glcm" in image["scores"] for image in json.loads(data)["images"]), column
