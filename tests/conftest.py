@@ -192,7 +192,7 @@ def keep_users_history(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def own_history(monkeypatch, tmp_path_factory, keep_users_history):
     """Give each test a file of measurements of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache") / "cache"))
 
 
 @pytest.fixture
