@@ -2,25 +2,30 @@
 
 from pathlib import Path
 
-from dype.cli.needs import describe_memory
-from dype.config import CONFIG_FLAGS, DEFAULT_LAMBDA_S, DyPEConfig
+from dype.cli.needs import (
+    MemoryPlan,
+    describe_memory,
+    describe_verdict,
+    local_folder,
+    plan_memory,
+)
+from dype.config import DEFAULT_LAMBDA_S, DyPEConfig
 from dype.embedders import count_text_copies
+from dype.errors import UnavailableError
 from dype.families import PIXELS_PER_TOKEN
 from dype.noise_schedule import set_shift
 from dype.pipelines.catalog import Model
-from dype.pipelines.loading import silence_known_warnings
+from dype.pipelines.loading import check_machine, silence_known_warnings
 from dype.pipelines.sources import find_lora
 from dype.sampling import forecast
 from dype.sampling.run import lora_pairs, schedule_record
-from dype.sampling.settings import CONFIG_DEFAULTS, RunSettings
+from dype.sampling.settings import FLAGS, RUN_FLAGS, RunSettings, format_value
 from dype.sweep.run import existing_records, read_folder
-
-CONFIG_ONLY = CONFIG_DEFAULTS.keys() - {row.name for row in CONFIG_FLAGS}  # fields without a flag
 
 
 def summary_line(run: RunSettings, schedule: dict) -> str:
     """Return one line that describes the image of a run; schedule: of `schedule_record`."""
-    mu = "static shift" if schedule["mu"] is None else f"mu {schedule['mu']:.2f}"
+    mu = "static shift" if schedule["mu"] is None else f"shift mu {schedule['mu']:.2f}"
     size = f"{run.width}x{run.height}"
     return f"{run.model}  {size}  {run.config.name}  {run.steps} steps  {mu}  seed {run.seed}"
 
@@ -28,45 +33,101 @@ def summary_line(run: RunSettings, schedule: dict) -> str:
 def dry_run(run: RunSettings, full: bool = False) -> int:
     """Print what an image takes and its settings; return the exit code.
 
+    It is 0 also where this machine refuses the run, because the plan may be for another one.
+
     Args:
         run: settings of the image.
-        full: print also the settings that have no effect, and the schedule.
+        full: print all settings, not only those that are not at their defaults, and the schedule.
     """
     schedule = schedule_record(local_scheduler(run.entry, run.config), run)
     print(summary_line(run, schedule))
-    if run.entry.is_guess:
-        print(f"  nothing could be read of {run.entry.repo}: defaults of FLUX.1-dev")
-    for path, _ in lora_pairs(run):
-        if find_lora(path, download=False) is None:
-            print(f"  the LoRA {path} is not on this machine, so its file was not checked")
-    rows = {"time": forecast.describe_time(run), "memory": describe_memory(run)}
-    rows["passes"] = "; ".join(map(describe_pass, schedule["passes"]))
-    resolved = {name: schedule[name] for name in ("shift", "lambda_s")}
-    settings = run.record["flags"] | run.config.to_dict() | resolved
-    if not full:
-        settings = {name: value for name, value in settings.items() if matters(run, name, value)}
-    if run.config.text_repeat == "auto":
-        trained = run.config.base_resolution / PIXELS_PER_TOKEN
-        grid = run.height // PIXELS_PER_TOKEN, run.width // PIXELS_PER_TOKEN
-        settings["text_repeat"] = f"auto, here {count_text_copies('auto', trained, grid)}"
-    for name, value in (rows | settings | {"prompt": run.prompt}).items():
-        print(f"  {name:20} {value}")
+    refusal = find_refusal(run)
+    for note in filter(None, [refusal, *find_gaps(run)]):
+        print(f"  {note}")
+    plan = plan_memory(run)
+    verdict = describe_verdict(run, plan)
+    if refusal and plan.free is not None:
+        hint = "; --device cuda plans for a GPU" if run.device is None else ""
+        verdict = f"does not run on this machine, as said above{hint * (plan.device == 'cpu')}"
+    rows = {
+        "time": forecast.describe_time(run),
+        "memory": describe_memory(run, plan),
+        "passes": "; ".join(map(describe_pass, schedule["passes"])),
+        "verdict": verdict,
+    }
+    rows |= all_settings(run, plan, schedule) if full else list_flags(run)
+    for name, value in rows.items():
+        print(f"  {name:20} {format_value(value) if isinstance(value, bool) else value}")
     if full:
         print_schedule(run, schedule)
+    else:
+        print("  the other settings are at their defaults; --dry_run full lists all")
     return 0
 
 
-def matters(run: RunSettings, name: str, value) -> bool:
-    """Return whether a setting has an effect, and is none that only --config could change.
+def find_refusal(run: RunSettings) -> str:
+    """Return the sentence with which this machine refuses a run before it loads; "" for none."""
+    overrides = run.text_encoder_device, run.vae_device
+    try:
+        check_machine(run.model, run.entry, run.device, run.offload, run.quantize, overrides)
+    except UnavailableError as error:
+        return f"refused on this machine: {error}"
+    return ""
+
+
+def find_gaps(run: RunSettings) -> list[str]:
+    """Return sentences on the files that could not be checked."""
+    repo, sentences = run.entry.repo, []
+    if run.entry.is_guess:
+        sentences.append(f"nothing could be read of {repo}: defaults of FLUX.1-dev")
+    if local_folder(run) is None:
+        sentences.append(f"{repo} is not on this machine, so its files were not checked")
+    for path, _ in lora_pairs(run):
+        if find_lora(path, download=False) is None:
+            sentences.append(f"the LoRA {path} is not on this machine, so its file was not checked")
+    return sentences
+
+
+def all_settings(run: RunSettings, plan: MemoryPlan, schedule: dict) -> dict:
+    """Return every setting by its name; "auto" with what it stands for here.
 
     Args:
         run: settings of the image.
-        name: of the setting.
-        value: its value.
+        plan: of `plan_memory`.
+        schedule: of `schedule_record`.
     """
-    if value in (None, []) or (name in CONFIG_ONLY and value == CONFIG_DEFAULTS[name]):
-        return False
-    return run.identity.get(name, value) is not None
+    settings = run.record["flags"] | run.config.to_dict()
+    settings |= {name: schedule[name] for name in ("shift", "lambda_s")}
+    choices = {"offload": plan.offload, "text_repeat": count_copies(run)}
+    choices["tiled_vae"] = "auto" if plan.tiled is None else format_value(plan.tiled)
+    for name, choice in choices.items():
+        if settings[name] == "auto" != choice:
+            settings[name] = f"auto, here {choice}"
+    return settings | {"prompt": run.prompt}
+
+
+def count_copies(run: RunSettings) -> int:
+    """Return how often `--text_repeat auto` repeats the text."""
+    trained = run.config.base_resolution / PIXELS_PER_TOKEN
+    grid = run.height // PIXELS_PER_TOKEN, run.width // PIXELS_PER_TOKEN
+    return count_text_copies("auto", trained, grid)
+
+
+def list_flags(run: RunSettings) -> dict[str, str]:
+    """Return the flags that are not at the model's defaults, and are not in the summary."""
+    values = run.record["flags"] | run.config.to_dict() | {"prompt": run.prompt}
+    options = {row.name: f"--{row.option}" for row in FLAGS}
+    machine = [row for row in RUN_FLAGS if not row.changes_image]
+    names = [name for name in run.non_defaults if name not in ("model", "steps")]
+    names += [row.name for row in machine if values[row.name] != row.default]
+    flags = {}
+    for name in names:
+        value = values[name]
+        text = " ".join(value) if isinstance(value, list) else format_value(value)
+        if name == "text_repeat" and value == "auto":
+            text = f"auto, here {count_copies(run)}"
+        flags[options.get(name, name)] = text
+    return flags
 
 
 def describe_pass(settings: dict) -> str:
@@ -119,7 +180,10 @@ def describe_plan(runs: list[RunSettings], folder: Path, overwrite: bool) -> str
     remaining = [run for run, record in pairs if not record]
     lines = [f"  {run.file_name}{'  (finished)' * bool(record)}" for run, record in pairs]
     largest = max(runs, key=lambda run: run.height * run.width)
-    lines.append(f"memory: {describe_memory(largest)}")
+    plan = plan_memory(largest)
+    lines += filter(None, [find_refusal(largest), *find_gaps(largest)])
+    lines += [f"memory: {describe_memory(largest, plan)}"]
+    lines += [f"verdict: {describe_verdict(largest, plan)}"]
     lines.append(f"{len(runs)} images, {len(finished)} finished")
     seconds = [*map(forecast.estimate_seconds, remaining)]
     if finished:
@@ -129,7 +193,7 @@ def describe_plan(runs: list[RunSettings], folder: Path, overwrite: bool) -> str
         lines[-1] += f"; about {duration} left at the same speed"
     elif None not in seconds:
         duration = forecast.format_duration(sum(seconds))
-        lines[-1] += f"; about {duration} left, as before on this machine"
+        lines[-1] += f"; about {duration} left, {forecast.describe_origin(remaining)}"
     else:
         lines[-1] += "; the time is unknown until the first is done"
     return "\n".join(lines)

@@ -1,13 +1,15 @@
 """Describe the memory that an image needs, and what is free of it, without loading weights."""
 
+import json
 import math
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
 
 from dype.pipelines import memory
-from dype.pipelines.devices import DTYPES, default_device
+from dype.pipelines.devices import DTYPES, default_device, fast_dtype
 from dype.pipelines.headers import list_weights, read_header
 from dype.pipelines.model_paths import INDEX
 from dype.sampling import forecast
@@ -64,35 +66,125 @@ def weight_bytes(run: RunSettings, component: str) -> float:
     return QUANTIZED_BYTES.get(run.quantize, item) if is_quantized else item
 
 
-def describe_memory(run: RunSettings) -> str:
-    """Return a text with the memory that an image needs, and what is free."""
+class MemoryPlan(NamedTuple):
+    """Hold what an image needs and what is free, in bytes."""
+
+    device: str
+    needed: float  # on the device; 0: unknown
+    main: float  # of main memory, beside `needed`
+    free: int | None  # on the device; None: this machine has no such device
+    free_main: int
+    offload: str  # "auto" where the choice cannot be known
+    tiled: bool | None  # None: unknown
+    lacks_encoders: bool  # whose size is unknown and not in `needed`
+    is_measured: bool
+
+
+def plan_memory(run: RunSettings) -> MemoryPlan:
+    """Return what an image needs, by the estimates that place a pipeline, and what is free."""
     device = run.device or default_device()
-    try:
-        free, free_main = memory.available_bytes(device), memory.available_bytes("cpu")
-    except (RuntimeError, AssertionError):  # no such device
-        return f"unknown, because this machine has no {device}"
-    is_main = device.partition(":")[0] != "cuda"
-    place = "of main memory" if is_main else f"on {device}"
-    free_text = f"{memory.format_gib(free)} free {place}"
-    if not is_main:
-        free_text += f", {memory.format_gib(free_main)} of main memory"
-    if peak := forecast.estimate_peak(run):
-        return f"needs about {memory.format_gib(peak)}, as before on this machine; {free_text}"
-    pixels = run.height * run.width
-    activations = memory.ACTIVATION_BYTES_PER_PIXEL * pixels
-    sizes = component_bytes(run)
-    if not sizes:
+    free, free_main = free_bytes(device), memory.available_bytes("cpu")
+    sizes, pixels, offload = component_bytes(run), run.height * run.width, run.offload
+    lacks_encoders = not sizes
+    if lacks_encoders and not run.entry.is_guess:
         weights = run.entry.parameters_billion * 1e9 * weight_bytes(run, "transformer")
-        if run.entry.is_guess:
-            return f"unknown, because no file of the model is here; {free_text}"
-        needed = memory.format_gib(weights + activations)
-        return f"needs about {needed}, and its text encoders; {free_text}"
-    mode = run.offload
-    if mode == "auto":
-        mode, _ = memory.choose_offload(device, free, sizes, pixels)
-    total, largest = sum(sizes.values()), max(sizes.values())
-    on_device = {"none": total, "model": largest}.get(mode, 0.0)
-    text = f"needs about {memory.format_gib(on_device + activations)}"
-    if mode != "none":
-        text += f" with --offload {mode}, and {memory.format_gib(total)} of main memory"
-    return f"{text}; {free_text}"
+        sizes = {"transformer": weights}
+    if offload == "auto" and free is not None and sizes:
+        choice, _ = memory.choose_offload(device, free, sizes, pixels)
+        # without the encoders' sizes only the choices that they cannot change are known
+        offload = choice if is_main(device) or choice == "group" or not lacks_encoders else "auto"
+    decode, tiled = estimate_decode(run, device), {"on": True, "off": False}.get(run.tiled_vae)
+    if None not in (decode, free) and tiled is None and offload != "auto":
+        tiled = decode > memory.decode_budget(free, sizes, offload)
+    total, largest = sum(sizes.values()), max(sizes.values(), default=0)
+    weights = {"none": total, "auto": total, "model": largest}.get(offload, 0)
+    untiled = decode or 0 if tiled is False else 0
+    peak = forecast.estimate_peak(run)
+    return MemoryPlan(
+        device=device,
+        needed=peak or (weights + max(activation_bytes(run), untiled) if sizes else 0),
+        main=0 if offload in ("none", "auto") or peak else total,
+        free=free,
+        free_main=free_main,
+        offload=offload,
+        tiled=tiled,
+        lacks_encoders=lacks_encoders and not peak and run.text_encoder_device is None,
+        is_measured=bool(peak),
+    )
+
+
+def is_main(device: str) -> bool:
+    """Return whether a device computes in main memory, or in memory that counts as it."""
+    return device.partition(":")[0] != "cuda"
+
+
+def free_bytes(device: str) -> int | None:
+    """Return the free bytes of a device; None if this machine does not have it."""
+    with suppress(RuntimeError, AssertionError):
+        return memory.available_bytes(device)
+    return None
+
+
+def estimate_decode(run: RunSettings, device: str) -> int | None:
+    """Return the bytes of an untiled decode on the run's device; None if unknown."""
+    folder = local_folder(run)
+    if folder is None or run.vae_device is not None:
+        return None
+    try:
+        config = json.loads((folder / "vae" / "config.json").read_text("utf-8"))
+        item = DTYPES[run.dtype].itemsize
+        return memory.decode_bytes_of(config, item, run.height * run.width, device)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return None
+
+
+def describe_memory(run: RunSettings, plan: MemoryPlan) -> str:
+    """Return a text with the memory that an image needs, where, and what is free."""
+    main = f"{memory.format_gib(plan.free_main)} of main memory"
+    place = "of main memory" if is_main(plan.device) else f"on {plan.device}"
+    if plan.free is None:
+        free = f"there is no {plan.device} on this machine to compare with"
+    elif is_main(plan.device):
+        free = f"{memory.format_gib(plan.free)} are free"
+    else:
+        free = f"{memory.format_gib(plan.free)} are free {place}, and {main}"
+    if not plan.needed:
+        return f"unknown, because no file of the model is here; {free}"
+    settings = [f"--offload {plan.offload}"] * (plan.offload not in ("none", "auto"))
+    settings += ["tiles"] * bool(plan.tiled)
+    text = f"needs about {memory.format_gib(plan.needed)} {place}"
+    text += f" with {' and '.join(settings)}" if settings else ""
+    text += f", and {memory.format_gib(plan.main)} of main memory" if plan.main else ""
+    text += ", as before on this machine" if plan.is_measured else ""
+    if plan.free is None and plan.offload == "auto":
+        text += f" ({memory.format_gib(activation_bytes(run))} with --offload group)"
+    text += ", plus its text encoders" if plan.lacks_encoders else ""
+    return f"{text}; {free}"
+
+
+def activation_bytes(run: RunSettings) -> int:
+    """Return the bytes that denoising takes beside the weights."""
+    return memory.ACTIVATION_BYTES_PER_PIXEL * run.height * run.width
+
+
+def suggest_setting(run: RunSettings, plan: MemoryPlan) -> str:
+    """Return a setting with which an image that does not fit may fit."""
+    has_tiles = run.tiled_vae != "off"  # those of "auto" come without a flag
+    if is_main(plan.device) or not has_tiles:
+        cpu_dtype = fast_dtype("cpu") if is_main(plan.device) else None
+        return memory.suggest_cheaper(run, plan.offload, has_tiles, cpu_dtype)
+    can_offload = plan.offload in ("none", "model") and activation_bytes(run) <= plan.free
+    return "--offload group" if can_offload else "a smaller --size"
+
+
+def describe_verdict(run: RunSettings, plan: MemoryPlan) -> str:
+    """Return whether an image fits the memory, and what to try if not."""
+    if plan.free is None or not plan.needed:
+        return "unknown"
+    # not where "auto" can still choose to offload more
+    if plan.needed > plan.free and (is_main(plan.device) or plan.offload != "auto"):
+        return f"does not fit; try {suggest_setting(run, plan)}"
+    if plan.main > plan.free_main:
+        cure = "; try --quantize int8" if run.quantize == "none" else ""
+        return f"does not fit in main memory{cure}"
+    return "fits, if its text encoders do too" if plan.lacks_encoders else "fits"

@@ -75,6 +75,42 @@ def load_pipeline(
     dtype = dtype or model.dtype
     check_choice("dtype", dtype, DTYPES)
     check_choice("quantize", quantize, QUANTIZE_CHOICES)
+    check_machine(name, model, device, offload, quantize, (text_encoder_device, vae_device))
+    device = device or default_device()
+    files = {"revision": revision, "variant": variant, "transformer": transformer}
+    check_files(name, model, **files, loras=loras)
+    lora_files = [(find_lora(path, download=True), scale) for path, scale in loras]
+    quantize_encoder = not text_encoder_device
+    pipe = load_checkpoint(name, model, dtype, quantize, quantize_encoder, **files)
+    load_loras(pipe, lora_files)
+    encoders = [encoder for encoder in TEXT_ENCODERS if getattr(pipe, encoder, None) is not None]
+    overrides = dict.fromkeys(encoders, text_encoder_device) | {"vae": vae_device}
+    overrides = {component: override for component, override in overrides.items() if override}
+    memory.place_components(pipe, device, offload, overrides, pixels)
+    return pipe
+
+
+def check_machine(
+    name: str,
+    model: Model,
+    device: str | None,
+    offload: str,
+    quantize: str,
+    overrides: tuple[str | None, ...],
+) -> None:
+    """Check that this machine has what a run needs, apart from memory and files.
+
+    Args:
+        name: of the model, for errors.
+        model: of the catalog.
+        device: as in `load_pipeline`, like the next two.
+        offload: see there.
+        quantize: see there.
+        overrides: devices of text encoders and autoencoder; None: as `device`.
+
+    Raises:
+        UnavailableError: there is no GPU for a large model, no such device, or no package.
+    """
     if device is None:
         device = default_device()
         # because a step at 4096 x 4096 takes about an hour on a CPU, if the weights fit at all
@@ -91,19 +127,8 @@ def load_pipeline(
     if quantize == "nf4" and torch.device(device).type == "cpu":
         raise UnavailableError("--quantize nf4 needs a GPU to quantize on; try --quantize int8")
     check_device(device, offload)
-    for override in (text_encoder_device, vae_device):
+    for override in overrides:
         check_device(override or device, "none")
-    files = {"revision": revision, "variant": variant, "transformer": transformer}
-    check_files(name, model, **files, loras=loras)
-    lora_files = [(find_lora(path, download=True), scale) for path, scale in loras]
-    quantize_encoder = not text_encoder_device
-    pipe = load_checkpoint(name, model, dtype, quantize, quantize_encoder, **files)
-    load_loras(pipe, lora_files)
-    encoders = [encoder for encoder in TEXT_ENCODERS if getattr(pipe, encoder, None) is not None]
-    overrides = dict.fromkeys(encoders, text_encoder_device) | {"vae": vae_device}
-    overrides = {component: override for component, override in overrides.items() if override}
-    memory.place_components(pipe, device, offload, overrides, pixels)
-    return pipe
 
 
 def load_checkpoint(

@@ -113,13 +113,25 @@ def decode_bytes(vae, pixels: int, device: str | torch.device) -> int:
         pixels: pixels of the image.
         device: device of the decode.
     """
-    config, item = vae.config, next(vae.parameters()).element_size()
+    config = {"_class_name": type(vae).__name__} | dict(vae.config)
+    return decode_bytes_of(config, next(vae.parameters()).element_size(), pixels, device)
+
+
+def decode_bytes_of(config: dict, item: int, pixels: int, device: str | torch.device) -> int:
+    """Estimate `decode_bytes` from an autoencoder's configuration. Raises KeyError.
+
+    Args:
+        config: of the autoencoder, with the name of its class.
+        item: bytes of a number.
+        pixels: pixels of the image.
+        device: device of the decode.
+    """
     widths = config.get("block_out_channels")
-    maps = 4 * widths[min(1, len(widths) - 1)] if widths else 21 * config.base_dim
-    factor = 2 ** (len(widths) - 1 if widths else len(config.temperal_downsample))
+    maps = 4 * widths[min(1, len(widths) - 1)] if widths else 21 * config["base_dim"]
+    factor = 2 ** (len(widths) - 1 if widths else len(config["temperal_downsample"]))
     scores = 0
-    has_attention = config.get("mid_block_add_attention", type(vae).__name__ != "AutoencoderTiny")
-    if has_attention and torch.device(device).type != "cpu":
+    is_tiny = config.get("_class_name") == "AutoencoderTiny"
+    if config.get("mid_block_add_attention", not is_tiny) and torch.device(device).type != "cpu":
         scores = 2 * (pixels // factor**2) ** 2
     return (maps * pixels + scores) * item
 

@@ -100,6 +100,7 @@ def remember(
     history = read_history()
     sizes = history.setdefault(speed_key(run), {})
     entry = {"rate": (seconds - compile_seconds) / work_of(run, steps), "peak": peak}
+    entry["size"] = f"{run.width}x{run.height}"
     with suppress(AttributeError, OSError, TypeError, RuntimeError):
         earlier = sizes.get(str(count_tokens(run)), {})
         entry["compile"] = compile_seconds or earlier.get("compile", 0.0)
@@ -108,10 +109,10 @@ def remember(
         records.write_atomically({history_path(): json.dumps(history, indent=1).encode()})
 
 
-def find_measurement(run: RunSettings) -> tuple[dict, bool] | None:
-    """Return the measurement nearest in size, and whether it is of the same size.
+def find_measurement(run: RunSettings) -> tuple[dict, str] | None:
+    """Return the measurement nearest in size, and another size than the image's that it is of.
 
-    None: there is none of a similar size.
+    The size is "" if it is the image's. None: there is no measurement of a similar size.
     """
     tokens = count_tokens(run)
     with suppress(AttributeError, KeyError, TypeError, ValueError):  # a broken file
@@ -119,7 +120,8 @@ def find_measurement(run: RunSettings) -> tuple[dict, bool] | None:
         nearest = min(sizes, key=lambda size: abs(math.log(size / tokens)))
         entry = {name: float(sizes[nearest][name] or 0) for name in ("rate", "peak", "compile")}
         if abs(math.log(nearest / tokens)) <= math.log(FAR):
-            return entry, nearest == tokens
+            size = str(sizes[nearest].get("size", "another size"))  # which old files lack
+            return entry, "" if nearest == tokens else size
     return None
 
 
@@ -132,14 +134,14 @@ def estimate_seconds(run: RunSettings) -> float | None:
 def estimate_compile_seconds(run: RunSettings) -> float | None:
     """Return the seconds of the compiler for an image of the same size; None if unknown."""
     measurement = find_measurement(run)
-    is_known = measurement and measurement[1] and measurement[0]["compile"]
+    is_known = measurement and not measurement[1] and measurement[0]["compile"]
     return measurement[0]["compile"] if is_known else None
 
 
 def estimate_peak(run: RunSettings) -> float | None:
     """Return the peak in bytes of an image of the same size; None if unknown."""
     measurement = find_measurement(run)
-    is_known = measurement and measurement[1] and measurement[0]["peak"]
+    is_known = measurement and not measurement[1] and measurement[0]["peak"]
     return measurement[0]["peak"] if is_known else None
 
 
@@ -150,13 +152,21 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def describe_origin(runs: list[RunSettings]) -> str:
+    """Return where the estimates of seconds come from; every image has one."""
+    sizes = {find_measurement(run)[1] for run in runs} - {""}
+    if not sizes:
+        return "as before on this machine"
+    return f"scaled from {sizes.pop() if len(sizes) == 1 else 'other sizes'} on this machine"
+
+
 def describe_time(run: RunSettings) -> str:
     """Return a text with the expected time of an image."""
     seconds = estimate_seconds(run)
     if seconds is None:
         return "unknown until this machine has generated such an image"
     limit = "at most " if any(item.get("strength", 1) is None for item in run.passes) else ""
-    text = f"{limit}about {format_duration(seconds)}, as before on this machine"
+    text = f"{limit}about {format_duration(seconds)}, {describe_origin([run])}"
     compile_seconds = estimate_compile_seconds(run) if run.compile != "off" else None
     if compile_seconds:
         text += f", and {format_duration(compile_seconds)} to compile"

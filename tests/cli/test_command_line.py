@@ -583,28 +583,32 @@ def test_names_tell_any_two_images_apart():
 
 
 def test_dry_run(capsys):
-    """It prints time, memory, passes and settings, and writes no file; full: also the schedule.
+    """It prints time, memory, passes and a verdict, and writes no file.
 
-    Settings without effect, and fields that no flag sets at their defaults, are in full alone.
+    All settings and the schedule are in full alone.
     """
     assert run("--dry_run") == 0
     out = capsys.readouterr().out
-    assert "flux-krea  4096x4096  dy_yarn  28 steps  mu 1.15  seed 42" in out
+    assert "flux-krea  4096x4096  dy_yarn  28 steps  shift mu 1.15  seed 42" in out
     lines = dict(line.split(maxsplit=1) for line in out.splitlines()[1:])
     assert lines["time"].startswith("unknown until")
-    assert lines["memory"].startswith("needs about 38.4 GiB, and its text encoders; ")
+    assert lines["memory"].startswith(
+        "needs about 38.4 GiB of main memory, plus its text encoders; "
+    )
     assert lines["passes"] == "4096x4096 px, 28 steps"
-    assert lines["method"] == "yarn"
-    assert not {"strength", "pass2_strength", "sega_alpha", "cutoff", "revision"} & lines.keys()
-    assert "0.1047" not in out
+    assert {*lines} - {"refused", "black-forest-labs/FLUX.1-Krea-dev"} == {
+        "time", "memory", "passes", "verdict", "the",
+    }  # fmt: skip
+    assert out.endswith("other settings are at their defaults; --dry_run full lists all\n")
     assert run("--dry_run", "full") == 0
     full = capsys.readouterr().out
     assert "  27  0.1047  0.0110" in full
-    assert {"strength", "sega_alpha"} <= {line.split()[0] for line in full.splitlines()}
+    names = {line.split()[0] for line in full.splitlines()}
+    assert {"strength", "sega_alpha", "method", "prompt", "revision"} <= names
     assert run("--dry_run", "--multipass", "twopass", "--text_repeat", "auto") == 0
     out = capsys.readouterr().out
     assert "2048x2048 px, 28 steps; 4096x4096 px, the last 14 of 28 steps" in out
-    assert "  text_repeat          auto, here 16\n" in out
+    assert "  --text_repeat        auto, here 16\n" in out
     assert run("--dry_run", "--progressive") == 0
     assert "4096x4096 px, the last of 28 steps, as the first pass dec" in capsys.readouterr().out
     assert run("--dry_run", "a cat") == 2
@@ -614,6 +618,49 @@ def test_dry_run(capsys):
     assert run("--dry_run", "--model", "flux-schnell") == 0
     assert "static shift" in capsys.readouterr().out
     assert list_files() == []
+
+
+def test_dry_run_lists_what_is_not_at_its_default(capsys):
+    """Flags and their values, also of the machine; none that the summary has."""
+    words = "--base_resolution 256 --steps 3 --dype_exponent 1.5 --isotropic --vae_device cpu"
+    assert run("--model", "demo", *words.split(), "--prompt", "a low red sun", "--dry_run") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line[:4] == "  --"]
+    assert {name: value for name, *value in lines} == {
+        "--base_resolution": ["256"],
+        "--dype_exponent": ["1.5"],
+        "--anisotropic": ["off"],
+        "--vae_device": ["cpu"],
+        "--prompt": ["a", "low", "red", "sun"],
+    }
+
+
+def test_dry_run_says_what_the_run_refuses(monkeypatch, capsys):
+    """The first line after the summary is the run's own sentence; the plan follows."""
+    monkeypatch.setattr("dype.pipelines.loading.default_device", lambda: "cpu")
+    monkeypatch.setattr("dype.cli.needs.default_device", lambda: "cpu")
+    lines = {
+        "--size 4096": "flux-krea has 12 billion parameters and no GPU was found",
+        "--model demo --offload group": "--offload group needs a GPU to offload from",
+        "--model demo --device cuda:99": "this machine has no device cuda:99",
+    }
+    for line, sentence in lines.items():
+        assert run(*line.split(), "--dry_run") == 0
+        _, first, *rest = capsys.readouterr().out.splitlines()
+        assert first.startswith(f"  refused on this machine: {sentence}")
+        assert any(text.startswith("  memory  ") for text in rest)
+        assert not any("  fits" in text for text in rest)
+        assert run(*line.split()) == 1
+        assert sentence in capsys.readouterr().err
+        assert run(*line.split(), "--seed", "0-1", "--dry_run") == 0
+        assert sentence in capsys.readouterr().out
+
+
+def test_dry_run_names_files_that_are_not_here(capsys):
+    for name, gaps in (("flux-dev", ["black-forest-labs/FLUX.1-dev"]), ("demo", [])):
+        assert run("--model", name, "--dry_run") == 0
+        sentence = " is not on this machine, so its files were not checked"
+        out = capsys.readouterr().out
+        assert [x.strip().removesuffix(sentence) for x in out.splitlines() if sentence in x] == gaps
 
 
 def test_preset_prints_its_settings(capsys):

@@ -36,7 +36,7 @@ def test_z_image_from_the_command_line(in_tmp_path, capsys):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_resolves(name, capsys):
-    assert run_dype.main(["--model", name, "--dry_run"]) == 0
+    assert run_dype.main(["--model", name, "--dry_run", "full"]) == 0
     out = capsys.readouterr().out
     assert f"base_resolution      {MODELS[name].base_resolution}" in out
 
@@ -63,7 +63,7 @@ def test_refused_flags(line, message, capsys):
 
 def test_magic_suffix_is_off_by_default(capsys):
     for flags, ending in (([], "birch trees."), (["--magic_suffix"], "cinematic composition.")):
-        assert run_dype.main(["--model", "qwen-image", "--dry_run", *flags]) == 0
+        assert run_dype.main(["--model", "qwen-image", "--dry_run", "full", *flags]) == 0
         prompt = next(li for li in capsys.readouterr().out.splitlines() if "  prompt " in li)
         assert prompt.endswith(ending)
 

@@ -65,7 +65,7 @@ def test_a_folder_decides_its_guidance(name, capsys):
     model = resolve_model(str(Path(folder).absolute()))
     assert model.guidance == guidance
     words = ["--model", f"./{folder}", "--dry_run"]
-    assert run(*words) == 0
+    assert run(*words, "full") == 0
     assert f"  {'guidance':20} {guidance}\n" in capsys.readouterr().out
     assert run(*words, "--guidance", "1.5,3.5,7") == (0 if guidance else 2)
     assert ("takes none, expected 0" in capsys.readouterr().err) == (not guidance)
@@ -109,7 +109,7 @@ def test_guidance_that_is_off(name, capsys):
     assert "2 images, 0 finished" in out
     assert f"--guidance 0.5 is off, as 0: {name} needs more than 1" in out
     assert f"--guidance 1 is off, as 0: {name} needs more than 1" in out
-    assert run("--model", name, "--guidance", "1", "--dry_run") == 0
+    assert run("--model", name, "--guidance", "1", "--dry_run", "full") == 0
     assert f"  {'guidance':20} 0.0\n" in capsys.readouterr().out
 
 
