@@ -179,10 +179,10 @@ def split_dynamic_names(profile: dict, flags: dict) -> tuple[dict, dict]:
         elif dynamic and dype == [True]:
             level = level | {"method": methods}
         elif dynamic:
+            forms, static = ",".join(map(format_value, dype)), ",".join(dict.fromkeys(methods))
             raise ValueError(
-                f"{prefix}method is {dynamic[0]!r}, but dype is "
-                f"{','.join(map(format_value, dype))}, expected on, or the method "
-                f"{DYNAMIC_NAMES[dynamic[0]]!r}"
+                f"{prefix}method is {dynamic[0]!r}, but dype is {forms}, expected on, or no dy_: "
+                f"--method {static} --dype {forms}"
             )
         levels.append(level)
     return tuple(levels)

@@ -77,6 +77,7 @@ def test_the_settings_are_those_of_the_plain_name():
         ("--method dy_yarn --no_dype", "--method is 'dy_yarn', but dype is off, expected on"),
         ("--method base,dy_pi --dype on,off", "--method is 'dy_pi', but dype is on,off, expected"),
         ("--config both.toml", "--config both.toml: method is 'dy_yarn', but dype is off"),
+        ("--method yarn,dy_yarn,base --dype on,off", "no dy_: --method yarn,base --dype on,off\n"),
         ("--method dy_base", "--method is 'dy_base', expected one of base, pi"),
         ("--method dy_yarm", "--method is 'dy_yarm', expected one of base, pi"),
         ("--multipass dy_yarn", "--multipass is 'dy_yarn', expected one of single"),
