@@ -92,7 +92,7 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch):
     pipe = diffusers.FluxPipeline.from_pretrained(DEMO_WEIGHTS)
     monkeypatch.setattr(diffusers.FluxPipeline, "from_pretrained", lambda *args, **kwargs: pipe)
     monkeypatch.chdir(tmp_path)
-    small = {'"cuda"': '"cpu"', "use_stream=True": "use_stream=False", "4096": "64", "=28": "=2"}
+    small = {'"cuda"': '"cpu"', "use_stream=True": "use_stream=False", "4096": "64", ": 28": ": 2"}
     for text, replacement in small.items():
         assert text in code
         code = code.replace(text, replacement)
