@@ -150,8 +150,9 @@ def test_memory_under_offload(large_model):
     text, verdict = describe("--size", "2048", "--device", "cuda", "--offload", "model")
     assert text.startswith("needs about 26.0 GiB on cuda with --offload model")
     assert verdict == "does not fit; try --offload group"
-    verdict = describe("--size", "8192", "--device", "cuda")[1]
-    assert verdict == "does not fit; try a smaller --size"
+    for mode in ("auto", "model"):
+        verdict = describe("--size", "8192", "--device", "cuda", "--offload", mode)[1]
+        assert verdict == "does not fit; try a smaller --size"
     large_model(20, 16)
     verdict = describe("--size", "2048", "--device", "cuda")[1]
     assert verdict == "does not fit in main memory; try --quantize int8"
