@@ -2,6 +2,7 @@
 
 import csv
 import os
+from itertools import count
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the hub's client reads it at import
@@ -182,17 +183,19 @@ def table(folder="out") -> list[dict]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def keep_users_history(tmp_path_factory):
-    """Let no test write to the user's file of measurements."""
+def histories(tmp_path_factory):
+    """Let no test write to the user's file of measurements; return names of folders for others."""
+    folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+        patch.setenv("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))  # has its fonts
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield (str(folder / str(number)) for number in count())
 
 
 @pytest.fixture(autouse=True)
-def own_history(monkeypatch, tmp_path_factory, keep_users_history):
-    """Give each test a file of measurements of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache") / "cache"))
+def own_history(monkeypatch, histories):
+    """Give each test a file of measurements of its own, in a folder that does not exist yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", next(histories))
 
 
 @pytest.fixture
