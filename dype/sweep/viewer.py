@@ -92,7 +92,7 @@ def image_of_file(path: Path) -> dict:
             del values[name]
         for name in ("lora", "negative_prompt", "init_image"):
             values[name] = values[name] or "none"
-        values["lora"] = " ".join(record["flags"]["lora"]) or "none"
+        values["lora"] = " ".join(record["flags"].get("lora", [])) or "none"
         settings = {k: format_value(value) for k, value in values.items() if value is not None}
         numbers = {name: record[name] for name in SCORES if record.get(name) is not None}
         scores = {name: number / UNITS.get(name, 1) for name, number in numbers.items()}

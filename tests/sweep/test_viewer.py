@@ -138,6 +138,14 @@ def test_images_with_records():
     assert data["common"]["seed"] == "0"
     assert all("seconds" in image["scores"] for image in data["images"])
 
+    record = json.loads(Path("yarn.json").read_text())
+    del record["flags"]["lora"]  # as in an earlier version
+    Path("old.json").write_text(json.dumps(record))
+    write_images("old.png")
+    assert viewer.main(["old.png", "dy_yarn.png", "--out", "page.html"]) == 0
+    methods = [image["values"]["method"] for image in read_data("page.html")["images"]]
+    assert methods == ["yarn", "dy_yarn"]
+
 
 def test_what_is_the_same_in_all():
     """A setting that some images lack is not the same in all; such images have their names."""
