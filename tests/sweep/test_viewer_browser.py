@@ -12,6 +12,7 @@ from PIL import Image
 from dype.sweep import viewer
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+from selenium.common.exceptions import SessionNotCreatedException  # noqa: E402
 from selenium.webdriver.common.actions.wheel_input import ScrollOrigin  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
@@ -23,7 +24,7 @@ pytestmark = [
 ]
 # no sandbox, because root has none; the others keep Chromium from asking for updates
 SWITCHES = ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-sync")
-SWITCHES += ("disable-background-networking", "disable-component-update")
+SWITCHES += ("disable-background-networking", "disable-component-update", "disable-dev-shm-usage")
 PROMPT = "<img src=x onerror=\"document.title='broken'\"></script>&amp;"
 
 
@@ -34,7 +35,10 @@ def start_browser(*switches: str):
     for switch in SWITCHES + switches:
         options.add_argument(f"--{switch}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    return webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        return webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    except SessionNotCreatedException as error:
+        pytest.skip(f"Chromium does not start: {error.msg}")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +86,7 @@ def page(tmp_path_factory) -> str:
 
 def wait_for(browser, script: str):
     """Return the value of a script as soon as it is true."""
-    return WebDriverWait(browser, 10, 0.02).until(lambda _: browser.execute_script(script))
+    return WebDriverWait(browser, 30, 0.02).until(lambda _: browser.execute_script(script))
 
 
 def open_page(browser, address: str) -> None:
