@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from itertools import starmap, takewhile
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -32,17 +32,22 @@ from dype.demo.experiments import (
     COUNT,
     DEMO,
     GRAMMAR,
+    PAPER,
+    TABLES,
+    TWOPASS_STRENGTH,
     Cell,
+    Table,
+    default_pairs,
     format_size,
     image_paths,
+    pairs_against,
     parse_setting,
     plan_cells,
-    requested_pairs,
 )
 from dype.demo.scenes import COMBINATIONS, HELD_OUT, Scene, sample_scene
 from dype.errors import Parser, raise_user_errors, run_command
 from dype.patch import apply_dype
-from dype.pipelines.devices import autocast, default_device, fast_dtype
+from dype.pipelines.devices import autocast
 from dype.pipelines.loading import load_pipeline
 from dype.sampling import multipass, records
 from dype.sampling.passes import resolve_passes
@@ -50,6 +55,7 @@ from dype.sweep.grid import parse_size
 
 try:
     from dype.demo import report
+    from dype.demo.measurements import Measurements
 except ModuleNotFoundError as error:
     sys.exit(f"dype.demo.evaluate: it needs {error.name}; pip install -r requirements-dev.txt")
 
@@ -62,29 +68,27 @@ SETTING is {GRAMMAR}
   dy_yarn:1:2    lambda_s 1 and lambda_t 2
   NAME=VALUE     a field of DyPEConfig, such as yarn_paper:alpha=2
   CONTROL        reversed: the encoding of 1 - sigma; model: mu by the rule of the model's
-                 scheduler, not capped; progressive: as run_dype.py --progressive
+                 scheduler, not capped; progressive: as run_dype.py --progressive;
+                 twopass: as run_dype.py --multipass twopass --pass2_strength {TWOPASS_STRENGTH}
 """
 EXAMPLES = """examples:
   python -m dype.demo.evaluate --quick
   python -m dype.demo.evaluate base yarn dy_yarn --size 768 --count 8
   python -m dype.demo.evaluate dy_pi:1:1 dy_pi:1:1:reversed --seed 1 --count 8
-  python -m dype.demo.evaluate --full --drawn --save outputs/truth.json
+  python -m dype.demo.evaluate --paper main --count 8 --save outputs/truth.json
 """
 
 
-def sample_scenes(args) -> list[Scene]:
-    """Return the scenes of the prompts.
-
-    They are at least COUNT, because tables have up to COUNT prompts whatever --count is.
-    """
-    rng = np.random.default_rng(args.seed)
-    combinations = HELD_OUT if args.held_out else COMBINATIONS
-    return [sample_scene(rng, combinations) for _ in range(max(COUNT, args.count))]
+def sample_scenes(seed: int, count: int, held_out: bool = False) -> list[Scene]:
+    """Return the scenes of the first prompts of a seed; those that training left out if asked."""
+    rng = np.random.default_rng(seed)
+    combinations = HELD_OUT if held_out else COMBINATIONS
+    return [sample_scene(rng, combinations) for _ in range(count)]
 
 
-def seed_folder(args) -> Path:
-    """Return the folder of the images of --seed."""
-    return args.out / f"seed_{args.seed}{'_held_out' * args.held_out}"
+def seed_folder(seed: int, args) -> Path:
+    """Return the folder of the images of a seed."""
+    return args.out / f"seed_{seed}{'_held_out' * args.held_out}"
 
 
 def resolve_cell_passes(cell: Cell, steps: int) -> list[dict]:
@@ -92,16 +96,17 @@ def resolve_cell_passes(cell: Cell, steps: int) -> list[dict]:
 
     Raises ValueError for a size at which progressive passes cannot begin smaller.
     """
-    name = "progressive" if cell.setting.control == "progressive" else "single"
-    return resolve_passes(name, *cell.size, steps, (), BASE)
+    control = cell.setting.control
+    name = control if control in ("progressive", "twopass") else "single"
+    return resolve_passes(name, *cell.size, steps, (TWOPASS_STRENGTH,), BASE)
 
 
-def generate_image(cell: Cell, index: int, path: Path, caption: str, args) -> None:
-    """Generate an image and write it to `path`, with noise of seed 10000 `--seed` + index.
+def generate_image(cell: Cell, noise_seed: int, path: Path, caption: str, args) -> None:
+    """Generate an image and write it to `path`.
 
     Args:
         cell: setting and size.
-        index: number of the prompt, from 0.
+        noise_seed: seed of the noise.
         path: PNG file to write.
         caption: the prompt.
         args: parsed flags; --dtype is not None.
@@ -117,7 +122,7 @@ def generate_image(cell: Cell, index: int, path: Path, caption: str, args) -> No
             resolve_cell_passes(cell, args.steps),
             guidance=args.guidance,
             max_sequence_length=DEMO.max_sequence_length,
-            seed=10_000 * args.seed + index,
+            seed=noise_seed,
         )
     content = io.BytesIO()
     image.save(content, "png")
@@ -169,19 +174,20 @@ def parser() -> Parser:
         prog="python -m dype.demo.evaluate", description=__doc__ + SETTING_HELP, epilog=EXAMPLES
     )
     flag = argument_parser.add_argument
-    flag("settings", nargs="*", metavar="SETTING", help="settings to compare (default: a table)")
+    flag("settings", nargs="*", metavar="SETTING", help="settings to compare (default: the "
+         "table main)")  # fmt: skip
     flag("--quick", action="store_true", help="small table; a few minutes on two cores")
-    flag("--full", action="store_true", help="table of all settings, up to 6x; a day or more")
-    flag("--cutoff", action="store_true", help="table of all methods, with a comparison of cutoff "
-         "and yarn_paper that includes 2:1 images")  # fmt: skip
+    flag("--paper", nargs="*", choices=PAPER, metavar="TABLE", help="tables of docs/demo.md and "
+         f"docs/log, each of one question: {', '.join(PAPER)} (default: all; an hour or two each "
+         "on two cores)")  # fmt: skip
     flag("--drawn", action="store_true", help="scores of existing images; generates none")
     flag("--size", default=str(2 * BASE), metavar="WxH", help="width x height of the SETTINGs' "
          "images in px, or one number for a square; 64 to 4096, multiples of 16 "
          "(default: %(default)s)")  # fmt: skip
-    flag("--count", type=int, default=COUNT, metavar="N", help="number of prompts per setting; 1 "
-         "or more (default: %(default)s)")  # fmt: skip
-    flag("--seed", type=int, default=0, metavar="N", help="seed of the prompts; we report 0 and "
-         "select settings on others (default: %(default)s)")  # fmt: skip
+    flag("--count", type=int, metavar="N", help="number of prompts per setting, 1 or more; of a "
+         f"table, at most so many (default: {COUNT}, or as planned)")  # fmt: skip
+    flag("--seed", type=int, metavar="N", help="seed of the SETTINGS' prompts; we report 0 and "
+         "select settings on others (default: 0)")  # fmt: skip
     flag("--against", nargs="+", default=[], metavar="SETTING", help="baselines of the paired "
          "differences, among the SETTINGs (default: the static form and base)")  # fmt: skip
     flag("--held_out", action="store_true", help="prompts that training left out")
@@ -190,7 +196,7 @@ def parser() -> Parser:
     flag("--guidance", type=float, default=DEMO.guidance, metavar="X", help="guidance_scale of the "
          "pipeline; 1 is off (default: %(default)g)")  # fmt: skip
     flag("--dtype", choices=DTYPES, metavar="DTYPE", help="number format of matrix products; "
-         f"{', '.join(DTYPES)} (default: as in --out, else the faster one)")  # fmt: skip
+         f"{', '.join(DTYPES)} (default: as in --out, else float32, as in our tables)")  # fmt: skip
     flag("--out", type=Path, default=Path("outputs/ground_truth"), metavar="FOLDER",
          help="folder of the images (default: %(default)s)")  # fmt: skip
     flag("--weights", type=Path, default=Path(DEMO.repo), metavar="FOLDER",
@@ -198,7 +204,8 @@ def parser() -> Parser:
     flag("--processes", type=int, default=PROCESSES, metavar="N", help="number of images to "
          "generate at once; 1 or more (default: one per core, up to 8)")  # fmt: skip
     flag("--save", type=Path, metavar="FILE.json", help="file of the results, for dype.figures; "
-         "also writes FILE.csv, and FILE_pairs.csv with the paired differences")  # fmt: skip
+         "also writes FILE.csv, and FILE_pairs.csv with the paired differences; of "
+         "--paper, FILE_TABLE.json")  # fmt: skip
     flag("--strip", type=Path, metavar="FILE", help="PNG or JPEG file with at most six "
          "images per setting, and a crop of each pixel for pixel")  # fmt: skip
     return argument_parser
@@ -252,7 +259,7 @@ def reconcile_protocol(path: Path, earlier: dict | None, protocol: dict) -> None
     """
     dtype = (earlier or {}).get("dtype")
     if protocol["dtype"] is None:
-        protocol["dtype"] = dtype if dtype in DTYPES else fast_dtype(default_device())
+        protocol["dtype"] = dtype if dtype in DTYPES else "float32"
     for name, value in protocol.items():
         if earlier is not None and earlier.get(name) != value:
             raise ValueError(
@@ -261,12 +268,13 @@ def reconcile_protocol(path: Path, earlier: dict | None, protocol: dict) -> None
             )
 
 
-def requested_cells(args) -> list[Cell]:
-    """Return the cells that the flags ask for. Raise ValueError for wrong flags."""
-    if args.quick + args.full + args.cutoff + bool(args.settings) > 1:
-        raise ValueError("--quick, --full, --cutoff and SETTINGS, expected at most one of them")
+def check_flags(args) -> None:
+    """Raise ValueError for wrong flags."""
+    if args.quick + (args.paper is not None) + bool(args.settings) > 1:
+        raise ValueError("--quick, --paper and SETTINGS, expected at most one of them")
     for name, least in (("count", 1), ("steps", 1), ("seed", 0), ("processes", 1)):
-        check_number(f"--{name}", getattr(args, name), least, math.inf, integer=True)
+        if getattr(args, name) is not None:
+            check_number(f"--{name}", getattr(args, name), least, math.inf, integer=True)
     check_number("--guidance", args.guidance, 0, 100)
     if not (args.weights / "model_index.json").is_file():
         raise ValueError(f"--weights is {args.weights}, expected the folder of a trained pipeline")
@@ -276,33 +284,48 @@ def requested_cells(args) -> list[Cell]:
         raise ValueError(f"--strip is {args.strip}, expected a name in .png or .jpg")
     if args.save and args.save.suffix.lower() != ".json":
         raise ValueError(f"--save is {args.save}, expected a name in .json")
-    size = parse_size(args.size)
-    for side in size:
+    for side in parse_size(args.size):
         check_number("--size", side, 64, 4096, multiple=16)
+    for flag in ("against", "seed"):
+        if not args.settings and getattr(args, flag) not in (None, []):
+            raise ValueError(f"--{flag}, expected SETTINGS with it")
+    if args.paper is not None and len(args.paper) != 1 and args.strip:
+        raise ValueError("--strip, expected one table with it")
+
+
+def requested_tables(args) -> dict[str, tuple[Table, list[Cell]]]:
+    """Return each table that the flags ask for, with its cells, by name.
+
+    Raises ValueError for wrong flags.
+    """
+    check_flags(args)
     if args.settings:
         settings = {setting.name: setting for setting in map(parse_setting, args.settings)}
-        cells = [Cell(size, setting, args.count) for setting in settings.values()]
+        size, count = parse_size(args.size), args.count or COUNT
+        cells = [Cell(size, setting, count) for setting in settings.values()]
         for cell in cells:
             resolve_cell_passes(cell, args.steps)
+        for text in args.against:
+            check_choice("--against", parse_setting(text).name, settings)
+        return {"": (Table("", (), args.seed or 0), cells)}
+    if args.paper is None:
+        names = ["quick" if args.quick else "main"]
     else:
-        tables = [name for name in ("quick", "full", "cutoff") if getattr(args, name)]
-        cells = plan_cells(*tables or ["default"])
-    if args.against and not args.settings:
-        raise ValueError("--against, expected SETTINGS with it")
-    names = dict.fromkeys(cell.setting.name for cell in cells)
-    for text in args.against:
-        check_choice("--against", parse_setting(text).name, names)
-    return existing_cells(cells, args) if args.drawn else cells
+        names = dict.fromkeys(args.paper or PAPER)
+    return {name: (TABLES[name], plan_cells(TABLES[name], args.count)) for name in names}
 
 
-def existing_cells(cells: list[Cell], args) -> list[Cell]:
+def existing_cells(cells: list[Cell], folder: Path, measurements: Measurements) -> list[Cell]:
     """Return the cells with the number of their existing images, without those that have none.
 
-    Prints the incomplete ones. Raises ValueError if no image exists.
+    An image that was measured exists. Prints the incomplete cells. Raises ValueError if no image
+    exists.
     """
     existing, incomplete = [], []
     for cell in cells:
-        count = len(list(takewhile(Path.exists, image_paths(cell, seed_folder(args)))))
+        measured = measurements.count(f"{folder.name}/{cell.folder}")
+        paths = image_paths(cell, folder)
+        count = max(min(measured, cell.count), len(list(takewhile(Path.exists, paths))))
         if count > 0:
             existing.append(cell._replace(count=count))
         if count < cell.count:
@@ -310,7 +333,7 @@ def existing_cells(cells: list[Cell], args) -> list[Cell]:
     if incomplete and existing:
         print(f"incomplete: {', '.join(incomplete)}")
     if not existing:
-        raise ValueError(f"{args.out} has none of these images, expected some with --drawn")
+        raise ValueError(f"{folder.parent} has none of these images, expected some with --drawn")
     return existing
 
 
@@ -320,30 +343,84 @@ def run(args) -> None:
 
     Raises UserError and OSError.
     """
-    cells = requested_cells(args)
+    tables = requested_tables(args)
+    measurements = Measurements(args.out / "measurements.npz")
+    if args.drawn:
+        tables = {
+            name: (table, existing_cells(cells, seed_folder(table.seed, args), measurements))
+            for name, (table, cells) in tables.items()
+        }
     protocol = resolve_protocol(args)
     print(f"dtype {args.dtype}")
-    scenes, folder = sample_scenes(args), seed_folder(args)
-    jobs = [
-        (cell, index, path, scenes[index].caption, args)
-        for cell in cells
-        for index, path in enumerate(image_paths(cell, folder))
-        if not path.exists()
-    ]
+    for name, (table, cells) in tables.items():
+        if args.paper is not None:
+            print(f"\n{name}: {table.question}\n")
+        run_table(name, table, cells, protocol, measurements, args)
+
+
+def missing_images(
+    seed: int, cells: list[Cell], scenes: list[Scene], measurements: Measurements, args
+) -> list[tuple]:
+    """Return the arguments of `generate_image` for every image to generate.
+
+    An image that was measured is generated again only for --strip.
+
+    Args:
+        seed: seed of the prompts; the noise of image i has 10000 times this plus i.
+        cells: cells of a table.
+        scenes: scene of each prompt.
+        measurements: file of what is measured already.
+        args: parsed flags; --dtype is not None.
+    """
+    folder = seed_folder(seed, args)
+    jobs = []
+    for cell in cells:
+        measured = 0 if args.strip else measurements.count(f"{folder.name}/{cell.folder}")
+        for index, path in enumerate(image_paths(cell, folder)):
+            if index >= measured and not path.exists():
+                jobs.append((cell, 10_000 * seed + index, path, scenes[index].caption, args))
+    return jobs
+
+
+def run_table(
+    name: str, table: Table, cells: list[Cell], protocol: dict, measurements: Measurements, args
+) -> None:
+    """Generate the missing images of a table, score all, print and write it.
+
+    Args:
+        name: name of the table.
+        table: its seed and baselines.
+        cells: its cells.
+        protocol: what all images in --out share.
+        measurements: file of what is measured already.
+        args: parsed flags; --dtype is not None.
+
+    Raises:
+        OSError: an image cannot be read, or a file cannot be written.
+    """
+    folder = seed_folder(table.seed, args)
+    scenes = sample_scenes(table.seed, max(cell.count for cell in cells), args.held_out)
+    jobs = [] if args.drawn else missing_images(table.seed, cells, scenes, measurements, args)
     vae, count = cached_pipeline(args.weights).vae, sum(cell.count for cell in cells)
     with tqdm(total=count, initial=count - len(jobs), unit="image", disable=args.drawn) as bar:
         for _ in generate_images(jobs, args.processes):
             bar.update()
-    pairs = requested_pairs(args.settings, args.against, args.cutoff)
-    tables = report.score_cells(vae, args.dtype, cells, scenes, folder, pairs)
-    print(report.to_markdown(tables["rows"], report.ROW_COLUMNS[:3], signed=False))
-    if tables["pairs"]:
+    if args.against:
+        pairs_of = partial(pairs_against, args.against)
+    else:
+        pairs_of = partial(default_pairs, baselines=table.baselines)
+    results = report.score_cells(vae, args.dtype, cells, scenes, folder, measurements, pairs_of)
+    print(report.to_markdown(results["rows"], report.ROW_COLUMNS[:3], signed=False))
+    if results["pairs"]:
         print()
-        print(report.to_markdown(tables["pairs"], report.PAIR_COLUMNS, signed=True))
+        print(report.to_markdown(results["pairs"], report.PAIR_COLUMNS, signed=True))
     files = {}
     if args.save:
-        protocol |= {"seed": args.seed, "held_out": args.held_out, "base_resolution": BASE}
-        files = files_to_save(args.save, protocol, tables)
+        path = args.save
+        if args.paper is not None:
+            path = path.with_stem(f"{path.stem}_{name}")
+        protocol = protocol | {"seed": table.seed, "held_out": args.held_out}
+        files = files_to_save(path, protocol | {"base_resolution": BASE}, results)
     if args.strip:
         files[args.strip] = report.draw_image_strips(cells, folder, args.strip)
     for path in files:

@@ -1,5 +1,6 @@
 """Settings of the ground-truth benchmark, the cells of its tables, and the pairs to compare."""
 
+from collections.abc import Iterable
 from dataclasses import fields
 from itertools import product, takewhile
 from pathlib import Path
@@ -11,8 +12,7 @@ from dype.rope import METHODS
 
 DEMO = MODELS["demo"]
 BASE = DEMO.base_resolution  # px
-COUNT = 24  # of the prompts at 1x and 2x
-LARGE_COUNT = 4  # of the prompts of larger images
+COUNT = 24  # of the prompts of settings without a table
 NAMED_SETTINGS = {part.name for part in fields(DyPEConfig)}
 NAMED_SETTINGS -= {"method", "dype", "dype_scale", "dype_exponent", "anisotropic"}
 NAMED_SETTINGS -= {"shift", "base_shift", "max_shift"}
@@ -26,19 +26,16 @@ SETTING_METHODS |= {"ntk_factor": ("imax",), "rdfc_turns": ("rdfc",)}
 # method -> the first method with the same static frequencies and m
 STATIC_FORMS = {method: method for method in METHODS} | {"ntk_mult": "ntk"}
 STATIC_FORMS |= dict.fromkeys(("yarn_ntk_only", "yarn_both", "yarn_power", "vision_yarn"), "yarn")
-STATIC_CONTROLS = ("model", "progressive")
+STATIC_CONTROLS = ("model", "progressive", "twopass")
 CONTROLS = ("reversed", *STATIC_CONTROLS)
-CONTROL_SETTINGS = ["dy_yarn_paper:reversed", "dy_pi:1:1:reversed"]
-UNCAPPED_SETTINGS = ["base:model", "yarn_paper:model", "dy_yarn_paper:model"]
-RISING_ATTENTION = ":attention_scale=1.2:attention_path=rising"  # selected on the same prompts
-CUTOFF_COMPARISON = ["dy_cutoff", f"dy_cutoff{RISING_ATTENTION}", "yarn_paper", "dy_yarn_paper"]
-CUTOFF_COMPARISON += [f"dy_yarn_paper{RISING_ATTENTION}"]
-PAPER_SETTINGS = ["base", "yarn", "dy_yarn", "yarn_paper", "dy_yarn_paper", "ntk", "dy_ntk"]
-PAPER_SETTINGS += ["pi", "dy_pi"]
+TWOPASS_STRENGTH = 0.3
 # at every size, and in fig5 and fig18: stock and the demo's method
 SCALING_SETTINGS = ["base", DEMO.dype_defaults["method"], f"dy_{DEMO.dype_defaults['method']}"]
-PROGRESSIVE = f"{SCALING_SETTINGS[-1]}:progressive"
-UNCAPPED_CUTOFF = [f"{name}:model" for name in CUTOFF_COMPARISON[:2]]
+RISING = ":attention_path=rising"
+# by the table "choice"
+CHOSEN = "dy_cutoff:cutoff=0.5"
+ALPHA = "dy_yarn_paper:alpha=8"
+RISING_CHOSEN = f"{CHOSEN}:attention_scale=1.2{RISING}"
 GRAMMAR = "base or [dy_]METHOD[:LAMBDA_S[:LAMBDA_T]], then [:NAME=VALUE...][:CONTROL]"
 
 
@@ -68,6 +65,76 @@ class Cell(NamedTuple):
     setting: Setting
     count: int
 
+    @property
+    def folder(self) -> str:
+        """Return the folder of the images, in that of the seed: SIZE/SETTING."""
+        return f"{format_size(self.size)}/{self.setting.folder}"
+
+
+class Table(NamedTuple):
+    """A table of square images of the prompts of one seed."""
+
+    question: str  # that it answers
+    lines: tuple[tuple[int, list[str], int], ...]  # scale, settings, number of prompts
+    seed: int = 0  # of the prompts
+    baselines: tuple[str, ...] = ()  # of paired differences, beside those of `default_pairs`
+
+
+METHOD_NAMES = [name for name in METHODS if name != "base"]
+ALL_SETTINGS = ["base", *dict.fromkeys(STATIC_FORMS[name] for name in METHOD_NAMES)]
+ALL_SETTINGS += [f"dy_{name}" for name in METHOD_NAMES]
+MAIN_SETTINGS = ["base", "yarn", "dy_yarn", "yarn_paper", "dy_yarn_paper", ALPHA, "pi", CHOSEN]
+LARGE_SETTINGS = ["base", "pi", "dy_yarn_paper", CHOSEN]
+CANDIDATES = [
+    *("pi", "pi:attention_scale=0.1", "pi:attention_scale=0.3"),
+    *("dy_pi:1", "dy_pi:1:1", "dy_pi:1:0.5"),
+    *("yarn_paper", "dy_yarn_paper", "dy_yarn_paper:1:1", "dy_yarn_paper:1:0.5"),
+    *("dy_yarn_paper:alpha=4", ALPHA, f"dy_yarn_paper:attention_scale=0.6{RISING}"),
+    *("dy_cutoff:cutoff=2", "dy_cutoff", CHOSEN, "dy_cutoff:cutoff=0.25"),
+    *(f"{CHOSEN}:attention_path=sega", f"{CHOSEN}:attention_scale=0.6{RISING}", RISING_CHOSEN),
+]
+SCALED_SETTINGS = [f"{name}:attention_path=sega" for name in MAIN_SETTINGS[1:]]
+UNCAPPED_SETTINGS = ["base:model", "yarn_paper:model", "dy_yarn_paper:model", f"{CHOSEN}:model"]
+CONTROLLED_SETTINGS = ["base", "dy_pi:1:1", "yarn_paper", "dy_yarn_paper", CHOSEN]
+CONTROLLED_SETTINGS += ["dy_pi:1:1:reversed", "dy_yarn_paper:reversed", *UNCAPPED_SETTINGS]
+CONTROLLED_SETTINGS += ["dy_yarn_paper:twopass", "dy_yarn_paper:progressive"]
+RECIPES = ["base", "base:text_repeat=4", "yarn_paper", "yarn_paper:text_repeat=4", "sega"]
+RECIPES += ["dy_sega", "sega:attention_scale=0.1", "dy_yarn_paper", CHOSEN]
+RECIPES += ["yarn_paper:attention_path=sega", "dy_yarn_paper:attention_path=sega"]
+RECIPES += [f"{CHOSEN}:attention_path=sega"]
+TABLES = {
+    "quick": Table("does the demo work here?", ((1, ["base"], 3), (2, SCALING_SETTINGS, 3))),
+    "choice": Table(
+        "which settings? on prompts that no other table has", ((2, CANDIDATES, 8),), seed=1
+    ),
+    "main": Table(
+        "which encoding keeps layout and texture at 2x?",
+        ((1, ["base"], 32), (2, [*MAIN_SETTINGS, "dy_yarn_paper:progressive"], 32)),
+        baselines=("pi", "yarn_paper", "dy_yarn_paper"),
+    ),
+    "large": Table(
+        "and at 4x?",
+        ((1, ["base"], 6), (2, LARGE_SETTINGS, 6), (4, LARGE_SETTINGS, 6)),
+        baselines=("pi", "dy_yarn_paper"),
+    ),
+    "methods": Table(
+        "how do all methods compare at 2x?", ((2, [*ALL_SETTINGS, ALPHA, CHOSEN], 12),)
+    ),
+    "scales": Table(
+        "what do attention scales give at 2x?",
+        ((2, [*MAIN_SETTINGS, *SCALED_SETTINGS, RISING_CHOSEN], 32),),
+    ),
+    "controls": Table(
+        "does it hang on time, the schedule, the passes?", ((2, CONTROLLED_SETTINGS, 16),)
+    ),
+    "recipes": Table(
+        "SEGA, copies of the text and the cutoff, each at one m?",
+        ((2, RECIPES, 16),),
+        baselines=("dy_yarn_paper", "dy_yarn_paper:attention_path=sega"),
+    ),
+}
+PAPER = [name for name in TABLES if name != "quick"]
+
 
 def format_size(size: tuple[int, int]) -> int | str:
     """Return the side of a square in px, or WIDTHxHEIGHT."""
@@ -77,8 +144,7 @@ def format_size(size: tuple[int, int]) -> int | str:
 
 def image_paths(cell: Cell, folder: Path) -> list[Path]:
     """Return the paths of a cell's images, in the folder of a seed."""
-    cell_folder = folder / str(format_size(cell.size)) / cell.setting.folder
-    return [cell_folder / f"{i:03}.png" for i in range(cell.count)]
+    return [folder / cell.folder / f"{i:03}.png" for i in range(cell.count)]
 
 
 def parse_setting(text: str) -> Setting:
@@ -199,65 +265,32 @@ def is_setting_name(text: str) -> bool:
         return False
 
 
-def plan_cells(name: str) -> list[Cell]:
-    """Return the cells of a table: "quick", "default", "full" or "cutoff"."""
-    methods = [method for method in METHODS if method != "base"]
-    static_methods = dict.fromkeys(STATIC_FORMS[method] for method in methods)
-    all_settings = ["base", *static_methods, *(f"dy_{method}" for method in methods), "dy_pi:1:1"]
-    base_line = (1, 1), ["base"], COUNT
-    lines = {
-        "quick": [((1, 1), ["base"], 3), ((2, 2), SCALING_SETTINGS, 3)],
-        "default": [
-            base_line,
-            ((2, 2), [*PAPER_SETTINGS, PROGRESSIVE], COUNT),
-            ((4, 4), [*SCALING_SETTINGS, PROGRESSIVE], LARGE_COUNT),
-        ],
-        "full": [
-            base_line,
-            ((2, 2), [*all_settings, *CONTROL_SETTINGS, *UNCAPPED_SETTINGS], COUNT),
-            ((4, 4), all_settings, LARGE_COUNT),
-            *(((scale, scale), SCALING_SETTINGS, LARGE_COUNT) for scale in (3, 5, 6)),
-        ],
-        "cutoff": [
-            ((2, 2), [*all_settings, *CUTOFF_COMPARISON], COUNT),
-            ((2, 2), [*UNCAPPED_SETTINGS, *UNCAPPED_CUTOFF], COUNT),
-            ((4, 4), [*SCALING_SETTINGS, *CUTOFF_COMPARISON], LARGE_COUNT),
-            ((1, 2), CUTOFF_COMPARISON, COUNT),
-            ((2, 4), CUTOFF_COMPARISON, LARGE_COUNT),
-        ],
-    }[name]
+def plan_cells(table: Table, most: int | None = None) -> list[Cell]:
+    """Return the cells of a table; most: limit of the prompts per setting, None for none."""
     cells = []
-    for scales, texts, count in lines:
-        size = (scales[0] * BASE, scales[1] * BASE)
+    for scale, texts, count in table.lines:
         settings = {setting.name: setting for setting in map(parse_setting, texts)}
-        cells += [Cell(size, setting, count) for setting in settings.values()]
+        size = (scale * BASE, scale * BASE)
+        cells += [Cell(size, setting, min(count, most or count)) for setting in settings.values()]
     return cells
 
 
-def requested_pairs(
-    settings: list[str], baselines: list[str], is_cutoff_table: bool
-) -> list[tuple[str, str]]:
-    """Return the (setting, baseline) names that the flags ask for, without equal names.
-
-    Args:
-        settings: texts of settings.
-        baselines: texts of --against.
-        is_cutoff_table: return the pairs of the table of --cutoff instead.
-    """
-    pairs = [*product(settings, baselines)]
-    if is_cutoff_table:
-        pairs = [*product(CUTOFF_COMPARISON, CUTOFF_COMPARISON)]
-        pairs += [*product(UNCAPPED_CUTOFF, UNCAPPED_SETTINGS)]
-        pairs += [(text, text.removesuffix(":model")) for text in UNCAPPED_CUTOFF]
-    names = [tuple(parse_setting(text).name for text in pair) for pair in pairs]
-    return [(name, baseline) for name, baseline in names if name != baseline]
+def pairs_against(baselines: Iterable[str], cells: dict[str, Cell]) -> list[tuple[str, str]]:
+    """Return every (setting, baseline) among cells by the name of their setting."""
+    names = dict.fromkeys(parse_setting(text).name for text in baselines)
+    return [
+        (name, baseline)
+        for name, baseline in product(cells, names)
+        if name != baseline and baseline in cells
+    ]
 
 
-def default_pairs(cells: dict[str, Cell]) -> list[tuple[str, str]]:
+def default_pairs(cells: dict[str, Cell], baselines: Iterable[str] = ()) -> list[tuple[str, str]]:
     """Return the (setting, baseline) names to compare among cells by the name of their setting.
 
-    Each setting is compared with `base`, a method with DyPE also with its static form, and one
-    with a control or with other settings than its method's also with the one without.
+    Each setting is compared with `base`, a method with DyPE also with its static form, one with a
+    control or with other settings than its method's also with the one without, and all with the
+    given baselines.
     """
     pairs = []
     for name, cell in cells.items():
@@ -266,8 +299,8 @@ def default_pairs(cells: dict[str, Cell]) -> list[tuple[str, str]]:
         static = ":".join([STATIC_FORMS[config.method], *overrides])
         static += ":model" * (control == "model")
         default = ":".join(part for part in name.split(":") if "=" not in part)
-        baselines = [name.removesuffix(f":{control}"), default]
-        baselines += [static if config.dype else "base", "base"]
-        baselines = [text for text in dict.fromkeys(baselines) if text in cells.keys() - {name}]
-        pairs += [(name, baseline) for baseline in baselines]
+        names = [name.removesuffix(f":{control}"), default]
+        names += [static if config.dype else "base", "base", *baselines]
+        names = [text for text in dict.fromkeys(names) if text in cells.keys() - {name}]
+        pairs += [(name, baseline) for baseline in names]
     return pairs

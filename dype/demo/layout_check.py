@@ -36,6 +36,7 @@ SUN_RADIUS = (0.062, 0.088)  # (truth: 0.065 to 0.085)
 SUN_SLACK = 0.015  # added to both ends of HEIGHTS
 LEAST_OVERLAP = 0.8  # of the sun with a disk (truth: 0.94 or more)
 LARGEST_SPECK = 8  # cells of a sun's color in the rest of the sky (truth: 0)
+BORDERS = range(50, 110)  # rows of the search for a border that is out of its place
 AXES = range(78, 88)  # rows below which the ground may begin (truth: 79.4 to 84.5)
 LEAST_EDGE = 2.5  # contrast of the horizon with the rows about it, at noon (truth: 4.6 or more)
 LEAST_STEP = 15  # of color at the horizon of land, at noon (truth: 25 or more)
@@ -60,6 +61,10 @@ class Verdict(NamedTuple):
     mountains: bool  # their color
     ground: bool  # colors of the ground
     mirror: bool  # a lake has the colors above it, in mirrored order
+    border: float  # height of the strongest straight border, wherever it is; 0: top, 1: bottom
+
+
+PARTS = ("sun", "horizon", "sky", "mountains", "ground", "mirror")
 
 
 def average_cells(image: np.ndarray) -> np.ndarray:
@@ -276,4 +281,5 @@ def check(image: np.ndarray, attributes: dict[str, str] | Scene) -> Verdict:
         "ground": words["ground"] in ("", ground) and ground_distance < COLOR_TOLERANCE["ground"],
         "mirror": not is_lake or mirror > LEAST_MIRROR,
     }
-    return Verdict(all(parts.values()), overlap, **parts)
+    border = BORDERS[0] + int(borders[BORDERS].argmax())
+    return Verdict(all(parts.values()), overlap, **parts, border=border / CELLS)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -21,6 +22,8 @@ from dype.demo.experiments import (
     format_size,
     image_paths,
 )
+from dype.demo.layout_check import PARTS
+from dype.demo.measurements import Measurements
 from dype.demo.scenes import Scene
 from dype.pipelines.devices import autocast
 from dype.sampling import records
@@ -31,11 +34,22 @@ ROW_COLUMNS = ("size", "setting", "n", "method", "dype", "lambda_s", "lambda_t",
 PAIR_COLUMNS = ("size", "setting", "against", "n")
 SIDE, GAP, LABEL = 160, 6, 34  # px of a strip: width of an image, space, height of a label
 # columns of each printed table; one table of all scores is wider than a terminal
-PRINTED_SCORES = (("layout", "overlap", "joint"), ("spectrum", "directions"), ("patches", "lite0"))
+PRINTED_SCORES = (
+    ("layout", "overlap", "joint"),
+    ("sun", "horizon", "shift"),
+    ("spectrum", "directions"),
+    ("patches", "lite0"),
+)
 
 
 def score_cells(
-    vae, dtype: str, cells: list[Cell], scenes: list[Scene], folder: Path, pairs=()
+    vae,
+    dtype: str,
+    cells: list[Cell],
+    scenes: list[Scene],
+    folder: Path,
+    measurements: Measurements,
+    pairs_of: Callable[[dict[str, Cell]], list[tuple[str, str]]] = default_pairs,
 ) -> dict:
     """Return the scores of every cell and of the truth as "rows", paired differences as "pairs".
 
@@ -45,22 +59,26 @@ def score_cells(
         cells: cells with finished images.
         scenes: scene of each prompt, at least as many as the largest cell has.
         folder: folder of the seed.
-        pairs: (setting, baseline) names to compare; empty: `default_pairs` of each size.
+        measurements: file of what is measured already; the rest is added to it.
+        pairs_of: takes the cells of a size by the name of their setting, returns the (setting,
+            baseline) names to compare.
     """
     rows, differences = [], []
     for size in dict.fromkeys(cell.size for cell in cells):
         cells_by_name = {cell.setting.name: cell for cell in cells if cell.size == size}
         size_scenes = scenes[: max(cell.count for cell in cells_by_name.values())]
-        truth, baselines = truth_baselines(vae, dtype, size_scenes, size)
-        rows += [score_row(size, name, None, *sets) for name, sets in baselines.items()]
         label, statistics = format_size(size), {}
+        prefix = f"{folder.name}/{label}"
+        truth, baselines = truth_baselines(vae, dtype, size_scenes, size, measurements, prefix)
+        rows += [score_row(size, name, None, *sets) for name, sets in baselines.items()]
         for name, cell in tqdm(cells_by_name.items(), f"scores {label}", leave=False):
-            images = [read_image(path, cell.size) for path in image_paths(cell, folder)]
-            statistics[name] = scores.measure(images, size_scenes[: cell.count])
+            statistics[name] = measurements.measure(
+                f"{folder.name}/{cell.folder}",
+                size_scenes[: cell.count],
+                lambda i, cell=cell: read_image(image_paths(cell, folder)[i], cell.size),
+            )
             rows.append(score_row(size, name, cell.setting, statistics[name], truth))
-        size_pairs = [pair for pair in pairs if cells_by_name.keys() >= {*pair}]
-        size_pairs = size_pairs if pairs else default_pairs(cells_by_name)
-        for name, baseline in tqdm(size_pairs, f"pairs {label}", leave=False):
+        for name, baseline in tqdm(pairs_of(cells_by_name), f"pairs {label}", leave=False):
             n = min(cells_by_name[name].count, cells_by_name[baseline].count)
             sets = statistics[name], statistics[baseline], truth
             sets = [scores.select(images, np.arange(n)) for images in sets]
@@ -70,7 +88,12 @@ def score_cells(
 
 
 def truth_baselines(
-    vae, dtype: str, scenes: list[Scene], size: tuple[int, int]
+    vae,
+    dtype: str,
+    scenes: list[Scene],
+    size: tuple[int, int],
+    measurements: Measurements,
+    prefix: str,
 ) -> tuple[scores.ImageStatistics, dict]:
     """Return the truth that images are compared with, and the rows that score truth itself.
 
@@ -84,19 +107,24 @@ def truth_baselines(
         dtype: number format of the round trip.
         scenes: scenes to render.
         size: (height, width), px.
+        measurements: file of what is measured already; the rest is added to it.
+        prefix: beginning of the names in that file.
 
     Returns:
         Statistics of the truth; (statistics of a row, statistics it is compared with) by name.
     """
-    statistics, decibels, label = {}, [], format_size(size)
+    statistics = {}
     for name, seed_offset in (("same_seed", 0), ("other_seed", 1)):
         variants = [replace(scene, seed=scene.seed + seed_offset) for scene in scenes]
-        images = [render(scene, *size) for scene in tqdm(variants, f"truth {label}", leave=False)]
-        decoded = [round_trip(vae, image, dtype) for image in images]
-        statistics[name] = scores.measure(images, scenes)
-        statistics[f"{name}_vae"] = scores.measure(decoded, scenes)
-        decibels += map(psnr, images, decoded)
-    print(f"{label} px: round trip {np.mean(decibels):.1f} dB, deviation {np.std(decibels):.1f}")
+
+        def draw(index, variants=variants):
+            return render(variants[index], *size)
+
+        def decode(index, draw=draw):
+            return round_trip(vae, draw(index), dtype)
+
+        for key, read in ((name, draw), (f"{name}_vae", decode)):
+            statistics[key] = measurements.measure(f"{prefix}/truth_{key}", scenes, read)
     return statistics["same_seed_vae"], {
         "truth": (statistics["other_seed"], statistics["same_seed"]),
         "truth_vae": (statistics["other_seed_vae"], statistics["same_seed_vae"]),
@@ -149,7 +177,7 @@ def score_row(size: tuple[int, int], name: str, setting: Setting | None, images,
 
 
 def to_markdown(rows: list[dict], columns: tuple[str, ...], signed: bool) -> str:
-    """Return rows as Markdown tables: of layout, of spectra and of patches.
+    """Return rows as Markdown tables: of layout, of its parts, of spectra and of patches.
 
     Args:
         rows: rows or pairs of `score_cells`.
@@ -175,7 +203,7 @@ def score_columns(rows: list[dict]) -> list[str]:
 
     Rows that an earlier version saved, or one without the packages of `lite0`, have fewer.
     """
-    return [name for name in scores.SCORES if all(name in row for row in rows)]
+    return [name for name in (*scores.SCORES, *PARTS) if all(name in row for row in rows)]
 
 
 def to_csv(rows: list[dict], columns: tuple[str, ...]) -> bytes:
@@ -201,11 +229,6 @@ def round_trip(vae, image: np.ndarray, dtype: str = "float32") -> np.ndarray:
     with autocast(vae.device, dtype):
         out = vae(x).sample[0].permute(1, 2, 0).float()
     return ((out + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
-
-
-def psnr(image: np.ndarray, reference: np.ndarray) -> float:
-    """Return the peak signal-to-noise ratio of two uint8 images, dB."""
-    return float(10 * np.log10(255**2 / np.mean((image.astype(float) - reference) ** 2)))
 
 
 def draw_image_strips(cells: list[Cell], folder: Path, path: Path) -> bytes:

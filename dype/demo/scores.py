@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dype.demo.layout_check import check
+from dype.demo.layout_check import PARTS, check
 from dype.demo.scenes import Scene
 from dype.metrics import intervals
 from dype.metrics.set_metrics import frechet_distance
@@ -173,6 +173,8 @@ class ImageStatistics(NamedTuple):
     directions: np.ndarray  # [n, bands, 4]
     lite0_means: np.ndarray  # [n, F], as feature_means; F is 0 without the network
     lite0_outers: np.ndarray  # [n, F, F]
+    parts: np.ndarray  # [n, 6] 1: that one of PARTS is right
+    shifts: np.ndarray  # [n] the strongest border's height minus the horizon's, % of the side
 
 
 def measure(images: list[np.ndarray], scenes: list[Scene]) -> ImageStatistics:
@@ -183,7 +185,9 @@ def measure(images: list[np.ndarray], scenes: list[Scene]) -> ImageStatistics:
         power = mean_power(image)
         texture = [log_spectrum(power), *patch_sums(patch_features(image))]
         texture += [directional_spectrum(power), *patch_sums(lite0_features(image))]
-        rows.append((verdict.layout, verdict.overlap, *texture))
+        parts = [getattr(verdict, part) for part in PARTS]
+        shift = 100 * (verdict.border - scene.horizon)
+        rows.append((verdict.layout, verdict.overlap, *texture, parts, shift))
     return ImageStatistics(*(np.array(column, float) for column in zip(*rows, strict=True)))
 
 
@@ -253,6 +257,14 @@ def patch_moments(means: np.ndarray, outers: np.ndarray) -> tuple[np.ndarray, np
     return mean, vectors * np.sqrt(values.clip(0))
 
 
+def horizon_shift(images: ImageStatistics, truth: ImageStatistics) -> float:
+    """Return the median distance of the horizon below its place, % of the side; 0 is best.
+
+    The median leaves out the images whose strongest border is another one, such as a ridge.
+    """
+    return float(np.median(images.shifts))
+
+
 def joint_score(images: ImageStatistics, truth: ImageStatistics) -> float:
     """Return layout times exp(-spectrum); 1 is best."""
     return layout_share(images, truth) * float(np.exp(-spectrum_distance(images, truth)))
@@ -261,6 +273,7 @@ def joint_score(images: ImageStatistics, truth: ImageStatistics) -> float:
 SCORES = {
     "layout": layout_share,
     "overlap": mean_overlap,
+    "shift": horizon_shift,
     "spectrum": spectrum_distance,
     "directions": directions_distance,
     "patches": patch_distance,
@@ -301,11 +314,14 @@ def score(images: ImageStatistics, truth: ImageStatistics) -> dict:
     """Return every score of a setting with its interval, by name."""
     share = layout_share(images, truth)
     results = {"layout": {"mean": share, "interval": intervals.wilson_interval(images.is_right)}}
-    results["overlap"] = bootstrap(mean_overlap, images, truth)
-    for name in (name for name in score_names(images) if name in SET_SCORES):
-        results[name] = bootstrap(SCORES[name], images, truth, is_set_score=True)
-        low, high = results[name]["interval"]
-        results[name]["interval"] = [max(low, 0.0), high]
+    for name in score_names(images)[1:]:
+        is_set_score = name in SET_SCORES
+        results[name] = bootstrap(SCORES[name], images, truth, is_set_score=is_set_score)
+        if is_set_score:
+            low, high = results[name]["interval"]
+            results[name]["interval"] = [max(low, 0.0), high]
+    for part, right in zip(PARTS, images.parts.T, strict=True):
+        results[part] = {"mean": float(right.mean()), "interval": intervals.wilson_interval(right)}
     return results
 
 

@@ -58,13 +58,14 @@ def parser() -> Parser:
     flag("--unguided", metavar="FILE", type=Path, help="measurements with guidance 1 for eq11 "
          f"(default: {saved_numbers.UNGUIDED})")  # fmt: skip
     flag("--ground_truth", metavar="FILE", type=Path, help="results for fig5 and frontier "
-         f"(default: fig5 {saved_numbers.GROUND_TRUTH}, frontier "
-         f"{saved_numbers.CUTOFF})")  # fmt: skip
+         f"(default: fig5 {saved_numbers.LARGE}, frontier "
+         f"{saved_numbers.METHODS_TABLE})")  # fmt: skip
     flag("--score", metavar="NAME", help="score on the y axis; fig5: "
          f"{', '.join(saved_numbers.SCORES)}; frontier: {', '.join(saved_numbers.TEXTURE)} "
          "(default: fig5 joint, frontier spectrum)")  # fmt: skip
-    flag("--settings", metavar="NAME", nargs="+", help="settings of fig5; names in its results "
-         f"(default: {' '.join(saved_numbers.SCALING_SETTINGS)})")  # fmt: skip
+    flag("--settings", metavar="NAME", nargs="+", help="settings of fig5, or those of frontier "
+         "that get intervals; names in the results (default: fig5 "
+         f"{' '.join(saved_numbers.LARGE_SETTINGS)})")  # fmt: skip
     flag("--crops", metavar="X,Y,SIZE", nargs="*", help="squares to enlarge; left, top and side "
          "in shares of the width, the height and the shorter side (default: one, where the edges "
          "are strongest, pixel for pixel; fig16 none; fig17 three)")  # fmt: skip

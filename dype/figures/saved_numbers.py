@@ -18,10 +18,10 @@ from matplotlib.patches import Patch
 
 from dype.config import check_choice
 from dype.demo.experiments import (
-    CUTOFF_COMPARISON,
+    CHOSEN,
+    LARGE_SETTINGS,
     SCALING_SETTINGS,
     is_setting_name,
-    parse_setting,
 )
 from dype.figures import formulas, style
 from dype.rope import METHODS
@@ -202,7 +202,9 @@ def fig18(trajectories: Path = TRAJECTORIES) -> Figure:
     return figure
 
 
-GROUND_TRUTH = Path("docs/data/ground_truth.json")
+RESULTS = Path("docs/data/ground_truth.json")
+LARGE = Path("docs/data/ground_truth_large.json")
+METHODS_TABLE = Path("docs/data/ground_truth_methods.json")
 SCORES = {  # -> label
     "joint": "joint score",
     "layout": "share of right layouts",
@@ -214,9 +216,7 @@ SCORES = {  # -> label
 }
 TEXTURE = ("spectrum", "directions", "patches", "lite0")
 TRUTH = {"truth_vae": "truth through the VAE"}  # the best that the model can reach
-CUTOFF = Path("docs/data/cutoff.json")
-WITH_INTERVALS = [parse_setting(text).name for text in CUTOFF_COMPARISON[:4]]
-SELECTED = WITH_INTERVALS[1]  # on other prompts
+FRONTIER_SETTINGS = (*SCALING_SETTINGS, "pi", CHOSEN)
 ATTENTION_SUFFIX = re.compile(":attention_[a-z]+=[^:]+")
 METHOD_STYLES = {
     name: {"color": style.METHOD_COLORS[name], "marker": style.METHOD_MARKERS[name]}
@@ -262,22 +262,30 @@ def has_current_name(row: dict) -> bool:
     return is_current and (method not in METHODS or is_setting_name(name))
 
 
-def fig5(
-    ground_truth: Path = GROUND_TRUTH, score: str = "joint", settings=tuple(SCALING_SETTINGS)
-) -> Figure:
+def select_settings(settings, defaults, rows: list[dict]) -> list[str]:
+    """Return the names of settings to show, or the default ones among the rows if none are given.
+
+    Raises ValueError for a name that the rows lack.
+    """
+    names = dict.fromkeys(row["setting"] for row in rows)
+    for name in settings:
+        check_choice("--settings", name, list(names))
+    return list(settings) or [name for name in defaults if name in names]
+
+
+def fig5(ground_truth: Path = LARGE, score: str = "joint", settings=()) -> Figure:
     """Draw a score over the size, with intervals, for several settings.
 
     Args:
         ground_truth: JSON file of results.
         score: a key of SCORES.
-        settings: names of settings in the file.
+        settings: names of settings in the file. Default: those of LARGE_SETTINGS that it has.
     """
     check_choice("--score", score, SCORES)
-    command = f"python -m dype.demo.evaluate --drawn --save {GROUND_TRUTH}"
+    command = f"python -m dype.demo.evaluate --paper large --save {RESULTS}"
     rows = read_square_rows(ground_truth, command, score)
     base = base_resolution_of(ground_truth, command)
-    for name in settings:
-        check_choice("--settings", name, list(dict.fromkeys(row["setting"] for row in rows)))
+    settings = select_settings(settings, LARGE_SETTINGS, rows)
     figure, axes = style.subplots(style.SINGLE, 2.6)
     spare_markers = cycle(style.SPARE_MARKERS)
     line_styles = {"truth_vae": {"color": style.GRAY, "linestyle": ":"}}
@@ -309,20 +317,23 @@ def encoding_name(row: dict) -> str:
     return ATTENTION_SUFFIX.sub("", row["setting"]).removeprefix("dy_")
 
 
-def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
+def frontier(ground_truth: Path = METHODS_TABLE, score: str = "spectrum", settings=()) -> Figure:
     """Draw overlap against texture, a panel per square size and a point per setting.
 
     The best of both is bottom right. All panels have the same ranges. A line joins settings that
     differ in their attention scale alone. A dotted line leads from a static method to its forms
-    with DyPE. The settings of WITH_INTERVALS have intervals, and SELECTED has a ring.
+    with DyPE.
 
     Args:
         ground_truth: JSON file of results.
         score: one of TEXTURE.
+        settings: names of settings with intervals; the last has a ring. Default: those of
+            FRONTIER_SETTINGS that the file has.
     """
     check_choice("--score", score, TEXTURE)
-    command = f"python -m dype.demo.evaluate --cutoff --save {CUTOFF}"
+    command = f"python -m dype.demo.evaluate --paper methods --save {RESULTS}"
     rows = read_square_rows(ground_truth, command, score)
+    settings = select_settings(settings, FRONTIER_SETTINGS, rows)
     base = base_resolution_of(ground_truth, command)
     sizes = sorted({row["size"] for row in rows} - {base}) or [base]
     marker_styles, spare_markers = dict(METHOD_STYLES), cycle(style.SPARE_MARKERS)
@@ -341,7 +352,7 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
     legend = {}
     for axes, size in zip(figure.axes, sizes, strict=True):
         size_rows = [row for row in rows if row["size"] == size]
-        draw_frontier(axes, size_rows, marker_styles, score)
+        draw_frontier(axes, size_rows, marker_styles, score, settings)
         axes.set(title=f"{size} px ({size / base:g}x)")
         legend |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     figure.axes[0].set_ylim(bottom=0)
@@ -363,7 +374,7 @@ def frontier(ground_truth: Path = CUTOFF, score: str = "spectrum") -> Figure:
     return figure
 
 
-def draw_frontier(axes, rows: list[dict], marker_styles: dict, score: str) -> None:
+def draw_frontier(axes, rows: list[dict], marker_styles: dict, score: str, settings) -> None:
     """Draw the points and lines of one size.
 
     Args:
@@ -371,6 +382,7 @@ def draw_frontier(axes, rows: list[dict], marker_styles: dict, score: str) -> No
         rows: rows of the size.
         marker_styles: color and marker by `encoding_name`.
         score: one of TEXTURE.
+        settings: names of settings with intervals; the last has a ring.
     """
 
     def point(row):
@@ -399,9 +411,9 @@ def draw_frontier(axes, rows: list[dict], marker_styles: dict, score: str) -> No
             axes.plot(x, y, **marker, ms=4, ls="", label=ATTENTION_SUFFIX.sub("", name))
         else:
             axes.plot(x, y, **marker, ms=4, ls="", mfc="white")
-        if name in WITH_INTERVALS:
+        if name in settings:
             axes.hlines(y, *row["overlap"]["interval"], color, lw=0.8)
             axes.vlines(x, *row[score]["interval"], color, lw=0.8)
-        if name == SELECTED:
+        if name == settings[-1]:
             ring = {"color": style.BLACK, "mfc": "none", "ms": 9}
             axes.plot(x, y, "o", label="chosen on other prompts", **ring)

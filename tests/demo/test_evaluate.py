@@ -16,7 +16,8 @@ from PIL import Image
 
 from dype.config import DyPEConfig
 from dype.demo import evaluate, experiments, report, scores
-from dype.demo.experiments import Cell, image_paths, parse_setting
+from dype.demo.experiments import TABLES, Cell, image_paths, parse_setting
+from dype.demo.measurements import Measurements
 from dype.rope import METHODS, axis_frequencies
 
 NAMES = {  # text -> name of the setting, None: the text
@@ -95,7 +96,8 @@ FOLDERS = {
 def test_images_of_older_versions_are_found():
     """Folders have the settings' older names, and no two settings share a folder."""
     assert {text: parse_setting(text).folder for text in FOLDERS} == FOLDERS
-    settings = {cell.setting.name: cell.setting.folder for cell in experiments.plan_cells("cutoff")}
+    cells = [cell for table in TABLES.values() for cell in experiments.plan_cells(table)]
+    settings = {cell.setting.name: cell.setting.folder for cell in cells}
     assert len({*settings.values()}) == len(settings)
 
 
@@ -112,66 +114,49 @@ def test_static_forms():
         assert experiments.STATIC_FORMS[method] == first, message
 
 
-def test_the_table_holds_every_method():
-    """Of --full, at 2x and 4x: all methods, dynamic and static."""
-    cells = experiments.plan_cells("full")
-    by_size = {s: [cell for cell in cells if cell.size == (s, s)] for s in (512, 1024, 2048)}
-    assert [cell.setting.name for cell in by_size[512]] == ["base"]
-    for size, count in ((1024, 24), (2048, 4)):
-        forms = {(cell.setting.config.method, cell.setting.config.dype) for cell in by_size[size]}
-        assert {method for method, dynamic in forms if dynamic} == METHODS.keys() - {"base"}
-        static = experiments.STATIC_FORMS
-        assert {(static[method], False) for method in METHODS if method != "base"} <= forms
-        assert {cell.count for cell in by_size[size]} == {count}
-    names = {cell.setting.name: cell for cell in by_size[1024]}
+def test_the_table_of_the_methods():
+    """All methods at 2x, dynamic and static, on twelve prompts, each with its static form."""
+    cells = experiments.plan_cells(TABLES["methods"])
+    forms = {(cell.setting.config.method, cell.setting.config.dype) for cell in cells}
+    assert {method for method, dynamic in forms if dynamic} == METHODS.keys() - {"base"}
+    static = experiments.STATIC_FORMS
+    assert {(static[method], False) for method in METHODS if method != "base"} <= forms
+    assert {(cell.size, cell.count) for cell in cells} == {((1024, 1024), 12)}
+    names = {cell.setting.name: cell for cell in cells}
     pairs = experiments.default_pairs(names)
-    assert ("dy_yarn_power", "yarn") in pairs
-    assert ("dy_tasr", "tasr") in pairs
-    assert ("pi", "base") in pairs
+    assert {("dy_yarn_power", "yarn"), ("dy_tasr", "tasr"), ("pi", "base")} <= {*pairs}
     assert {name for name, _ in pairs} == names.keys() - {"base"}
 
 
-def test_the_default_table():
-    """At 2x four methods in both forms; at 4x the demo's method; both with base and its pairs.
-
-    Both have the demo's method with progressive passes too.
-    """
-    cells = experiments.plan_cells("default")
-    table = {}
-    for cell in cells:
-        table.setdefault((cell.size[0], cell.count), []).append(cell.setting.name)
-    forms = [
-        name for method in ("yarn", "yarn_paper", "ntk", "pi") for name in (method, f"dy_{method}")
-    ]
-    method = evaluate.DEMO.dype_defaults["method"]
-    progressive = f"dy_{method}:progressive"
-    assert table == {
-        (512, 24): ["base"],
-        (1024, 24): ["base", *forms, progressive],
-        (2048, 4): ["base", method, f"dy_{method}", progressive],
-    }
-    names = {cell.setting.name: cell for cell in cells if cell.size == (1024, 1024)}
-    pairs = experiments.default_pairs(names)
-    assert {(f"dy_{name}", name) for name in ("yarn", "yarn_paper", "ntk", "pi")} <= {*pairs}
-    assert {(name, "base") for name in forms} <= {*pairs}
+def test_no_setting_is_chosen_on_reported_prompts():
+    """The prompts of "choice" are of a seed that no other table has, and it holds the choice."""
+    choice = TABLES["choice"]
+    assert choice.seed not in {table.seed for table in TABLES.values() if table is not choice}
+    assert experiments.CHOSEN in [cell.setting.name for cell in experiments.plan_cells(choice)]
 
 
-def test_the_table_of_the_cutoffs():
-    """All methods at 2x; the compared settings at every size, square and 2:1."""
-    cells = experiments.plan_cells("cutoff")
-    by_size = {}
-    for cell in cells:
-        by_size.setdefault(cell.size, []).append(cell.setting.name)
-    assert [*by_size] == [(1024, 1024), (2048, 2048), (512, 1024), (1024, 2048)]
-    compared = {parse_setting(text).name for text in experiments.CUTOFF_COMPARISON}
-    assert len(compared) == 5
-    assert all(compared <= {*names} and len({*names}) == len(names) for names in by_size.values())
-    assert {cell.setting.config.method for cell in cells if cell.size == (1024, 1024)} == {*METHODS}
-    pairs = experiments.requested_pairs([], [], is_cutoff_table=True)
-    assert {name for pair in pairs for name in pair} <= {cell.setting.name for cell in cells}
-    assert ("dy_cutoff:model", "dy_cutoff") in pairs
-    assert ("dy_cutoff:model", "dy_yarn_paper:model") in pairs
-    assert ("dy_cutoff", "dy_yarn_paper") in pairs
+@pytest.mark.parametrize("name", TABLES)
+def test_tables(name):
+    """No cell is planned twice; every baseline is in the table; --count limits the prompts."""
+    table = TABLES[name]
+    cells = experiments.plan_cells(table)
+    keys = [(cell.size, cell.setting.name) for cell in cells]
+    assert len({*keys}) == len(keys)
+    assert {*table.baselines} <= {cell.setting.name for cell in cells}
+    limited = experiments.plan_cells(table, 5)
+    assert [cell.count for cell in limited] == [min(cell.count, 5) for cell in cells]
+
+
+def test_baselines_of_a_table():
+    """Every setting is compared with them, beside its own."""
+    names = ("base", "pi", "dy_pi", "dy_yarn")
+    cells = {name: Cell((64, 64), parse_setting(name), 1) for name in names}
+    own = [("pi", "base"), ("dy_pi", "pi"), ("dy_pi", "base"), ("dy_yarn", "base")]
+    assert experiments.default_pairs(cells) == own
+    more = [("base", "pi"), ("dy_yarn", "pi")]
+    assert sorted(experiments.default_pairs(cells, ["pi"])) == sorted(own + more)
+    against = experiments.pairs_against(["dy_pi:2", "yarn"], cells)
+    assert against == [("base", "dy_pi"), ("pi", "dy_pi"), ("dy_yarn", "dy_pi")]
 
 
 def test_size_not_square(tmp_path, small_base):
@@ -380,13 +365,15 @@ BAD = {
     "base --size 64x": "--size is '64x', expected WIDTHxHEIGHT",
     "base --weights there": "--weights is there, expected the folder of a trained pipeline",
     "base --against dy_yarn:1:2": "--against is 'dy_yarn', expected one of base",
-    "--cutoff base": "expected at most one",
+    "--paper main --quick": "expected at most one",
+    "--paper mein": "--paper: invalid choice: 'mein'",
+    "--paper --strip a.png": "--strip, expected one table with it",
+    "--paper main --seed 1": "--seed, expected SETTINGS with it",
     "--quick --against base": "--against, expected SETTINGS with it",
     "dy_yarn:9": "dype_scale is 9.0",
     "base:1": "'base:1', expected base or [dy_]METHOD[:LA",
     "base:reversed": "'base:reversed', expected base or [dy_]METHOD[:LA",
     "dy_tasr:1:2": "'dy_tasr:1:2', expected base or [dy_]METHOD[:LA",
-    "--quick --full": "expected at most one",
     "--quick base": "expected at most one",
     "base --size 100": "--size is 100, expected a multiple of 16",
     "base --count 0": "--count is 0, expected a whole number at least 1",
@@ -432,6 +419,7 @@ def test_truncated_image(tmp_path, capsys, small_base):
     [path] = tmp_path.rglob("*.png")
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
+    (tmp_path / "measurements.npz").unlink()
     assert evaluate.main(words) == 1
     assert f"{path} cannot be read; delete it" in capsys.readouterr().err
     path.unlink()
@@ -450,11 +438,12 @@ def test_each_prompt_has_its_noise(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "cached_pipeline", lambda weights: SimpleNamespace(device="cpu"))
     monkeypatch.setattr(evaluate, "apply_dype", lambda *_: None)
     monkeypatch.setattr(evaluate.multipass, "run_passes", record_call)
-    args = evaluate.parser().parse_args(["base", "--seed", "3"])
-    captions = [scene.caption for scene in evaluate.sample_scenes(args)]
-    cell = Cell((64, 64), parse_setting("base"), 2)
-    for i in range(2):
-        evaluate.generate_image(cell, i, tmp_path / f"{i}.png", captions[i], args)
+    args = evaluate.parser().parse_args(["base", "--out", str(tmp_path)])
+    scenes = evaluate.sample_scenes(3, 2)
+    captions = [scene.caption for scene in scenes]
+    cells = [Cell((64, 64), parse_setting("base"), 2)]
+    for job in evaluate.missing_images(3, cells, scenes, Measurements(tmp_path / "none"), args):
+        evaluate.generate_image(*job)
     passes = [{"height": 64, "width": 64, "steps": 20}]
     assert calls == [(captions[0], 30_000, passes), (captions[1], 30_001, passes)]
 
@@ -472,7 +461,7 @@ def test_reversed_time(control, tmp_path, small_base):
 
     cell = Cell((64, 64), parse_setting("dy_pi" + control), 1)
     pipe.transformer.register_forward_hook(record_sigma, with_kwargs=True)
-    caption = evaluate.sample_scenes(args)[0].caption
+    [caption] = [scene.caption for scene in evaluate.sample_scenes(0, 1)]
     evaluate.generate_image(cell, 0, tmp_path / "0.png", caption, args)
     assert len(sigmas) == 2  # steps
     for expected, sigma in sigmas:
@@ -524,5 +513,6 @@ def test_an_image_of_another_size_is_no_pair(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=re.escape(sentence)):
         report.draw_image_strips(cells, tmp_path, tmp_path / "a.png")
     monkeypatch.setattr(report, "truth_baselines", lambda *args: (None, {}))
+    scenes, measurements = evaluate.sample_scenes(0, 2), Measurements(tmp_path / "none")
     with pytest.raises(OSError, match=re.escape(sentence)):
-        report.score_cells(None, "float32", cells, [None] * 2, tmp_path)
+        report.score_cells(None, "float32", cells, scenes, tmp_path, measurements)

@@ -12,6 +12,7 @@ from landscapes import blur, make_scenes
 
 from dype.demo import report, scores
 from dype.demo.drawing import render
+from dype.demo.layout_check import PARTS
 from dype.demo.scores import directional_spectrum, log_spectrum, mean_power, patch_features
 
 
@@ -40,6 +41,8 @@ def measure_texture(images):
         feature_outers=np.array([outer for _, outer in patches]),
         lite0_means=np.array([mean for mean, _ in lite0]),
         lite0_outers=np.array([outer for _, outer in lite0]),
+        parts=np.ones((len(images), 6)),
+        shifts=np.zeros(len(images)),
     )
 
 
@@ -173,7 +176,8 @@ def test_intervals_of_distances_contain_the_value(monkeypatch):
 def test_wilson():
     right, texture = np.array([1.0] * 90 + [0.0] * 10), np.ones((100, 2, 2))
     moments = texture[:, 0], texture
-    images = scores.ImageStatistics(right, right, texture[:, 0], *moments, texture, *moments)
+    moments = *moments, texture, *moments, np.ones((100, 6))
+    images = scores.ImageStatistics(right, right, texture[:, 0], *moments, right)
     result = scores.score(images, images)["layout"]
     assert [result["mean"], *result["interval"]] == pytest.approx([0.9, 0.826, 0.945], abs=5e-4)
     assert scores.format_interval(result) == "0.90 [0.83, 0.94]"
@@ -287,7 +291,7 @@ def test_tables_without_the_network(truth, without_lite0, monkeypatch):
     column_sets = report.ROW_COLUMNS[:3], report.PAIR_COLUMNS
     for row, columns in zip(make_tables(truth[:2], monkeypatch), column_sets, strict=True):
         tables = columns_of(report.to_markdown([row], columns, signed=False))
-        assert tables[1:] == [[*columns, "spectrum", "directions"], [*columns, "patches"]]
+        assert tables[2:] == [[*columns, "spectrum", "directions"], [*columns, "patches"]]
         [line] = csv.DictReader(report.to_csv([row], columns).decode().splitlines())
         assert [name for name in line if name in scores.SCORES] == expected
 
@@ -303,9 +307,10 @@ def test_tables(truth, monkeypatch):
         text = report.to_markdown([result], columns, signed=result is pair)
         assert max(map(len, text.splitlines())) <= 120
         printed = [name for names in columns_of(text) for name in names[len(columns) :]]
-        assert sorted(printed) == sorted(scores.SCORES)
+        assert sorted(printed) == sorted({*scores.SCORES, "sun", "horizon"} & result.keys())
     [line] = csv.DictReader(report.to_csv([row], report.ROW_COLUMNS).decode().splitlines())
-    expected = [name + end for name in scores.SCORES for end in ("", "_low", "_high")]
+    names = (*scores.SCORES, *PARTS)
+    expected = [name + end for name in names for end in ("", "_low", "_high")]
     assert [*line] == [*report.ROW_COLUMNS, *expected]
 
 

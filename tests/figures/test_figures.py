@@ -18,6 +18,7 @@ from scipy import stats
 from dype import rope
 from dype.config import DyPEConfig
 from dype.demo import trajectories
+from dype.demo.experiments import SCALING_SETTINGS
 from dype.figures import __main__ as figures
 from dype.figures import formulas, image_rows, saved_numbers, style
 from dype.sampling import records
@@ -390,7 +391,8 @@ def write_table(path: Path) -> Path:
 
 def test_scaling_curve(tmp_path):
     """fig5: means over the size with their intervals."""
-    axes = saved_numbers.fig5(write_table(tmp_path / "t.json"), "spectrum").axes[0]
+    path, names = write_table(tmp_path / "t.json"), SCALING_SETTINGS
+    axes = saved_numbers.fig5(path, "spectrum", names).axes[0]
     lines = {label: (list(x), list(y)) for label, (x, y) in lines_by_label(axes).items()}
     assert lines == {
         "truth through the VAE": ([2], [0.0]),
@@ -411,14 +413,16 @@ def test_frontier(tmp_path):
     """
     path = write_table(tmp_path / "t.json")
     table = json.loads(path.read_text())
-    template, selected = table["rows"][-2], saved_numbers.SELECTED
+    template = table["rows"][-2]
+    selected = "dy_cutoff:attention_scale=1.2:attention_path=rising"
     square = [("dy_cutoff", 0.8, 1024), (selected, 0.9, 1024), ("dy_cutoff:cutoff=2", 0.4, 1024)]
     for name, layout, size in [*square, ("dy_cutoff", 0.7, "1024x512")]:
         row = dict(template, setting=name, method="cutoff", size=size)
         row["overlap"] = {"mean": layout, "interval": [layout - 0.2, layout + 0.1]}
         table["rows"].append(row)
     path.write_text(json.dumps(table))
-    figure = saved_numbers.frontier(path)
+    settings = ["yarn_paper", "dy_yarn_paper", "dy_cutoff", selected]
+    figure = saved_numbers.frontier(path, settings=settings)
     [axes] = figure.axes
     lines = [line.get_xydata().tolist() for line in axes.lines]
     styles = [line.get_linestyle() for line in axes.lines]
@@ -466,10 +470,11 @@ def test_one_color_per_method():
 def test_all_figures_have_the_colors_of_the_methods(tmp_path):
     """fig5, fig7, fig18 and frontier draw a method in the same color."""
     color = style.METHOD_COLORS
-    fig5 = saved_numbers.fig5(write_table(tmp_path / "t.json"), "spectrum").axes[0].lines
+    table = write_table(tmp_path / "t.json")
+    fig5 = saved_numbers.fig5(table, "spectrum", SCALING_SETTINGS).axes[0].lines
     fig7 = formulas.fig7().axes[1].lines
     fig18 = saved_numbers.fig18(SAVED).axes[0].lines
-    frontier = saved_numbers.frontier(tmp_path / "t.json").axes[0].lines
+    frontier = saved_numbers.frontier(table).axes[0].lines
     labels = {"yarn_paper": "yarn_paper", "dy_yarn_paper": "yarn_paper", "PI": "pi"}
     labels |= {"dynamic PI, t = 0.5": "pi", "dynamic NTK, t = 0.5": "ntk", "base": "base"}
     seen = set()
@@ -534,7 +539,7 @@ def test_tables_of_earlier_versions(figure, setting, method, dype, tmp_path, cap
     assert figures.main([figure, "--ground_truth", str(path), "--out", str(out)]) == 2
     sentence = capsys.readouterr().err
     assert f"{path} was written by an earlier version; run python -m dype.demo.eval" in sentence
-    assert f"--drawn --save {path} again" in sentence
+    assert f"--save {path} again" in sentence
     assert sentence.count("\n") == 1
     assert not out.exists()
 
