@@ -141,7 +141,7 @@ HEADS |= {"layouts right": "layout", "sun's overlap with a disk": "overlap"}
 HEADS |= {"horizon, %": "shift", "spectrum error": "spectrum", "feature distance": "lite0"}
 
 
-def quoted_rows() -> list[tuple]:
+def find_rows() -> list[tuple]:
     """Return the rows of all pages' tables of scores: page, CSV file, cells by head.
 
     Their first head is "setting" or "px". The file is the last one that the page links before.
@@ -164,7 +164,7 @@ def quoted_rows() -> list[tuple]:
 
 def test_pages_quote_the_tables():
     """Every score in a page is that of the CSV file that the page links before it."""
-    rows = quoted_rows()
+    rows = find_rows()
     pages = {page.name for page, _, _ in rows}
     assert {"README.md", "demo.md", "2026-11-26-later-methods.md"} <= pages
     for page, file, cells in rows:

@@ -2,8 +2,8 @@
 
 The command generates images of seeded prompts under many settings, and compares them with rendered
 scenes of the same size. It prints a table of scores of layout and texture, and a table of paired
-differences. The default table takes some two hours on two CPU cores. Existing images are not
-generated again. The packages of requirements-dev.txt are needed.
+differences. Existing images are not generated again, nor are those whose measurements --out has, in
+measurements.npz; docs/data/ground_truth has ours. The packages of requirements-dev.txt are needed.
 """
 
 import hashlib
@@ -76,6 +76,7 @@ EXAMPLES = """examples:
   python -m dype.demo.evaluate base yarn dy_yarn --size 768 --count 8
   python -m dype.demo.evaluate dy_pi:1:1 dy_pi:1:1:reversed --seed 1 --count 8
   python -m dype.demo.evaluate --paper main --count 8 --save outputs/truth.json
+  python -m dype.demo.evaluate --paper main --drawn --out docs/data/ground_truth
 """
 
 
@@ -318,8 +319,15 @@ def requested_tables(args) -> dict[str, tuple[Table, list[Cell]]]:
 def existing_cells(cells: list[Cell], folder: Path, measurements: Measurements) -> list[Cell]:
     """Return the cells with the number of their existing images, without those that have none.
 
-    An image that was measured exists. Prints the incomplete cells. Raises ValueError if no image
-    exists.
+    Prints the incomplete cells.
+
+    Args:
+        cells: cells of a table.
+        folder: folder of the seed.
+        measurements: file of what is measured already; an image that was measured exists.
+
+    Raises:
+        ValueError: no image exists.
     """
     existing, incomplete = [], []
     for cell in cells:

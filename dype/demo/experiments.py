@@ -1,5 +1,6 @@
 """Settings of the ground-truth benchmark, the cells of its tables, and the pairs to compare."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 from itertools import product, takewhile
@@ -83,8 +84,9 @@ class Table(NamedTuple):
 METHOD_NAMES = [name for name in METHODS if name != "base"]
 ALL_SETTINGS = ["base", *dict.fromkeys(STATIC_FORMS[name] for name in METHOD_NAMES)]
 ALL_SETTINGS += [f"dy_{name}" for name in METHOD_NAMES]
-MAIN_SETTINGS = ["base", "yarn", "dy_yarn", "yarn_paper", "dy_yarn_paper", ALPHA, "pi", CHOSEN]
-LARGE_SETTINGS = ["base", "pi", "dy_yarn_paper", CHOSEN]
+MAIN_SETTINGS = ["base", "yarn", "dy_yarn", "yarn_paper", "dy_yarn_paper"]
+MAIN_SETTINGS += ["yarn_paper:alpha=8", ALPHA, "pi", CHOSEN]
+LARGE_SETTINGS = ["base", "dy_yarn_paper", ALPHA, "pi", CHOSEN]
 CANDIDATES = [
     *("pi", "pi:attention_scale=0.1", "pi:attention_scale=0.3"),
     *("dy_pi:1", "dy_pi:1:1", "dy_pi:1:0.5"),
@@ -94,28 +96,30 @@ CANDIDATES = [
     *(f"{CHOSEN}:attention_path=sega", f"{CHOSEN}:attention_scale=0.6{RISING}", RISING_CHOSEN),
 ]
 SCALED_SETTINGS = [f"{name}:attention_path=sega" for name in MAIN_SETTINGS[1:]]
-UNCAPPED_SETTINGS = ["base:model", "yarn_paper:model", "dy_yarn_paper:model", f"{CHOSEN}:model"]
-CONTROLLED_SETTINGS = ["base", "dy_pi:1:1", "yarn_paper", "dy_yarn_paper", CHOSEN]
-CONTROLLED_SETTINGS += ["dy_pi:1:1:reversed", "dy_yarn_paper:reversed", *UNCAPPED_SETTINGS]
+CONTROLLED_SETTINGS = ["base", "yarn_paper", "dy_yarn_paper", ALPHA, CHOSEN]
+CONTROLLED_SETTINGS += [f"{name}:model" for name in CONTROLLED_SETTINGS]
+CONTROLLED_SETTINGS += [f"{ALPHA}:reversed", f"{CHOSEN}:reversed"]
 CONTROLLED_SETTINGS += ["dy_yarn_paper:twopass", "dy_yarn_paper:progressive"]
 RECIPES = ["base", "base:text_repeat=4", "yarn_paper", "yarn_paper:text_repeat=4", "sega"]
-RECIPES += ["dy_sega", "sega:attention_scale=0.1", "dy_yarn_paper", CHOSEN]
-RECIPES += ["yarn_paper:attention_path=sega", "dy_yarn_paper:attention_path=sega"]
-RECIPES += [f"{CHOSEN}:attention_path=sega"]
+RECIPES += ["dy_sega", "sega:attention_scale=0.1", ALPHA, CHOSEN]
+RECIPES += [f"{name}:attention_path=sega" for name in ("yarn_paper", ALPHA, CHOSEN)]
 TABLES = {
     "quick": Table("does the demo work here?", ((1, ["base"], 3), (2, SCALING_SETTINGS, 3))),
     "choice": Table(
-        "which settings? on prompts that no other table has", ((2, CANDIDATES, 8),), seed=1
+        "which settings? on prompts that no other table has",
+        ((2, CANDIDATES, 8),),
+        seed=1,
+        baselines=("pi",),
     ),
     "main": Table(
         "which encoding keeps layout and texture at 2x?",
         ((1, ["base"], 32), (2, [*MAIN_SETTINGS, "dy_yarn_paper:progressive"], 32)),
-        baselines=("pi", "yarn_paper", "dy_yarn_paper"),
+        baselines=("pi", "dy_yarn_paper", ALPHA),
     ),
     "large": Table(
         "and at 4x?",
         ((1, ["base"], 6), (2, LARGE_SETTINGS, 6), (4, LARGE_SETTINGS, 6)),
-        baselines=("pi", "dy_yarn_paper"),
+        baselines=("pi", ALPHA),
     ),
     "methods": Table(
         "how do all methods compare at 2x?", ((2, [*ALL_SETTINGS, ALPHA, CHOSEN], 12),)
@@ -130,7 +134,7 @@ TABLES = {
     "recipes": Table(
         "SEGA, copies of the text and the cutoff, each at one m?",
         ((2, RECIPES, 16),),
-        baselines=("dy_yarn_paper", "dy_yarn_paper:attention_path=sega"),
+        baselines=(ALPHA, f"{ALPHA}:attention_path=sega"),
     ),
 }
 PAPER = [name for name in TABLES if name != "quick"]
@@ -265,13 +269,13 @@ def is_setting_name(text: str) -> bool:
         return False
 
 
-def plan_cells(table: Table, most: int | None = None) -> list[Cell]:
-    """Return the cells of a table; most: limit of the prompts per setting, None for none."""
+def plan_cells(table: Table, limit: int | None = None) -> list[Cell]:
+    """Return the cells of a table, with at most `limit` prompts per setting."""
     cells = []
     for scale, texts, count in table.lines:
         settings = {setting.name: setting for setting in map(parse_setting, texts)}
         size = (scale * BASE, scale * BASE)
-        cells += [Cell(size, setting, min(count, most or count)) for setting in settings.values()]
+        cells += [Cell(size, setting, min(count, limit or count)) for setting in settings.values()]
     return cells
 
 
@@ -285,12 +289,17 @@ def pairs_against(baselines: Iterable[str], cells: dict[str, Cell]) -> list[tupl
     ]
 
 
+def without_scale(name: str) -> str:
+    """Return the name of a setting without its attention scale."""
+    return re.sub(":attention_[a-z]+=[^:]+", "", name)
+
+
 def default_pairs(cells: dict[str, Cell], baselines: Iterable[str] = ()) -> list[tuple[str, str]]:
     """Return the (setting, baseline) names to compare among cells by the name of their setting.
 
     Each setting is compared with `base`, a method with DyPE also with its static form, one with a
-    control or with other settings than its method's also with the one without, and all with the
-    given baselines.
+    control, an attention scale or other settings than its method's also with the one without, and
+    all with the given baselines.
     """
     pairs = []
     for name, cell in cells.items():
@@ -299,7 +308,7 @@ def default_pairs(cells: dict[str, Cell], baselines: Iterable[str] = ()) -> list
         static = ":".join([STATIC_FORMS[config.method], *overrides])
         static += ":model" * (control == "model")
         default = ":".join(part for part in name.split(":") if "=" not in part)
-        names = [name.removesuffix(f":{control}"), default]
+        names = [name.removesuffix(f":{control}"), without_scale(name), default, config.name]
         names += [static if config.dype else "base", "base", *baselines]
         names = [text for text in dict.fromkeys(names) if text in cells.keys() - {name}]
         pairs += [(name, baseline) for baseline in names]

@@ -44,11 +44,10 @@ class Measurements:
             scenes: scene of each image.
             read: takes the number of an image, returns its pixels, uint8 [H, W, 3].
         """
-        known = self.count(name)
-        if known < len(scenes):
-            missing = range(known, len(scenes))
-            new = [measure([read(index)], [scenes[index]]) for index in missing]
-            parts = [self.by_name[name], *new] if known else new
+        count = self.count(name)
+        if count < len(scenes):
+            parts = [self.by_name[name]] if count else []
+            parts += [measure([read(i)], [scenes[i]]) for i in range(count, len(scenes))]
             columns = zip(*parts, strict=True)
             self.by_name[name] = ImageStatistics(*(as_float32(list(c)) for c in columns))
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ def parser() -> Parser:
          f"(default: {saved_numbers.UNGUIDED})")  # fmt: skip
     flag("--ground_truth", metavar="FILE", type=Path, help="results for fig5 and frontier "
          f"(default: fig5 {saved_numbers.LARGE}, frontier "
-         f"{saved_numbers.METHODS_TABLE})")  # fmt: skip
+         f"{saved_numbers.MAIN})")  # fmt: skip
     flag("--score", metavar="NAME", help="score on the y axis; fig5: "
          f"{', '.join(saved_numbers.SCORES)}; frontier: {', '.join(saved_numbers.TEXTURE)} "
          "(default: fig5 joint, frontier spectrum)")  # fmt: skip

@@ -6,7 +6,6 @@ tables. A row of a table is a setting at one size, such as `dy_pi:1:1`, or rende
 """
 
 import json
-import re
 from itertools import cycle
 from pathlib import Path
 
@@ -18,10 +17,12 @@ from matplotlib.patches import Patch
 
 from dype.config import check_choice
 from dype.demo.experiments import (
+    ALPHA,
     CHOSEN,
     LARGE_SETTINGS,
     SCALING_SETTINGS,
     is_setting_name,
+    without_scale,
 )
 from dype.figures import formulas, style
 from dype.rope import METHODS
@@ -204,7 +205,7 @@ def fig18(trajectories: Path = TRAJECTORIES) -> Figure:
 
 RESULTS = Path("docs/data/ground_truth.json")
 LARGE = Path("docs/data/ground_truth_large.json")
-METHODS_TABLE = Path("docs/data/ground_truth_methods.json")
+MAIN = Path("docs/data/ground_truth_main.json")
 SCORES = {  # -> label
     "joint": "joint score",
     "layout": "share of right layouts",
@@ -216,8 +217,7 @@ SCORES = {  # -> label
 }
 TEXTURE = ("spectrum", "directions", "patches", "lite0")
 TRUTH = {"truth_vae": "truth through the VAE"}  # the best that the model can reach
-FRONTIER_SETTINGS = (*SCALING_SETTINGS, "pi", CHOSEN)
-ATTENTION_SUFFIX = re.compile(":attention_[a-z]+=[^:]+")
+FRONTIER_SETTINGS = (*SCALING_SETTINGS, "pi", ALPHA, CHOSEN)
 METHOD_STYLES = {
     name: {"color": style.METHOD_COLORS[name], "marker": style.METHOD_MARKERS[name]}
     for name in METHODS
@@ -263,9 +263,15 @@ def has_current_name(row: dict) -> bool:
 
 
 def select_settings(settings, defaults, rows: list[dict]) -> list[str]:
-    """Return the names of settings to show, or the default ones among the rows if none are given.
+    """Return the names of the settings to show.
 
-    Raises ValueError for a name that the rows lack.
+    Args:
+        settings: names that were asked for, or none.
+        defaults: names to show otherwise, if the rows have them.
+        rows: rows of the results.
+
+    Raises:
+        ValueError: the rows lack a name that was asked for.
     """
     names = dict.fromkeys(row["setting"] for row in rows)
     for name in settings:
@@ -314,24 +320,24 @@ def fig5(ground_truth: Path = LARGE, score: str = "joint", settings=()) -> Figur
 
 def encoding_name(row: dict) -> str:
     """Return the setting of a row without "dy_" and without its attention scale."""
-    return ATTENTION_SUFFIX.sub("", row["setting"]).removeprefix("dy_")
+    return without_scale(row["setting"]).removeprefix("dy_")
 
 
-def frontier(ground_truth: Path = METHODS_TABLE, score: str = "spectrum", settings=()) -> Figure:
+def frontier(ground_truth: Path = MAIN, score: str = "spectrum", settings=()) -> Figure:
     """Draw overlap against texture, a panel per square size and a point per setting.
 
     The best of both is bottom right. All panels have the same ranges. A line joins settings that
     differ in their attention scale alone. A dotted line leads from a static method to its forms
-    with DyPE.
+    with DyPE. A ring marks the settings that the table "choice" chose.
 
     Args:
         ground_truth: JSON file of results.
         score: one of TEXTURE.
-        settings: names of settings with intervals; the last has a ring. Default: those of
-            FRONTIER_SETTINGS that the file has.
+        settings: names of settings with intervals. Default: those of FRONTIER_SETTINGS that it
+            has.
     """
     check_choice("--score", score, TEXTURE)
-    command = f"python -m dype.demo.evaluate --paper methods --save {RESULTS}"
+    command = f"python -m dype.demo.evaluate --paper main --save {RESULTS}"
     rows = read_square_rows(ground_truth, command, score)
     settings = select_settings(settings, FRONTIER_SETTINGS, rows)
     base = base_resolution_of(ground_truth, command)
@@ -382,7 +388,7 @@ def draw_frontier(axes, rows: list[dict], marker_styles: dict, score: str, setti
         rows: rows of the size.
         marker_styles: color and marker by `encoding_name`.
         score: one of TEXTURE.
-        settings: names of settings with intervals; the last has a ring.
+        settings: names of settings with intervals.
     """
 
     def point(row):
@@ -390,12 +396,12 @@ def draw_frontier(axes, rows: list[dict], marker_styles: dict, score: str, setti
 
     families = {}
     for row in rows:
-        families.setdefault(ATTENTION_SUFFIX.sub("", row["setting"]), []).append(row)
+        families.setdefault(without_scale(row["setting"]), []).append(row)
     for family in families.values():
         if len(family) > 1:
             color = marker_styles[encoding_name(family[0])]["color"]
             axes.plot(*zip(*map(point, family), strict=True), color=color, lw=0.6, zorder=1)
-    static = {row["method"]: row for row in rows if row["method"] and not row["dype"]}
+    static = {row["setting"]: row for row in rows if row["method"] and not row["dype"]}
     for row in rows:
         x, y, method, name = *point(row), row["method"], row["setting"]
         if name in TRUTH:
@@ -404,16 +410,17 @@ def draw_frontier(axes, rows: list[dict], marker_styles: dict, score: str, setti
             continue
         marker = marker_styles[encoding_name(row)]
         color = marker["color"]
-        if row["dype"] and method in static and not ATTENTION_SUFFIX.search(name):
-            ends = zip(point(static[method]), (x, y), strict=True)
+        static_form = static.get(encoding_name(row), static.get(method))
+        if row["dype"] and static_form and without_scale(name) == name:
+            ends = zip(point(static_form), (x, y), strict=True)
             axes.plot(*ends, ":", color=color, lw=0.8, zorder=1)
         if row["dype"] or method == "base":
-            axes.plot(x, y, **marker, ms=4, ls="", label=ATTENTION_SUFFIX.sub("", name))
+            axes.plot(x, y, **marker, ms=4, ls="", label=without_scale(name))
         else:
             axes.plot(x, y, **marker, ms=4, ls="", mfc="white")
         if name in settings:
             axes.hlines(y, *row["overlap"]["interval"], color, lw=0.8)
             axes.vlines(x, *row[score]["interval"], color, lw=0.8)
-        if name == settings[-1]:
+        if name in (ALPHA, CHOSEN):
             ring = {"color": style.BLACK, "mfc": "none", "ms": 9}
             axes.plot(x, y, "o", label="chosen on other prompts", **ring)

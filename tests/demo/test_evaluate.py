@@ -147,14 +147,27 @@ def test_tables(name):
     assert [cell.count for cell in limited] == [min(cell.count, 5) for cell in cells]
 
 
+def test_passes():
+    """One, or half the size first: `twopass` at strength 0.3, `progressive` at its own."""
+    first, last = ({"height": side, "width": side, "steps": 20} for side in (512, 1024))
+    passes = {
+        "": [last],
+        ":twopass": [first, last | {"strength": 0.3}],
+        ":progressive": [first, last | {"strength": None}],
+    }
+    for control, expected in passes.items():
+        cell = Cell((1024, 1024), parse_setting(f"dy_yarn{control}"), 1)
+        assert evaluate.resolve_cell_passes(cell, 20) == expected
+
+
 def test_baselines_of_a_table():
     """Every setting is compared with them, beside its own."""
     names = ("base", "pi", "dy_pi", "dy_yarn")
     cells = {name: Cell((64, 64), parse_setting(name), 1) for name in names}
-    own = [("pi", "base"), ("dy_pi", "pi"), ("dy_pi", "base"), ("dy_yarn", "base")]
-    assert experiments.default_pairs(cells) == own
-    more = [("base", "pi"), ("dy_yarn", "pi")]
-    assert sorted(experiments.default_pairs(cells, ["pi"])) == sorted(own + more)
+    defaults = [("pi", "base"), ("dy_pi", "pi"), ("dy_pi", "base"), ("dy_yarn", "base")]
+    assert experiments.default_pairs(cells) == defaults
+    added = [("base", "pi"), ("dy_yarn", "pi")]
+    assert sorted(experiments.default_pairs(cells, ["pi"])) == sorted(defaults + added)
     against = experiments.pairs_against(["dy_pi:2", "yarn"], cells)
     assert against == [("base", "dy_pi"), ("pi", "dy_pi"), ("dy_yarn", "dy_pi")]
 
@@ -177,7 +190,8 @@ def test_size_not_square(tmp_path, small_base):
 
 def test_controls_are_compared_with_their_settings():
     texts = ["dy_yarn", "dy_yarn:reversed", "yarn", "dy_yarn:model", "yarn:model", "base"]
-    texts += ["dy_yarn:attention_scale=0.3", "yarn:attention_scale=0.3"]
+    texts += ["dy_yarn:attention_scale=0.3", "yarn:attention_scale=0.3", "dy_yarn:1:1"]
+    texts += ["dy_cutoff:cutoff=2", "dy_cutoff:cutoff=2:attention_path=sega"]
     settings = [parse_setting(text) for text in texts]
     pairs = experiments.default_pairs({s.name: Cell((64, 64), s, 1) for s in settings})
     assert ("dy_yarn:reversed", "dy_yarn") in pairs
@@ -188,6 +202,8 @@ def test_controls_are_compared_with_their_settings():
     assert ("dy_yarn:attention_scale=0.3", "yarn:attention_scale=0.3") in pairs
     assert ("dy_yarn:attention_scale=0.3", "dy_yarn") in pairs
     assert ("yarn:attention_scale=0.3", "yarn") in pairs
+    assert ("dy_yarn:1:1", "dy_yarn") in pairs
+    assert ("dy_cutoff:cutoff=2:attention_path=sega", "dy_cutoff:cutoff=2") in pairs
     assert ("dy_yarn:attention_scale=0.3", "yarn") not in pairs
 
 

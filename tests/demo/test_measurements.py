@@ -35,9 +35,9 @@ def test_the_file_keeps_what_was_measured(tmp_path):
     first = Measurements(path).measure("a", scenes[:1], read)
     assert reads == [0, 1, 2]
     expected = measure([draw(scene) for scene in scenes], scenes)
-    for array, kept, one in zip(expected, whole, first, strict=True):
+    for array, kept, start in zip(expected, whole, first, strict=True):
         assert np.allclose(kept, array, rtol=1e-6, atol=1e-12)
-        assert np.array_equal(one, kept[:1])
+        assert np.array_equal(start, kept[:1])
 
 
 def test_tables_without_images(tmp_path, monkeypatch, capsys):

@@ -408,14 +408,14 @@ def test_scaling_curve(tmp_path):
 def test_frontier(tmp_path):
     """Every setting but the controls has a point at its overlap and texture.
 
-    Some have intervals, and the selected one a ring. A line joins settings that differ in their
+    Some have intervals, and the chosen one a ring. A line joins settings that differ in their
     attention scale; a dotted line leads from an open static point to a filled dynamic one.
     """
     path = write_table(tmp_path / "t.json")
     table = json.loads(path.read_text())
     template = table["rows"][-2]
     selected = "dy_cutoff:attention_scale=1.2:attention_path=rising"
-    square = [("dy_cutoff", 0.8, 1024), (selected, 0.9, 1024), ("dy_cutoff:cutoff=2", 0.4, 1024)]
+    square = [("dy_cutoff", 0.8, 1024), (selected, 0.9, 1024), (saved_numbers.CHOSEN, 0.4, 1024)]
     for name, layout, size in [*square, ("dy_cutoff", 0.7, "1024x512")]:
         row = dict(template, setting=name, method="cutoff", size=size)
         row["overlap"] = {"mean": layout, "interval": [layout - 0.2, layout + 0.1]}
@@ -431,7 +431,7 @@ def test_frontier(tmp_path):
     assert np.allclose(joined["-"], [[0.8, 0.5], [0.9, 0.5]])
     assert np.allclose(joined[":"], [[0.72, 0.3], [0.81, 0.5]])
     assert [line.get_markerfacecolor() for line in axes.lines].count("white") == 1
-    assert lines.count([[0.9, 0.5]]) == 2  # the point and its ring
+    assert lines.count([[0.4, 0.5]]) == 2  # the point and its ring
     points = [line for line in lines if len(line) == 1]
     assert len(points) == 8  # base, truth, static and dynamic, three cutoffs, the ring
     spans = [segment.tolist() for c in axes.collections for segment in c.get_segments()]
@@ -447,9 +447,9 @@ def test_frontier(tmp_path):
         "truth through the VAE",
         "dy_yarn_paper",
         "dy_cutoff",
-        "chosen on other prompts",
+        saved_numbers.CHOSEN,
     ]
-    assert [text.get_text() for text in legend.get_texts()] == [*labels, "dy_cutoff:cutoff=2"]
+    assert [text.get_text() for text in legend.get_texts()] == [*labels, "chosen on other prompts"]
     title = legend.get_title().get_text()
     assert title.startswith("filled: with DyPE; open: the same method, static")
 
