@@ -109,7 +109,8 @@ def test_the_model_cards_example_is_the_command_lines():
     by_name = {call.func.id: call for call in calls if isinstance(call.func, ast.Name)}
     model = MODELS["demo"]
     [method] = by_name["DyPEConfig"].args
-    assert {"method": ast.literal_eval(method)} == model.dype_defaults
+    fields = {word.arg: ast.literal_eval(word.value) for word in by_name["DyPEConfig"].keywords}
+    assert fields | {"method": ast.literal_eval(method)} == model.dype_defaults
     words = {word.arg: word.value for word in by_name["pipe"].keywords}
     assert ast.unparse(words.pop("generator")) == "torch.Generator().manual_seed(42)"
     arguments = {name: ast.literal_eval(value) for name, value in words.items()}

@@ -310,11 +310,9 @@ def resolve_run(
         notes.add(f"preset {options.preset}: {applied or 'nothing, because flags set all of it'}")
         values |= preset
     method = values.setdefault("method", entry.dype_defaults["method"])
-    is_default = method == entry.dype_defaults["method"]
-    defaults = entry.dype_defaults if is_default else {}  # because they suit this method alone
     settings = {name: values[name] for name in CONFIG_NAMES if name in values}
     with flags_in_errors():
-        config = DyPEConfig.from_dict(defaults | settings)
+        config = DyPEConfig.from_dict(entry.config_defaults(method) | settings)
         check_shift(entry.scheduler_config, config, entry.family)
         check_text_repeat(config, entry.family)
         if values["model"] in MODELS:  # because another checkpoint may have other axes

@@ -325,9 +325,6 @@ def existing_cells(cells: list[Cell], folder: Path, measurements: Measurements) 
         cells: cells of a table.
         folder: folder of the seed.
         measurements: file of what is measured already; an image that was measured exists.
-
-    Raises:
-        ValueError: no image exists.
     """
     existing, incomplete = [], []
     for cell in cells:
@@ -340,8 +337,6 @@ def existing_cells(cells: list[Cell], folder: Path, measurements: Measurements) 
             incomplete.append(f"{cell.setting.name} {format_size(cell.size)} px {count}")
     if incomplete and existing:
         print(f"incomplete: {', '.join(incomplete)}")
-    if not existing:
-        raise ValueError(f"{folder.parent} has none of these images, expected some with --drawn")
     return existing
 
 
@@ -358,6 +353,9 @@ def run(args) -> None:
             name: (table, existing_cells(cells, seed_folder(table.seed, args), measurements))
             for name, (table, cells) in tables.items()
         }
+        tables = {name: (table, cells) for name, (table, cells) in tables.items() if cells}
+        if not tables:
+            raise ValueError(f"{args.out} has none of these images, expected some with --drawn")
     protocol = resolve_protocol(args)
     print(f"dtype {args.dtype}")
     for name, (table, cells) in tables.items():

@@ -68,6 +68,11 @@ class Model:
     autoencoder: str = ""  # class in the index of a folder or repository; "": the pipeline's own
     is_guess: bool = False  # no file of the model could be read; these are FLUX.1-dev's defaults
 
+    def config_defaults(self, method: str) -> dict:
+        """Return `dype_defaults`, or the method alone if they may not suit it."""
+        is_default = method == self.dype_defaults["method"]
+        return self.dype_defaults if is_default else {"method": method}
+
 
 # fmt: off
 FLUX_DEV = Model("black-forest-labs/FLUX.1-dev")
@@ -124,7 +129,7 @@ MODELS = {
         height=1024, width=1024, dtype="float32", steps=20, guidance=2.5, max_sequence_length=24,
         prompt="a low red sun over snowy blue mountains and a lake at dusk",
         scheduler_config=DYNAMIC | {"base_image_seq_len": 64, "max_image_seq_len": 1024},
-        dype_defaults={"method": "yarn_paper"},  # it keeps one sun at 2x (docs/demo.md)
+        dype_defaults={"method": "yarn_paper", "alpha": 8.0},  # by docs/demo.md
     ),
 }
 # fmt: on

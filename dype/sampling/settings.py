@@ -213,7 +213,7 @@ class RunSettings:
 
         The settings that every file name contains are left out.
         """
-        defaults = CONFIG_DEFAULTS | self.entry.dype_defaults
+        defaults = CONFIG_DEFAULTS | self.entry.config_defaults(self.config.method)
         defaults |= {"dype_scale": DEFAULT_LAMBDA_S[self.config.method]}
         defaults |= {row.name: getattr(self.entry, row.name, row.default) for row in RUN_FLAGS}
         defaults |= {name: getattr(self.entry, name) for name in ("base_resolution", "prompt")}
