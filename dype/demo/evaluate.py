@@ -3,7 +3,8 @@
 The command generates images of seeded prompts under many settings, and compares them with rendered
 scenes of the same size. It prints a table of scores of layout and texture, and a table of paired
 differences. Existing images are not generated again, nor are those whose measurements --out has, in
-measurements.npz; docs/data/ground_truth has ours. The packages of requirements-dev.txt are needed.
+measurements.npz; without that file images are measured again. docs/data/ground_truth has ours. The
+packages of requirements-dev.txt are needed.
 """
 
 import hashlib
@@ -62,6 +63,7 @@ except ModuleNotFoundError as error:
 
 PROCESSES = min(os.cpu_count() or 1, 8)
 DTYPES = ("bfloat16", "float32")
+MEASUREMENTS = "measurements.npz"
 SETTING_HELP = f"""
 SETTING is {GRAMMAR}
   yarn, dy_yarn  a method, static or with DyPE
@@ -181,12 +183,13 @@ def parser() -> Parser:
     flag("--paper", nargs="*", choices=PAPER, metavar="TABLE", help="tables of docs/demo.md and "
          f"docs/log, each of one question: {', '.join(PAPER)} (default: all; an hour or two each "
          "on two cores)")  # fmt: skip
-    flag("--drawn", action="store_true", help="scores of existing images; generates none")
-    flag("--size", default=str(2 * BASE), metavar="WxH", help="width x height of the SETTINGs' "
-         "images in px, or one number for a square; 64 to 4096, multiples of 16 "
-         "(default: %(default)s)")  # fmt: skip
-    flag("--count", type=int, metavar="N", help="number of prompts per setting, 1 or more; of a "
-         f"table, at most so many (default: {COUNT}, or as planned)")  # fmt: skip
+    flag("--drawn", action="store_true", help="scores of the images that exist or were measured; "
+         "generates none")  # fmt: skip
+    flag("--size", metavar="WxH", help="width x height of the SETTINGs' images in px, or one "
+         "number for a square; 64 to 4096, multiples of 16 "
+         f"(default: {2 * BASE})")  # fmt: skip
+    flag("--count", type=int, metavar="N", help="number of prompts per setting, 1 or more "
+         f"(default: {COUNT}); of a table, a limit")  # fmt: skip
     flag("--seed", type=int, metavar="N", help="seed of the SETTINGS' prompts; we report 0 and "
          "select settings on others (default: 0)")  # fmt: skip
     flag("--against", nargs="+", default=[], metavar="SETTING", help="baselines of the paired "
@@ -212,22 +215,25 @@ def parser() -> Parser:
     return argument_parser
 
 
-def weights_hash(weights: Path) -> str:
-    """Return a hash of the transformer's weights, to tell one training from another."""
-    path = weights / "transformer" / "diffusion_pytorch_model.safetensors"
+def weights_hash(weights: Path, part: str = "transformer") -> str:
+    """Return a hash of the weights of a part of a pipeline, to tell one training from another."""
+    path = weights / part / "diffusion_pytorch_model.safetensors"
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def resolve_protocol(args) -> dict:
     """Return the protocol that all images in --out share, and set --dtype to its value.
 
-    Writes the protocol to --out if there is none. Raises ValueError if the one in --out differs,
-    and OSError.
+    Writes the protocol to --out if there is none. Raises ValueError if the one in --out differs, or
+    is missing beside measurements, and OSError.
     """
     protocol = {name: getattr(args, name) for name in ("steps", "guidance", "dtype")}
     protocol["weights"] = weights_hash(args.weights)
+    protocol["vae"] = weights_hash(args.weights, "vae")
     path = args.out / "protocol.json"
     earlier = read_earlier(path, dict)
+    if earlier is None and (args.out / MEASUREMENTS).exists():
+        raise ValueError(f"{args.out} has {MEASUREMENTS} alone, expected {path.name} beside it")
     reconcile_protocol(args.out, earlier, protocol)
     args.dtype = protocol["dtype"]
     if earlier is None:
@@ -285,9 +291,9 @@ def check_flags(args) -> None:
         raise ValueError(f"--strip is {args.strip}, expected a name in .png or .jpg")
     if args.save and args.save.suffix.lower() != ".json":
         raise ValueError(f"--save is {args.save}, expected a name in .json")
-    for side in parse_size(args.size):
+    for side in parse_size(args.size) if args.size else ():
         check_number("--size", side, 64, 4096, multiple=16)
-    for flag in ("against", "seed"):
+    for flag in ("against", "seed", "size"):
         if not args.settings and getattr(args, flag) not in (None, []):
             raise ValueError(f"--{flag}, expected SETTINGS with it")
     if args.paper is not None and len(args.paper) != 1 and args.strip:
@@ -302,7 +308,8 @@ def requested_tables(args) -> dict[str, tuple[Table, list[Cell]]]:
     check_flags(args)
     if args.settings:
         settings = {setting.name: setting for setting in map(parse_setting, args.settings)}
-        size, count = parse_size(args.size), args.count or COUNT
+        size = parse_size(args.size) if args.size else (2 * BASE, 2 * BASE)
+        count = args.count or COUNT
         cells = [Cell(size, setting, count) for setting in settings.values()]
         for cell in cells:
             resolve_cell_passes(cell, args.steps)
@@ -316,28 +323,27 @@ def requested_tables(args) -> dict[str, tuple[Table, list[Cell]]]:
     return {name: (TABLES[name], plan_cells(TABLES[name], args.count)) for name in names}
 
 
-def existing_cells(cells: list[Cell], folder: Path, measurements: Measurements) -> list[Cell]:
-    """Return the cells with the number of their existing images, without those that have none.
-
-    Prints the incomplete cells.
+def count_existing(
+    cells: list[Cell], folder: Path, measurements: Measurements, args
+) -> tuple[list[Cell], list[str]]:
+    """Return the cells with images, with their number, and a text about each incomplete cell.
 
     Args:
         cells: cells of a table.
         folder: folder of the seed.
-        measurements: file of what is measured already; an image that was measured exists.
+        measurements: file of what is measured already; but for --strip, such an image exists.
+        args: parsed flags.
     """
     existing, incomplete = [], []
     for cell in cells:
-        measured = measurements.count(f"{folder.name}/{cell.folder}")
-        paths = image_paths(cell, folder)
-        count = max(min(measured, cell.count), len(list(takewhile(Path.exists, paths))))
+        measured = 0 if args.strip else measurements.count(f"{folder.name}/{cell.folder}")
+        paths = image_paths(cell, folder)[measured:]
+        count = min(measured, cell.count) + len(list(takewhile(Path.exists, paths)))
         if count > 0:
             existing.append(cell._replace(count=count))
         if count < cell.count:
             incomplete.append(f"{cell.setting.name} {format_size(cell.size)} px {count}")
-    if incomplete and existing:
-        print(f"incomplete: {', '.join(incomplete)}")
-    return existing
+    return existing, incomplete
 
 
 @raise_user_errors()
@@ -347,21 +353,24 @@ def run(args) -> None:
     Raises UserError and OSError.
     """
     tables = requested_tables(args)
-    measurements = Measurements(args.out / "measurements.npz")
+    measurements = Measurements(args.out / MEASUREMENTS)
+    incomplete = dict.fromkeys(tables, ())
     if args.drawn:
-        tables = {
-            name: (table, existing_cells(cells, seed_folder(table.seed, args), measurements))
-            for name, (table, cells) in tables.items()
-        }
-        tables = {name: (table, cells) for name, (table, cells) in tables.items() if cells}
-        if not tables:
+        for name, (table, cells) in tables.items():
+            folder = seed_folder(table.seed, args)
+            cells, incomplete[name] = count_existing(cells, folder, measurements, args)
+            tables[name] = table, cells
+        if not any(cells for _, cells in tables.values()):
             raise ValueError(f"{args.out} has none of these images, expected some with --drawn")
     protocol = resolve_protocol(args)
     print(f"dtype {args.dtype}")
     for name, (table, cells) in tables.items():
         if args.paper is not None:
             print(f"\n{name}: {table.question}\n")
-        run_table(name, table, cells, protocol, measurements, args)
+        if incomplete[name]:
+            print(f"incomplete: {', '.join(incomplete[name])}")
+        if cells:
+            run_table(name, table, cells, protocol, measurements, args)
 
 
 def missing_images(
@@ -369,7 +378,7 @@ def missing_images(
 ) -> list[tuple]:
     """Return the arguments of `generate_image` for every image to generate.
 
-    An image that was measured is generated again only for --strip.
+    An image that was measured is generated again only if --strip shows it.
 
     Args:
         seed: seed of the prompts; the noise of image i has 10000 times this plus i.
@@ -381,9 +390,10 @@ def missing_images(
     folder = seed_folder(seed, args)
     jobs = []
     for cell in cells:
-        measured = 0 if args.strip else measurements.count(f"{folder.name}/{cell.folder}")
+        measured = measurements.count(f"{folder.name}/{cell.folder}")
         for index, path in enumerate(image_paths(cell, folder)):
-            if index >= measured and not path.exists():
+            is_needed = index >= measured or (args.strip and index < report.COLUMNS)
+            if is_needed and not path.exists():
                 jobs.append((cell, 10_000 * seed + index, path, scenes[index].caption, args))
     return jobs
 

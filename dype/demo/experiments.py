@@ -98,7 +98,7 @@ SCALED_SETTINGS = [f"{name}:attention_path=sega" for name in MAIN_SETTINGS[1:]]
 CONTROLLED_SETTINGS = ["base", "yarn_paper", "dy_yarn_paper", ALPHA, CHOSEN]
 CONTROLLED_SETTINGS += [f"{name}:model" for name in CONTROLLED_SETTINGS]
 CONTROLLED_SETTINGS += [f"{ALPHA}:reversed", f"{CHOSEN}:reversed"]
-CONTROLLED_SETTINGS += ["dy_yarn_paper:twopass", "dy_yarn_paper:progressive"]
+CONTROLLED_SETTINGS += [f"{ALPHA}:twopass", f"{ALPHA}:progressive"]
 RECIPES = ["base", "base:text_repeat=4", "yarn_paper", "yarn_paper:text_repeat=4", "sega"]
 RECIPES += ["dy_sega", "sega:attention_scale=0.1", ALPHA, CHOSEN]
 RECIPES += [f"{name}:attention_path=sega" for name in ("yarn_paper", ALPHA, CHOSEN)]
@@ -112,7 +112,7 @@ TABLES = {
     ),
     "main": Table(
         "which encoding keeps layout and texture at 2x?",
-        ((1, ["base"], 32), (2, [*MAIN_SETTINGS, "dy_yarn_paper:progressive"], 32)),
+        ((1, ["base"], 32), (2, [*MAIN_SETTINGS, f"{ALPHA}:progressive"], 32)),
         baselines=("pi", "dy_yarn_paper", ALPHA),
     ),
     "large": Table(
@@ -128,7 +128,9 @@ TABLES = {
         ((2, [*MAIN_SETTINGS, *SCALED_SETTINGS, RISING_CHOSEN], 32),),
     ),
     "controls": Table(
-        "does it hang on time, the schedule, the passes?", ((2, CONTROLLED_SETTINGS, 16),)
+        "does it hang on time, the schedule, the passes?",
+        ((2, CONTROLLED_SETTINGS, 16),),
+        baselines=("base:model", f"{ALPHA}:model"),
     ),
     "recipes": Table(
         "SEGA, copies of the text and the cutoff, each at one m?",
@@ -307,7 +309,8 @@ def default_pairs(cells: dict[str, Cell], baselines: Iterable[str] = ()) -> list
         static = ":".join([STATIC_FORMS[config.method], *overrides])
         static += ":model" * (control == "model")
         default = ":".join(part for part in name.split(":") if "=" not in part)
-        names = [name.removesuffix(f":{control}"), without_scale(name), default, config.name]
+        names = [name.removesuffix(f":{control}"), without_scale(name), default]
+        names += [] if control else [config.name]
         names += [static if config.dype else "base", "base", *baselines]
         names = [text for text in dict.fromkeys(names) if text in cells.keys() - {name}]
         pairs += [(name, baseline) for baseline in names]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dype.demo.scenes import Scene
-from dype.demo.scores import ImageStatistics, measure, select
+from dype.demo.scores import ImageStatistics, load_lite0, measure, select
 from dype.sampling import records
 
 VERSION = 1  # of what `scores.measure` returns; another one cannot be compared
@@ -43,16 +43,32 @@ class Measurements:
             name: name of the cell.
             scenes: scene of each image.
             read: takes the number of an image, returns its pixels, uint8 [H, W, 3].
+
+        Raises:
+            ValueError: the packages of `lite0` are here, and were not before, or the reverse.
         """
         count = self.count(name)
         if count < len(scenes):
+            has_lite0 = load_lite0() is not None
+            if count and bool(self.by_name[name].lite0_means.size) != has_lite0:
+                raise ValueError(
+                    f"{self.path} was measured with{'out' * has_lite0} the packages of lite0, "
+                    "expected the same, or another --out"
+                )
             parts = [self.by_name[name]] if count else []
             parts += [measure([read(i)], [scenes[i]]) for i in range(count, len(scenes))]
             columns = zip(*parts, strict=True)
             self.by_name[name] = ImageStatistics(*(as_float32(list(c)) for c in columns))
+            self.merge_file()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             records.write_atomically({self.path: statistics_to_npz(self.by_name)})
         return select(self.by_name[name], np.arange(len(scenes)))
+
+    def merge_file(self) -> None:
+        """Take over what another process has added to the file."""
+        for name, statistics in (read_statistics(self.path) if self.path.exists() else {}).items():
+            if len(statistics.is_right) > self.count(name):
+                self.by_name[name] = statistics
 
 
 def as_float32(arrays: list[np.ndarray]) -> np.ndarray:
@@ -79,22 +95,23 @@ def read_statistics(path: Path) -> dict[str, ImageStatistics]:
     try:
         with np.load(path) as file:
             arrays = dict(file)
-        version = int(arrays.pop("version"))
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        version, fields = int(arrays.pop("version")), {}
+        if version == VERSION:
+            for key, array in arrays.items():
+                name, field = key.rsplit("/", 1)
+                array = array.astype(np.float64)
+                if field in OUTER_FIELDS:
+                    array = from_triangles(array)
+                fields.setdefault(name, {})[field] = array
+        by_name = {name: ImageStatistics(**by_field) for name, by_field in fields.items()}
+    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a file of this program; move it away") from error
     if version != VERSION:
         raise ValueError(
             f"{path} has measurements of version {version}, expected {VERSION}; move it away "
             "to measure the images again"
         )
-    fields = {}
-    for key, array in arrays.items():
-        name, field = key.rsplit("/", 1)
-        array = array.astype(np.float64)
-        if field in OUTER_FIELDS:
-            array = from_triangles(array)
-        fields.setdefault(name, {})[field] = array
-    return {name: ImageStatistics(**by_field) for name, by_field in fields.items()}
+    return by_name
 
 
 def from_triangles(triangles: np.ndarray) -> np.ndarray:

@@ -32,6 +32,7 @@ from dype.sampling.crops import find_detail
 # columns before the scores
 ROW_COLUMNS = ("size", "setting", "n", "method", "dype", "lambda_s", "lambda_t", "control")
 PAIR_COLUMNS = ("size", "setting", "against", "n")
+COLUMNS = 6  # of a strip
 SIDE, GAP, LABEL = 160, 6, 34  # px of a strip: width of an image, space, height of a label
 # columns of each printed table; one table of all scores is wider than a terminal
 PRINTED_SCORES = (
@@ -232,7 +233,7 @@ def round_trip(vae, image: np.ndarray, dtype: str = "float32") -> np.ndarray:
 
 
 def draw_image_strips(cells: list[Cell], folder: Path, path: Path) -> bytes:
-    """Draw a labeled strip of the first images of each cell, at most six, and a crop below each.
+    """Draw a labeled strip of the first images of each cell, COLUMNS at most, and their crops.
 
     The crops have one pixel of the image per pixel. All images of a prompt and size have the same
     one, where their edges are strongest. The strips are as long as the shortest cell.
@@ -245,7 +246,7 @@ def draw_image_strips(cells: list[Cell], folder: Path, path: Path) -> bytes:
     Returns:
         Content of the file.
     """
-    columns = min(6, *(cell.count for cell in cells))
+    columns = min(COLUMNS, *(cell.count for cell in cells))
     paths = [image_paths(cell, folder)[:columns] for cell in cells]
     images = [
         [Image.fromarray(read_image(path, cell.size)) for path in row]

@@ -260,7 +260,8 @@ def patch_moments(means: np.ndarray, outers: np.ndarray) -> tuple[np.ndarray, np
 def horizon_shift(images: ImageStatistics, truth: ImageStatistics) -> float:
     """Return the median distance of the horizon below its place, % of the side; 0 is best.
 
-    The median leaves out the images whose strongest border is another one, such as a ridge.
+    The median resists a minority of images whose strongest border is another one, such as a ridge.
+    Distances above and below cancel.
     """
     return float(np.median(images.shifts))
 
@@ -284,9 +285,10 @@ SCORES = {
 SET_SCORES = ("spectrum", "directions", "patches", "lite0", "joint")
 
 
-def score_names(images: ImageStatistics) -> list[str]:
-    """Return the names of the scores: without `lite0` if the statistics lack its features."""
-    return [name for name in SCORES if name != "lite0" or images.lite0_means.size]
+def score_names(*sets: ImageStatistics) -> list[str]:
+    """Return the names of the scores: without `lite0` if any set lacks its features."""
+    has_lite0 = all(statistics.lite0_means.size for statistics in sets)
+    return [name for name in SCORES if name != "lite0" or has_lite0]
 
 
 def bootstrap(
@@ -314,7 +316,7 @@ def score(images: ImageStatistics, truth: ImageStatistics) -> dict:
     """Return every score of a setting with its interval, by name."""
     share = layout_share(images, truth)
     results = {"layout": {"mean": share, "interval": intervals.wilson_interval(images.is_right)}}
-    for name in score_names(images)[1:]:
+    for name in score_names(images, truth)[1:]:
         is_set_score = name in SET_SCORES
         results[name] = bootstrap(SCORES[name], images, truth, is_set_score=is_set_score)
         if is_set_score:
@@ -338,7 +340,7 @@ def paired_differences(
     gain = layout_share(images, truth) - layout_share(baseline, truth)
     interval = intervals.paired_shares(images.is_right, baseline.is_right)
     differences = {"layout": {"mean": gain, "interval": interval}}
-    for name in score_names(images)[1:]:
+    for name in score_names(images, baseline, truth)[1:]:
         differences[name] = bootstrap(
             lambda a, b, c, f=SCORES[name]: f(a, c) - f(b, c),
             *(images, baseline, truth),

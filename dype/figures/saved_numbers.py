@@ -237,10 +237,7 @@ def read_square_rows(path: Path, command: str, score: str) -> list[dict]:
     """
     rows = read(path, "rows", command)
     if not all(map(has_current_name, rows)):
-        raise ValueError(
-            f"{path} was written by an earlier version; run python -m dype.demo.evaluate ... "
-            f"--drawn --save {path} again"
-        )
+        raise ValueError(f"{path} was written by an earlier version; run {command} again")
     rows = [row for row in rows if not row["control"] and isinstance(row["size"], int)]
     if not rows:
         raise ValueError(f"{path} has no rows; expected what {command} writes")
@@ -410,7 +407,8 @@ def draw_frontier(axes, rows: list[dict], marker_styles: dict, score: str, setti
             continue
         marker = marker_styles[encoding_name(row)]
         color = marker["color"]
-        static_form = static.get(encoding_name(row), static.get(method))
+        form = encoding_name(row)
+        static_form = static.get(form, static.get(method) if "=" not in form else None)
         if row["dype"] and static_form and without_scale(name) == name:
             ends = zip(point(static_form), (x, y), strict=True)
             axes.plot(*ends, ":", color=color, lw=0.8, zorder=1)

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import signal
 from dataclasses import replace
 from multiprocessing import get_context
@@ -145,6 +146,33 @@ def test_tables(name):
     assert {*table.baselines} <= {cell.setting.name for cell in cells}
     limited = experiments.plan_cells(table, 5)
     assert [cell.count for cell in limited] == [min(cell.count, 5) for cell in cells]
+
+
+def test_tables_of_the_paper(tmp_path, monkeypatch, capsys, small_base):
+    """One after another, each with its prompts, limited by --count, and in files of its name."""
+    tables = {
+        "one": experiments.Table("what?", ((2, ["base", "dy_pi"], 9),), baselines=("base",)),
+        "two": experiments.Table("and?", ((2, ["base"], 1),), seed=3),
+    }
+    monkeypatch.setattr(evaluate, "TABLES", tables)
+    monkeypatch.setattr(evaluate, "PAPER", list(tables))
+    words = ["--paper", *tables, "--count", "2", "--steps", "1", "--processes", "1"]
+    words += ["--out", str(tmp_path), "--save", str(tmp_path / "t.json")]
+    assert evaluate.main(words) == 0
+    out = capsys.readouterr().out
+    assert out.index("one: what?") < out.index("| 64 | `dy_pi` | 2 |") < out.index("two: and?")
+    folders = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
+    assert folders == {"seed_0/64/base", "seed_0/64/pi_2_2", "seed_3/64/base"}
+    names = {path.name for path in tmp_path.glob("t*")}
+    assert names == {f"t_{name}{end}" for name in tables for end in (".json", ".csv", "_pairs.csv")}
+    assert json.loads((tmp_path / "t_two.json").read_text())["protocol"]["seed"] == 3
+    shutil.rmtree(tmp_path / "seed_3")
+    (tmp_path / "measurements.npz").unlink()
+    (tmp_path / "seed_0/64/pi_2_2/001.png").unlink()
+    assert evaluate.main([*words, "--drawn"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("one: what?") < out.index("incomplete: dy_pi 64 px 1")
+    assert out.index("two: and?") < out.index("incomplete: base 64 px 0")
 
 
 def test_passes():
@@ -377,7 +405,6 @@ BAD = {
         "is static and ignores attention_path=rising, "
         "expected 'dy_cutoff:attention_scale=1.2:attention_path=rising'"
     ),
-    "--quick --size 64x": "--size is '64x', expected WIDTHxHEIGHT",
     "base --size 64x": "--size is '64x', expected WIDTHxHEIGHT",
     "base --weights there": "--weights is there, expected the folder of a trained pipeline",
     "base --against dy_yarn:1:2": "--against is 'dy_yarn', expected one of base",
@@ -385,6 +412,7 @@ BAD = {
     "--paper mein": "--paper: invalid choice: 'mein'",
     "--paper --strip a.png": "--strip, expected one table with it",
     "--paper main --seed 1": "--seed, expected SETTINGS with it",
+    "--quick --size 64": "--size, expected SETTINGS with it",
     "--quick --against base": "--against, expected SETTINGS with it",
     "dy_yarn:9": "dype_scale is 9.0",
     "base:1": "'base:1', expected base or [dy_]METHOD[:LA",

