@@ -399,15 +399,15 @@ def draw_frontier(axes, rows: list[dict], marker_styles: dict, score: str, setti
             color = marker_styles[encoding_name(family[0])]["color"]
             axes.plot(*zip(*map(point, family), strict=True), color=color, lw=0.6, zorder=1)
     static = {row["setting"]: row for row in rows if row["method"] and not row["dype"]}
+    dynamic = {encoding_name(row) for row in rows if row["dype"]}
     for row in rows:
         x, y, method, name = *point(row), row["method"], row["setting"]
         if name in TRUTH:
             axes.plot(x, y, "*", color=style.BLACK, ms=7, label=TRUTH[name])
         if not method:
             continue
-        marker = marker_styles[encoding_name(row)]
-        color = marker["color"]
         form = encoding_name(row)
+        marker, color = marker_styles[form], marker_styles[form]["color"]
         static_form = static.get(form, static.get(method) if "=" not in form else None)
         if row["dype"] and static_form and without_scale(name) == name:
             ends = zip(point(static_form), (x, y), strict=True)
@@ -415,7 +415,8 @@ def draw_frontier(axes, rows: list[dict], marker_styles: dict, score: str, setti
         if row["dype"] or method == "base":
             axes.plot(x, y, **marker, ms=4, ls="", label=without_scale(name))
         else:
-            axes.plot(x, y, **marker, ms=4, ls="", mfc="white")
+            label = None if form in dynamic else without_scale(name)
+            axes.plot(x, y, **marker, ms=4, ls="", mfc="white", label=label)
         if name in settings:
             axes.hlines(y, *row["overlap"]["interval"], color, lw=0.8)
             axes.vlines(x, *row[score]["interval"], color, lw=0.8)
