@@ -135,6 +135,7 @@ def test_tables_of_the_benchmark(name):
         assert file.read_bytes() == content, file
 
 
+LINKS = re.compile(r"data/(\w+?)(?:_pairs)?\.csv")
 # heads of the tables in the pages -> columns of the CSV files
 HEADS = {name: name for name in (*scores.SCORES, "n")} | {"px": "size"}
 HEADS |= {"layouts right": "layout", "sun's overlap with a disk": "overlap"}
@@ -142,15 +143,18 @@ HEADS |= {"horizon, %": "shift", "spectrum error": "spectrum", "feature distance
 
 
 def find_rows() -> list[tuple]:
-    """Return the rows of all pages' tables of scores: page, CSV file, cells by head.
+    """Return the rows of tables of scores: page, CSV file, cells by head.
 
-    Their first head is "setting" or "px". The file is the last one that the page links before.
+    The pages link such a file; the one of a table is the last before it. The first head is
+    "setting" or "px".
     """
     rows = []
     for page in PAGES:
-        file, heads = "", []
-        for line in page.read_text().splitlines():
-            links = re.findall(r"data/(\w+?)(?:_pairs)?\.csv", line)
+        file, heads, text = "", [], page.read_text()
+        if not {f"{name}_pairs" for name in LINKS.findall(text)} & {*RESULTS}:
+            continue
+        for line in text.splitlines():
+            links = LINKS.findall(line)
             file = links[-1] if links else file
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             if not line.startswith("|"):
