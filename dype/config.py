@@ -40,7 +40,7 @@ SHIFTS = ("cap", "model", "log", "sqrt", "sd3")
 SCALE_PATHS = ("constant", "falling", "rising")  # of a in m = 1 + a ln s, from t = 1 to 0
 ATTENTION_PATHS = (*SCALE_PATHS, "proportional", "tide", "sega")  # the others have their own m
 OTHER_RANGES = (  # of fields without a flag: name, low, high, whether low itself is out of range
-    ("alpha", 0, math.inf, True),
+    ("beta", 0, math.inf, True),
     ("cutoff_width", 0, 1000, True),
     ("spectrum_exponent", 0, 1000, True),
     ("ntk_factor", 1, 1000, False),
@@ -240,8 +240,14 @@ class DyPEConfig:
         has_effect=lambda settings: settings["dype"],
         needs="DyPE",
     )
-    alpha: float = 1.0  # yarn_paper, tide: the ramp's ends, turns over the trained length
-    beta: float = 32.0
+    alpha: float = flag(
+        "turns over the trained length up to which methods yarn_paper and tide stretch a pair in "
+        "full (Eq. 8); 0 < X < 32", 1.0, low=0, exclusive=True, label="alpha {}",
+        has_effect=lambda settings: settings["method"] in ("yarn_paper", "tide"),
+        needs="--method yarn_paper or tide",
+        default_help="1 (demo: 8)",
+    )
+    beta: float = 32.0  # yarn_paper, tide: turns from which a pair is not stretched
     cutoff: float = flag(
         "cutoff wavelength of method cutoff at sigma 1/2, in units of the trained length; "
         "0 < X <= 1000", 1.0, low=0, high=1000, exclusive=True, label="cutoff {}",
@@ -329,7 +335,9 @@ class DyPEConfig:
             row.check(getattr(self, row.name))
         for name, low, high, exclusive in OTHER_RANGES:
             check_number(name, getattr(self, name), low, high, exclusive=exclusive)
-        check_number("beta", self.beta, self.alpha, math.inf, exclusive=True)
+        if self.alpha >= self.beta:
+            message = f"alpha is {self.alpha:g}, expected a number below beta, {self.beta:g}"
+            raise ValueError(message)
         if not re.fullmatch(
             r"[0-9]{1,3}(,[0-9]{1,3})*", "0" if self.rdfc_pairs is None else self.rdfc_pairs
         ):

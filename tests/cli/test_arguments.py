@@ -26,8 +26,8 @@ LINE = """--model demo --revision abc --dtype bfloat16 --device cpu --vae_device
  --guidance 5 --seed 7 --steps 3 --max_sequence_length 12 --height 64 --width 96 --lora a/b:0.5
  --prompt x --variant fp16 --transformer a.gguf
  --method ntk --dype_scale 1.5 --dype_exponent 0.5 --dype_start_sigma 0.9 --base_resolution 32
- --cutoff 0.7 --attention_scale 0.2 --attention_path rising --rdfc_pairs 8,9 --sega_alpha 0.3
- --text_repeat 2
+ --alpha 2 --cutoff 0.7 --attention_scale 0.2 --attention_path rising --rdfc_pairs 8,9
+ --sega_alpha 0.3 --text_repeat 2
  --isotropic --shift model --base_shift 0.25 --max_shift 2 --attention native
  --compile blocks"""
 FLAGS = LINE.split()
@@ -90,7 +90,7 @@ def test_every_flag_arrives_and_comes_back(calls):
         "dype_scale": 1.5,
         "dype_exponent": 0.5,
         "dype_start_sigma": 0.9,
-        "alpha": 1.0,
+        "alpha": 2.0,
         "beta": 32.0,
         "cutoff": 0.7,
         "cutoff_width": 0.5,

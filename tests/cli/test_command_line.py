@@ -547,6 +547,10 @@ NAMES = {  # flags -> the end of the name
     "--device cpu --offload group --tiled_vae on": "dy_yarn_res_4096x4096",
     "--model z-image": "dy_yarn_res_4096x4096_model_z-image",
     "--model demo": "dy_yarn_paper_res_1024x1024_model_demo",
+    "--model demo --alpha 8": "dy_yarn_paper_res_1024x1024_model_demo",  # its default
+    "--model demo --alpha 1": "dy_yarn_paper_res_1024x1024_model_demo_alpha_1",
+    "--model demo --method tide --alpha 1": "dy_tide_res_1024x1024_model_demo",
+    "--alpha 2": "dy_yarn_res_4096x4096",  # no effect on yarn
     "--prompt Cats": "dy_yarn_res_4096x4096_prompt_cats-ec05d70c6f14",
 }
 

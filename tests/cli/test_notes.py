@@ -31,6 +31,7 @@ NOTES = {  # words -> the note
     f"{KAPPA}",
     "--sega_alpha 0.3": "--sega_alpha has no effect without SEGA's m, by --method sega or "
     "--attention_path sega",
+    "--alpha 2": "--alpha has no effect without --method yarn_paper or tide",
     "--rdfc_pairs 8": "--rdfc_pairs has no effect without --method rdfc or riflex",
     "--method base --attention_path sega": "--attention_path has no effect without another "
     "--method, or DyPE for falling and rising",
