@@ -365,7 +365,9 @@ def frontier(ground_truth: Path = MAIN, score: str = "spectrum", settings=()) ->
     for axes in grid[:, 0]:
         axes.set_ylabel(SCORES[score])
     title = "filled: with DyPE; open: the same method, static (dotted: between the two)\n"
-    title += "bars: 95 % intervals; line: another attention scale of the same setting"
+    title += "bars: 95 % intervals"
+    if any(without_scale(row["setting"]) != row["setting"] for row in rows):
+        title += "; line: another attention scale of the same setting"
     figure.legend(
         legend.values(),
         legend,
