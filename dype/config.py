@@ -241,11 +241,12 @@ class DyPEConfig:
         needs="DyPE",
     )
     alpha: float = flag(
-        "turns over the trained length up to which methods yarn_paper and tide stretch a pair in "
-        "full (Eq. 8); 0 < X < 32", 1.0, low=0, exclusive=True, label="alpha {}",
+        "turns over the trained length up to which methods yarn_paper (Eq. 8) and tide stretch a "
+        "pair in full, with DyPE in the first step; 0 < X < 32", 1.0,
+        low=0, exclusive=True, label="alpha {}",
         has_effect=lambda settings: settings["method"] in ("yarn_paper", "tide"),
         needs="--method yarn_paper or tide",
-        default_help="1 (demo: 8)",
+        default_help="1 (yarn_paper on the demo: 8)",
     )
     beta: float = 32.0  # yarn_paper, tide: turns from which a pair is not stretched
     cutoff: float = flag(
@@ -336,8 +337,8 @@ class DyPEConfig:
         for name, low, high, exclusive in OTHER_RANGES:
             check_number(name, getattr(self, name), low, high, exclusive=exclusive)
         if self.alpha >= self.beta:
-            message = f"alpha is {self.alpha:g}, expected a number below beta, {self.beta:g}"
-            raise ValueError(message)
+            numbers = format_number(self.alpha), format_number(self.beta)
+            raise ValueError("alpha is {}, expected a number below beta, {}".format(*numbers))
         if not re.fullmatch(
             r"[0-9]{1,3}(,[0-9]{1,3})*", "0" if self.rdfc_pairs is None else self.rdfc_pairs
         ):

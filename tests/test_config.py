@@ -31,6 +31,7 @@ from dype.config import DEFAULT_LAMBDA_S, preset_settings
         ("alpha", 0),
         ("alpha", 40),
         ("beta", 0),
+        ("alpha", 10**400),
         ("base_resolution", 0),
         ("base_resolution", 1000),
         ("base_resolution", True),
@@ -56,6 +57,11 @@ def test_out_of_range(name, value):
     """The error names the field, the value and the accepted values."""
     with pytest.raises(ValueError, match=f"^{name} is {value!r}, expected"):
         DyPEConfig(**{name: value})
+
+
+def test_alpha_is_below_beta():
+    with pytest.raises(ValueError, match=r"^alpha is 2, expected a number below beta, 2$"):
+        DyPEConfig(alpha=2, beta=2.0)
 
 
 @pytest.mark.parametrize("path", ["proportional", "tide", "sega"])

@@ -214,6 +214,8 @@ def choose_model(explicit: dict, from_image: dict) -> tuple[str, Model, dict]:
     method = from_image.get("method")
     if "method" in explicit and method and from_image["dype"] == DyPEConfig(method).dype:
         del from_image["dype"]  # a default, so that of the new method applies
+    if method and explicit.get("method", method) not in (method, [method]):
+        from_image.pop("alpha", None)  # it belongs to the method's ramp
     if not entry.guidance:  # earlier versions recorded a guidance that had no effect
         from_image.pop("guidance", None)
     return name, entry, from_image

@@ -452,6 +452,9 @@ def test_precedence(folder):
     dev = settings("--from", "a.png", "--model", "flux-dev")
     assert (dev.config.base_resolution, dev.steps) == (1024, 28)
     assert dev.config.method == "ntk"
+    run("--model", folder, *SMALL, "--method", "tide", "--alpha", "2", "--output", "b.png")
+    assert settings("--from", "b.png").config.alpha == 2
+    assert settings("--from", "b.png", "--method", "yarn_paper").config.alpha == 1
 
 
 def test_from_an_image_of_the_first_version():
